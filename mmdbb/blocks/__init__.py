@@ -1,0 +1,18 @@
+# Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
+from .acb import ACB
+from .base import ReparamConv2d
+from .branch_sum import BranchSumConv2d
+from .dbb import DBB
+from .official import ACBlock, DiverseBranchBlock, RepVGGBlock
+from .repvgg import RepVGGConv
+
+__all__ = [
+    'ACB',
+    'ACBlock',
+    'BranchSumConv2d',
+    'DBB',
+    'DiverseBranchBlock',
+    'RepVGGBlock',
+    'RepVGGConv',
+    'ReparamConv2d',
+]

@@ -1,0 +1,42 @@
+# Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
+"""Asymmetric Convolution Block.
+
+Ding et al., "ACNet: Strengthening the Kernel Skeletons for Powerful CNN via
+Asymmetric Convolution Blocks", ICCV 2019 (https://arxiv.org/abs/1908.03930).
+"""
+
+from __future__ import annotations
+
+from mmdbb.blocks.branch_sum import BranchSumConv2d
+from mmdbb.blocks.build import register_conv_layer
+
+
+@register_conv_layer
+class ACB(BranchSumConv2d):
+    """KxK, Kx1 and 1xK, summed.
+
+    Args:
+        args: As :class:`BranchSumConv2d`, keywords too.
+        reduce_gamma: Whether all gammas start with one third, so that the sum
+            starts with the variance of one branch.
+
+    Raises:
+        ValueError: If ``reduce_gamma`` is given with ``gamma_init`` or
+            ``single_init``.
+    """
+
+    preset = ('kxk', 'kx1', '1xk')
+
+    def __init__(self, *args, reduce_gamma: bool = False, **kwargs) -> None:
+        if reduce_gamma:
+            given = [
+                name
+                for name in ('gamma_init', 'single_init')
+                if kwargs.get(name) not in (None, False)
+            ]
+            if given:
+                raise ValueError(
+                    f'give reduce_gamma or {given[0]}, not both'
+                )
+            kwargs['gamma_init'] = 1 / 3
+        super().__init__(*args, **kwargs)

@@ -1,0 +1,185 @@
+# Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
+"""What every block is to its host: a convolution that can be merged."""
+
+from __future__ import annotations
+
+import copy
+from typing import Callable, Union
+
+import torch
+from mmengine.model import BaseModule
+from torch import Tensor, nn
+
+from mmdbb.branches.base import leaf_dtype
+from mmdbb.geometry import ConvSpec, IntPair
+from mmdbb.transforms import KernelBias
+
+
+class ReparamConv2d(BaseModule):
+    """A convolution that is trained as more than its kernel.
+
+    To its host it looks like an ``nn.Conv2d``: same arguments, same
+    attributes, same shapes. A subclass builds its structure unless
+    ``deploy`` is true, and says what it computes in :meth:`forward_train`
+    and :meth:`_compose`.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        kernel_size: Height and width of the kernel, or one number.
+        stride: Step in pixels.
+        padding: Pixels on each side, ``'same'`` or ``'valid'``.
+        dilation: Distance of two taps in pixels.
+        groups: Number of groups.
+        bias: As in ``nn.Conv2d``. No parameter is added where the block has
+            a shift of its own.
+        padding_mode: ``zeros``, ``reflect``, ``replicate`` or ``circular``.
+        deploy: Whether to build the merged convolution at once, to load
+            merged weights.
+        init_cfg: mmengine's initialisation rules for this block.
+    """
+
+    transposed = False
+    output_padding = (0, 0)
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Union[int, IntPair],
+        stride: Union[int, IntPair] = 1,
+        padding: Union[int, str, IntPair] = 0,
+        dilation: Union[int, IntPair] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = 'zeros',
+        deploy: bool = False,
+        init_cfg: Union[dict, list, None] = None,
+    ) -> None:
+        super().__init__(init_cfg)
+        self.spec = ConvSpec(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            padding_mode,
+        )
+        for name, value in self.spec.conv_args.items():
+            setattr(self, name, value)
+        self._initializing = False
+        self._wants_bias = bias
+        if deploy:
+            self.reparam_conv = nn.Conv2d(**self.spec.conv_args)
+
+    @property
+    def deploy(self) -> bool:
+        """Whether the block is merged."""
+        return 'reparam_conv' in self._modules
+
+    def forward(self, x: Tensor) -> Tensor:
+        """From (N, in, H, W) to (N, out, H', W')."""
+        if self.deploy:
+            return self.reparam_conv(x)
+        return self.forward_train(x)
+
+    def forward_train(self, x: Tensor) -> Tensor:
+        """The block before merging, in training and in eval mode."""
+        raise NotImplementedError
+
+    def get_equivalent_kernel_bias(self) -> KernelBias:
+        """The block in eval mode as one convolution.
+
+        Returns:
+            KernelBias: Kernel (out, in / groups, kH, kW) and bias (out,),
+            differentiable in the block's parameters.
+        """
+        if self.deploy:
+            return KernelBias(
+                self.reparam_conv.weight, self.reparam_conv.bias
+            )
+        return self._compose()
+
+    def _compose(self) -> KernelBias:
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def to_conv(self) -> nn.Conv2d:
+        """The plain convolution that computes what the block does in eval.
+
+        It is composed in float64, then has the block's dtype, device and
+        mode; its parameters require a gradient.
+
+        Raises:
+            ValueError: If the kernel or the bias is not finite.
+        """
+        parameter = next(self.parameters())
+        # Apple's GPUs have no float64.
+        device = 'cpu' if parameter.device.type == 'mps' else parameter.device
+        exact = copy.deepcopy(self).to(device, torch.float64)
+        kernel, bias = exact.get_equivalent_kernel_bias()
+        if not (kernel.isfinite().all() and bias.isfinite().all()):
+            raise ValueError(
+                'the merged kernel is not finite: a parameter or a running '
+                'statistic of the block is NaN, infinite, or a variance is '
+                'negative'
+            )
+        conv = nn.utils.skip_init(
+            nn.Conv2d,
+            **self.spec.conv_args,
+            device=parameter.device,
+            dtype=leaf_dtype(self),
+        )
+        conv.weight.copy_(kernel)
+        conv.bias.copy_(bias)
+        return conv.train(self.training)
+
+    def switch_to_deploy(self) -> None:
+        """Merge in place: keep nothing but :meth:`to_conv`. Idempotent."""
+        if self.deploy:
+            return
+        conv = self.to_conv()
+        for name in list(self._modules):
+            delattr(self, name)
+        for name in list(self._parameters):
+            delattr(self, name)
+        self.reparam_conv = conv
+
+    def init_weights(self) -> None:
+        """Apply the block's own ``init_cfg``, if it has one."""
+        self._initializing = True
+        try:
+            super().init_weights()
+        finally:
+            self._initializing = False
+
+    def apply(self, fn: Callable[[nn.Module], None]) -> nn.Module:
+        """Apply a function to all submodules, as any module does.
+
+        Only the host's initialisation rules stop here. mmengine matches them
+        to layers by class name at any depth, and a rule such as "every norm's
+        weight is 1" would undo what makes a block: its initial gammas.
+        """
+        from_rule = (
+            getattr(fn, '__module__', None) == 'mmengine.model.weight_init'
+        )
+        if from_rule and not self._initializing:
+            return self
+        return super().apply(fn)
+
+    def extra_repr(self) -> str:
+        spec = self.spec
+        text = (
+            f'{spec.in_channels}, {spec.out_channels}, '
+            f'kernel_size={spec.kernel_size}, stride={spec.stride}'
+        )
+        defaults = dict(
+            padding=(0, 0), dilation=(1, 1), groups=1, padding_mode='zeros'
+        )
+        for name, default in defaults.items():
+            if getattr(spec, name) != default:
+                text += f', {name}={getattr(spec, name)}'
+        return text
+

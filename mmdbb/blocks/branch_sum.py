@@ -1,0 +1,177 @@
+# Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
+"""A convolution trained as the sum of branches (DBB paper, eq. 4)."""
+
+from __future__ import annotations
+
+from typing import Optional, Sequence, Tuple, Union
+
+import torch
+from torch import Tensor, nn
+
+from mmdbb.blocks.base import ReparamConv2d
+from mmdbb.branches.base import build_branch, split_branch_cfg
+from mmdbb.geometry import ConvSpec
+from mmdbb.registry import BRANCHES
+from mmdbb.transforms import KernelBias, add_branches
+
+BranchCfg = Union[str, dict]
+
+
+class BranchSumConv2d(ReparamConv2d):
+    """The sum of named branches.
+
+    A preset (DBB, ACB, RepVGGConv) is a subclass with its own list of
+    branches. A preset leaves out what cannot serve a geometry; a branch that
+    was asked for by ``branches`` raises instead.
+
+    Args:
+        args: As :class:`ReparamConv2d`, keywords too.
+        branches: Names or configs of the branches; by default the preset's.
+            A name may stand more than once (the paper's "duplicate" block).
+        norm_cfg: Config of the branches' norms, ``dict(type='BN')`` if None.
+        gamma_init: Start value of the weight of each branch's last norm;
+            by default 1.
+        single_init: Whether the first branch starts with 1 and the others
+            with 0.
+
+    Shape:
+        - Input: (N, in_channels, H, W)
+        - Output: (N, out_channels, H', W') as of ``nn.Conv2d``
+
+    Raises:
+        TypeError: If an argument or a branch's config has unknown keys.
+        ValueError: If a value is not allowed or a branch cannot serve the
+            geometry; the message says what is allowed.
+
+    Examples:
+        >>> conv = BranchSumConv2d(4, 8, 3, branches=['kxk', '1x1_avg'])
+        >>> conv(torch.rand(2, 4, 5, 6)).shape
+        torch.Size([2, 8, 3, 4])
+    """
+
+    #: The preset: names or configs.
+    preset: Tuple[BranchCfg, ...] = ()
+
+    def __init__(
+        self,
+        *args,
+        branches: Optional[Sequence[BranchCfg]] = None,
+        norm_cfg: Optional[dict] = None,
+        gamma_init: Optional[float] = None,
+        single_init: bool = False,
+        **kwargs,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.left_out = []
+        if branches is None:
+            branches = self._served_preset()
+        elif isinstance(branches, (str, dict)) or not branches:
+            raise TypeError(
+                f'branches must be a list of branches, got {branches!r}'
+            )
+        if not branches:
+            raise ValueError(
+                f'{type(self).__name__} has no branch for {self.spec}; name '
+                f'some by branches=[...], allowed: '
+                f'{sorted(BRANCHES.module_dict)}'
+            )
+        if gamma_init is not None and single_init:
+            raise ValueError('give gamma_init or single_init, not both')
+        if self.deploy:
+            return
+
+        self.branches = nn.ModuleDict()
+        for cfg in branches:
+            name = key = split_branch_cfg(cfg)[0]
+            count = 1
+            while key in self.branches:
+                count += 1
+                key = f'{name}_{count}'
+            self.branches[key] = build_branch(cfg, self.spec, norm_cfg)
+
+        has_shift = any(b.last_norm.affine for b in self.branches.values())
+        wants_bias = self._wants_bias and not has_shift
+        self.register_parameter(
+            'bias',
+            nn.Parameter(torch.zeros(self.out_channels))
+            if wants_bias
+            else None,
+        )
+        if gamma_init is not None:
+            self.init_gamma(gamma_init)
+        if single_init:
+            self.single_init()
+
+    @classmethod
+    def preset_for(cls, spec: ConvSpec) -> Sequence[BranchCfg]:
+        """The preset for a geometry, before asking the branches."""
+        return cls.preset
+
+    def _served_preset(self) -> Sequence[BranchCfg]:
+        served = []
+        for cfg in self.preset_for(self.spec):
+            name, _ = split_branch_cfg(cfg)
+            if BRANCHES.get(name).supports(self.spec):
+                served.append(cfg)
+            else:
+                self.left_out.append(name)
+        return served
+
+    def forward_train(self, x: Tensor) -> Tensor:
+        """The sum of the branches."""
+        return self.forward_branches(x)
+
+    def forward_branches(self, x: Tensor) -> Tensor:
+        """The sum of the branches, computed literally.
+
+        It stays the reference for tests and for verification, however
+        :meth:`forward` computes the same.
+
+        Args:
+            x: Images of shape (N, in, H, W).
+
+        Returns:
+            Tensor: Shape (N, out, H', W').
+        """
+        outputs = [branch(x) for branch in self.branches.values()]
+        y = outputs[0]
+        for output in outputs[1:]:
+            y = y + output
+        if self.bias is not None:
+            y = y + self.bias.to(y.dtype).reshape(-1, 1, 1)
+        return y
+
+    def _compose(self) -> KernelBias:
+        kernel, bias = add_branches(
+            *(b.equivalent_kernel_bias() for b in self.branches.values())
+        )
+        if self.bias is not None:
+            bias = bias + self.bias
+        return KernelBias(kernel, bias)
+
+    @torch.no_grad()
+    def init_gamma(self, value: float) -> None:
+        """Set the weight of each branch's last norm.
+
+        Raises:
+            ValueError: If a norm has no weight (``affine=False``).
+        """
+        for name, branch in self.branches.items():
+            if branch.last_norm.weight is None:
+                raise ValueError(
+                    f'branch {name!r} has no gamma to initialise: its norm '
+                    'has affine=False'
+                )
+            branch.last_norm.weight.fill_(value)
+
+    @torch.no_grad()
+    def single_init(self) -> None:
+        """Start as the first branch alone: gammas 1, 0, 0, ..."""
+        self.init_gamma(0.0)
+        next(iter(self.branches.values())).last_norm.weight.fill_(1.0)
+
+    def extra_repr(self) -> str:
+        text = super().extra_repr()
+        if self.left_out:
+            text += f', left_out={self.left_out}'
+        return text

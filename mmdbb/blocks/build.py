@@ -1,0 +1,87 @@
+# Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
+"""Registering blocks as convolution layers, and what a config may say."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Tuple, Type
+
+from mmengine.registry import MODELS
+from torch import nn
+
+from mmdbb.blocks.base import ReparamConv2d
+from mmdbb.geometry import ConvSpec
+
+_CONV_ARGS = tuple(inspect.signature(ConvSpec).parameters) + ('bias',)
+
+
+def register_conv_layer(block: Type[ReparamConv2d]) -> Type[ReparamConv2d]:
+    """Class decorator: make ``conv_cfg=dict(type=NAME)`` build the block.
+
+    The root registry is the one that all mm packages fall back to.
+    """
+
+    def build(
+        *args, min_kernel_size: int = 2, max_kernel_size: int = 6, **kwargs
+    ) -> nn.Module:
+        return build_conv(
+            block, args, kwargs, (min_kernel_size, max_kernel_size)
+        )
+
+    build.__doc__ = f'Build a {block.__name__}, see build_conv.'
+    build.block = block
+    MODELS.register_module(name=block.__name__, module=build)
+    return block
+
+
+def build_conv(
+    block: Type[ReparamConv2d],
+    args: tuple,
+    kwargs: dict,
+    kernel_sizes: Tuple[int, int] = (2, 6),
+) -> nn.Module:
+    """Build a block where the kernel's size asks for one, else a plain conv.
+
+    As in the paper's code, 1x1 convolutions and stems with kernels of 7 and
+    more stay plain; what is built for them is an ordinary ``nn.Conv2d``.
+
+    Args:
+        block: The block's class.
+        args: Positional arguments, those of ``nn.Conv2d``.
+        kwargs: Keyword arguments of ``nn.Conv2d`` and of the block.
+        kernel_sizes: Smallest and largest kernel size (the longer side, in
+            pixels) that becomes a block: ``min_kernel_size`` and
+            ``max_kernel_size`` of the layer's config.
+
+    Raises:
+        TypeError: If there are unknown keys; the message lists the allowed.
+        ValueError: If a value is not allowed.
+    """
+    allowed = block_arguments(block)
+    unknown = sorted(set(kwargs) - set(allowed))
+    if unknown:
+        raise TypeError(
+            f'{block.__name__} got unknown keys {unknown}; allowed: '
+            f'{[*allowed, "min_kernel_size", "max_kernel_size"]}'
+        )
+    conv_args = dict(zip(inspect.signature(nn.Conv2d).parameters, args))
+    conv_args.update({k: kwargs[k] for k in _CONV_ARGS if k in kwargs})
+    bias = conv_args.pop('bias', True)
+    spec = ConvSpec(**conv_args)
+    low, high = kernel_sizes
+    if low <= max(spec.kernel_size) <= high:
+        return block(*args, **kwargs)
+    return nn.Conv2d(**spec.conv_args, bias=bias)
+
+
+def block_arguments(block: Type[ReparamConv2d]) -> Tuple[str, ...]:
+    """Names of all arguments that a block's constructors take."""
+    names = []
+    for cls in block.__mro__:
+        if not issubclass(cls, ReparamConv2d):
+            continue
+        for name, p in inspect.signature(cls.__init__).parameters.items():
+            named = p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+            if named and name != 'self' and name not in names:
+                names.append(name)
+    return tuple(names)

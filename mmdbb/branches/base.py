@@ -1,0 +1,191 @@
+# Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
+"""A branch: one way from a block's input to its output."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Optional, Union
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from mmdbb.branches.norm import (
+    build_branch_norm,
+    norm_scale_shift,
+    run_norm,
+)
+from mmdbb.geometry import ConvSpec, IntPair, pad2d
+from mmdbb.registry import BRANCHES
+from mmdbb.transforms import KernelBias, fuse_conv_bn, pad_kernel
+
+
+class Branch(nn.Module):
+    """Base of all branches; in eval mode an affine function of the image.
+
+    Norms are registered before convolutions: mmcv's ``fuse_conv_bn`` fuses a
+    norm into the convolution registered before it, which across a padded
+    border would be wrong. So it finds nothing to fuse here.
+
+    Args:
+        spec: Geometry of the block's convolution.
+        norm_cfg: Config of the branch's norms, ``dict(type='BN')`` if None.
+    """
+
+    #: What :meth:`supports` asks for, in the words of an error message.
+    requirement = 'any geometry'
+
+    def __init__(
+        self, spec: ConvSpec, norm_cfg: Optional[dict] = None
+    ) -> None:
+        super().__init__()
+        self.spec = spec
+        self.norm_cfg = norm_cfg
+
+    @classmethod
+    def supports(cls, spec: ConvSpec) -> bool:
+        """Whether the branch can serve this geometry."""
+        return True
+
+    @property
+    def last_norm(self) -> _BatchNorm:
+        """The norm whose weight (gamma) scales the whole branch."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """From (N, in, H, W) to (N, out, H', W')."""
+        raise NotImplementedError
+
+    def equivalent_kernel_bias(self) -> KernelBias:
+        """The branch in eval mode as one convolution.
+
+        Returns:
+            KernelBias: Kernel of the block's full shape (out, in / groups,
+            kH, kW) and bias (out,), differentiable.
+        """
+        raise NotImplementedError
+
+    def _norm(self, channels: int) -> _BatchNorm:
+        return build_branch_norm(self.norm_cfg, channels)
+
+
+class ConvNormBranch(Branch):
+    """A convolution and a norm; the kernel is as large as the block's or less.
+
+    A subclass says by :meth:`size` how large. Smaller kernels read the very
+    pixels that their taps of the block's kernel read (see
+    :mod:`mmdbb.geometry`).
+    """
+
+    def __init__(
+        self, spec: ConvSpec, norm_cfg: Optional[dict] = None
+    ) -> None:
+        super().__init__(spec, norm_cfg)
+        size = self.size(spec)
+        top, bottom, left, right = pads = spec.pads_of(size)
+        own_padding = top == bottom >= 0 and left == right >= 0
+        # Pads that nn.Conv2d cannot do: uneven ones and crops.
+        self.explicit_pads = None if own_padding else pads
+        self.norm = self._norm(spec.out_channels)
+        self.conv = nn.Conv2d(
+            spec.in_channels,
+            spec.out_channels,
+            size,
+            spec.stride,
+            (top, left) if own_padding else 0,
+            spec.dilation,
+            spec.groups,
+            bias=False,
+            padding_mode=spec.padding_mode if own_padding else 'zeros',
+        )
+
+    @staticmethod
+    def size(spec: ConvSpec) -> IntPair:
+        """Height and width of the branch's kernel."""
+        raise NotImplementedError
+
+    @property
+    def last_norm(self) -> _BatchNorm:
+        return self.norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.explicit_pads is not None:
+            x = pad2d(x, self.explicit_pads, self.spec.padding_mode)
+        return run_norm(self.norm, self.conv(x))
+
+    def equivalent_kernel_bias(self) -> KernelBias:
+        conv = KernelBias(self.conv.weight, zero_bias(self.conv.weight))
+        kernel, bias = fuse_conv_bn(conv, norm_scale_shift(self.norm))
+        spec = self.spec
+        offset = spec.offset_of(self.size(spec))
+        return KernelBias(pad_kernel(kernel, spec.kernel_size, offset), bias)
+
+
+def zero_bias(kernel: Tensor) -> Tensor:
+    """The bias (out,) of a convolution that has none."""
+    return kernel.new_zeros(kernel.shape[0])
+
+
+def build_branch(
+    cfg: Union[str, dict], spec: ConvSpec, norm_cfg: Optional[dict] = None
+) -> Branch:
+    """Build a branch from its name or its config.
+
+    Args:
+        cfg: A name such as ``'1x1_kxk'``, or ``dict(type=name, ...)``.
+        spec: Geometry of the block's convolution.
+        norm_cfg: Config of the branch's norms.
+
+    Raises:
+        TypeError: If ``cfg`` is neither, or has unknown keys.
+        ValueError: If the name is unknown or the branch cannot serve the
+            geometry.
+    """
+    name, args = split_branch_cfg(cfg)
+    branch_type = BRANCHES.get(name)
+    if not branch_type.supports(spec):
+        raise ValueError(
+            f'branch {name!r} needs {branch_type.requirement}, got {spec}; '
+            'leave it out of branches'
+        )
+    allowed = [
+        parameter
+        for parameter in inspect.signature(branch_type).parameters
+        if parameter not in ('spec', 'norm_cfg')
+    ]
+    unknown = sorted(set(args) - set(allowed))
+    if unknown:
+        raise TypeError(
+            f'branch {name!r} got unknown keys {unknown}; allowed: '
+            f'{["type", *allowed]}'
+        )
+    return branch_type(spec, norm_cfg, **args)
+
+
+def split_branch_cfg(cfg: Union[str, dict]) -> tuple:
+    """Name and arguments of a branch's config.
+
+    Raises:
+        TypeError: If it is neither a name nor a config.
+        ValueError: If no branch has this name.
+    """
+    args = dict(type=cfg) if isinstance(cfg, str) else cfg
+    if not isinstance(args, dict) or not isinstance(args.get('type'), str):
+        raise TypeError(
+            "a branch is a name or a dict(type=name, ...), got "
+            f'{cfg!r}'
+        )
+    args = dict(args)
+    name = args.pop('type')
+    if name not in BRANCHES:
+        raise ValueError(
+            f'unknown branch {name!r}; allowed: '
+            f'{sorted(BRANCHES.module_dict)}'
+        )
+    return name, args
+
+
+def leaf_dtype(module: nn.Module) -> torch.dtype:
+    """The dtype of a module's kernels, or of its norms if it has none."""
+    parameters = sorted(module.parameters(), key=lambda p: -p.dim())
+    return parameters[0].dtype

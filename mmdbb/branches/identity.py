@@ -1,0 +1,66 @@
+# Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
+"""The branch ``identity``: a norm alone.
+
+Ding et al., "RepVGG: Making VGG-style ConvNets Great Again", CVPR 2021, sec.
+3.3 (https://arxiv.org/abs/2101.03697).
+"""
+
+from __future__ import annotations
+
+from typing import Optional
+
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from mmdbb.branches.base import Branch, zero_bias
+from mmdbb.branches.norm import norm_scale_shift, run_norm
+from mmdbb.geometry import ConvSpec, pad2d
+from mmdbb.registry import BRANCHES
+from mmdbb.transforms import (
+    KernelBias,
+    fuse_conv_bn,
+    identity_kernel,
+    pad_kernel,
+)
+
+
+@BRANCHES.register_module(name='identity')
+class Identity(Branch):
+    """The block's input through a norm."""
+
+    requirement = 'stride 1 and as many channels out as in'
+
+    def __init__(
+        self, spec: ConvSpec, norm_cfg: Optional[dict] = None
+    ) -> None:
+        super().__init__(spec, norm_cfg)
+        self.norm = self._norm(spec.out_channels)
+
+    @classmethod
+    def supports(cls, spec: ConvSpec) -> bool:
+        return (
+            spec.stride == (1, 1) and spec.in_channels == spec.out_channels
+        )
+
+    @property
+    def last_norm(self) -> _BatchNorm:
+        return self.norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Zero unless the padding is not that of a centred kernel.
+        pads = self.spec.pads_of((1, 1))
+        return run_norm(self.norm, pad2d(x, pads, self.spec.padding_mode))
+
+    def equivalent_kernel_bias(self) -> KernelBias:
+        spec = self.spec
+        norm = norm_scale_shift(self.norm)
+        eye = identity_kernel(
+            spec.in_channels,
+            spec.groups,
+            norm.scale.dtype,
+            norm.scale.device,
+        )
+        kernel, bias = fuse_conv_bn(KernelBias(eye, zero_bias(eye)), norm)
+        return KernelBias(
+            pad_kernel(kernel, spec.kernel_size, spec.centre), bias
+        )

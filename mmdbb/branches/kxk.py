@@ -1,0 +1,15 @@
+# Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
+"""The branch ``kxk``: the original convolution and its norm."""
+
+from mmdbb.branches.base import ConvNormBranch
+from mmdbb.geometry import ConvSpec, IntPair
+from mmdbb.registry import BRANCHES
+
+
+@BRANCHES.register_module(name='kxk')
+class KxK(ConvNormBranch):
+    """A convolution of the block's own geometry, and a norm."""
+
+    @staticmethod
+    def size(spec: ConvSpec) -> IntPair:
+        return spec.kernel_size

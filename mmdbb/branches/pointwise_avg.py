@@ -1,0 +1,100 @@
+# Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
+"""The branch ``1x1_avg``: a 1x1, a norm, average pooling, a norm.
+
+DBB paper, sec. 3.3. On a depthwise convolution a 1x1 would only scale the
+channels; there, as in the paper's code, the pooling stands alone.
+"""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from mmdbb.branches.base import Branch, zero_bias
+from mmdbb.branches.norm import norm_scale_shift, norm_then_pad, run_norm
+from mmdbb.geometry import ConvSpec, pad2d
+from mmdbb.registry import BRANCHES
+from mmdbb.transforms import (
+    KernelBias,
+    avg_pool_kernel,
+    fuse_1x1_avg,
+    fuse_conv_bn,
+    identity_kernel,
+)
+
+
+@BRANCHES.register_module(name='1x1_avg')
+class PointwiseAvg(Branch):
+    """A 1x1 convolution, then average pooling, a norm after each."""
+
+    requirement = 'a kernel larger than 1x1'
+
+    def __init__(
+        self, spec: ConvSpec, norm_cfg: Optional[dict] = None
+    ) -> None:
+        super().__init__(spec, norm_cfg)
+        if not spec.is_depthwise:
+            self.norm1 = self._norm(spec.out_channels)
+        self.norm2 = self._norm(spec.out_channels)
+        if not spec.is_depthwise:
+            self.conv1 = nn.Conv2d(
+                spec.in_channels,
+                spec.out_channels,
+                1,
+                groups=spec.groups,
+                bias=False,
+            )
+
+    @classmethod
+    def supports(cls, spec: ConvSpec) -> bool:
+        return not spec.is_pointwise
+
+    @property
+    def last_norm(self) -> _BatchNorm:
+        return self.norm2
+
+    def forward(self, x: Tensor) -> Tensor:
+        spec = self.spec
+        if spec.is_depthwise:
+            x = pad2d(x, spec.pads, spec.padding_mode)
+        else:
+            x = norm_then_pad(self.norm1, self.conv1(x), spec)
+        return run_norm(self.norm2, self._pool(x))
+
+    def _pool(self, x: Tensor) -> Tensor:
+        spec = self.spec
+        if spec.dilation == (1, 1):
+            return F.avg_pool2d(x, spec.kernel_size, spec.stride)
+        channels = spec.out_channels
+        kernel = avg_pool_kernel(
+            channels, spec.kernel_size, channels, x.dtype, x.device
+        )
+        return F.conv2d(
+            x,
+            kernel,
+            stride=spec.stride,
+            dilation=spec.dilation,
+            groups=channels,
+        )
+
+    def equivalent_kernel_bias(self) -> KernelBias:
+        spec = self.spec
+        norm = norm_scale_shift(self.norm2)
+        if spec.is_depthwise:
+            kernel = identity_kernel(
+                spec.in_channels,
+                spec.groups,
+                norm.scale.dtype,
+                norm.scale.device,
+            )
+            first = KernelBias(kernel, zero_bias(kernel))
+        else:
+            kernel = self.conv1.weight
+            first = fuse_conv_bn(
+                KernelBias(kernel, zero_bias(kernel)),
+                norm_scale_shift(self.norm1),
+            )
+        return fuse_conv_bn(fuse_1x1_avg(first, spec.kernel_size), norm)

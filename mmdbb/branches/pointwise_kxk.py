@@ -1,0 +1,143 @@
+# Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
+"""The branch ``1x1_kxk``: a 1x1, a norm, a KxK, a norm (DBB paper, sec. 3.3).
+
+Where it keeps the width, the 1x1 starts as the identity.
+"""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from mmdbb.branches.base import Branch, zero_bias
+from mmdbb.branches.norm import norm_scale_shift, norm_then_pad, run_norm
+from mmdbb.geometry import ConvSpec
+from mmdbb.registry import BRANCHES
+from mmdbb.transforms import (
+    KernelBias,
+    fuse_1x1_kxk,
+    fuse_conv_bn,
+    identity_kernel,
+)
+
+
+@BRANCHES.register_module(name='1x1_kxk')
+class PointwiseKxK(Branch):
+    """Two convolutions in sequence.
+
+    Args:
+        spec: Geometry of the block's convolution.
+        norm_cfg: Config of the norms.
+        internal_channels: Width between the two; by default that of the
+            input, and twice that on depthwise convolutions.
+
+    Raises:
+        ValueError: If ``internal_channels`` is not a positive multiple of the
+            groups.
+    """
+
+    def __init__(
+        self,
+        spec: ConvSpec,
+        norm_cfg: Optional[dict] = None,
+        internal_channels: Optional[int] = None,
+    ) -> None:
+        super().__init__(spec, norm_cfg)
+        if internal_channels is None:
+            internal_channels = spec.in_channels * (1 + spec.is_depthwise)
+        if (
+            not isinstance(internal_channels, int)
+            or internal_channels < 1
+            or internal_channels % spec.groups
+        ):
+            raise ValueError(
+                'internal_channels must be a positive multiple of groups='
+                f'{spec.groups}, got {internal_channels!r}'
+            )
+        self.norm1 = self._norm(internal_channels)
+        self.norm2 = self._norm(spec.out_channels)
+        if internal_channels == spec.in_channels:
+            self.conv1 = IdentityConv1x1(internal_channels, spec.groups)
+        else:
+            self.conv1 = nn.Conv2d(
+                spec.in_channels,
+                internal_channels,
+                1,
+                groups=spec.groups,
+                bias=False,
+            )
+        self.conv2 = nn.Conv2d(
+            internal_channels,
+            spec.out_channels,
+            spec.kernel_size,
+            spec.stride,
+            0,
+            spec.dilation,
+            spec.groups,
+            bias=False,
+        )
+
+    @property
+    def last_norm(self) -> _BatchNorm:
+        return self.norm2
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = norm_then_pad(self.norm1, self.conv1(x), self.spec)
+        return run_norm(self.norm2, self.conv2(x))
+
+    def equivalent_kernel_bias(self) -> KernelBias:
+        kernel1 = (
+            self.conv1.kernel
+            if isinstance(self.conv1, IdentityConv1x1)
+            else self.conv1.weight
+        )
+        kernel2 = self.conv2.weight
+        first = fuse_conv_bn(
+            KernelBias(kernel1, zero_bias(kernel1)),
+            norm_scale_shift(self.norm1),
+        )
+        second = fuse_conv_bn(
+            KernelBias(kernel2, zero_bias(kernel2)),
+            norm_scale_shift(self.norm2),
+        )
+        return fuse_1x1_kxk(first, second, self.spec.groups)
+
+
+class IdentityConv1x1(nn.Module):
+    """A 1x1 convolution whose kernel is the identity plus a weight.
+
+    The weight starts at zero and, as in the paper's code, weight decay pulls
+    it there: towards the identity. It is no ``nn.Conv2d``, so that rules that
+    initialise those pass it by.
+
+    Args:
+        channels: Channels in and out.
+        groups: Number of groups.
+    """
+
+    def __init__(self, channels: int, groups: int = 1) -> None:
+        super().__init__()
+        self.channels = channels
+        self.groups = groups
+        self.weight = nn.Parameter(
+            torch.zeros(channels, channels // groups, 1, 1)
+        )
+
+    @property
+    def kernel(self) -> Tensor:
+        """The kernel that is convolved with, (channels, channels/g, 1, 1)."""
+        weight = self.weight
+        return weight + identity_kernel(
+            self.channels, self.groups, weight.dtype, weight.device
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """From (N, C, H, W) to the same shape."""
+        return F.conv2d(x, self.kernel, groups=self.groups)
+
+    def extra_repr(self) -> str:
+        return f'{self.channels}, groups={self.groups}'

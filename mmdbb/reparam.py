@@ -1,0 +1,102 @@
+# Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
+"""Merging the blocks of a model: the only walk that does so."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from typing import Dict, Iterator, Tuple
+
+from torch import nn
+
+from mmdbb.blocks.base import ReparamConv2d
+from mmdbb.blocks.branch_sum import BranchSumConv2d
+
+
+def find_blocks(model: nn.Module) -> Dict[str, ReparamConv2d]:
+    """All blocks of a model by name, merged in place or not.
+
+    A block that stands in several places is listed by each of its names.
+    """
+    return {
+        name: module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, ReparamConv2d)
+    }
+
+
+def reparameterize(model: nn.Module, inplace: bool = False) -> nn.Module:
+    """Replace every block by the plain ``nn.Conv2d`` that it equals.
+
+    All kernels are composed and checked before the first block is replaced.
+
+    Args:
+        model: A model with blocks, or a block.
+        inplace: Whether to change the model itself instead of a copy.
+
+    Returns:
+        nn.Module: The model without any module of mmdbb's blocks; the
+        convolution if the model is itself a block.
+
+    Raises:
+        ValueError: If the model has no blocks, or a merged kernel is not
+            finite; the model is then unchanged.
+
+    Examples:
+        >>> from mmdbb import DBB
+        >>> model = nn.Sequential(DBB(3, 8, 3), nn.ReLU())
+        >>> type(reparameterize(model)[0]).__name__
+        'Conv2d'
+    """
+    blocks = find_blocks(model)
+    if not blocks:
+        raise ValueError(
+            f'{type(model).__name__} has no block to merge: it is merged '
+            'already, or was built without mmdbb'
+        )
+    convs = {}
+    for name, block in blocks.items():
+        if block in convs:
+            continue
+        try:
+            convs[block] = block.to_conv()
+        except ValueError as error:
+            raise ValueError(f'cannot merge {name or "the block"}: {error}') from error
+    if model in convs:
+        return convs[model]
+    if not inplace:
+        # Blocks are replaced while copying, so that they are never copied.
+        return copy.deepcopy(model, {id(b): c for b, c in convs.items()})
+    for parent, attribute, block in list(_places(model)):
+        setattr(parent, attribute, convs[block])
+    return model
+
+
+@contextlib.contextmanager
+def literal_forward(model: nn.Module) -> Iterator[nn.Module]:
+    """Within the context, branch sums compute their branches literally.
+
+    For verification: it compares different computations only if one side is
+    the plain sum of branches.
+    """
+    blocks = [
+        block
+        for block in find_blocks(model).values()
+        if isinstance(block, BranchSumConv2d) and not block.deploy
+    ]
+    for block in blocks:
+        block.forward_train = block.forward_branches
+    try:
+        yield model
+    finally:
+        for block in blocks:
+            vars(block).pop('forward_train', None)
+
+
+def _places(
+    model: nn.Module,
+) -> Iterator[Tuple[nn.Module, str, ReparamConv2d]]:
+    for parent in model.modules():
+        for attribute, child in parent._modules.items():
+            if isinstance(child, ReparamConv2d):
+                yield parent, attribute, child

@@ -1,0 +1,263 @@
+# Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
+"""The six transformations of the Diverse Branch Block paper, sec. 3.2.
+
+Ding et al., "Diverse Branch Block: Building a Convolution as an
+Inception-like Unit", CVPR 2021 (https://arxiv.org/abs/2103.13425).
+
+Pure functions on kernels and biases: differentiable, in any floating dtype
+and on any device. All of mmdbb's algebra stands here and nowhere else.
+
+=====  =========================================  =====================
+I      a convolution followed by a BN             :func:`fuse_conv_bn`
+II     the sum of branches                        :func:`add_branches`
+III    a 1x1 followed by a KxK                    :func:`fuse_1x1_kxk`
+IV     the concatenation of branches              :func:`concat_branches`
+V      average pooling                            :func:`avg_pool_kernel`
+VI     a small kernel as a large one              :func:`pad_kernel`
+=====  =========================================  =====================
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Optional, Tuple
+
+import torch
+from torch import Tensor
+
+
+class KernelBias(NamedTuple):
+    """A convolution's weights.
+
+    Attributes:
+        kernel: Shape (out, in / groups, kH, kW).
+        bias: Shape (out,).
+    """
+
+    kernel: Tensor
+    bias: Tensor
+
+
+class ScaleShift(NamedTuple):
+    """A norm with frozen statistics: ``y = x * scale + shift``.
+
+    Attributes:
+        scale: Shape (channels,).
+        shift: Shape (channels,).
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+
+def bn_scale_shift(
+    mean: Tensor,
+    var: Tensor,
+    weight: Optional[Tensor],
+    bias: Optional[Tensor],
+    eps: float,
+) -> ScaleShift:
+    """A batch norm in eval mode as one scale and shift a channel.
+
+    Args:
+        mean: Running mean, shape (channels,).
+        var: Running variance, shape (channels,).
+        weight: Gamma, shape (channels,); None means 1.
+        bias: Beta, shape (channels,); None means 0.
+        eps: Added to the variance.
+
+    Returns:
+        ScaleShift: Both of shape (channels,). The shift is also what the norm
+        makes of a zero, hence of a zero-padded border.
+    """
+    scale = (var + eps).rsqrt()
+    if weight is not None:
+        scale = weight * scale
+    shift = -mean * scale
+    if bias is not None:
+        shift = bias + shift
+    return ScaleShift(scale, shift)
+
+
+def fuse_conv_bn(conv: KernelBias, norm: ScaleShift) -> KernelBias:
+    """Transform I (eq. 2): a convolution followed by a norm.
+
+    Args:
+        conv: Kernel (out, in / groups, kH, kW) and bias (out,).
+        norm: The norm's scale and shift, both (out,).
+
+    Returns:
+        KernelBias: Of the same shapes.
+
+    Examples:
+        >>> conv = KernelBias(torch.ones(1, 1, 1, 1), torch.ones(1))
+        >>> norm = bn_scale_shift(
+        ...     torch.ones(1), torch.full((1,), 4.), None, None, 0.)
+        >>> fuse_conv_bn(conv, norm).kernel.item()
+        0.5
+    """
+    kernel = conv.kernel * norm.scale.reshape(-1, 1, 1, 1)
+    return KernelBias(kernel, conv.bias * norm.scale + norm.shift)
+
+
+def add_branches(*branches: KernelBias) -> KernelBias:
+    """Transform II (eq. 4): the sum of branches of one geometry.
+
+    Raises:
+        ValueError: If there is no branch, or shapes differ (a sum would
+            broadcast silently).
+    """
+    if not branches:
+        raise ValueError('add_branches needs at least one branch')
+    shapes = {tuple(branch.kernel.shape) for branch in branches}
+    if len(shapes) > 1:
+        raise ValueError(
+            f'branches must have kernels of one shape, got {sorted(shapes)}; '
+            'bring them to one size with pad_kernel'
+        )
+    kernel, bias = branches[0]
+    for branch in branches[1:]:
+        kernel = kernel + branch.kernel
+        bias = bias + branch.bias
+    return KernelBias(kernel, bias)
+
+
+def fuse_1x1_kxk(
+    first: KernelBias, second: KernelBias, groups: int = 1
+) -> KernelBias:
+    """Transform III (eq. 5-8): a 1x1 convolution followed by a KxK one.
+
+    The two are one convolution if the border between them is padded with
+    the first one's bias, which is what a zero-padded input becomes there.
+
+    Args:
+        first: Kernel (mid, in / groups, 1, 1) and bias (mid,).
+        second: Kernel (out, mid / groups, kH, kW) and bias (out,).
+        groups: Groups of both.
+
+    Returns:
+        KernelBias: Kernel (out, in / groups, kH, kW) and bias (out,).
+    """
+    mid, inside = first.kernel.shape[:2]
+    out, _, *size = second.kernel.shape
+    kernel1 = first.kernel.reshape(groups, mid // groups, inside)
+    kernel2 = second.kernel.reshape(groups, out // groups, mid // groups, -1)
+    kernel = torch.einsum('gomk,gmi->goik', kernel2, kernel1)
+    bias = torch.einsum(
+        'gomk,gm->go', kernel2, first.bias.reshape(groups, mid // groups)
+    )
+    return KernelBias(
+        kernel.reshape(out, inside, *size), bias.reshape(out) + second.bias
+    )
+
+
+def concat_branches(*branches: KernelBias) -> KernelBias:
+    """Transform IV (eq. 9): branches side by side in the output's channels.
+
+    Args:
+        branches: Kernels (out_i, in, kH, kW) that read the same input
+            channels: dense ones, or the groups of one grouped convolution in
+            their order.
+
+    Returns:
+        KernelBias: Kernel (sum of out_i, in, kH, kW) and bias.
+    """
+    if not branches:
+        raise ValueError('concat_branches needs at least one branch')
+    return KernelBias(
+        torch.cat([branch.kernel for branch in branches]),
+        torch.cat([branch.bias for branch in branches]),
+    )
+
+
+def avg_pool_kernel(
+    channels: int,
+    kernel_size: Tuple[int, int],
+    groups: int = 1,
+    dtype: Optional[torch.dtype] = None,
+    device: Optional[torch.device] = None,
+) -> Tensor:
+    """Transform V (eq. 10): the kernel of an average pooling.
+
+    Args:
+        channels: Channels in and out.
+        kernel_size: Height and width in pixels.
+        groups: Groups of the convolution that the pooling becomes.
+        dtype: Of the result.
+        device: Of the result.
+
+    Returns:
+        Tensor: Shape (channels, channels / groups, kH, kW).
+    """
+    eye = identity_kernel(channels, groups, dtype, device)
+    area = kernel_size[0] * kernel_size[1]
+    return (eye / area).repeat(1, 1, *kernel_size)
+
+
+def identity_kernel(
+    channels: int,
+    groups: int = 1,
+    dtype: Optional[torch.dtype] = None,
+    device: Optional[torch.device] = None,
+) -> Tensor:
+    """The 1x1 kernel that changes nothing, (channels, channels/groups, 1, 1).
+
+    Source: the DBB paper, sec. 3.3 (initialisation of the 1x1-KxK branch).
+    """
+    eye = torch.eye(channels // groups, dtype=dtype, device=device)
+    return eye.repeat(groups, 1).reshape(channels, -1, 1, 1)
+
+
+def fuse_1x1_avg(
+    first: KernelBias, kernel_size: Tuple[int, int]
+) -> KernelBias:
+    """Transforms III and V in one: a 1x1 followed by an average pooling.
+
+    Every tap holds the same share of the 1x1 kernel, so no product of
+    kernels is needed.
+
+    Args:
+        first: Kernel (out, in / groups, 1, 1) and bias (out,).
+        kernel_size: Height and width of the pooling in pixels.
+
+    Returns:
+        KernelBias: Kernel (out, in / groups, kH, kW) and bias (out,).
+    """
+    area = kernel_size[0] * kernel_size[1]
+    return KernelBias(
+        (first.kernel / area).expand(-1, -1, *kernel_size), first.bias
+    )
+
+
+def pad_kernel(
+    kernel: Tensor,
+    kernel_size: Tuple[int, int],
+    offset: Optional[Tuple[int, int]] = None,
+) -> Tensor:
+    """Transform VI: a small kernel as a large one, zero elsewhere.
+
+    Args:
+        kernel: Shape (out, in / groups, h, w).
+        kernel_size: Height and width of the result.
+        offset: Row and column of the small kernel's first tap; by default it
+            stands in the middle.
+
+    Returns:
+        Tensor: Shape (out, in / groups, kH, kW).
+
+    Raises:
+        ValueError: If the small kernel does not fit there.
+    """
+    small = tuple(kernel.shape[-2:])
+    if offset is None:
+        offset = tuple((k - s) // 2 for k, s in zip(kernel_size, small))
+    after = tuple(
+        k - s - o for k, s, o in zip(kernel_size, small, offset)
+    )
+    if min(*offset, *after) < 0:
+        raise ValueError(
+            f'a kernel of size {small} at offset {offset} does not fit in '
+            f'one of size {tuple(kernel_size)}'
+        )
+    return torch.nn.functional.pad(
+        kernel, (offset[1], after[1], offset[0], after[0])
+    )
