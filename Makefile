@@ -1,0 +1,31 @@
+# make install | demo | test | lint, each for one stack of host packages:
+#
+#   make test                      mmengine, mmcv, mmpretrain, mmdet, mmseg
+#   make test STACK=onedl          the same imports from the onedl forks
+#   make demo TASK=detection       classification (default), detection or
+#                                  segmentation
+#
+# Every target builds what is missing of the environment first.
+STACK ?= openmmlab
+TASK ?= classification
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+
+# The installer's last line is the environment's folder.
+IN_ENV = venv=$$(requirements/install.sh $(STACK) | tail -n 1) && "$$venv/bin/python"
+
+.PHONY: install demo test lint
+
+install:
+	@$(IN_ENV) --version
+
+demo:
+	@$(IN_ENV) tools/demo.py --task $(TASK)
+
+test:
+	@$(IN_ENV) -m pytest -q tests
+
+lint:
+	@$(IN_ENV) -m ruff check .
+	@$(IN_ENV) -m ruff format --check .
