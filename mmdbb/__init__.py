@@ -1,5 +1,16 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""Structural re-parameterization for OpenMMLab 2.x and plain PyTorch."""
+"""Structural re-parameterization for OpenMMLab 2.x and plain PyTorch.
+
+Importing the package registers its convolution layers, so that
+``conv_cfg=dict(type='DBB')`` works in any config. ``mmdbb.backbones``, which
+needs mmpretrain, is imported on its own.
+"""
+
+from mmdbb import hosts
+
+hosts.require('mmengine')
+hosts.require('mmcv')
+hosts.cure_config_bases()
 
 from mmdbb.blocks import (
     ACB,
@@ -9,8 +20,12 @@ from mmdbb.blocks import (
     RepVGGBlock,
     RepVGGConv,
 )
+from mmdbb.checkpoint.deploy import load_deployed
+from mmdbb.checkpoint.safe_globals import allow_mmengine_checkpoints
 from mmdbb.reparam import reparameterize
 from mmdbb.version import __version__
+
+allow_mmengine_checkpoints()
 
 __all__ = [
     'ACB',
@@ -20,5 +35,6 @@ __all__ = [
     'RepVGGBlock',
     'RepVGGConv',
     '__version__',
+    'load_deployed',
     'reparameterize',
 ]

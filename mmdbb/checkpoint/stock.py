@@ -1,0 +1,139 @@
+# Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
+"""From a network with blocks to the stock network that equals it.
+
+The stock network is what the host package itself builds: no ``conv_cfg``, no
+backbone of mmdbb. Its convolutions have no bias where a norm follows, so the
+merged bias folds into that norm: ``mean -= bias``. Where the block had taken
+the norm's place, a norm with weight 1, bias b, mean 0 and variance 1 - eps
+comes back, which adds b and changes nothing else.
+"""
+
+from __future__ import annotations
+
+from typing import Dict
+
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from mmdbb.errors import UserError
+from mmdbb.host_norms import norm_names
+from mmdbb.reparam import find_blocks, reparameterize
+
+#: Backbones of mmdbb -> what they are once merged.
+STOCK_BACKBONES = {
+    'ResNetDBB': 'ResNet',
+    'ResNetV1cDBB': 'ResNetV1c',
+    'ResNetV1dDBB': 'ResNetV1d',
+    'ResNeXtDBB': 'ResNeXt',
+}
+
+
+def stock_config(cfg: Config) -> Config:
+    """The config of the stock network, for use without mmdbb.
+
+    Args:
+        cfg: Any config of the mm family.
+
+    Returns:
+        Config: A copy without mmdbb's layers, backbones and imports, and
+        without a checkpoint to start from.
+    """
+    fields = _without_blocks(cfg.to_dict())
+    imports = fields.pop('custom_imports', None)
+    if imports:
+        names = imports['imports']
+        names = [names] if isinstance(names, str) else names
+        kept = [name for name in names if name.split('.')[0] != 'mmdbb']
+        if kept:
+            fields['custom_imports'] = dict(imports, imports=kept)
+    fields.update(load_from=None, resume=False)
+    return Config(fields)
+
+
+def _without_blocks(node):
+    if isinstance(node, (list, tuple)):
+        return type(node)(_without_blocks(item) for item in node)
+    if not isinstance(node, dict):
+        return node
+    node = {k: _without_blocks(v) for k, v in node.items()}
+    conv_cfg = node.get('conv_cfg')
+    if isinstance(conv_cfg, dict) and _is_block(conv_cfg.get('type')):
+        node['conv_cfg'] = None
+    scope, _, name = _type_name(node.get('type')).rpartition('.')
+    if name in STOCK_BACKBONES:
+        node['type'] = f'{scope or "mmpretrain"}.{STOCK_BACKBONES[name]}'
+        for key in ('block', 'deploy'):
+            node.pop(key, None)
+    return node
+
+
+def _type_name(type_) -> str:
+    return type_.__name__ if isinstance(type_, type) else str(type_ or '')
+
+
+def _is_block(type_) -> bool:
+    layer = MODELS.get(_type_name(type_).rpartition('.')[2])
+    return hasattr(layer, 'block')
+
+
+@torch.no_grad()
+def stock_state(model: nn.Module, stock: nn.Module) -> Dict[str, Tensor]:
+    """Weights for the stock network.
+
+    Args:
+        model: The network with blocks; unchanged.
+        stock: The stock network, to know what it expects.
+
+    Returns:
+        dict: A state dict that ``stock`` loads strictly.
+
+    Raises:
+        UserError: If a merged bias has no place in the stock network.
+        ValueError: If the model has no blocks.
+    """
+    merged = reparameterize(model)
+    expected = stock.state_dict()
+    stock_modules = dict(stock.named_modules())
+    pairs = norm_names(merged)
+    state = merged.state_dict()
+    for name in find_blocks(model):
+        if f'{name}.bias' in expected:
+            continue
+        bias = state.pop(f'{name}.bias')
+        norm_name = pairs.get(name)
+        norm = stock_modules.get(norm_name)
+        if not isinstance(norm, _BatchNorm) or not norm.track_running_stats:
+            raise UserError(
+                f'the bias of the merged {name} has no place in the stock '
+                'network: its convolution has none, and no batch norm with '
+                'running statistics is known to follow'
+            )
+        mean = f'{norm_name}.running_mean'
+        if mean in state:
+            exact = state[mean].double() - bias.double()
+            state[mean] = exact.to(state[mean].dtype)
+        else:
+            state.update(_norm_that_adds(bias, norm, norm_name))
+    return state
+
+
+def _norm_that_adds(
+    bias: Tensor, norm: _BatchNorm, name: str
+) -> Dict[str, Tensor]:
+    if not norm.affine:
+        raise UserError(
+            f'the stock network has no place for the bias before {name}: '
+            'that norm has affine=False'
+        )
+    return {
+        f'{name}.weight': torch.ones_like(bias),
+        f'{name}.bias': bias,
+        f'{name}.running_mean': torch.zeros_like(bias),
+        f'{name}.running_var': torch.full_like(bias, 1 - norm.eps),
+        f'{name}.num_batches_tracked': torch.zeros_like(
+            norm.num_batches_tracked
+        ),
+    }

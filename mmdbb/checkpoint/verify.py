@@ -1,0 +1,174 @@
+# Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
+"""Whether two networks are the same function, by what they compute.
+
+One side sums branches, the other runs plain convolutions. Compared are the
+features and the outputs of every dense head. Blocks that these do not reach
+(inside a RoI head, say) are compared one by one.
+"""
+
+from __future__ import annotations
+
+from typing import Dict, Iterator, List, NamedTuple, Tuple
+
+import torch
+from torch import Tensor, nn
+
+from mmdbb.errors import UserError
+from mmdbb.host_norms import norm_names
+from mmdbb.reparam import find_blocks, literal_forward
+
+#: Attributes under which the host packages keep heads that read features.
+DENSE_HEADS = (
+    'head',
+    'decode_head',
+    'auxiliary_head',
+    'bbox_head',
+    'rpn_head',
+    'mask_head',
+)
+
+
+class Difference(NamedTuple):
+    """How far two networks are apart.
+
+    Attributes:
+        largest: Largest difference of one number, relative to the largest
+            magnitude of the output it belongs to.
+        output: The output it belongs to.
+        compared: Names of all outputs compared.
+    """
+
+    largest: float
+    output: str
+    compared: Tuple[str, ...]
+
+
+@torch.no_grad()
+def compare_networks(
+    model: nn.Module, merged: nn.Module, batches: List[Tensor]
+) -> Difference:
+    """Compare a network with blocks, summed literally, with a merged one.
+
+    Args:
+        model: The network with blocks, in eval mode.
+        merged: The network without, in eval mode.
+        batches: Normalised images, each of shape (N, C, H, W).
+
+    Returns:
+        Difference: The largest one.
+
+    Raises:
+        UserError: If the network cannot be run on the images.
+    """
+    blocks = find_blocks(model)
+    reached = set()
+    hooks = [
+        block.register_forward_hook(lambda b, *_: reached.add(b))
+        for block in blocks.values()
+    ]
+    norms = norm_names(model)
+    worst, where, compared = 0.0, '', []
+    try:
+        with literal_forward(model):
+            pairs = _outputs_of_both(model, merged, batches)
+            for name, expected, found in pairs:
+                compared.append(name)
+                error = relative_error(found, expected)
+                if not error <= worst:  # a NaN counts
+                    worst, where = error, name
+            for name, block in blocks.items():
+                if block in reached:
+                    continue
+                compared.append(name)
+                # With the norm behind it, which may hold the merged bias.
+                x = _input_for(block)
+                layers = [name, norms[name]] if name in norms else [name]
+                error = relative_error(
+                    _run(merged, layers, x), _run(model, layers, x)
+                )
+                if not error <= worst:
+                    worst, where = error, name
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return Difference(worst, where, tuple(dict.fromkeys(compared)))
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """Largest difference over the largest magnitude expected."""
+    if found.shape != expected.shape:
+        return float('nan')
+    scale = expected.abs().max().clamp_min(torch.finfo(expected.dtype).tiny)
+    return ((found - expected).abs().max() / scale).item()
+
+
+def network_outputs(model: nn.Module, images: Tensor) -> Dict[str, Tensor]:
+    """Features and outputs of all dense heads, by name.
+
+    Args:
+        model: A classifier, detector or segmentor, or any module that maps
+            images to tensors.
+        images: Normalised images of shape (N, C, H, W).
+    """
+    if not hasattr(model, 'extract_feat'):
+        return dict(_tensors('output', model(images)))
+    features = model.extract_feat(images)
+    outputs = dict(_tensors('features', features))
+    for name in DENSE_HEADS:
+        head = getattr(model, name, None)
+        if isinstance(head, nn.Module):
+            heads = head if isinstance(head, nn.ModuleList) else [head]
+            for i, each in enumerate(heads):
+                label = f'{name}.{i}' if len(heads) > 1 else name
+                outputs.update(_tensors(label, each(features)))
+    return outputs
+
+
+def _outputs_of_both(
+    model: nn.Module, merged: nn.Module, batches: List[Tensor]
+) -> Iterator[Tuple[str, Tensor, Tensor]]:
+    for batch in batches:
+        try:
+            expected = network_outputs(model, batch)
+            found = network_outputs(merged, batch)
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise UserError(
+                f'the network cannot be run on images of shape '
+                f'{tuple(batch.shape)}: {error}; choose another --image-size'
+            ) from error
+        for name, value in expected.items():
+            yield name, value, found[name]
+
+
+def _tensors(name: str, value) -> Iterator[Tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            yield name, value
+    elif isinstance(value, (list, tuple)):
+        for i, item in enumerate(value):
+            yield from _tensors(f'{name}.{i}', item)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _tensors(f'{name}.{key}', item)
+
+
+def _run(model: nn.Module, layers: List[str], x: Tensor) -> Tensor:
+    for name in layers:
+        x = model.get_submodule(name)(x)
+    return x
+
+
+def _input_for(block: nn.Module) -> Tensor:
+    parameter = next(block.parameters())
+    spec = block.spec
+    size = [2 * d * k + s for d, k, s in zip(
+        spec.dilation, spec.kernel_size, spec.stride
+    )]
+    return torch.randn(
+        2,
+        spec.in_channels,
+        *size,
+        dtype=parameter.dtype,
+        device=parameter.device,
+    )
+
