@@ -1,0 +1,5 @@
+# The same CenterNet with Asymmetric Convolution Blocks (arXiv:1908.03930),
+# which DBB is compared with.
+_base_ = './resnet18_dbb_centernet_coco.py'
+
+model = dict(backbone=dict(block=dict(type='ACB')))

@@ -1,0 +1,5 @@
+# The same PSPNet with Asymmetric Convolution Blocks (arXiv:1908.03930), which
+# DBB is compared with.
+_base_ = './resnet18_dbb_cityscapes.py'
+
+model = dict(backbone=dict(block=dict(type='ACB')))

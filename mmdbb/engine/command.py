@@ -1,0 +1,150 @@
+# Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
+"""What the command-line tools share: arguments, configs, users' mistakes.
+
+A user's mistake ends a command with one line on stderr and exit code 2. A
+bug keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Callable, NoReturn
+
+from mmengine.config import Config, DictAction
+from mmengine.utils import import_modules_from_strings
+
+from mmdbb.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors take one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print `message` to stderr and exit with code 2."""
+        self.exit(2, f'{self.prog}: {message} (see {self.prog} --help)\n')
+
+
+class CfgOptions(DictAction):
+    """`--cfg-options key=value ...`, refusing what has no such shape."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        """Merge `values` into the namespace."""
+        for value in values:
+            key, equals, _ = value.partition('=')
+            if not equals or not all(key.split('.')):
+                parser.error(
+                    f'{option_string} takes KEY=VALUE with a dotted key, as '
+                    f'in optim_wrapper.optimizer.lr=0.01; got {value!r}'
+                )
+        try:
+            super().__call__(parser, namespace, values, option_string)
+        except AssertionError as error:  # brackets that do not match
+            parser.error(f'{option_string}: {error}')
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Run a tool's `main`; a `UserError` ends it with exit code 2.
+
+    A file that is missing is the user's mistake too: data sets and weights
+    are named in configs, and the error names the file.
+    """
+    try:
+        main()
+    except (UserError, FileNotFoundError) as error:
+        line = ' '.join(str(error).split())
+        print(f'{Path(sys.argv[0]).name}: {line}', file=sys.stderr)
+        sys.exit(2)
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what every command on a config takes."""
+    parser.add_argument('config', help='path of the config')
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=CfgOptions,
+        metavar='KEY=VALUE',
+        help='change fields of the config, e.g. train_cfg.max_epochs=10; '
+        'lists as key="[a,b]" or key=a,b, without spaces',
+    )
+    parser.add_argument(
+        '--work-dir',
+        help='folder for logs and checkpoints; default: work_dir of the '
+        'config, or work_dirs/NAME_OF_CONFIG',
+    )
+
+
+def add_launcher_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add how the command's processes were started."""
+    parser.add_argument(
+        '--launcher',
+        choices=['none', 'pytorch', 'slurm', 'mpi'],
+        default='none',
+        help='what started the processes of a distributed run',
+    )
+    # torch's launchers pass it in one spelling or the other.
+    parser.add_argument(
+        '--local_rank',
+        '--local-rank',
+        type=int,
+        default=0,
+        help=argparse.SUPPRESS,
+    )
+
+
+def load_config(args: argparse.Namespace) -> Config:
+    """Read the config that the arguments name, with their changes.
+
+    Sets `work_dir`, and `launcher` where the command has that argument.
+
+    Args:
+        args: Parsed arguments of :func:`add_config_arguments`, and perhaps
+            of :func:`add_launcher_arguments`.
+
+    Raises:
+        UserError: The config is missing, cannot be read, cannot import what
+            it names, or has no place for one of the changes.
+    """
+    path = check_file(args.config, 'config')
+    try:
+        config = Config.fromfile(path, import_custom_modules=False)
+    except Exception as error:  # a config is code: anything may be raised
+        raise UserError(
+            f'cannot read config {path}: {type(error).__name__}: {error}'
+        ) from error
+    imports = config.get('custom_imports')
+    if imports:
+        try:
+            import_modules_from_strings(**imports)
+        except (ImportError, TypeError) as error:
+            raise UserError(
+                f'custom_imports of {path}: {error.__cause__ or error}'
+            ) from error
+    try:
+        config.merge_from_dict(args.cfg_options or {})
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        raise UserError(f'--cfg-options do not fit {path}: {error}') from error
+    if args.work_dir:
+        config.work_dir = args.work_dir
+    elif config.get('work_dir') is None:
+        config.work_dir = os.path.join('work_dirs', Path(path).stem)
+    if 'launcher' in args:
+        config.launcher = args.launcher
+        os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    return config
+
+
+def check_file(path: str, what: str) -> str:
+    """Return `path` unless it is a local file that does not exist.
+
+    Addresses of other backends (`https://`, `torchvision://`) pass.
+
+    Raises:
+        UserError: No such file; `what` says what it should have been.
+    """
+    if '://' not in path and not os.path.isfile(path):
+        raise UserError(f'no such {what}: {path}')
+    return path

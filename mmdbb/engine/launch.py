@@ -1,0 +1,216 @@
+# Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
+"""One way to train and to test for the three tasks.
+
+The tools of mmpretrain, mmdet and mmseg differ where their packages do. What
+differs stands in one table here, chosen by the config's `default_scope`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from typing import NamedTuple
+
+from mmengine.config import Config, ConfigDict
+from mmengine.device import get_device
+from mmengine.evaluator import DumpResults
+from mmengine.registry import METRICS, RUNNERS
+from mmengine.runner import Runner
+
+from mmdbb.engine.command import UserError, check_file
+
+
+class Task(NamedTuple):
+    """What a host package does in its own way.
+
+    Attributes:
+        draw: The visualization hook's argument that turns drawing on.
+        show_dir: Where the folder for drawn images goes: a path in the
+            config.
+        dump: The metric that writes predictions to a file.
+        dataloader: Arguments that the host's own tools give dataloaders.
+        tta_model: The default way to merge test-time augmentation.
+        tta_meta: Meta data that its inputs must carry, beyond the usual.
+    """
+
+    draw: str
+    show_dir: str
+    dump: str = 'DumpResults'
+    dataloader: dict = {}
+    tta_model: dict | None = None
+    tta_meta: tuple = ()
+
+
+TASKS = {
+    'mmpretrain': Task(
+        draw='enable',
+        show_dir='default_hooks.visualization.out_dir',
+        dataloader=dict(collate_fn=dict(type='default_collate')),
+        tta_model=dict(type='mmpretrain.AverageClsScoreTTA'),
+    ),
+    'mmdet': Task(
+        draw='draw',
+        show_dir='default_hooks.visualization.test_out_dir',
+        dump='DumpDetResults',
+        tta_model=dict(
+            type='mmdet.DetTTAModel',
+            tta_cfg=dict(
+                nms=dict(type='nms', iou_threshold=0.5), max_per_img=100
+            ),
+        ),
+        tta_meta=('flip', 'flip_direction'),
+    ),
+    'mmseg': Task(draw='draw', show_dir='visualizer.save_dir'),
+}
+
+
+def train(config: Config, args: argparse.Namespace) -> None:
+    """Train the model of `config`.
+
+    Args:
+        config: A training config, from :func:`load_config`.
+        args: Parsed arguments of `tools/train.py`.
+
+    Raises:
+        UserError: An argument does not fit the config or the machine.
+    """
+    if args.no_validate:
+        config.val_cfg = config.val_dataloader = config.val_evaluator = None
+    if args.amp:
+        _enable_amp(config)
+    if args.auto_scale_lr:
+        if 'base_batch_size' not in config.get('auto_scale_lr', {}):
+            raise UserError(
+                '--auto-scale-lr needs auto_scale_lr.base_batch_size in the '
+                'config'
+            )
+        config.auto_scale_lr.enable = True
+    if args.resume:
+        config.resume = True
+        # None: the latest checkpoint of the work folder.
+        config.load_from = (
+            None
+            if args.resume == 'auto'
+            else check_file(args.resume, 'checkpoint to resume from')
+        )
+    build_runner(config).train()
+
+
+def test(config: Config, args: argparse.Namespace) -> dict:
+    """Evaluate a checkpoint on the config's test set.
+
+    Args:
+        config: A test config, from :func:`load_config`.
+        args: Parsed arguments of `tools/test.py`.
+
+    Returns:
+        The metrics by name.
+
+    Raises:
+        UserError: An argument does not fit the config.
+    """
+    config.load_from = check_file(args.checkpoint, 'checkpoint')
+    config.resume = False
+    if args.out and not args.out.endswith(('.pkl', '.pickle')):
+        raise UserError(
+            f'--out takes a file that ends in .pkl or .pickle; got {args.out}'
+        )
+    if config.get('test_dataloader') is None:
+        raise UserError('the config has no test_dataloader')
+    if args.show or args.show_dir:
+        _enable_drawing(config, args)
+    if args.tta:
+        _enable_tta(config)
+    runner = build_runner(config)
+    if args.out:
+        dump = METRICS.get(_task(config).dump) or DumpResults
+        runner.test_evaluator.metrics.append(dump(out_file_path=args.out))
+    return runner.test()
+
+
+def build_runner(config: Config) -> Runner:
+    """Build the config's runner, its dataloaders as the host's tools do.
+
+    Raises:
+        UserError: The config is of no known host, or the machine cannot run
+            what the arguments ask for.
+    """
+    for name in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
+        loader = config.get(name)
+        if loader is not None:
+            for key, value in _task(config).dataloader.items():
+                loader.setdefault(key, value)
+    launcher = config.get('launcher', 'none')
+    if launcher in ('pytorch', 'slurm') and get_device() == 'cpu':
+        raise UserError(f'--launcher {launcher} needs GPUs; none was found')
+    if 'runner_type' in config:
+        return RUNNERS.build(config)
+    return Runner.from_cfg(config)
+
+
+def _task(config: Config) -> Task:
+    scope = config.get('default_scope')
+    if scope not in TASKS:
+        raise UserError(
+            f'default_scope of the config is {scope!r}; allowed: '
+            f'{", ".join(TASKS)}'
+        )
+    return TASKS[scope]
+
+
+def _enable_amp(config: Config) -> None:
+    """Train in mixed precision, the loss scaled dynamically."""
+    kind = config.optim_wrapper.get('type', 'OptimWrapper')
+    if kind not in ('OptimWrapper', 'AmpOptimWrapper'):
+        raise UserError(
+            f'--amp takes the place of OptimWrapper; optim_wrapper.type of '
+            f'the config is {kind}'
+        )
+    if get_device() == 'cpu':
+        raise UserError('--amp needs a GPU; none was found')
+    config.optim_wrapper.type = 'AmpOptimWrapper'
+    config.optim_wrapper.setdefault('loss_scale', 'dynamic')
+
+
+def _enable_drawing(config: Config, args: argparse.Namespace) -> None:
+    task = _task(config)
+    hook = config.get('default_hooks', {}).get('visualization')
+    if hook is None:
+        raise UserError(
+            '--show and --show-dir need default_hooks.visualization in the '
+            'config'
+        )
+    hook[task.draw] = True
+    hook.show = args.show
+    hook.wait_time = args.wait_time
+    if args.show_dir:
+        config.merge_from_dict({task.show_dir: args.show_dir})
+
+
+def _enable_tta(config: Config) -> None:
+    """Average predictions over test-time augmentation.
+
+    The config's own `tta_model` and `tta_pipeline`, or else flipping, where
+    the host has a model that merges it.
+    """
+    task = _task(config)
+    model = config.get('tta_model', task.tta_model)
+    if model is None:
+        raise UserError('--tta needs tta_model in the config')
+    dataset = config.test_dataloader.dataset
+    while 'dataset' in dataset:  # a wrapper
+        dataset = dataset.dataset
+    pipeline = config.get('tta_pipeline')
+    if pipeline is None:
+        *pipeline, pack = copy.deepcopy(dataset.pipeline)
+        if task.tta_meta:
+            usual = pack.get(
+                'meta_keys',
+                ('img_id', 'img_path', 'ori_shape', 'img_shape')
+                + ('scale_factor',),
+            )
+            pack.meta_keys = (*usual, *task.tta_meta)
+        flips = [dict(type='RandomFlip', prob=prob) for prob in (1.0, 0.0)]
+        pipeline.append(dict(type='TestTimeAug', transforms=[flips, [pack]]))
+    dataset.pipeline = pipeline
+    config.model = ConfigDict(**model, module=config.model)

@@ -1,0 +1,49 @@
+# Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
+"""Evaluate a classifier, detector or segmentor: tools/test.py CONFIG CKPT."""
+
+from mmdbb.engine.command import (
+    Parser,
+    add_config_arguments,
+    add_launcher_arguments,
+    load_config,
+    run_command,
+)
+from mmdbb.engine.launch import test
+
+
+def parse_args():
+    parser = Parser(description=__doc__)
+    add_config_arguments(parser)
+    parser.add_argument('checkpoint', help='path of the checkpoint')
+    parser.add_argument(
+        '--out', metavar='FILE.pkl', help='write the predictions to a file'
+    )
+    parser.add_argument(
+        '--show', action='store_true', help='show predictions in a window'
+    )
+    parser.add_argument(
+        '--show-dir', help='folder for images with predictions drawn on them'
+    )
+    parser.add_argument(
+        '--wait-time',
+        type=float,
+        default=2,
+        help='seconds that an image is shown',
+    )
+    parser.add_argument(
+        '--tta',
+        action='store_true',
+        help='average over test-time augmentation: tta_pipeline of the '
+        'config, or flipping',
+    )
+    add_launcher_arguments(parser)
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    test(load_config(args), args)
+
+
+if __name__ == '__main__':
+    run_command(main)
