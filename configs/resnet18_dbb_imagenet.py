@@ -11,8 +11,19 @@ train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='RandomResizedCrop', scale=224),
     dict(type='RandomFlip', prob=0.5, direction='horizontal'),
-    # utils.py: 0.4 each; it jitters the hue and leaves the contrast
-    dict(type='ColorJitter', brightness=0.4, saturation=0.4, hue=0.4),
+    # utils.py: 0.4 each; it jitters the hue and leaves the contrast. It is
+    # torchvision's, as there; mmcv's fails on half of all hues with numpy 2.
+    dict(type='NumpyToPIL', to_rgb=True),
+    dict(
+        type='torchvision/ColorJitter',
+        brightness=0.4,
+        saturation=0.4,
+        hue=0.4,
+    ),
+    dict(type='PILToNumpy', to_bgr=True),
+    # Turns pixels into floats and does nothing else: Lighting keeps the type,
+    # and in bytes its shift would wrap around (258 to 2).
+    dict(type='Normalize', mean=[0] * 3, std=[1] * 3, to_rgb=False),
     dict(
         type='Lighting',
         alphastd=0.1,  # utils.py

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import mmcv
+import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
@@ -155,3 +157,74 @@ def test_config(config):
     for want, have in zip(expected, outputs_of(merged, image)):
         error = (want - have).abs().max() / want.abs().max()
         assert error < 1e-10
+
+
+@pytest.mark.parametrize('name', ['resnet18_dbb', 'resnet50_acb'])
+def test_imagenet_optimizer_is_the_papers(name):
+    # train.py of the DBB code: 'bias' in the name doubles the rate.
+    config = Config.fromfile(ROOT / f'{name}_imagenet.py')
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        model = MODELS.build(config.model)
+        optimizer = build_optim_wrapper(model, config.optim_wrapper).optimizer
+    names = {id(value): key for key, value in model.named_parameters()}
+    seen = set()
+    for group in optimizer.param_groups:
+        assert group['momentum'] == 0.9
+        assert group['weight_decay'] == 1e-4
+        for value in group['params']:
+            key = names[id(value)]
+            assert group['lr'] == (0.2 if 'bias' in key else 0.1), key
+            seen.add(key)
+    assert seen == set(names.values())
+    assert any('norm' in key and 'bias' in key for key in seen)
+    assert config.train_cfg.max_epochs == config.param_scheduler.T_max == 120
+    assert config.auto_scale_lr.base_batch_size == 256
+
+
+def test_imagenet_pipeline_runs(tmp_path):
+    from mmpretrain.registry import TRANSFORMS
+
+    image = np.random.default_rng(0).integers(256, size=(280, 300, 3))
+    path = tmp_path / 'image.jpg'
+    mmcv.imwrite(image.astype(np.uint8), str(path))
+    config = Config.fromfile(ROOT / 'resnet18_dbb_imagenet.py')
+    transforms = [
+        TRANSFORMS.build(transform)
+        for transform in config.train_dataloader.dataset.pipeline
+    ]
+    for _ in range(20):  # random transforms, negative hues among them
+        results = dict(img_path=str(path), gt_label=3)
+        for transform in transforms:
+            results = transform(results)
+        assert results['inputs'].shape == (3, 224, 224)
+        assert results['data_samples'].gt_label.item() == 3
+
+
+def test_imagenet_lighting_is_the_papers():
+    from mmpretrain.registry import TRANSFORMS
+
+    config = Config.fromfile(ROOT / 'resnet18_dbb_imagenet.py')
+    pipeline = config.train_dataloader.dataset.pipeline
+    types = [transform.type for transform in pipeline]
+    start, stop = types.index('PILToNumpy') + 1, types.index('PackInputs')
+    image = np.full((2, 3, 3), 254, np.uint8)
+    results = dict(img=image)
+    np.random.seed(2)
+    for transform in pipeline[start:stop]:
+        results = TRANSFORMS.build(transform)(results)
+    lit = results['img']
+    np.random.seed(2)
+    alpha = np.random.normal(0, 0.1, 3)
+    # utils.py of the DBB code works on RGB in 0..1.
+    values = np.array([0.2175, 0.0188, 0.0045])
+    vectors = np.array(
+        [
+            [-0.5675, 0.7192, 0.4009],
+            [-0.5808, -0.0045, -0.8140],
+            [-0.5836, -0.6948, 0.4203],
+        ]
+    )
+    shift = 255 * vectors @ (alpha * values)
+    assert np.allclose((lit - image)[..., ::-1], shift, atol=1e-4)
+    assert lit.max() > 255  # not wrapped around
+    assert np.abs(shift[0] - shift[2]) > 0.01  # the order can be seen
