@@ -36,7 +36,8 @@ class OfficialBlock(nn.Module):
         self, block: ReparamConv2d, nonlinear: Optional[nn.Module] = None
     ) -> None:
         super().__init__()
-        self.block = block
+        # Built merged or merged later, the entries have the same names.
+        self.block = block.reparam_conv if block.deploy else block
         self.nonlinear = nn.Identity() if nonlinear is None else nonlinear
 
     @property
