@@ -1,0 +1,35 @@
+"""One setting for all tests: deterministic, and no trace left behind."""
+
+import logging
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from mmengine.registry import DefaultScope
+
+settings.register_profile(
+    'mmdbb',
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile('mmdbb')
+
+
+@pytest.fixture(autouse=True)
+def _isolated():
+    """Each test starts from one seed and leaves mmengine's scope as it was."""
+    torch.manual_seed(0)
+    instances = DefaultScope._instance_dict.copy()
+    yield
+    DefaultScope._instance_dict = instances
+
+
+@pytest.fixture
+def quiet():
+    """Silence what the host packages log while they build networks."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    yield
+    logging.disable(before)

@@ -1,0 +1,158 @@
+"""What the tests share: random norms, a measure, random geometries."""
+
+import hypothesis.strategies as st
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from mmdbb.blocks import ReparamConv2d
+from mmdbb.geometry import PADDING_MODES, ConvSpec
+
+EXACT = 1e-10  # float64, relative to the largest magnitude
+SINGLE = 2e-5  # float32
+
+
+@torch.no_grad()
+def randomize(model, seed=0):
+    """Random kernels' offsets and norms; negative gammas too.
+
+    At BN's defaults the border's value is zero and half of the possible
+    mistakes cannot be seen.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(tensor, low, high):
+        values = torch.rand(
+            tensor.shape, generator=generator, dtype=torch.float64
+        )
+        tensor.copy_(low + (high - low) * values)
+
+    norms = set()
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            norms.update(id(p) for p in module.parameters())
+            if module.running_mean is not None:
+                uniform(module.running_mean, -1, 1)
+                uniform(module.running_var, 0.3, 2)
+            if module.affine:
+                uniform(module.weight, -1.5, 1.5)
+                uniform(module.bias, -1, 1)
+    for block in model.modules():
+        if isinstance(block, ReparamConv2d):
+            for parameter in block.parameters():
+                if id(parameter) not in norms:
+                    values = torch.randn(
+                        parameter.shape,
+                        generator=generator,
+                        dtype=torch.float64,
+                    )
+                    # Relative to the default start, so that nothing is huge.
+                    parameter.add_((0.2 * values).to(parameter.dtype))
+    return model
+
+
+def distance(found, expected):
+    """Largest difference over the largest magnitude expected."""
+    assert found.shape == expected.shape, (found.shape, expected.shape)
+    found, expected = found.detach().double(), expected.detach().double()
+    scale = expected.abs().max().clamp_min(1e-300)
+    return ((found - expected).abs().max() / scale).item()
+
+
+def plain_conv(spec, kernel, bias):
+    """An ``nn.Conv2d`` of this geometry with these weights."""
+    conv = nn.Conv2d(
+        spec.in_channels,
+        spec.out_channels,
+        spec.kernel_size,
+        spec.stride,
+        spec.padding,
+        spec.dilation,
+        spec.groups,
+        padding_mode=spec.padding_mode,
+    ).to(kernel.dtype)
+    conv.load_state_dict(dict(weight=kernel.detach(), bias=bias.detach()))
+    return conv
+
+
+def tensors(outputs):
+    """Flatten a tensor or nested tuples, lists and dicts of tensors."""
+    if isinstance(outputs, torch.Tensor):
+        return [outputs]
+    if isinstance(outputs, dict):
+        outputs = list(outputs.values())
+    return [tensor for part in outputs for tensor in tensors(part)]
+
+
+def image(*shape, seed=0, dtype=torch.float64):
+    """Random images whose mean is not zero."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(*shape, generator=generator, dtype=torch.float64) + 0.5
+    return x.to(dtype)
+
+
+def blocks_of(model):
+    return [m for m in model.modules() if isinstance(m, ReparamConv2d)]
+
+
+KERNELS = (1, 2, 3, 4, 5, 7, (1, 3), (3, 1), (2, 3))
+
+
+@st.composite
+def geometries(draw, kernels=KERNELS, same_channels=False):
+    """A convolution's arguments and the shape of an input it takes."""
+    kernel = draw(st.sampled_from(kernels))
+    high, wide = kernel if isinstance(kernel, tuple) else (kernel, kernel)
+    dilation = draw(st.sampled_from([1, 2, (1, 2)]))
+    down, right = (
+        dilation if isinstance(dilation, tuple) else (dilation, dilation)
+    )
+    stride = draw(st.sampled_from([1, 1, 2, (2, 1), 3]))
+    padding = draw(
+        st.sampled_from(['same', 'valid', 'half', 'more', 'less', 'zero'])
+    )
+    if padding == 'same':
+        stride = 1
+    reach = (down * (high - 1), right * (wide - 1))
+    if padding in ('half', 'more', 'less'):
+        extra = dict(half=0, more=draw(st.integers(1, 2)), less=-1)[padding]
+        padding = tuple(max(r // 2 + extra, 0) for r in reach)
+    elif padding == 'zero':
+        padding = 0
+    groups, inside, outside = draw(
+        st.sampled_from(
+            [(1, 3, 3), (2, 4, 4), (4, 4, 4)]
+            if same_channels
+            else [(1, 3, 5), (1, 3, 3), (2, 4, 6), (4, 4, 4), (3, 3, 6)]
+        )
+    )
+    if same_channels:
+        stride = 1
+    mode = draw(st.sampled_from(PADDING_MODES))
+    arguments = dict(
+        in_channels=inside,
+        out_channels=outside,
+        kernel_size=kernel,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+        padding_mode=mode,
+    )
+    # Room for one output, and for reflecting and wrapping the border.
+    size = [reach[i] + 2 + draw(st.integers(0, 3)) + i for i in range(2)]
+    if isinstance(padding, tuple):
+        size = [max(s, p + 1) for s, p in zip(size, padding)]
+    return arguments, (2, inside, *size)
+
+
+def spec_of(arguments):
+    return ConvSpec(**arguments)
+
+
+def pad_with_values(x, values, pads):
+    """Pad images with one value a channel: the border of a BN's output."""
+    top, bottom, left, right = pads
+    values = values.reshape(1, -1, 1, 1)
+    return F.pad(x - values, (left, right, top, bottom)) + values

@@ -1,0 +1,392 @@
+"""What every block is: a convolution to its host, and mergeable."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from helpers import EXACT, distance, image, randomize
+from mmengine.model import convert_sync_batchnorm, revert_sync_batchnorm
+from torch import nn
+
+from mmdbb.blocks import ACB, DBB, ReparamConv2d, RepVGGConv
+
+BLOCKS = (DBB, ACB, RepVGGConv)
+KINDS = pytest.mark.parametrize('kind', BLOCKS, ids=lambda b: b.__name__)
+
+
+def build(kind=DBB, dtype=torch.float64, **arguments):
+    arguments = dict(padding=1, **arguments)
+    return randomize(kind(4, 4, 3, **arguments).to(dtype)).eval()
+
+
+# As a convolution
+
+
+@KINDS
+def test_attributes_are_those_of_conv2d(kind):
+    arguments = (4, 8, (3, 5), (2, 1), (1, 2), 2, 2)
+    block, conv = kind(*arguments), nn.Conv2d(*arguments)
+    for name in (
+        'in_channels out_channels kernel_size stride padding dilation '
+        'groups padding_mode transposed output_padding'
+    ).split():
+        assert getattr(block, name) == getattr(conv, name), name
+
+
+@KINDS
+def test_positional_arguments_are_those_of_conv2d(kind):
+    block = kind(4, 8, 3, 2, 1, 1, 2, False, 'reflect')
+    assert block.spec.padding_mode == 'reflect'
+    assert block.spec.groups == 2
+
+
+def test_a_block_must_say_what_it_computes():
+    base = ReparamConv2d(4, 8, 3)
+    with pytest.raises(NotImplementedError):
+        base(image(2, 4, 5, 6))
+    with pytest.raises(NotImplementedError):
+        base.get_equivalent_kernel_bias()
+
+
+# Merging
+
+
+@KINDS
+def test_merged_convolution(kind):
+    block = build(kind)
+    x = image(2, 4, 5, 6)
+    expected = block(x)
+    conv = block.to_conv()
+    assert type(conv) is nn.Conv2d
+    assert not block.deploy
+    assert distance(conv(x), expected) < EXACT
+    assert all(p.requires_grad for p in conv.parameters())
+    block.switch_to_deploy()
+    assert block.deploy
+    assert list(dict(block.named_modules())) == ['', 'reparam_conv']
+    assert distance(block(x), expected) < EXACT
+
+
+@KINDS
+def test_switch_to_deploy_twice(kind):
+    block = build(kind)
+    block.switch_to_deploy()
+    conv = block.reparam_conv
+    weight = conv.weight.detach().clone()
+    block.switch_to_deploy()
+    assert block.reparam_conv is conv
+    assert torch.equal(conv.weight, weight)
+
+
+@KINDS
+@pytest.mark.parametrize('training', [True, False])
+def test_merged_keeps_the_mode_and_wants_gradients(kind, training):
+    block = build(kind).train(training)
+    for parameter in block.parameters():
+        parameter.requires_grad = False
+    block.switch_to_deploy()
+    assert block.reparam_conv.training is training
+    assert block.training is training
+    assert all(p.requires_grad for p in block.parameters())
+
+
+@KINDS
+@pytest.mark.parametrize(
+    'dtype', [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+)
+def test_merged_keeps_the_dtype(kind, dtype):
+    block = build(kind, dtype)
+    assert block.to_conv().weight.dtype == dtype
+    assert block.to_conv().bias.dtype == dtype
+    kernel, bias = block.get_equivalent_kernel_bias()
+    assert kernel.dtype == bias.dtype == dtype
+
+
+def test_merged_kernel_is_composed_in_float64():
+    block = build(dtype=torch.float32)
+    exact = copy.deepcopy(block).double().get_equivalent_kernel_bias()
+    conv = block.to_conv()
+    assert torch.equal(conv.weight, exact.kernel.float())
+    assert torch.equal(conv.bias, exact.bias.float())
+
+
+def test_merged_mixed_dtypes_as_host_keeps_norms_in_float32():
+    """fp16 hosts leave norms in float32: the kernels' dtype counts."""
+    block = build(dtype=torch.float32)
+    for module in block.modules():
+        if isinstance(module, nn.Conv2d):
+            module.half()
+    assert block.to_conv().weight.dtype == torch.float16
+
+
+def test_equivalent_kernel_is_differentiable():
+    block = build().train()
+    kernel, bias = block.get_equivalent_kernel_bias()
+    (kernel.sum() + bias.sum()).backward()
+    assert all(p.grad is not None for p in block.parameters())
+
+
+def test_equivalent_kernel_of_a_merged_block():
+    block = build()
+    expected = block.get_equivalent_kernel_bias()
+    block.switch_to_deploy()
+    found = block.get_equivalent_kernel_bias()
+    assert distance(found.kernel, expected.kernel) < EXACT
+    assert distance(found.bias, expected.bias) < EXACT
+
+
+@KINDS
+def test_merging_does_not_disturb_the_random_numbers(kind):
+    block = build(kind)
+    state = torch.get_rng_state()
+    block.to_conv()
+    block.switch_to_deploy()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    'spoil',
+    [
+        lambda b: b.branches['kxk'].conv.weight.data.fill_(float('nan')),
+        lambda b: b.branches['1x1'].norm.bias.data.fill_(float('inf')),
+        lambda b: b.branches['1x1_avg'].norm1.running_var.fill_(-1.0),
+    ],
+)
+def test_not_finite_is_an_error_and_changes_nothing(spoil):
+    block = build()
+    spoil(block)
+    names = list(block.state_dict())
+    with pytest.raises(ValueError, match='merged kernel is not finite'):
+        block.switch_to_deploy()
+    assert not block.deploy and list(block.state_dict()) == names
+
+
+@KINDS
+def test_deploy_builds_the_merged_convolution(kind):
+    block = build(kind)
+    x = image(2, 4, 5, 6)
+    expected = block(x)
+    block.switch_to_deploy()
+    fresh = kind(4, 4, 3, padding=1, deploy=True).double()
+    fresh.load_state_dict(block.state_dict())
+    assert distance(fresh(x), expected) < EXACT
+
+
+# Copies and state
+
+
+@KINDS
+@pytest.mark.parametrize('merged', [False, True])
+def test_state_dict_round_trip(kind, merged):
+    block = build(kind)
+    if merged:
+        block.switch_to_deploy()
+    other = kind(4, 4, 3, padding=1, deploy=merged).double().eval()
+    result = other.load_state_dict(block.state_dict())
+    assert not result.missing_keys and not result.unexpected_keys
+    x = image(2, 4, 5, 6)
+    assert torch.equal(other(x), block(x))
+
+
+@KINDS
+@pytest.mark.parametrize('merged', [False, True])
+@pytest.mark.parametrize(
+    'duplicate',
+    [copy.deepcopy, lambda b: pickle.loads(pickle.dumps(b))],
+    ids=['deepcopy', 'pickle'],
+)
+def test_copies(kind, merged, duplicate):
+    block = build(kind)
+    if merged:
+        block.switch_to_deploy()
+    other = duplicate(block)
+    x = image(2, 4, 5, 6)
+    assert torch.equal(other(x), block(x))
+    ours = {p.data_ptr() for p in block.parameters()}
+    assert not ours & {p.data_ptr() for p in other.parameters()}
+
+
+@KINDS
+def test_meta_device(kind):
+    with torch.device('meta'):
+        block = kind(4, 4, 3, padding=1)
+    assert all(p.is_meta for p in block.parameters())
+    x = torch.empty(2, 4, 5, 6, device='meta')
+    assert block(x).shape == (2, 4, 5, 6)
+    block.to_empty(device='cpu')
+
+
+# Precision
+
+
+@KINDS
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize('training', [True, False])
+def test_half_modules(kind, dtype, training):
+    block = build(kind, dtype).train(training)
+    exact = copy.deepcopy(block).double()
+    x = image(2, 4, 5, 6, dtype=dtype)
+    y = block(x)
+    assert y.dtype == dtype
+    y.float().sum().backward()
+    assert all(p.grad.isfinite().all() for p in block.parameters())
+    # Some roundings each of a branch's numbers, before they cancel.
+    tolerance = 16 * torch.finfo(dtype).eps
+    assert distance(y, exact(x.double())) < tolerance
+    block.eval()
+    merged = block.to_conv()(x)
+    assert merged.dtype == dtype
+    assert distance(merged, block(x)) < tolerance
+
+
+@KINDS
+@pytest.mark.parametrize('training', [True, False])
+def test_autocast(kind, training):
+    block = build(kind, torch.float32).train(training)
+    exact = copy.deepcopy(block).double()
+    x = image(2, 4, 5, 6, dtype=torch.float32)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        y = block(x)
+    # As in the papers' code, a norm alone keeps its input's precision.
+    expected = torch.float32 if kind is RepVGGConv else torch.bfloat16
+    assert y.dtype == expected
+    y.float().square().mean().backward()
+    for parameter in block.parameters():
+        assert parameter.grad.dtype == torch.float32
+        assert parameter.grad.isfinite().all()
+    tolerance = 16 * torch.finfo(torch.bfloat16).eps
+    assert distance(y, exact(x.double())) < tolerance
+
+
+def test_forward_moves_nothing_between_devices():
+    """No constant is kept in a buffer, nor copied in forward."""
+    for kind in BLOCKS:
+        block = kind(4, 4, 3, padding=1)
+        allowed = ('running_mean', 'running_var', 'num_batches_tracked')
+        for name, _ in block.named_buffers():
+            assert name.endswith(allowed)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+@KINDS
+@pytest.mark.parametrize('dtype', [torch.float16, torch.float64])
+def test_on_a_gpu(kind, dtype):
+    block = build(kind, dtype).cuda().train()
+    x = image(2, 4, 5, 6, dtype=dtype).cuda().requires_grad_()
+    copies = []
+    with torch.profiler.profile() as profile:
+        block(x).float().sum().backward()
+    copies = [
+        e.name
+        for e in profile.events()
+        if 'Memcpy HtoD' in e.name or 'Memcpy DtoH' in e.name
+    ]
+    assert not copies
+    block.eval()
+    conv = block.to_conv()
+    assert conv.weight.is_cuda and conv.weight.dtype == dtype
+    tolerance = EXACT if dtype == torch.float64 else 2e-2
+    assert distance(conv(x).cpu(), block(x).cpu()) < tolerance
+
+
+# Norms
+
+
+def test_norms_are_real_batch_norms():
+    for kind in BLOCKS:
+        for module in kind(4, 4, 3).modules():
+            if 'Norm' in type(module).__name__:
+                assert type(module) is nn.BatchNorm2d
+
+
+@KINDS
+def test_sync_bn_merges(kind):
+    block = build(kind, norm_cfg=dict(type='SyncBN'))
+    norms = [m for m in block.modules() if isinstance(m, nn.SyncBatchNorm)]
+    assert norms
+    x = image(2, 4, 5, 6)
+    expected = block(x)
+    block.switch_to_deploy()
+    assert distance(block(x), expected) < EXACT
+
+
+@KINDS
+@pytest.mark.parametrize(
+    'convert',
+    [
+        nn.SyncBatchNorm.convert_sync_batchnorm,
+        convert_sync_batchnorm,
+        lambda b: revert_sync_batchnorm(convert_sync_batchnorm(b)),
+    ],
+    ids=['torch', 'mmengine', 'reverted'],
+)
+def test_converted_norms_merge(kind, convert):
+    block = build(kind)
+    x = image(2, 4, 5, 6)
+    expected = block(x)
+    block = convert(block).double().eval()
+    assert distance(block(x), expected) < EXACT
+    block.train()
+    if not any(isinstance(m, nn.SyncBatchNorm) for m in block.modules()):
+        block(x)
+    block.eval()
+    expected = block.forward_branches(x)
+    assert distance(block.to_conv()(x), expected) < EXACT
+
+
+@KINDS
+def test_affine_false_merges(kind):
+    block = build(kind, norm_cfg=dict(type='BN', affine=False))
+    x = image(2, 4, 5, 6)
+    expected = block(x)
+    block.switch_to_deploy()
+    assert distance(block(x), expected) < EXACT
+
+
+@KINDS
+def test_no_running_statistics_says_why_not(kind):
+    with pytest.raises(ValueError, match='function depends on the batch'):
+        kind(4, 4, 3, norm_cfg=dict(type='BN', track_running_stats=False))
+
+
+@KINDS
+def test_mmcv_fuse_conv_bn_changes_nothing(kind):
+    from mmcv.cnn import fuse_conv_bn
+
+    block = build(kind)
+    x = image(2, 4, 5, 6)
+    expected = block(x)
+    fused = fuse_conv_bn(copy.deepcopy(block))
+    assert distance(fused(x), expected) < EXACT
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), block).double().eval()
+    expected = model(x)
+    assert distance(fuse_conv_bn(model)(x), expected) < EXACT
+
+
+# The host's initialisation
+
+
+def test_own_init_cfg_applies():
+    block = DBB(
+        4,
+        8,
+        3,
+        init_cfg=[
+            dict(type='Constant', layer='Conv2d', val=0.5),
+            dict(type='Constant', layer='BatchNorm2d', val=0.25),
+        ],
+    )
+    block.init_weights()
+    weights = block.branches['kxk'].conv.weight
+    assert torch.equal(weights, torch.full_like(weights, 0.5))
+    gamma = block.branches['1x1'].norm.weight
+    assert torch.equal(gamma, torch.full_like(gamma, 0.25))
+
+
+def test_apply_reaches_what_is_inside():
+    block = DBB(4, 8, 3)
+    seen = []
+    block.apply(lambda m: seen.append(m))
+    assert set(seen) == set(block.modules())

@@ -1,0 +1,129 @@
+"""The papers' released code, number by number (see tests/data)."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import EXACT
+
+import mmdbb
+
+DATA = Path(__file__).resolve().parents[1] / 'data'
+FILES = ('dbb', 'acb', 'repvgg')
+META = {
+    name: json.loads((DATA / f'{name}.json').read_text()) for name in FILES
+}
+CASES = [(name, case) for name in FILES for case in META[name]]
+
+
+class Reference:
+    """One case: the block, and the arrays that the papers' code gave."""
+
+    def __init__(self, file, case):
+        meta = META[file][case]
+        with np.load(DATA / f'{file}.npz') as arrays:
+            self.arrays = {
+                key[len(case) + 1 :]: torch.from_numpy(np.array(arrays[key]))
+                for key in arrays.files
+                if key.startswith(f'{case}/')
+            }
+        self.block = getattr(mmdbb, meta['cls'])(**meta['kwargs']).double()
+        self.block.load_state_dict(self.group('state/'))
+
+    def __getitem__(self, field):
+        return self.arrays[field]
+
+    def group(self, prefix):
+        return {
+            key[len(prefix) :]: value
+            for key, value in self.arrays.items()
+            if key.startswith(prefix)
+        }
+
+    def ours(self, name):
+        """The name here of an entry of the papers' state dict."""
+        for theirs, ours in self.block.names:
+            if name.startswith(theirs):
+                return ours + name[len(theirs) :]
+        raise KeyError(name)
+
+    def step(self):
+        """One training step: output and gradient of the input."""
+        x = self['input'].clone().requires_grad_()
+        y = self.block.train()(x)
+        y.backward(self['train/grad_output'])
+        return y, x.grad
+
+
+@pytest.fixture(params=CASES, ids='/'.join)
+def reference(request):
+    return Reference(*request.param)
+
+
+def assert_close(found, expected, what, scale=None):
+    assert found.shape == expected.shape, what
+    if scale is None:
+        scale = expected.abs().max()
+    error = (found - expected).abs().max()
+    assert error <= EXACT * scale, f'{what}: {error:.1e} of {scale:.1e}'
+
+
+def test_every_field_of_a_case_is_there(reference):
+    assert set(reference.group('train/buffers/')) <= set(
+        reference.group('state/')
+    )
+    parameters = dict(reference.block.named_parameters())
+    grads = {reference.ours(n) for n in reference.group('train/grad/')}
+    # The weight of an affine norm too: every parameter has its gradient.
+    assert grads == set(parameters)
+    buffers = {reference.ours(n) for n in reference.group('train/buffers/')}
+    assert buffers == set(dict(reference.block.named_buffers()))
+
+
+def test_training_step(reference):
+    y, grad_input = reference.step()
+    assert_close(y, reference['train/output'], 'output')
+    assert_close(grad_input, reference['train/grad_input'], 'grad_input')
+
+    parameters = dict(reference.block.named_parameters())
+    grads = reference.group('train/grad/')
+    # A convolution's weight of one channel, which a norm follows, has a
+    # gradient of zero but for eps: what remains is the rounding error of
+    # numbers as large as the family's largest gradient.
+    family = max(g.abs().max() for g in grads.values())
+    for name, expected in grads.items():
+        found = parameters[reference.ours(name)].grad
+        largest = expected.abs().max()
+        scale = family if largest < 1e-3 * family else largest
+        assert_close(found, expected, f'gradient of {name}', scale)
+
+
+def test_buffers_after_the_step(reference):
+    reference.step()
+    buffers = dict(reference.block.named_buffers())
+    for name, expected in reference.group('train/buffers/').items():
+        found = buffers[reference.ours(name)]
+        assert_close(found.double(), expected.double(), name)
+
+
+def test_eval_and_merged(reference):
+    reference.step()
+    block = reference.block.eval()
+    assert_close(block(reference['input']), reference['eval/output'], 'eval')
+    kernel, bias = block.get_equivalent_kernel_bias()
+    assert_close(kernel, reference['eval/kernel'], 'kernel')
+    assert_close(bias, reference['eval/bias'], 'bias')
+    block.switch_to_deploy()
+    found = block(reference['input'])
+    assert_close(found, reference['eval/output'], 'merged')
+
+
+def test_numbers_are_not_trivial(reference):
+    """The vectors bite: the border is not zero, gammas are not one."""
+    for name, value in reference.group('state/').items():
+        if name.endswith('running_mean'):
+            assert value.abs().max() > 0.01, name
+        if name.endswith('running_var'):
+            assert (value - 1).abs().max() > 0.01, name
