@@ -7,4 +7,3 @@ class UserError(Exception):
 
     The message is one line that names what was given and what is allowed.
     """
-

@@ -100,9 +100,7 @@ class ConvSpec:
             raise ValueError(
                 f"padding='same' needs stride 1, got stride={self.stride}"
             )
-        total = [
-            d * (k - 1) for d, k in zip(self.dilation, self.kernel_size)
-        ]
+        total = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size)]
         if any(t % 2 for t in total):
             return 'same'
         return (total[0] // 2, total[1] // 2)

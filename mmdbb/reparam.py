@@ -61,7 +61,9 @@ def reparameterize(model: nn.Module, inplace: bool = False) -> nn.Module:
         try:
             convs[block] = block.to_conv()
         except ValueError as error:
-            raise ValueError(f'cannot merge {name or "the block"}: {error}') from error
+            raise ValueError(
+                f'cannot merge {name or "the block"}: {error}'
+            ) from error
     if model in convs:
         return convs[model]
     if not inplace:

@@ -250,9 +250,7 @@ def pad_kernel(
     small = tuple(kernel.shape[-2:])
     if offset is None:
         offset = tuple((k - s) // 2 for k, s in zip(kernel_size, small))
-    after = tuple(
-        k - s - o for k, s, o in zip(kernel_size, small, offset)
-    )
+    after = tuple(k - s - o for k, s, o in zip(kernel_size, small, offset))
     if min(*offset, *after) < 0:
         raise ValueError(
             f'a kernel of size {small} at offset {offset} does not fit in '

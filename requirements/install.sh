@@ -75,7 +75,9 @@ fi
 
 # The checkout's own environment: the packages above, plus this mmdbb.
 venv=.venv-$stack
-if [ "$(cat "$venv/packages" 2>/dev/null)" != "$root" ]; then
+if [ "$(cat "$venv/packages" 2>/dev/null)" != "$root" ] ||
+  ! ls -d "$venv"/lib/python*/site-packages/mmdbb-*.dist-info >/dev/null 2>&1
+then
   rm -rf "$venv"
   "$env/bin/python" -m venv --without-pip "$venv"
   site=$("$venv/bin/python" -c \

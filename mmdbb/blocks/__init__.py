@@ -1,4 +1,6 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
+"""The blocks: convolutions that can be merged."""
+
 from .acb import ACB
 from .base import ReparamConv2d
 from .branch_sum import BranchSumConv2d

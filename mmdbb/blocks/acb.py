@@ -35,8 +35,6 @@ class ACB(BranchSumConv2d):
                 if kwargs.get(name) not in (None, False)
             ]
             if given:
-                raise ValueError(
-                    f'give reduce_gamma or {given[0]}, not both'
-                )
+                raise ValueError(f'give reduce_gamma or {given[0]}, not both')
             kwargs['gamma_init'] = 1 / 3
         super().__init__(*args, **kwargs)

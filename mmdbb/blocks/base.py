@@ -97,9 +97,7 @@ class ReparamConv2d(BaseModule):
             differentiable in the block's parameters.
         """
         if self.deploy:
-            return KernelBias(
-                self.reparam_conv.weight, self.reparam_conv.bias
-            )
+            return KernelBias(self.reparam_conv.weight, self.reparam_conv.bias)
         return self._compose()
 
     def _compose(self) -> KernelBias:
@@ -182,4 +180,3 @@ class ReparamConv2d(BaseModule):
             if getattr(spec, name) != default:
                 text += f', {name}={getattr(spec, name)}'
         return text
-

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdbb.blocks.base import ReparamConv2d
+from mmdbb.blocks.fast import fast_forward
 from mmdbb.branches.base import build_branch, split_branch_cfg
 from mmdbb.geometry import ConvSpec
 from mmdbb.registry import BRANCHES
@@ -63,6 +64,7 @@ class BranchSumConv2d(ReparamConv2d):
     ) -> None:
         super().__init__(*args, **kwargs)
         self.left_out = []
+        self._kept_kernel = None
         if branches is None:
             branches = self._served_preset()
         elif isinstance(branches, (str, dict)) or not branches:
@@ -118,8 +120,8 @@ class BranchSumConv2d(ReparamConv2d):
         return served
 
     def forward_train(self, x: Tensor) -> Tensor:
-        """The sum of the branches."""
-        return self.forward_branches(x)
+        """The sum of the branches, the fast way (:mod:`mmdbb.blocks.fast`)."""
+        return fast_forward(self, x)
 
     def forward_branches(self, x: Tensor) -> Tensor:
         """The sum of the branches, computed literally.
@@ -169,6 +171,10 @@ class BranchSumConv2d(ReparamConv2d):
         """Start as the first branch alone: gammas 1, 0, 0, ..."""
         self.init_gamma(0.0)
         next(iter(self.branches.values())).last_norm.weight.fill_(1.0)
+
+    def __getstate__(self) -> dict:
+        # Copies and pickles compose their own kernel.
+        return dict(self.__dict__, _kept_kernel=None)
 
     def extra_repr(self) -> str:
         text = super().extra_repr()

@@ -1,4 +1,6 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
+"""The branches that blocks sum."""
+
 from .asymmetric import Horizontal, Vertical
 from .base import Branch, ConvNormBranch, build_branch
 from .identity import Identity

@@ -172,15 +172,13 @@ def split_branch_cfg(cfg: Union[str, dict]) -> tuple:
     args = dict(type=cfg) if isinstance(cfg, str) else cfg
     if not isinstance(args, dict) or not isinstance(args.get('type'), str):
         raise TypeError(
-            "a branch is a name or a dict(type=name, ...), got "
-            f'{cfg!r}'
+            f'a branch is a name or a dict(type=name, ...), got {cfg!r}'
         )
     args = dict(args)
     name = args.pop('type')
     if name not in BRANCHES:
         raise ValueError(
-            f'unknown branch {name!r}; allowed: '
-            f'{sorted(BRANCHES.module_dict)}'
+            f'unknown branch {name!r}; allowed: {sorted(BRANCHES.module_dict)}'
         )
     return name, args
 

@@ -38,9 +38,7 @@ class Identity(Branch):
 
     @classmethod
     def supports(cls, spec: ConvSpec) -> bool:
-        return (
-            spec.stride == (1, 1) and spec.in_channels == spec.out_channels
-        )
+        return spec.stride == (1, 1) and spec.in_channels == spec.out_channels
 
     @property
     def last_norm(self) -> _BatchNorm:

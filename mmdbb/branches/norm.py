@@ -70,13 +70,36 @@ def run_norm(norm: _BatchNorm, x: Tensor) -> Tensor:
     Returns:
         Tensor: Of the same shape.
     """
-    if norm.training and norm.track_running_stats and _in_backward():
-        norm.track_running_stats = False  # batch statistics, no update
+    if norm.training and _in_backward():
+        buffers = dict(norm._buffers)
+        norm._buffers.update({k: b.clone() for k, b in buffers.items()})
         try:
             return norm(x)
         finally:
-            norm.track_running_stats = True
+            norm._buffers.update(buffers)
     return norm(x)
+
+
+@torch.no_grad()
+def update_running_stats(
+    norm: _BatchNorm, mean: Tensor, var: Tensor, count: int
+) -> None:
+    """Update a norm's running statistics as its own forward pass would.
+
+    Args:
+        norm: A norm in training mode.
+        mean: Mean of the batch, shape (channels,).
+        var: Biased variance of the batch, shape (channels,).
+        count: Values a channel that they were taken over.
+    """
+    if _in_backward():
+        return
+    norm.num_batches_tracked.add_(1)
+    momentum = norm.momentum
+    if momentum is None:  # cumulative average
+        momentum = 1 / norm.num_batches_tracked.item()
+    norm.running_mean.lerp_(mean, momentum)
+    norm.running_var.lerp_(var * (count / (count - 1)), momentum)
 
 
 def norm_scale_shift(norm: _BatchNorm) -> ScaleShift:
@@ -115,8 +138,8 @@ def norm_then_pad(norm: _BatchNorm, x: Tensor, spec: ConvSpec) -> Tensor:
 
 
 # torch 2.1 has no torch.compiler.is_compiling.
-_is_compiling = getattr(torch.compiler, 'is_compiling', lambda: False)
+is_compiling = getattr(torch.compiler, 'is_compiling', lambda: False)
 
 
 def _in_backward() -> bool:
-    return not _is_compiling() and torch._C._current_graph_task_id() != -1
+    return not is_compiling() and torch._C._current_graph_task_id() != -1

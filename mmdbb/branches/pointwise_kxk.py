@@ -85,17 +85,19 @@ class PointwiseKxK(Branch):
     def last_norm(self) -> _BatchNorm:
         return self.norm2
 
+    @property
+    def kernel1(self) -> Tensor:
+        """The 1x1 kernel, (internal, in / groups, 1, 1)."""
+        if isinstance(self.conv1, IdentityConv1x1):
+            return self.conv1.kernel
+        return self.conv1.weight
+
     def forward(self, x: Tensor) -> Tensor:
         x = norm_then_pad(self.norm1, self.conv1(x), self.spec)
         return run_norm(self.norm2, self.conv2(x))
 
     def equivalent_kernel_bias(self) -> KernelBias:
-        kernel1 = (
-            self.conv1.kernel
-            if isinstance(self.conv1, IdentityConv1x1)
-            else self.conv1.weight
-        )
-        kernel2 = self.conv2.weight
+        kernel1, kernel2 = self.kernel1, self.conv2.weight
         first = fuse_conv_bn(
             KernelBias(kernel1, zero_bias(kernel1)),
             norm_scale_shift(self.norm1),

@@ -163,9 +163,7 @@ def deploy_checkpoint(
     batches = _batches(model, images, image_size, seed)
     with all_or_nothing(*outputs, overwrite=overwrite) as drafts:
         stock_cfg.dump(drafts[1])
-        torch.save(
-            dict(state_dict=stock.state_dict(), meta=meta), drafts[0]
-        )
+        torch.save(dict(state_dict=stock.state_dict(), meta=meta), drafts[0])
         written = load_deployed(drafts[1], drafts[0])
         difference = compare_networks(model, written, batches)
         if not difference.largest <= tolerance:
@@ -174,12 +172,8 @@ def deploy_checkpoint(
                 f'the largest magnitude, more than the tolerance '
                 f'{tolerance:.0e} (in {difference.output}); nothing written'
             )
-        meta['mmdbb'].update(
-            max_error=difference.largest, tolerance=tolerance
-        )
-        torch.save(
-            dict(state_dict=stock.state_dict(), meta=meta), drafts[0]
-        )
+        meta['mmdbb'].update(max_error=difference.largest, tolerance=tolerance)
+        torch.save(dict(state_dict=stock.state_dict(), meta=meta), drafts[0])
     return Deployed(
         outputs[0],
         outputs[1],
@@ -203,9 +197,7 @@ def _refuse_merged(loaded: dict, path: str) -> None:
         )
 
 
-def _meta(
-    meta: dict, stock_cfg: Config, checkpoint: str, fuse: bool
-) -> dict:
+def _meta(meta: dict, stock_cfg: Config, checkpoint: str, fuse: bool) -> dict:
     kept = {k: v for k, v in meta.items() if k != 'cfg'}
     return dict(
         kept,

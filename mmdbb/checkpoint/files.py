@@ -156,15 +156,12 @@ def all_or_nothing(
             raise UserError(f'output is a folder: {output}')
         if not overwrite and os.path.lexists(output):
             raise UserError(
-                f'output exists: {output}; choose another name or pass '
-                '--force'
+                f'output exists: {output}; choose another name or pass --force'
             )
     folder = os.path.dirname(os.path.abspath(outputs[0]))
     try:
         os.makedirs(folder, exist_ok=True)
-        temporary = tempfile.TemporaryDirectory(
-            prefix='.mmdbb-', dir=folder
-        )
+        temporary = tempfile.TemporaryDirectory(prefix='.mmdbb-', dir=folder)
     except OSError as error:
         raise UserError(f'cannot write to {folder}: {error}') from error
     with temporary as scratch:

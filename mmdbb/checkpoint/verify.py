@@ -161,9 +161,10 @@ def _run(model: nn.Module, layers: List[str], x: Tensor) -> Tensor:
 def _input_for(block: nn.Module) -> Tensor:
     parameter = next(block.parameters())
     spec = block.spec
-    size = [2 * d * k + s for d, k, s in zip(
-        spec.dilation, spec.kernel_size, spec.stride
-    )]
+    size = [
+        2 * d * k + s
+        for d, k, s in zip(spec.dilation, spec.kernel_size, spec.stride)
+    ]
     return torch.randn(
         2,
         spec.in_channels,
@@ -171,4 +172,3 @@ def _input_for(block: nn.Module) -> Tensor:
         dtype=parameter.dtype,
         device=parameter.device,
     )
-

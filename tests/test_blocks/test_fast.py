@@ -48,7 +48,9 @@ def assert_same(block, x, bound=EXACT, forward=fast_forward):
     for name, value in expected.items():
         assert distance(found[name], value) < bound, name
     # A gradient that is zero but for rounding is measured by its neighbours.
-    scale = max(g.abs().max() for g in expected_grads.values() if g is not None)
+    scale = max(
+        g.abs().max() for g in expected_grads.values() if g is not None
+    )
     for name, value in expected_grads.items():
         if value is None:
             assert grads[name] is None, name
