@@ -1,0 +1,225 @@
+"""The papers' class names, in a plain PyTorch model."""
+
+import inspect
+
+import pytest
+import torch
+from helpers import EXACT, distance, image, randomize
+from torch import nn
+
+from mmdbb import ACBlock, DiverseBranchBlock, RepVGGBlock
+from mmdbb.blocks import ReparamConv2d
+
+CLASSES = (DiverseBranchBlock, ACBlock, RepVGGBlock)
+EACH = pytest.mark.parametrize('block', CLASSES, ids=lambda c: c.__name__)
+
+SIGNATURES = {
+    DiverseBranchBlock: (
+        'in_channels, out_channels, kernel_size, stride=1, padding=0, '
+        'dilation=1, groups=1, internal_channels_1x1_3x3=None, deploy=False, '
+        'nonlinear=None, single_init=False'
+    ),
+    ACBlock: (
+        'in_channels, out_channels, kernel_size, stride=1, padding=0, '
+        "dilation=1, groups=1, padding_mode='zeros', deploy=False, "
+        'use_affine=True, reduce_gamma=False, gamma_init=None, '
+        'nonlinear=None, single_init=False'
+    ),
+    RepVGGBlock: (
+        'in_channels, out_channels, kernel_size, stride=1, padding=0, '
+        "dilation=1, groups=1, padding_mode='zeros', deploy=False, "
+        'use_se=False'
+    ),
+}
+
+
+class Net(nn.Module):
+    """A model of a user's own, written against the papers' code."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 1)
+        self.stages = nn.Sequential(
+            block(8, 8, 3, padding=1, groups=2),
+            nn.ReLU(),
+            block(8, 16, kernel_size=3, stride=2, padding=1),
+        )
+        self.last = block(16, 16, 3, 1, 0)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x):
+        x = self.last(self.stages(self.stem(x)))
+        return self.head(x.mean((2, 3)))
+
+
+@EACH
+def test_arguments(block):
+    parameters = inspect.signature(block).parameters.values()
+    found = ', '.join(
+        p.name if p.default is p.empty else f'{p.name}={p.default!r}'
+        for p in parameters
+    )
+    assert found == SIGNATURES[block]
+
+
+@EACH
+def test_the_loop_of_the_papers(block):
+    model = randomize(Net(block).double()).eval()
+    x = image(2, 3, 9, 11)
+    expected = model(x)
+    parameters = sum(p.numel() for p in model.parameters())
+    for m in model.modules():
+        if hasattr(m, 'switch_to_deploy'):
+            m.switch_to_deploy()
+    assert distance(model(x), expected) < EXACT
+    assert not any(isinstance(m, ReparamConv2d) for m in model.modules())
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+    assert sum(p.numel() for p in model.parameters()) < parameters
+    assert model.last.deploy
+    for m in model.modules():  # twice is once
+        if hasattr(m, 'switch_to_deploy'):
+            m.switch_to_deploy()
+    assert distance(model(x), expected) < EXACT
+
+
+@EACH
+def test_deploy_loads_the_merged_state(block):
+    trained = randomize(block(4, 4, 3, padding=1).double()).eval()
+    x = image(2, 4, 5, 6)
+    expected = trained(x)
+    trained.switch_to_deploy()
+    fresh = block(4, 4, 3, padding=1, deploy=True).double()
+    state = trained.state_dict()
+    theirs = next(name for name, ours in block.names if ours == 'block.')
+    official = {k.replace('block.', theirs): v for k, v in state.items()}
+    for weights in (state, official):
+        # Merged in place, or built merged: either way one convolution.
+        fresh.switch_to_deploy()
+        fresh.load_state_dict(weights)
+        assert distance(fresh(x), expected) < EXACT
+    built = block(4, 4, 3, padding=1, deploy=True).double()
+    built.load_state_dict(official)
+    assert distance(built(x), expected) < EXACT
+
+
+@EACH
+def test_equivalent_kernel(block):
+    official = randomize(block(4, 4, 3, padding=1).double())
+    before = official.get_equivalent_kernel_bias()
+    official.switch_to_deploy()
+    after = official.get_equivalent_kernel_bias()
+    assert distance(after.kernel, before.kernel) < EXACT
+    assert distance(after.bias, before.bias) < EXACT
+
+
+@EACH
+def test_state_dict_round_trip(block):
+    one = randomize(block(4, 4, 3, padding=1))
+    two = block(4, 4, 3, padding=1)
+    two.load_state_dict(one.state_dict())
+    x = image(2, 4, 5, 6, dtype=torch.float32)
+    assert torch.equal(one.eval()(x), two.eval()(x))
+
+
+@EACH
+@pytest.mark.parametrize('prefix', ['', 'stages.2.'])
+def test_official_names_load_at_any_depth(block, prefix):
+    model = Net(block) if prefix else block(8, 16, 3, 2, 1)
+    found = model.get_submodule(prefix[:-1]) if prefix else model
+    theirs = {}
+    for name, value in found.state_dict().items():
+        start, ours = next(n for n in block.names if name.startswith(n[1]))
+        name = f'{prefix}{start}{name[len(ours) :]}'
+        theirs[name] = torch.full_like(value, 3)
+    missing, unexpected = model.load_state_dict(theirs, strict=False)
+    assert not unexpected
+    assert not [name for name in missing if name.startswith(prefix)]
+    assert all((v == 3).all() for v in found.state_dict().values())
+
+
+# What each class has of its own
+
+
+@pytest.mark.parametrize('block', [DiverseBranchBlock, ACBlock])
+def test_nonlinear_follows(block):
+    module = randomize(
+        block(4, 4, 3, padding=1, nonlinear=nn.Hardtanh(-1, 0.5)).double()
+    ).eval()
+    x = image(2, 4, 5, 6)
+    y = module(x)
+    assert y.max() == 0.5 and y.min() == -1
+    module.switch_to_deploy()
+    assert distance(module(x), y) < EXACT
+
+
+@pytest.mark.parametrize('block', [DiverseBranchBlock, ACBlock])
+def test_single_init(block):
+    module = block(4, 8, 3, single_init=True)
+    for name, branch in module.block.branches.items():
+        expected = 1.0 if name == 'kxk' else 0.0
+        assert branch.last_norm.weight.unique().tolist() == [expected]
+
+
+def test_init_gamma_and_single_init_methods():
+    module = DiverseBranchBlock(4, 8, 3)
+    module.init_gamma(0.5)
+    gammas = [b.last_norm.weight for b in module.block.branches.values()]
+    assert all((g == 0.5).all() for g in gammas)
+    module = RepVGGBlock(4, 4, 3)
+    module.single_init()
+    weights = {
+        n: b.last_norm.weight.unique().item()
+        for n, b in module.block.branches.items()
+    }
+    assert weights == {'identity': 0, 'kxk': 1, '1x1': 0}
+
+
+def test_internal_channels():
+    module = DiverseBranchBlock(4, 8, 3, internal_channels_1x1_3x3=10)
+    assert module.block.branches['1x1_kxk'].conv2.in_channels == 10
+    names = list(module.block.branches)
+    assert names == list(DiverseBranchBlock(4, 8, 3).block.branches)
+    depthwise = DiverseBranchBlock(
+        4, 4, 3, groups=4, internal_channels_1x1_3x3=4
+    )
+    assert '1x1' not in depthwise.block.branches
+
+
+def test_acb_options():
+    module = ACBlock(4, 8, 3, reduce_gamma=True)
+    gammas = [b.last_norm.weight for b in module.block.branches.values()]
+    third = torch.tensor(1 / 3)
+    assert all((g == third).all() for g in gammas)
+    module = ACBlock(4, 8, 3, gamma_init=0.1)
+    assert (module.block.branches['kx1'].norm.weight == 0.1).all()
+    module = ACBlock(4, 8, 3, use_affine=False)
+    assert not any(b.norm.affine for b in module.block.branches.values())
+    module = ACBlock(4, 8, 3, padding=1, padding_mode='circular')
+    assert module.block.spec.padding_mode == 'circular'
+
+
+@pytest.mark.parametrize('use_se', [True, False])
+def test_repvgg_se_stays(use_se):
+    module = randomize(
+        RepVGGBlock(32, 32, 3, padding=1, use_se=use_se).double()
+    ).eval()
+    x = image(2, 32, 5, 6)
+    y = module(x)
+    assert y.min() >= 0
+    module.switch_to_deploy()
+    assert distance(module(x), y) < EXACT
+    assert isinstance(module.se, nn.Identity) is not use_se
+
+
+def test_any_geometry_where_the_papers_code_fails():
+    for arguments in (
+        dict(kernel_size=2, padding=1),
+        dict(kernel_size=3, padding=0),
+        dict(kernel_size=(1, 3), padding=(0, 2), dilation=2),
+    ):
+        module = DiverseBranchBlock(4, 6, **arguments)
+        module = randomize(module.double()).eval()
+        x = image(2, 4, 7, 8)
+        y = module(x)
+        module.switch_to_deploy()
+        assert distance(module(x), y) < EXACT
