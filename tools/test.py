@@ -25,6 +25,12 @@ def parse_args():
         '--show-dir', help='folder for images with predictions drawn on them'
     )
     parser.add_argument(
+        '--interval',
+        type=int,
+        default=1,
+        help='draw every so many batches (classification: images)',
+    )
+    parser.add_argument(
         '--wait-time',
         type=float,
         default=2,

@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 from mmengine.config import Config, ConfigDict
 from mmengine.device import get_device
-from mmengine.evaluator import DumpResults
 from mmengine.registry import METRICS, RUNNERS
 from mmengine.runner import Runner
 
@@ -51,9 +50,9 @@ TASKS = {
     'mmdet': Task(
         draw='draw',
         show_dir='default_hooks.visualization.test_out_dir',
-        dump='DumpDetResults',
+        dump='mmdet.DumpDetResults',
         tta_model=dict(
-            type='mmdet.DetTTAModel',
+            type='DetTTAModel',  # mmdet registers it in the root
             tta_cfg=dict(
                 nms=dict(type='nms', iou_threshold=0.5), max_per_img=100
             ),
@@ -125,8 +124,8 @@ def test(config: Config, args: argparse.Namespace) -> dict:
         _enable_tta(config)
     runner = build_runner(config)
     if args.out:
-        dump = METRICS.get(_task(config).dump) or DumpResults
-        runner.test_evaluator.metrics.append(dump(out_file_path=args.out))
+        dump = dict(type=_task(config).dump, out_file_path=args.out)
+        runner.test_evaluator.metrics.append(METRICS.build(dump))
     return runner.test()
 
 
@@ -178,6 +177,7 @@ def _enable_drawing(config: Config, args: argparse.Namespace) -> None:
     hook[task.draw] = True
     hook.show = args.show
     hook.wait_time = args.wait_time
+    hook.interval = args.interval
     if args.show_dir:
         config.merge_from_dict({task.show_dir: args.show_dir})
 
