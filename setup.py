@@ -1,8 +1,7 @@
 """Installation of mmdbb.
 
-The configs and tools ship inside the package as `mmdbb/.mim`, where mim and
-mmengine look for them (`mim train ...`, `mmdbb::...`): copied into a wheel,
-linked in an editable installation.
+The configs and tools ship inside the package as `mmdbb/.mim`, where mim looks
+for them: copied into a wheel, linked in an editable installation.
 """
 
 import runpy
