@@ -1,9 +1,11 @@
+# Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
 """The demo's data sets in the layouts of ImageNet, COCO and Cityscapes.
 
 A layout is a function that yields ``(path, content)``: the path of a file
 relative to the data set's folder, and a function that returns its bytes, so
 that only files which are missing are computed.
 """
+
 import io
 import json
 from dataclasses import dataclass
@@ -12,14 +14,33 @@ from typing import Callable, Dict, Iterator, Tuple
 
 import numpy as np
 
-from .scenes import SPLITS, Scene, Source
+from mmdbb.demo.scenes import SPLITS, Scene, Source
 
 Files = Iterator[Tuple[str, Callable[[], bytes]]]
 
 # Of Cityscapes' own table (cityscapesscripts, helpers/labels.py): the label
 # ids of its training classes, whose position is the train id.
-CITYSCAPES_LABEL_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26,
-                        27, 28, 31, 32, 33)
+CITYSCAPES_LABEL_IDS = (
+    7,
+    8,
+    11,
+    12,
+    13,
+    17,
+    19,
+    20,
+    21,
+    22,
+    23,
+    24,
+    25,
+    26,
+    27,
+    28,
+    31,
+    32,
+    33,
+)
 # Digit d is painted as train class d, the photograph as the class after
 # them ('sky').
 BACKGROUND_TRAIN_ID = 10
@@ -36,6 +57,7 @@ class Layout:
         images: How many images each split has unless told otherwise.
         most: The most images a split can have, where that is limited.
     """
+
     name: str
     files: Callable[[Source, Dict[str, int]], Files]
     images: Dict[str, int]
@@ -50,22 +72,35 @@ def imagenet_files(source: Source, images: Dict[str, int]) -> Files:
             for index in range(images[split] // 10):
                 name = f'{label}/{split}_{label}_{index:04d}.JPEG'
                 lines.append(f'{name} {label}\n')
-                yield f'{split}/{name}', partial(
-                    _single_digit, source, split, label, index)
+                yield (
+                    f'{split}/{name}',
+                    partial(_single_digit, source, split, label, index),
+                )
         yield f'meta/{split}.txt', ''.join(lines).encode
 
 
 def coco_files(source: Source, images: Dict[str, int]) -> Files:
     """Scenes with boxes and masks, as COCO."""
     for split in SPLITS:
-        scene = _cached_scenes(source, split, size=(128, 128),
-                               digit_size=(20, 56), count=(2, 5), stream=1)
+        scene = _cached_scenes(
+            source,
+            split,
+            size=(96, 96),
+            digit_size=(22, 50),
+            count=(2, 4),
+            stream=1,
+        )
         for index in range(images[split]):
-            yield (f'{split}2017/{index:012d}.jpg',
-                   lambda scene=scene, index=index: _encoded(
-                       scene(index).image, 'JPEG', quality=95))
-        yield (f'annotations/instances_{split}2017.json',
-               partial(_coco_annotations, scene, images[split]))
+            yield (
+                f'{split}2017/{index:012d}.jpg',
+                lambda scene=scene, index=index: _encoded(
+                    scene(index).image, 'JPEG', quality=95
+                ),
+            )
+        yield (
+            f'annotations/instances_{split}2017.json',
+            partial(_coco_annotations, scene, images[split]),
+        )
 
 
 def cityscapes_files(source: Source, images: Dict[str, int]) -> Files:
@@ -73,19 +108,34 @@ def cityscapes_files(source: Source, images: Dict[str, int]) -> Files:
     label_ids = np.array(CITYSCAPES_LABEL_IDS, dtype=np.uint8)
     for split in SPLITS:
         city = CITIES[split]
-        scene = _cached_scenes(source, split, size=(192, 96),
-                               digit_size=(28, 60), count=(2, 5), stream=2)
+        scene = _cached_scenes(
+            source,
+            split,
+            size=(128, 64),
+            digit_size=(28, 52),
+            count=(2, 4),
+            stream=2,
+        )
         for index in range(images[split]):
             name = f'{split}/{city}/{city}_{index:06d}_000000'
-            yield (f'leftImg8bit/{name}_leftImg8bit.png',
-                   lambda scene=scene, index=index: _encoded(
-                       scene(index).image, 'PNG'))
-            yield (f'gtFine/{name}_gtFine_labelIds.png',
-                   lambda scene=scene, index=index: _encoded(
-                       label_ids[train_ids(scene(index))], 'PNG'))
-            yield (f'gtFine/{name}_gtFine_labelTrainIds.png',
-                   lambda scene=scene, index=index: _encoded(
-                       train_ids(scene(index)), 'PNG'))
+            yield (
+                f'leftImg8bit/{name}_leftImg8bit.png',
+                lambda scene=scene, index=index: _encoded(
+                    scene(index).image, 'PNG'
+                ),
+            )
+            yield (
+                f'gtFine/{name}_gtFine_labelIds.png',
+                lambda scene=scene, index=index: _encoded(
+                    label_ids[train_ids(scene(index))], 'PNG'
+                ),
+            )
+            yield (
+                f'gtFine/{name}_gtFine_labelTrainIds.png',
+                lambda scene=scene, index=index: _encoded(
+                    train_ids(scene(index)), 'PNG'
+                ),
+            )
 
 
 def train_ids(scene: Scene) -> np.ndarray:
@@ -114,7 +164,8 @@ def run_length_encoding(mask: np.ndarray) -> Dict[str, list]:
 def _cached_scenes(source, split, **kwargs) -> Callable[[int], Scene]:
     """Scenes by index; those just made are kept for the files that follow."""
     return lru_cache(maxsize=4)(
-        lambda index: source.scene(split, index, **kwargs))
+        lambda index: source.scene(split, index, **kwargs)
+    )
 
 
 def _single_digit(source, split, label, index) -> bytes:
@@ -126,34 +177,57 @@ def _coco_annotations(scene, count) -> bytes:
     for index in range(count):
         current = scene(index)
         height, width = current.image.shape[:2]
-        images.append(dict(id=index, file_name=f'{index:012d}.jpg',
-                           height=height, width=width))
+        images.append(
+            dict(
+                id=index,
+                file_name=f'{index:012d}.jpg',
+                height=height,
+                width=width,
+            )
+        )
         for digit in current.digits:
-            annotations.append(dict(
-                id=len(annotations) + 1, image_id=index,
-                category_id=digit.label, bbox=list(digit.box),
-                area=int(digit.mask.sum()), iscrowd=0,
-                segmentation=run_length_encoding(digit.mask)))
-    categories = [dict(id=label, name=str(label), supercategory='digit')
-                  for label in range(10)]
-    return json.dumps(dict(
-        info=dict(description='MNIST digits on photographs'),
-        images=images, annotations=annotations,
-        categories=categories)).encode()
+            annotations.append(
+                dict(
+                    id=len(annotations) + 1,
+                    image_id=index,
+                    category_id=digit.label,
+                    bbox=list(digit.box),
+                    area=int(digit.mask.sum()),
+                    iscrowd=0,
+                    segmentation=run_length_encoding(digit.mask),
+                )
+            )
+    categories = [
+        dict(id=label, name=str(label), supercategory='digit')
+        for label in range(10)
+    ]
+    return json.dumps(
+        dict(
+            info=dict(description='MNIST digits on photographs'),
+            images=images,
+            annotations=annotations,
+            categories=categories,
+        )
+    ).encode()
 
 
 def _encoded(image: np.ndarray, kind: str, **options) -> bytes:
     from PIL import Image
+
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, kind, **options)
     return buffer.getvalue()
 
 
 LAYOUTS = dict(
-    classification=Layout('mnist5k', imagenet_files,
-                          dict(train=4000, val=1000),
-                          dict(train=4000, val=1000)),
-    detection=Layout('digits_coco', coco_files,
-                     dict(train=600, val=100), {}),
-    segmentation=Layout('digits_cityscapes', cityscapes_files,
-                        dict(train=400, val=80), {}))
+    classification=Layout(
+        'mnist5k',
+        imagenet_files,
+        dict(train=4000, val=1000),
+        dict(train=4000, val=1000),
+    ),
+    detection=Layout('digits_coco', coco_files, dict(train=1000, val=100), {}),
+    segmentation=Layout(
+        'digits_cityscapes', cityscapes_files, dict(train=1000, val=100), {}
+    ),
+)

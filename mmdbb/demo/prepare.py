@@ -1,12 +1,14 @@
+# Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
 """Write the demo's data sets: once, completely, and over nobody's files."""
+
 import json
 import os
 from pathlib import Path
 from typing import Callable, Optional, Union
 
-from . import DemoError
-from .layouts import LAYOUTS
-from .scenes import SPLITS, Source
+from mmdbb.demo.layouts import LAYOUTS
+from mmdbb.demo.scenes import SPLITS, Source
+from mmdbb.errors import UserError
 
 # Stands in a data set's folder and says that it is the demo's, and which.
 MARKER = '.mmdbb-demo.json'
@@ -14,11 +16,13 @@ MARKER = '.mmdbb-demo.json'
 FORMAT = 1
 
 
-def prepare(task: str,
-            root: Union[str, Path] = 'data',
-            seed: int = 0,
-            train: Optional[int] = None,
-            val: Optional[int] = None) -> Path:
+def prepare(
+    task: str,
+    root: Union[str, Path] = 'data',
+    seed: int = 0,
+    train: Optional[int] = None,
+    val: Optional[int] = None,
+) -> Path:
     """Have the data set of a task on disk, and return its folder.
 
     A data set that is complete is left alone, an interrupted one is
@@ -32,7 +36,7 @@ def prepare(task: str,
         val: Images to validate on, likewise.
 
     Raises:
-        DemoError: A package is missing, a number is out of range, or the
+        UserError: A package is missing, a number is out of range, or the
             folder holds something else.
     """
     layout = LAYOUTS[task]
@@ -40,13 +44,16 @@ def prepare(task: str,
     for split, asked in zip(SPLITS, (train, val)):
         images[split] = layout.images[split] if asked is None else asked
         if images[split] < 1:
-            raise DemoError(f'{split} images must be 1 or more, '
-                            f'got {images[split]}')
+            raise UserError(
+                f'{split} images must be 1 or more, got {images[split]}'
+            )
         most = layout.most.get(split)
         if most and (images[split] > most or images[split] % 10):
-            raise DemoError(f'{split} images of {layout.name} must be a '
-                            f'multiple of 10 up to {most}, '
-                            f'got {images[split]}')
+            raise UserError(
+                f'{split} images of {layout.name} must be a '
+                f'multiple of 10 up to {most}, '
+                f'got {images[split]}'
+            )
     folder = Path(root) / layout.name
     _claim(folder, dict(format=FORMAT, seed=seed, **images))
     source = Source(seed)
@@ -64,17 +71,21 @@ def _claim(folder: Path, what: dict) -> None:
         elif folder.is_dir() and not any(folder.iterdir()):
             found = what
         elif folder.exists() or folder.is_symlink():
-            raise DemoError(f"'{folder}' exists and was not made by this "
-                            'tool; choose another --root')
+            raise UserError(
+                f"'{folder}' exists and was not made by this "
+                'tool; choose another --root'
+            )
         else:
             found = what
         if found != what:
-            raise DemoError(f"'{folder}' holds another demo data set "
-                            f'({_listed(found)}; wanted {_listed(what)}); '
-                            'remove it or choose another --root')
+            raise UserError(
+                f"'{folder}' holds another demo data set "
+                f'({_listed(found)}; wanted {_listed(what)}); '
+                'remove it or choose another --root'
+            )
         write_once(marker, json.dumps(what).encode)
     except (OSError, ValueError) as error:
-        raise DemoError(f"cannot use '{folder}': {error}") from None
+        raise UserError(f"cannot use '{folder}': {error}") from None
 
 
 def write_once(path: Path, content: Callable[[], bytes]) -> None:

