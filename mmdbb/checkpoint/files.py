@@ -6,9 +6,10 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import re
 import tempfile
 from pathlib import Path
-from typing import Dict, Iterator, List
+from typing import Dict, Iterator, List, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -41,19 +42,21 @@ def read_checkpoint(path: str) -> dict:
         raise UserError(f'checkpoint is empty: {path}')
     try:
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error)
-        if 'Unsupported global' in reason or 'GLOBAL' in reason:
-            reason = 'it holds ' + reason.split('GLOBAL ')[-1].split(' ')[0]
-            reason += ', which is not allowed in a checkpoint'
-        else:
-            reason = reason.splitlines()[0]
-        raise UserError(f'cannot read {path}: {reason}') from error
     except Exception as error:
         # The unpickler fails in as many ways as a file can be damaged.
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = str(error) or type(error).__name__
+        forbidden = re.search(r'(?:GLOBAL|Unsupported class) (\S+)', reason)
+        if isinstance(error, pickle.UnpicklingError) and forbidden:
+            raise UserError(
+                f'cannot read {path}: it holds {forbidden[1]}, which is not '
+                'allowed in a checkpoint'
+            ) from error
+        # torch advises to load it unsafely; that helps nobody here.
+        if 'weights_only' in reason:
+            reason = 'no pickle of tensors'
         raise UserError(
-            f'{path} is not a checkpoint, or is truncated: {reason}'
+            f'{path} is not a checkpoint, or is truncated: '
+            f'{reason.splitlines()[0]}'
         ) from error
     return _in_mmengine_form(checkpoint, path)
 
@@ -159,19 +162,55 @@ def all_or_nothing(
                 f'output exists: {output}; choose another name or pass --force'
             )
     folder = os.path.dirname(os.path.abspath(outputs[0]))
+    made = _missing_folders(folder)
     try:
         os.makedirs(folder, exist_ok=True)
         temporary = tempfile.TemporaryDirectory(prefix='.mmdbb-', dir=folder)
     except OSError as error:
+        _remove_empty(made)
         raise UserError(f'cannot write to {folder}: {error}') from error
-    with temporary as scratch:
-        drafts = [os.path.join(scratch, os.path.basename(o)) for o in outputs]
-        yield drafts
+    try:
+        with temporary as scratch:
+            drafts = [
+                os.path.join(scratch, os.path.basename(o)) for o in outputs
+            ]
+            yield drafts
+            _move_all(drafts, outputs, overwrite)
+    except BaseException:
+        _remove_empty(made)
+        raise
+
+
+def _move_all(
+    drafts: Sequence[str], outputs: Sequence[str], overwrite: bool
+) -> None:
+    moved = []
+    try:
         for draft, output in zip(drafts, outputs):
             if overwrite:
                 os.replace(draft, output)
             else:
                 _move_to_free_name(draft, output)
+                moved.append(output)
+    except BaseException:
+        for output in moved:
+            os.unlink(output)
+        raise
+
+
+def _missing_folders(folder: str) -> List[str]:
+    """What has to be made for a folder to exist, the deepest first."""
+    missing = []
+    while not os.path.lexists(folder):
+        missing.append(folder)
+        folder = os.path.dirname(folder)
+    return missing
+
+
+def _remove_empty(folders: Sequence[str]) -> None:
+    for folder in folders:
+        with contextlib.suppress(OSError):  # someone else's file is in it
+            os.rmdir(folder)
 
 
 def _move_to_free_name(draft: str, output: str) -> None:
