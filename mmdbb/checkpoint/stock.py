@@ -10,7 +10,7 @@ comes back, which adds b and changes nothing else.
 
 from __future__ import annotations
 
-from typing import Dict
+from typing import Dict, Optional
 
 import torch
 from mmengine.config import Config
@@ -59,6 +59,12 @@ def _without_blocks(node):
     if not isinstance(node, dict):
         return node
     node = {k: _without_blocks(v) for k, v in node.items()}
+    init_cfg = node.get('init_cfg')
+    if isinstance(init_cfg, (list, tuple)):
+        rules = [rule for rule in init_cfg if not _is_plain_start(rule)]
+        node['init_cfg'] = rules or None
+    elif _is_plain_start(init_cfg):
+        node['init_cfg'] = None
     conv_cfg = node.get('conv_cfg')
     if isinstance(conv_cfg, dict) and _is_block(conv_cfg.get('type')):
         node['conv_cfg'] = None
@@ -68,6 +74,13 @@ def _without_blocks(node):
         for key in ('block', 'deploy'):
             node.pop(key, None)
     return node
+
+
+def _is_plain_start(init_cfg) -> bool:
+    """Whether only mmdbb knows this rule; the weights come from training."""
+    return isinstance(init_cfg, dict) and _type_name(
+        init_cfg.get('type')
+    ) in ('PlainPretrained', 'PlainPretrainedInit')
 
 
 def _type_name(type_) -> str:
@@ -80,12 +93,18 @@ def _is_block(type_) -> bool:
 
 
 @torch.no_grad()
-def stock_state(model: nn.Module, stock: nn.Module) -> Dict[str, Tensor]:
+def stock_state(
+    model: nn.Module,
+    stock: nn.Module,
+    pairs: Optional[Dict[str, str]] = None,
+) -> Dict[str, Tensor]:
     """Weights for the stock network.
 
     Args:
         model: The network with blocks; unchanged.
         stock: The stock network, to know what it expects.
+        pairs: Names of convolutions -> names of the norms behind them; by
+            default those that the OpenMMLab packages' conventions give.
 
     Returns:
         dict: A state dict that ``stock`` loads strictly.
@@ -97,7 +116,7 @@ def stock_state(model: nn.Module, stock: nn.Module) -> Dict[str, Tensor]:
     merged = reparameterize(model)
     expected = stock.state_dict()
     stock_modules = dict(stock.named_modules())
-    pairs = norm_names(merged)
+    pairs = norm_names(merged) if pairs is None else pairs
     state = merged.state_dict()
     for name in find_blocks(model):
         if f'{name}.bias' in expected:
