@@ -21,7 +21,10 @@ from mmdbb.blocks import (
     RepVGGConv,
 )
 from mmdbb.checkpoint.deploy import load_deployed
+from mmdbb.checkpoint.plain import load_plain_weights_
+from mmdbb.checkpoint.plain_init import PlainPretrainedInit
 from mmdbb.checkpoint.safe_globals import allow_mmengine_checkpoints
+from mmdbb.insert import insert_blocks_, merge_into_
 from mmdbb.reparam import reparameterize
 from mmdbb.version import __version__
 
@@ -32,9 +35,13 @@ __all__ = [
     'ACBlock',
     'DBB',
     'DiverseBranchBlock',
+    'PlainPretrainedInit',
     'RepVGGBlock',
     'RepVGGConv',
     '__version__',
+    'insert_blocks_',
     'load_deployed',
+    'load_plain_weights_',
+    'merge_into_',
     'reparameterize',
 ]

@@ -99,6 +99,20 @@ def fuse_conv_bn(conv: KernelBias, norm: ScaleShift) -> KernelBias:
     return KernelBias(kernel, conv.bias * norm.scale + norm.shift)
 
 
+def unfuse_conv_bn(fused: KernelBias, norm: ScaleShift) -> KernelBias:
+    """Transform I backwards: what gives ``fused`` when this norm follows.
+
+    Args:
+        fused: Kernel (out, in / groups, kH, kW) and bias (out,).
+        norm: The norm's scale, nowhere zero, and shift, both (out,).
+
+    Returns:
+        KernelBias: Of the same shapes.
+    """
+    kernel = fused.kernel / norm.scale.reshape(-1, 1, 1, 1)
+    return KernelBias(kernel, (fused.bias - norm.shift) / norm.scale)
+
+
 def add_branches(*branches: KernelBias) -> KernelBias:
     """Transform II (eq. 4): the sum of branches of one geometry.
 

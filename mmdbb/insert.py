@@ -1,0 +1,229 @@
+# Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
+"""Blocks in any PyTorch model, and the model's own structure back again."""
+
+from __future__ import annotations
+
+from typing import Any, Callable, Dict, List, Optional, Tuple
+
+import torch
+from mmengine.registry import MODELS
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from mmdbb.blocks.base import ReparamConv2d
+from mmdbb.blocks.from_plain import (
+    BRANCH_SCALE,
+    NormValues,
+    copy_entries_,
+    plain_start,
+)
+from mmdbb.checkpoint.files import load_strictly
+from mmdbb.checkpoint.stock import stock_state
+from mmdbb.tracing import sole_readers
+from mmdbb.transforms import KernelBias
+
+Where = Callable[[str, nn.Conv2d], bool]
+
+# Norms that a block can stand for. A subclass may do more, as timm's norms
+# with an activation inside do; it stays behind the block.
+_ABSORBED = (nn.BatchNorm2d, nn.SyncBatchNorm)
+
+
+def insert_blocks_(
+    model: nn.Module,
+    block: Optional[dict] = None,
+    where: Optional[Where] = None,
+    example: Any = None,
+    branch_scale: float = BRANCH_SCALE,
+) -> List[str]:
+    """Replace convolutions of a model by blocks, in place.
+
+    In eval mode the model computes what it did. A batch norm that alone reads
+    a convolution's output goes into the block, and ``nn.Identity`` stands in
+    its place; any other reader stays as it is.
+
+    Args:
+        model: Any model, with its weights.
+        block: Config of the block, ``dict(type='DBB')`` by default.
+        where: Says by name and module which convolutions to replace. By
+            default those that the block's config makes blocks: with kernels
+            of 2 to 6 pixels.
+        example: What the model is called with (a tensor, a tuple of
+            arguments or a dict of keywords), to watch a run of it. Needed
+            only where torch.fx cannot trace the model.
+        branch_scale: Start of the gammas of all branches but ``kxk``, as a
+            share of that one's, see :mod:`mmdbb.blocks.from_plain`.
+
+    Returns:
+        list: Names of the convolutions that are blocks now. Convolutions that
+        a run of the model in eval mode does not reach, subclasses of
+        ``nn.Conv2d`` and ones with hooks stay as they are.
+
+    Raises:
+        TypeError: If the block's config has unknown keys.
+        ValueError: If nothing was found to replace, the block is not one or
+            has no ``kxk`` branch, or the model cannot be traced. The model is
+            then unchanged.
+
+    Examples:
+        >>> model = nn.Sequential(
+        ...     nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+        >>> insert_blocks_(model)
+        ['0']
+        >>> [type(layer).__name__ for layer in model]
+        ['DBB', 'Identity', 'ReLU']
+    """
+    block_type, args, sizes = _block_config(block)
+    if where is None:
+
+        def where(name: str, conv: nn.Conv2d) -> bool:
+            return sizes[0] <= max(conv.kernel_size) <= sizes[1]
+
+    readers = sole_readers(model, example)
+    new: Dict[nn.Module, nn.Module] = {}
+    names, candidates = [], []
+    for name, conv in model.named_modules():
+        if not name or conv not in readers or not _is_plain(conv):
+            continue
+        candidates.append(name)
+        if not where(name, conv):
+            continue
+        norm = readers[conv]
+        absorbed = type(norm) in _ABSORBED and not _has_hooks(norm)
+        absorbed = absorbed and norm.track_running_stats
+        try:
+            new[conv] = _block_for(
+                conv, norm, absorbed, block_type, args, branch_scale
+            )
+        except ValueError as error:
+            raise ValueError(f'{name}: {error}') from error
+        if absorbed:
+            new[norm] = nn.Identity()
+        names.append(name)
+    if not names:
+        raise ValueError(
+            f'nothing to replace in {type(model).__name__}: where() chose '
+            f'none of its {len(candidates)} plain convolutions inside'
+            if candidates
+            else f'{type(model).__name__} has no plain nn.Conv2d inside that '
+            'a run reaches'
+        )
+    places = [
+        (parent, attribute, new[child])
+        for parent in model.modules()
+        for attribute, child in parent._modules.items()
+        if child in new
+    ]
+    for parent, attribute, module in places:
+        setattr(parent, attribute, module)
+    return names
+
+
+def merge_into_(
+    plain: nn.Module, model: nn.Module, example: Any = None
+) -> nn.Module:
+    """Merge a model's blocks into the model that it was made of.
+
+    ``reparameterize`` leaves convolutions with a bias, and ``nn.Identity``
+    where a norm was. Here the biases fold into the norms, so that the
+    original structure and all of its names are back.
+
+    Args:
+        plain: The original model, built anew or copied before blocks were
+            inserted; its weights are overwritten.
+        model: The model with blocks; unchanged.
+        example: As of :func:`insert_blocks_`.
+
+    Returns:
+        nn.Module: ``plain``. In eval mode it computes what ``model`` does.
+
+    Raises:
+        UserError: If the two do not fit, or a merged bias has no place: the
+            convolution has none, and no batch norm alone reads its output.
+        ValueError: If the model has no blocks, or cannot be traced.
+
+    Examples:
+        >>> model = nn.Sequential(
+        ...     nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8))
+        >>> import copy
+        >>> plain = copy.deepcopy(model)
+        >>> names = insert_blocks_(model)
+        >>> [type(layer).__name__ for layer in merge_into_(plain, model)]
+        ['Conv2d', 'BatchNorm2d']
+    """
+    names = {module: name for name, module in plain.named_modules()}
+    pairs = {
+        names[conv]: names[norm]
+        for conv, norm in sole_readers(plain, example).items()
+        if norm is not None
+    }
+    state = stock_state(model, plain, pairs)
+    load_strictly(plain, state, 'the merged network')
+    return plain
+
+
+def _block_config(block: Optional[dict]) -> Tuple[type, dict, tuple]:
+    args = dict(block or dict(type='DBB'))
+    name = args.pop('type', None)
+    block_type = getattr(MODELS.get(str(name)), 'block', name)
+    if not isinstance(block_type, type) or not issubclass(
+        block_type, ReparamConv2d
+    ):
+        blocks = sorted(
+            n for n, m in MODELS.module_dict.items() if hasattr(m, 'block')
+        )
+        raise ValueError(
+            f'block must name a block, got type={name!r}; allowed: {blocks}'
+        )
+    sizes = args.pop('min_kernel_size', 2), args.pop('max_kernel_size', 6)
+    return block_type, args, sizes
+
+
+def _block_for(
+    conv: nn.Conv2d,
+    norm: Optional[nn.Module],
+    absorbed: bool,
+    block_type: type,
+    args: dict,
+    branch_scale: float,
+) -> nn.Module:
+    values = None
+    if isinstance(norm, _BatchNorm) and norm.track_running_stats:
+        values = NormValues.of(norm)
+        norm_type = 'SyncBN' if isinstance(norm, nn.SyncBatchNorm) else 'BN'
+        norm_cfg = dict(type=norm_type, eps=norm.eps, momentum=norm.momentum)
+        args = dict(dict(norm_cfg=norm_cfg), **args)
+    block = block_type(
+        conv.in_channels,
+        conv.out_channels,
+        conv.kernel_size,
+        conv.stride,
+        conv.padding,
+        conv.dilation,
+        conv.groups,
+        bias=absorbed or conv.bias is not None,
+        padding_mode=conv.padding_mode,
+        **args,
+    ).to(conv.weight)
+    bias = conv.bias
+    if bias is None:
+        bias = torch.zeros_like(conv.weight[:, 0, 0, 0])
+    plain = KernelBias(conv.weight, bias)
+    copy_entries_(
+        block, plain_start(block, plain, values, absorbed, branch_scale)
+    )
+    block.requires_grad_(conv.weight.requires_grad)
+    return block.train(conv.training)
+
+
+def _is_plain(conv: nn.Module) -> bool:
+    return type(conv) is nn.Conv2d and not _has_hooks(conv)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
