@@ -1,6 +1,14 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""mmpretrain's backbones with blocks."""
+"""Backbones with blocks, for mmpretrain and through it for mmdet and mmseg."""
 
+from .mobilenet import MobileNetV1, MobileNetV1DBB
 from .resnet import ResNetDBB, ResNetV1cDBB, ResNetV1dDBB, ResNeXtDBB
 
-__all__ = ['ResNeXtDBB', 'ResNetDBB', 'ResNetV1cDBB', 'ResNetV1dDBB']
+__all__ = [
+    'MobileNetV1',
+    'MobileNetV1DBB',
+    'ResNeXtDBB',
+    'ResNetDBB',
+    'ResNetV1cDBB',
+    'ResNetV1dDBB',
+]

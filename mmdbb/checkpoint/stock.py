@@ -2,10 +2,11 @@
 """From a network with blocks to the stock network that equals it.
 
 The stock network is what the host package itself builds: no ``conv_cfg``, no
-backbone of mmdbb. Its convolutions have no bias where a norm follows, so the
-merged bias folds into that norm: ``mean -= bias``. Where the block had taken
-the norm's place, a norm with weight 1, bias b, mean 0 and variance 1 - eps
-comes back, which adds b and changes nothing else.
+backbone of mmdbb unless the host has no such network. Its convolutions have
+no bias where a norm follows, so the merged bias folds into that norm: ``mean
+-= bias``. Where the block had taken the norm's place, a norm with weight 1,
+bias b, mean 0 and variance 1 - eps comes back, which adds b and changes
+nothing else.
 """
 
 from __future__ import annotations
@@ -28,7 +29,11 @@ STOCK_BACKBONES = {
     'ResNetV1cDBB': 'ResNetV1c',
     'ResNetV1dDBB': 'ResNetV1d',
     'ResNeXtDBB': 'ResNeXt',
+    'MobileNetV1DBB': 'MobileNetV1',
 }
+
+#: Plain backbones that the host packages lack: mmdbb's own.
+OWN_BACKBONES = ('MobileNetV1',)
 
 
 def stock_config(cfg: Config) -> Config:
@@ -39,18 +44,31 @@ def stock_config(cfg: Config) -> Config:
 
     Returns:
         Config: A copy without mmdbb's layers, backbones and imports, and
-        without a checkpoint to start from.
+        without a checkpoint to start from. Where the plain network is mmdbb's
+        own (:data:`OWN_BACKBONES`), ``mmdbb.backbones`` is imported.
     """
     fields = _without_blocks(cfg.to_dict())
-    imports = fields.pop('custom_imports', None)
-    if imports:
-        names = imports['imports']
-        names = [names] if isinstance(names, str) else names
-        kept = [name for name in names if name.split('.')[0] != 'mmdbb']
-        if kept:
-            fields['custom_imports'] = dict(imports, imports=kept)
+    imports = fields.pop('custom_imports', None) or dict(
+        imports=[], allow_failed_imports=False
+    )
+    names = imports['imports']
+    names = [names] if isinstance(names, str) else names
+    kept = [name for name in names if name.split('.')[0] != 'mmdbb']
+    if _has_own_backbone(fields):
+        kept.append('mmdbb.backbones')
+    if kept:
+        fields['custom_imports'] = dict(imports, imports=kept)
     fields.update(load_from=None, resume=False)
     return Config(fields)
+
+
+def _has_own_backbone(node) -> bool:
+    if isinstance(node, (list, tuple)):
+        return any(_has_own_backbone(item) for item in node)
+    if not isinstance(node, dict):
+        return False
+    name = _type_name(node.get('type')).rpartition('.')[2]
+    return name in OWN_BACKBONES or _has_own_backbone(list(node.values()))
 
 
 def _without_blocks(node):

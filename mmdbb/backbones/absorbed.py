@@ -1,0 +1,86 @@
+# Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
+"""Blocks in place of each convolution and its norm, for any backbone.
+
+In the papers' networks a DBB stands for convolution *and* norm, so the norm
+that the host would build behind it gives way to ``nn.Identity``.
+"""
+
+from __future__ import annotations
+
+from typing import Optional
+
+from mmengine.registry import MODELS as ROOT
+from torch import nn
+
+from mmdbb.blocks import BranchSumConv2d
+from mmdbb.host_norms import conv_norm_pairs
+from mmdbb.reparam import find_blocks, reparameterize
+
+
+class BlocksForConvNorm:
+    """Mixin for backbones with ``conv_cfg`` and ``norm_cfg``.
+
+    Args:
+        args: As of the stock network, keywords too.
+        block: Config of the block, ``dict(type='DBB')`` by default. Where it
+            sums branches that have norms, ``nn.Identity`` stands in place of
+            the norm behind it; else (OREPA) the host's norm stays.
+        norm_cfg: Config of all norms, those inside blocks too unless
+            ``block`` has its own.
+        deploy: Whether to build the merged network, to load merged weights.
+
+    Raises:
+        TypeError: If ``conv_cfg`` is given; ``block`` takes its place.
+        ValueError: If ``block`` is not a block of mmdbb.
+    """
+
+    def __init__(
+        self,
+        *args,
+        block: Optional[dict] = None,
+        norm_cfg: Optional[dict] = None,
+        deploy: bool = False,
+        **kwargs,
+    ) -> None:
+        if kwargs.pop('conv_cfg', None) is not None:
+            raise TypeError(
+                f"{type(self).__name__} takes block=dict(type='DBB'), not "
+                'conv_cfg; for conv_cfg use the stock backbone'
+            )
+        block = dict(block or dict(type='DBB'))
+        norm_cfg = norm_cfg or dict(type='BN', requires_grad=True)
+        if issubclass(_block_type(block), BranchSumConv2d):
+            block.setdefault('norm_cfg', norm_cfg)
+        super().__init__(*args, conv_cfg=block, norm_cfg=norm_cfg, **kwargs)
+        for parent, conv, norm in list(conv_norm_pairs(self)):
+            if isinstance(getattr(parent, conv), BranchSumConv2d):
+                setattr(parent, norm, nn.Identity())
+        if deploy:
+            self.switch_to_deploy()
+        self._freeze_stages()
+
+    def train(self, mode: bool = True) -> nn.Module:
+        """As the stock network, but returns the module as torch's does."""
+        super().train(mode)
+        return self
+
+    def switch_to_deploy(self) -> None:
+        """Replace all blocks by plain convolutions. Idempotent."""
+        if find_blocks(self):
+            reparameterize(self, inplace=True)
+
+
+def _block_type(block: dict) -> type:
+    name = block.get('type')
+    layer = name if isinstance(name, type) else ROOT.get(str(name))
+    block_type = getattr(layer, 'block', layer)
+    if not isinstance(block_type, type) or not hasattr(
+        block_type, 'switch_to_deploy'
+    ):
+        blocks = sorted(
+            n for n, m in ROOT.module_dict.items() if hasattr(m, 'block')
+        )
+        raise ValueError(
+            f'block must name a block, got type={name!r}; allowed: {blocks}'
+        )
+    return block_type
