@@ -77,6 +77,15 @@ SAMPLES = dict(
 )
 
 
+@pytest.fixture(scope='module', autouse=True)
+def one_thread():
+    """Small operators: threads would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(params=CONFIGS)
 def config(request):
     config = Config.fromfile(ROOT / request.param)
