@@ -114,10 +114,17 @@ def _batch_pixels(spec: ConvSpec, x: Tensor) -> int:
     return count
 
 
-def _composing_pays(spec: ConvSpec, x: Tensor) -> bool:
-    """Whether composing a 1x1 and a KxK costs less than running the 1x1."""
-    taps = spec.kernel_size[0] * spec.kernel_size[1]
+def _composing_pays(spec: ConvSpec, x: Tensor, saves_kxk: bool) -> bool:
+    """Whether composing a 1x1 and a KxK costs less than what it saves.
+
+    Per channel in the middle, and per channel of the input, composing
+    multiplies out x taps times. It saves the 1x1, a product per pixel, and if
+    the KxK runs in any case for the other branches, that too.
+    """
     pixels = x.shape[0] * x.shape[-2] * x.shape[-1]
+    if saves_kxk:
+        return spec.in_channels // spec.groups <= pixels
+    taps = spec.kernel_size[0] * spec.kernel_size[1]
     return spec.out_channels // spec.groups * taps <= pixels
 
 
@@ -130,7 +137,7 @@ def _frozen_forward(block: nn.Module, x: Tensor) -> Tensor:
     )
     if not needs_grad and x.device.type == 'cpu' and not is_compiling():
         kernel, bias = _kept_kernel(block)
-    elif _composing_pays(block.spec, x):
+    elif _composing_pays(block.spec, x, saves_kxk=True):
         kernel, bias = block.get_equivalent_kernel_bias()
     else:
         return block.forward_branches(x)
@@ -228,7 +235,9 @@ def _training_branch(
     branch: nn.Module, x: Tensor, moments: _SharedMoments
 ) -> Tensor:
     spec = branch.spec
-    if isinstance(branch, PointwiseKxK) and _composing_pays(spec, x):
+    if isinstance(branch, PointwiseKxK) and _composing_pays(
+        spec, x, saves_kxk=False
+    ):
         return _pointwise_kxk(branch, x, moments)
     if isinstance(branch, PointwiseAvg):
         if spec.is_depthwise:

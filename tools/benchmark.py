@@ -1,0 +1,172 @@
+# Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
+"""Measure what blocks cost, against plain convolutions, in one run.
+
+  python tools/benchmark.py --network resnet18 --batch 16
+
+prints a table for each phase, and with --out writes it as JSON; --plot draws
+how a block's time and memory grow with batch, width and resolution.
+"""
+
+import json
+import logging
+import platform
+from pathlib import Path
+
+import torch
+
+from mmdbb import benchmark
+from mmdbb.blocks.branch_sum import BranchSumConv2d
+from mmdbb.engine.command import Parser, run_command
+from mmdbb.errors import UserError
+
+
+def parse_args():
+    parser = Parser(description='Measure what blocks cost')
+    parser.add_argument(
+        '--network',
+        nargs='+',
+        choices=list(benchmark.NETWORKS),
+        default=['resnet18'],
+    )
+    parser.add_argument(
+        '--block', default='DBB', help='DBB (default), ACB or RepVGGConv'
+    )
+    parser.add_argument(
+        '--phase',
+        nargs='+',
+        choices=benchmark.PHASES,
+        default=list(benchmark.PHASES),
+    )
+    parser.add_argument('--batch', type=int, default=16, help='images')
+    parser.add_argument(
+        '--image-size',
+        type=int,
+        nargs=2,
+        default=(224, 224),
+        metavar=('HEIGHT', 'WIDTH'),
+        help='pixels',
+    )
+    parser.add_argument('--threads', type=int, help='threads of torch')
+    parser.add_argument('--device', default='cpu')
+    parser.add_argument(
+        '--compile', action='store_true', help='run under torch.compile'
+    )
+    parser.add_argument('--repeats', type=int, default=5)
+    parser.add_argument('--out', help='write the rows to this JSON file')
+    parser.add_argument('--plot', help='draw the growth of one block here')
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    logging.disable(logging.INFO)
+    try:
+        device = torch.device(args.device)
+        images = torch.randn(args.batch, 3, *args.image_size, device=device)
+    except RuntimeError as error:
+        raise UserError(f'--device {args.device}: {error}') from error
+    check_block(args.block)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    rows = []
+    for network in args.network:
+        for phase in args.phase:
+            found = benchmark.run_phase(
+                phase, network, args.block, images, args.repeats, args.compile
+            )
+            rows += [dict(network=network, **as_dict(row)) for row in found]
+            print_table(f'{network}, {args.block}, {phase}', found)
+    report = dict(
+        settings=vars(args),
+        machine=dict(
+            processor=platform.processor() or platform.machine(),
+            torch=torch.__version__,
+            threads=torch.get_num_threads(),
+        ),
+        rows=rows,
+    )
+    if args.plot:
+        points = list(benchmark.growth(args.block, device, args.repeats))
+        report['growth'] = [point._asdict() for point in points]
+        draw_growth(points, args.plot)
+    if args.out:
+        Path(args.out).write_text(json.dumps(report, indent=1) + '\n')
+
+
+def check_block(name):
+    from mmengine.registry import MODELS
+
+    blocks = {
+        n
+        for n, layer in MODELS.module_dict.items()
+        if issubclass(getattr(layer, 'block', object), BranchSumConv2d)
+    }
+    if name not in blocks:
+        raise UserError(f'--block {name}: allowed are {sorted(blocks)}')
+
+
+def as_dict(row):
+    return dict(row._asdict(), time=row.time._asdict())
+
+
+def print_table(title, rows):
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title)
+    first = rows[0]
+    for column in ('variant', 'ms', 'spread', f'/ {first.variant}'):
+        table.add_column(column, justify='right')
+    literal = next((r for r in rows if r.variant == 'literal'), None)
+    for column in ('/ literal', 'kept MB', '/ literal', 'peak MB'):
+        table.add_column(column, justify='right')
+    for row in rows:
+        table.add_row(
+            row.variant,
+            f'{row.time.median:.1f}',
+            f'{row.time.fastest:.1f}-{row.time.slowest:.1f}',
+            ratio(row.time.median, first.time.median),
+            ratio(row.time.median, literal and literal.time.median),
+            '' if row.kept_mb is None else f'{row.kept_mb:.1f}',
+            ratio(row.kept_mb, literal and literal.kept_mb),
+            '' if row.peak_mb is None else f'{row.peak_mb:.1f}',
+        )
+    Console().print(table)
+
+
+def ratio(value, base):
+    return '' if not value or not base else f'{value / base:.3f}'
+
+
+def draw_growth(points, path):
+    import matplotlib
+
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 3, figsize=(11, 6), sharey='row')
+    units = dict(batch='images', width='channels', resolution='pixels a side')
+    for column, axis in enumerate(benchmark.AXES):
+        for variant in ('plain', 'literal', 'default'):
+            mine = [
+                p for p in points if (p.axis, p.variant) == (axis, variant)
+            ]
+            values = [p.value for p in mine]
+            for row, field in enumerate(('ms', 'kept_mb')):
+                axes[row, column].loglog(
+                    values,
+                    [getattr(p, field) for p in mine],
+                    'o-',
+                    label=variant,
+                )
+                axes[row, column].grid(alpha=0.3)
+        axes[1, column].set_xlabel(f'{axis} ({units[axis]})')
+    axes[0, 0].set_ylabel('training step (ms)')
+    axes[1, 0].set_ylabel('kept for backward (MB)')
+    axes[0, 0].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == '__main__':
+    run_command(main)
