@@ -320,9 +320,7 @@ AXES = dict(
 BASE = dict(batch=16, width=64, resolution=28)
 
 
-def growth(
-    block: str, device: torch.device, repeats: int
-) -> Iterator[Point]:
+def growth(block: str, device: torch.device, repeats: int) -> Iterator[Point]:
     """Time and memory of one block as batch, width and resolution grow."""
     from mmcv.cnn import build_conv_layer
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from pathlib import Path
-from typing import List, NamedTuple, Optional, Sequence, Tuple
+from typing import List, NamedTuple, Sequence, Tuple
 
 import mmcv
 import numpy as np
