@@ -1,0 +1,14 @@
+# RetinaNet with FPN on COCO, 1x, with a ResNet-50-DBB backbone that starts
+# as the plain ImageNet ResNet-50 that mmdet starts from.
+_base_ = './resnet50_dbb_retinanet_coco.py'
+
+model = dict(
+    backbone=dict(
+        # mmdet's own settings for pretrained weights
+        frozen_stages=1,
+        norm_eval=True,
+        init_cfg=dict(
+            type='PlainPretrained', checkpoint='torchvision://resnet50'
+        ),
+    ),
+)
