@@ -6,10 +6,12 @@ import mmcv
 import numpy as np
 import pytest
 import torch
+import torchvision
 from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, DefaultScope
+from mmengine.runner import CheckpointLoader
 from mmengine.structures import InstanceData, PixelData
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -86,6 +88,25 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+# What configs would download -> networks with entries of the same names.
+PRETRAINED = {
+    'torchvision://resnet50': torchvision.models.resnet50,
+    'open-mmlab://resnet50_v1c': lambda: MODELS.build(
+        dict(type='mmseg.ResNetV1c', depth=50)
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    """Nothing is downloaded."""
+
+    def load(filename, *_, **__):
+        return PRETRAINED[filename]().state_dict()
+
+    monkeypatch.setattr(CheckpointLoader, 'load_checkpoint', load)
+
+
 @pytest.fixture(params=CONFIGS)
 def config(request):
     config = Config.fromfile(ROOT / request.param)
@@ -145,7 +166,7 @@ def test_config(config):
         data_samples=[make_sample(model) for _ in range(2)],
     )
     optim_wrapper = build_optim_wrapper(model, config.optim_wrapper)
-    first = next(model.backbone.parameters())
+    first = next(p for p in model.backbone.parameters() if p.requires_grad)
     before = first.clone()
     model.train()
     losses = model.train_step(batch, optim_wrapper)
