@@ -8,6 +8,7 @@ features and the outputs of every dense head. Blocks that these do not reach
 
 from __future__ import annotations
 
+import math
 from typing import Dict, Iterator, List, NamedTuple, Tuple
 
 import torch
@@ -74,7 +75,7 @@ def compare_networks(
             for name, expected, found in pairs:
                 compared.append(name)
                 error = relative_error(found, expected)
-                if not error <= worst:  # a NaN counts
+                if _is_worse(error, worst):
                     worst, where = error, name
             for name, block in blocks.items():
                 if block in reached:
@@ -86,12 +87,17 @@ def compare_networks(
                 error = relative_error(
                     _run(merged, layers, x), _run(model, layers, x)
                 )
-                if not error <= worst:
+                if _is_worse(error, worst):
                     worst, where = error, name
     finally:
         for hook in hooks:
             hook.remove()
     return Difference(worst, where, tuple(dict.fromkeys(compared)))
+
+
+def _is_worse(error: float, worst: float) -> bool:
+    # A NaN is worse than any number, and stays the worst.
+    return not (math.isnan(worst) or error <= worst)
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:

@@ -1,0 +1,409 @@
+"""From a trained checkpoint to the stock network's files, or to nothing."""
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import blocks_of, distance, image
+from mmengine.config import Config
+from networks import CONFIGS, SIZE, write_checkpoint, write_config
+
+from mmdbb import load_deployed
+from mmdbb.checkpoint import deploy
+from mmdbb.checkpoint.deploy import build_model, deploy_checkpoint, is_fused
+from mmdbb.errors import UserError
+
+pytestmark = pytest.mark.usefixtures('quiet')
+TOOL = Path(__file__).resolve().parents[2] / 'tools' / 'reparam.py'
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    """Task -> a folder with config.py and trained.pth; not to be changed."""
+    folders = {}
+    for task in CONFIGS:
+        folders[task] = tmp_path_factory.mktemp(task)
+        config = write_config(folders[task], task)
+        write_checkpoint(config, folders[task] / 'trained.pth')
+    return folders
+
+
+def picture(path, seed=0, shape=(40, 30, 3)):
+    import mmcv
+
+    generator = np.random.default_rng(seed)
+    mmcv.imwrite(generator.integers(0, 256, shape, dtype=np.uint8), str(path))
+    return str(path)
+
+
+def run(trained, out, task='classifier', **options):
+    folder = trained[task]
+    options.setdefault('image_size', SIZE)
+    return deploy_checkpoint(
+        Config.fromfile(folder / 'config.py'),
+        options.pop('checkpoint', str(folder / 'trained.pth')),
+        str(out),
+        **options,
+    )
+
+
+@pytest.mark.parametrize('task', CONFIGS)
+@pytest.mark.parametrize('fuse', [False, True])
+def test_deploys(trained, tmp_path, task, fuse):
+    out = tmp_path / 'sub' / 'out.pth'
+    images = [picture(tmp_path / 'a.png'), picture(tmp_path / 'b.jpg', 1)]
+    result = run(trained, out, task, fuse=fuse, images=images)
+    assert sorted(os.listdir(out.parent)) == ['out.pth', 'out.py']
+    assert result.checkpoint == str(out)
+    assert result.config == str(out.with_suffix('.py'))
+    assert 0 < result.difference.largest < 1e-4
+    before, after = result.parameters
+
+    model = build_model(Config.fromfile(trained[task] / 'config.py'))
+    state = torch.load(trained[task] / 'trained.pth')['state_dict']
+    model.load_state_dict(state)
+    assert result.blocks == len(blocks_of(model))
+    assert before == sum(p.numel() for p in model.parameters()) > after
+
+    loaded = load_deployed(result.config, result.checkpoint)
+    assert not loaded.training
+    assert after == sum(p.numel() for p in loaded.parameters())
+    norms = [m for m in loaded.modules() if 'BatchNorm' in str(type(m))]
+    assert bool(norms) is not fuse
+    x = image(2, 3, 40, 56, dtype=torch.float32)
+    for a, b in zip(loaded.extract_feat(x), model.extract_feat(x)):
+        assert distance(a, b) < 1e-4
+
+
+def test_meta(trained, tmp_path):
+    result = run(trained, tmp_path / 'out.pth')
+    loaded = torch.load(result.checkpoint, weights_only=True)
+    meta = loaded['meta']
+    assert meta['epoch'] == 3
+    assert 'DBB' not in meta['cfg'] and 'mmpretrain.ResNet' in meta['cfg']
+    own = meta['mmdbb']
+    source = (trained['classifier'] / 'trained.pth').read_bytes()
+    assert own['source_sha256'] == hashlib.sha256(source).hexdigest()
+    assert own['structure'] == 'stock' and not is_fused(loaded)
+    assert own['max_error'] == result.difference.largest
+    assert own['tolerance'] == 1e-4
+    fused = run(trained, tmp_path / 'fused.pth', fuse=True)
+    assert is_fused(torch.load(fused.checkpoint))
+
+
+def test_inputs_are_not_changed(trained, tmp_path):
+    folder = trained['classifier']
+    before = {p: p.read_bytes() for p in folder.iterdir()}
+    run(trained, tmp_path / 'out.pth')
+    assert {p: p.read_bytes() for p in folder.iterdir()} == before
+
+
+def test_overwrite(trained, tmp_path):
+    out = tmp_path / 'out.pth'
+    out.write_text('old')
+    run(trained, out, overwrite=True)
+    assert sorted(os.listdir(tmp_path)) == ['out.pth', 'out.py']
+    assert torch.load(out)['meta']['mmdbb']
+
+
+def test_random_images_are_the_seed_s(trained, tmp_path):
+    errors = [
+        run(trained, tmp_path / f'{i}.pth', seed=seed).difference.largest
+        for i, seed in enumerate((0, 0, 1))
+    ]
+    assert errors[0] == errors[1] != errors[2]
+
+
+# Mistakes: a message each, and nothing left behind
+
+LIVE = 'backbone.layer1.0.conv1.branches.kxk.conv.weight'
+
+
+def changed(change):
+    """A checkpoint in which something is not as it should be."""
+
+    def make(folder, state):
+        change(state)
+        torch.save(dict(state_dict=state), folder / 'bad.pth')
+
+    return make
+
+
+def spoiled(value):
+    def change(state):
+        state[LIVE][0, 0, 0, 0] = value
+
+    return changed(change)
+
+
+def variance(state):
+    name = 'backbone.layer1.0.conv1.branches.kxk.norm.running_var'
+    state[name][0] = -1
+
+
+def content(data):
+    return lambda folder, _: (folder / 'bad.pth').write_bytes(data)
+
+
+def truncated(folder, state):
+    torch.save(dict(state_dict=state), folder / 'bad.pth')
+    data = (folder / 'bad.pth').read_bytes()
+    (folder / 'bad.pth').write_bytes(data[: len(data) // 2])
+
+
+CHECKPOINTS = {
+    'missing': (lambda *_: None, 'checkpoint not found: .*bad.pth'),
+    'empty': (content(b''), 'checkpoint is empty: '),
+    'text': (content(b'hello ' * 50), 'is not a checkpoint, or is trunc'),
+    'truncated': (truncated, 'is not a checkpoint, or is truncated'),
+    'folder': (
+        lambda folder, _: (folder / 'bad.pth').mkdir(),
+        'checkpoint is a folder',
+    ),
+    'missing key': (
+        changed(lambda s: s.pop(LIVE)),
+        f'does not fit the network of the config; missing: {LIVE}',
+    ),
+    'extra key': (
+        changed(lambda s: s.update(more=torch.ones(1))),
+        'does not fit .*unexpected: more',
+    ),
+    'wrong shape': (
+        changed(lambda s: s.update({LIVE: torch.ones(8, 8, 5, 5)})),
+        r'of another shape: .*\(8, 8, 5, 5\) in the file, \(8, 8, 3, 3\)',
+    ),
+    'nan': (spoiled(float('nan')), f'values that are not finite: {LIVE}'),
+    'inf': (spoiled(float('-inf')), f'values that are not finite: {LIVE}'),
+    'negative variance': (
+        changed(variance),
+        r'bad.pth: cannot merge backbone.layer1.0.conv1: .*not finite',
+    ),
+    'plain network': (
+        changed(lambda s: [s.pop(k) for k in list(s) if '.branches.' in k]),
+        'is merged already, or is of a plain network',
+    ),
+}
+
+
+@pytest.fixture
+def nothing_left(tmp_path):
+    """A folder for the output; the test must leave it as it was."""
+    folder = tmp_path / 'outputs'
+    folder.mkdir()
+    yield folder
+    assert os.listdir(folder) == []
+
+
+@pytest.mark.parametrize('case', CHECKPOINTS)
+def test_bad_checkpoints(trained, tmp_path, nothing_left, case):
+    make, message = CHECKPOINTS[case]
+    state = torch.load(trained['classifier'] / 'trained.pth')['state_dict']
+    make(tmp_path, state)
+    with pytest.raises(UserError, match=message) as error:
+        run(
+            trained,
+            nothing_left / 'deep' / 'out.pth',
+            checkpoint=str(tmp_path / 'bad.pth'),
+        )
+    assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('fuse', [False, True])
+def test_merged_already(trained, tmp_path, nothing_left, fuse):
+    result = run(trained, tmp_path / 'one.pth', fuse=fuse)
+    kind = 'fused' if fuse else 'stock'
+    with pytest.raises(UserError, match=f'merged already .structure: {kind}'):
+        run(
+            trained,
+            nothing_left / 'out.pth',
+            checkpoint=result.checkpoint,
+        )
+
+
+BAD_CONFIGS = {
+    'no model': ('x = 1', 'the config has no model'),
+    'no blocks': (
+        "default_scope = 'mmpretrain'\n"
+        "model = dict(type='ImageClassifier', "
+        "backbone=dict(type='ResNet', depth=18))",
+        'has no block to merge: no conv_cfg and no backbone of mmdbb',
+    ),
+    'unknown type': (
+        "model = dict(type='mmpretrain.NoSuchNet')",
+        'cannot build the model of the config: .*NoSuchNet',
+    ),
+    'unknown key': (
+        "model = dict(type='mmpretrain.ResNetDBB', depth=18, colour=1)",
+        'cannot build the model of the config: .*colour',
+    ),
+    'unknown branch': (
+        "model = dict(type='mmpretrain.ResNetDBB', depth=18, "
+        "block=dict(type='DBB', branches=['3x3']))",
+        "cannot build the model of the config: .*unknown branch '3x3'",
+    ),
+    'wrong depth': (
+        "model = dict(type='mmpretrain.ResNetDBB', depth=19)",
+        'cannot build the model of the config: .*19',
+    ),
+}
+
+
+@pytest.mark.parametrize('case', BAD_CONFIGS)
+def test_bad_configs(trained, nothing_left, case):
+    text, message = BAD_CONFIGS[case]
+    with pytest.raises(UserError, match=message):
+        deploy_checkpoint(
+            Config.fromstring(text, '.py'),
+            str(trained['classifier'] / 'trained.pth'),
+            str(nothing_left / 'out.pth'),
+        )
+
+
+def test_output_must_be_a_pth(trained, nothing_left):
+    with pytest.raises(UserError, match='must end in .pth, got .*out.pt$'):
+        run(trained, nothing_left / 'out.pt')
+
+
+@pytest.mark.parametrize('name', ['out.pth', 'out.py'])
+def test_existing_output(trained, tmp_path, name):
+    (tmp_path / name).write_text('old')
+    with pytest.raises(UserError, match=f'output exists: .*{name}; .*--forc'):
+        run(trained, tmp_path / 'out.pth')
+    assert os.listdir(tmp_path) == [name]
+    assert (tmp_path / name).read_text() == 'old'
+
+
+@pytest.mark.parametrize('overwrite', [True, False])
+def test_output_that_is_an_input(trained, overwrite):
+    folder = trained['classifier']
+    before = sorted(os.listdir(folder))
+    for name in ('trained.pth', 'config.pth'):
+        with pytest.raises(UserError, match='output .* is also an input'):
+            run(trained, folder / name, overwrite=overwrite)
+    assert sorted(os.listdir(folder)) == before
+
+
+def not_an_image(tmp_path):
+    path = tmp_path / 'a.jpg'
+    path.write_text('not an image')
+    return path
+
+
+@pytest.mark.parametrize(
+    'make, message',
+    [
+        (not_an_image, 'not an image: .*a.jpg'),
+        (lambda p: p / 'none.jpg', 'cannot read image .*none.jpg'),
+        (lambda p: p, 'image'),
+    ],
+    ids=['text', 'missing', 'folder'],
+)
+def test_bad_images(trained, tmp_path, nothing_left, make, message):
+    images = [picture(tmp_path / 'good.png'), str(make(tmp_path))]
+    with pytest.raises(UserError, match=message):
+        run(trained, nothing_left / 'out.pth', images=images)
+
+
+def test_networks_that_differ_leave_nothing(trained, nothing_left):
+    with pytest.raises(UserError, match='differs by .*tolerance 0.*nothing'):
+        run(trained, nothing_left / 'out.pth', tolerance=0.0)
+
+
+@pytest.mark.parametrize('task', CONFIGS)
+def test_wrong_merge_leaves_nothing(trained, nothing_left, monkeypatch, task):
+    """Each block's kernel flipped: a mistake of ours, found."""
+    stock_state = deploy.stock_state
+
+    def wrong(model, stock):
+        state = stock_state(model, stock)
+        name = [n for n in state if n.endswith('conv.weight')] or [
+            n for n in state if n.endswith('conv2.weight')
+        ]
+        state[name[-1]] = -state[name[-1]]
+        return state
+
+    monkeypatch.setattr(deploy, 'stock_state', wrong)
+    with pytest.raises(UserError, match='differs by .*nothing written'):
+        run(trained, nothing_left / 'out.pth', task)
+
+
+def test_an_interruption_leaves_nothing(trained, nothing_left, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(deploy, 'compare_networks', interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(trained, nothing_left / 'new' / 'out.pth')
+
+
+def test_load_deployed_refuses_what_does_not_fit(trained, tmp_path):
+    one = run(trained, tmp_path / 'one.pth')
+    other = run(trained, tmp_path / 'other.pth', 'segmentor')
+    with pytest.raises(UserError, match='one.pth does not fit the network'):
+        load_deployed(other.config, one.checkpoint)
+
+
+# As a command
+
+
+def command(*arguments):
+    return subprocess.run(
+        [sys.executable, str(TOOL), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=dict(os.environ, OMP_NUM_THREADS='1'),
+    )
+
+
+def test_command(trained, tmp_path):
+    folder = trained['classifier']
+    out = tmp_path / 'out.pth'
+    done = command(
+        folder / 'config.py',
+        folder / 'trained.pth',
+        out,
+        '--image-size',
+        *SIZE,
+        '--images',
+        picture(tmp_path / 'a.png'),
+    )
+    assert done.returncode == 0, done.stderr
+    assert 'merged 8 blocks: ' in done.stdout
+    assert 'largest difference: ' in done.stdout
+    assert str(out) in done.stdout and 'tolerance 1e-04' in done.stdout
+    names = ['a.png', 'out.pth', 'out.py']
+    assert sorted(os.listdir(tmp_path)) == names
+
+
+@pytest.mark.parametrize(
+    'case', ['no checkpoint', 'no config', 'differs', 'no argument']
+)
+def test_command_with_a_mistake(trained, nothing_left, case):
+    folder = trained['classifier']
+    config, checkpoint = folder / 'config.py', folder / 'trained.pth'
+    out = nothing_left / 'out.pth'
+    arguments, message = {
+        'no checkpoint': (
+            (config, folder / 'none.pth', out),
+            'checkpoint not found: ',
+        ),
+        'no config': ((folder / 'none.py', checkpoint, out), 'none.py'),
+        'differs': (
+            (config, checkpoint, out, '--tolerance', 0, '--image-size', *SIZE),
+            'the merged network differs by ',
+        ),
+        'no argument': ((config,), 'required: checkpoint, out'),
+    }[case]
+    done = command(*arguments)
+    assert done.returncode == 2
+    lines = done.stderr.strip().splitlines()
+    errors = [line for line in lines if line.startswith('reparam.py: ')]
+    assert len(errors) == 1 and message in errors[0]
+    assert lines[-1] == errors[0]
+    assert 'Traceback' not in done.stderr
+    assert 'merged' not in done.stdout

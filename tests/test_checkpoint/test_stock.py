@@ -1,0 +1,290 @@
+"""The stock network: its config, its weights, without mmdbb."""
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import EXACT, blocks_of, distance, image, randomize
+from mmcv.cnn import ConvModule
+from mmengine.config import Config
+from mmengine.registry import MODELS
+from networks import CONFIGS, write_checkpoint, write_config
+from torch import nn
+
+from mmdbb.blocks import DBB
+from mmdbb.checkpoint.deploy import build_model, deploy_checkpoint
+from mmdbb.checkpoint.stock import STOCK_BACKBONES, stock_config, stock_state
+from mmdbb.errors import UserError
+from mmdbb.host_norms import norm_names
+
+pytestmark = pytest.mark.usefixtures('quiet')
+
+
+# The config
+
+
+def mentions_ours(text):
+    return [w for w in ('mmdbb', 'DBB', 'ACB', 'RepVGGConv') if w in text]
+
+
+@pytest.mark.parametrize('task', CONFIGS)
+def test_config_is_free_of_ours(task):
+    cfg = Config.fromstring(CONFIGS[task], '.py')
+    before = copy.deepcopy(cfg.to_dict())
+    found = stock_config(cfg)
+    found.pop('conv_cfg', None)  # a variable of the file's own
+    assert not mentions_ours(found.pretty_text)
+    assert cfg.to_dict() == before
+    assert 'custom_imports' not in found
+    assert found.load_from is None and found.resume is False
+    assert not blocks_of(build_model(found))
+
+
+@pytest.mark.parametrize('name', STOCK_BACKBONES)
+def test_backbones_become_stock(name):
+    cfg = Config(
+        dict(
+            model=dict(
+                backbone=dict(
+                    type=f'mmpretrain.{name}',
+                    block=dict(type='DBB'),
+                    deploy=False,
+                    zero_init_residual=True,
+                )
+            )
+        )
+    )
+    found = stock_config(cfg).model.backbone
+    assert found.type.split('.')[-1] == STOCK_BACKBONES[name]
+    assert set(found) == {'type', 'zero_init_residual'}
+
+
+def test_only_our_convolutions_go():
+    cfg = Config(
+        dict(
+            a=dict(conv_cfg=dict(type='mmengine.DBB')),
+            b=[dict(conv_cfg=dict(type='DCNv2')), dict(conv_cfg=None)],
+            c=(dict(conv_cfg=dict(type='ACB', gamma_init=1.0)),),
+        )
+    )
+    found = stock_config(cfg)
+    assert found.a.conv_cfg is None
+    assert found.b[0].conv_cfg == dict(type='DCNv2')
+    assert found.c[0].conv_cfg is None
+
+
+def test_other_imports_stay():
+    imports = ['mmdbb', 'mine', 'mmdbb.backbones', 'mmdbbx']
+    cfg = Config(
+        dict(
+            custom_imports=dict(imports=imports, allow_failed_imports=False),
+            load_from='a.pth',
+            resume=True,
+        )
+    )
+    found = stock_config(cfg)
+    assert found.custom_imports == dict(
+        imports=['mine', 'mmdbbx'], allow_failed_imports=False
+    )
+    assert found.load_from is None and found.resume is False
+    one = Config(dict(custom_imports=dict(imports='mmdbb')))
+    assert 'custom_imports' not in stock_config(one)
+
+
+# The weights
+
+
+def pair(norm_cfg, bias='auto', **options):
+    """A ConvModule with a block, and the stock one."""
+    arguments = dict(norm_cfg=norm_cfg, bias=bias, act_cfg=None, padding=1)
+    block = ConvModule(
+        4, 8, 3, conv_cfg=dict(type='DBB', **options), **arguments
+    )
+    return (
+        randomize(block.double()).eval(),
+        ConvModule(4, 8, 3, **arguments).double().eval(),
+    )
+
+
+X = image(2, 4, 5, 6)
+
+
+@pytest.mark.parametrize(
+    'norm_cfg, bias',
+    [
+        (dict(type='BN'), 'auto'),
+        (dict(type='BN', eps=0.1), 'auto'),
+        (dict(type='SyncBN'), 'auto'),
+        (dict(type='BN', affine=False), 'auto'),
+        (dict(type='BN'), True),
+        (dict(type='GN', num_groups=2), True),
+        (None, 'auto'),
+    ],
+)
+def test_kept_norm(norm_cfg, bias):
+    model, stock = pair(norm_cfg, bias)
+    before = copy.deepcopy(model.state_dict())
+    state = stock_state(model, stock)
+    stock.load_state_dict(state, strict=True)
+    assert distance(stock(X), model(X)) < EXACT
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_merged_bias_folds_into_the_mean():
+    model, stock = pair(dict(type='BN'))
+    state = stock_state(model, stock)
+    _, bias = model.conv.get_equivalent_kernel_bias()
+    expected = model.bn.running_mean - bias
+    assert distance(state['bn.running_mean'], expected) < EXACT
+    assert set(state) == set(stock.state_dict())
+
+
+@pytest.mark.parametrize(
+    'norm_cfg',
+    [dict(type='GN', num_groups=2), dict(type='IN')],
+)
+def test_bias_without_a_place(norm_cfg):
+    model, stock = pair(norm_cfg, bias=False)
+    with pytest.raises(UserError, match='bias of the merged conv has no pla'):
+        stock_state(model, stock)
+
+
+def test_bias_without_a_norm():
+    model, stock = pair(None, bias=False)
+    with pytest.raises(UserError, match='no batch norm .* known to follow'):
+        stock_state(model, stock)
+
+
+def absorbed(eps=1e-5, affine=True):
+    cfg = dict(type='BN', eps=eps, affine=affine)
+    model, stock = pair(cfg)
+    model.bn = nn.Identity()
+    return model, stock
+
+
+@pytest.mark.parametrize('eps', [1e-5, 0.1])
+def test_absorbed_norm(eps):
+    model, stock = absorbed(eps)
+    state = stock_state(model, stock)
+    stock.load_state_dict(state, strict=True)
+    assert distance(stock(X), model(X)) < EXACT
+    # Weight 1, bias b, mean 0, variance 1 - eps.
+    _, bias = model.conv.get_equivalent_kernel_bias()
+    assert distance(state['bn.bias'], bias) < EXACT
+    assert state['bn.weight'].unique().tolist() == [1]
+    assert state['bn.running_mean'].unique().tolist() == [0]
+    assert state['bn.running_var'].unique().tolist() == [1 - eps]
+    assert state['bn.num_batches_tracked'].item() == 0
+    assert state['bn.num_batches_tracked'].dtype == torch.int64
+
+
+def test_absorbed_norm_without_a_bias():
+    model, stock = absorbed(affine=False)
+    with pytest.raises(UserError, match='before bn: .*affine=False'):
+        stock_state(model, stock)
+
+
+def test_float32_variance_keeps_the_weights():
+    """1 - eps in float32: off by no more than a rounding."""
+    model, stock = absorbed()
+    model, stock = model.float(), stock.float()
+    stock.load_state_dict(stock_state(model, stock))
+    assert distance(stock(X.float()), model.double()(X)) < 1e-5
+
+
+def test_model_without_blocks():
+    with pytest.raises(ValueError, match='no block to merge'):
+        stock_state(nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3))
+
+
+@pytest.mark.parametrize('kind', ['mmpretrain', 'mmdet', 'mmseg'])
+def test_resnets_by_conv_cfg(kind):
+    cfg = dict(
+        type=f'{kind}.ResNet', depth=18, base_channels=8, stem_channels=8
+    )
+    model = MODELS.build(dict(cfg, conv_cfg=dict(type='DBB')))
+    stock = MODELS.build(cfg)
+    model, stock = randomize(model.double()), stock.double()
+    stock.load_state_dict(stock_state(model, stock), strict=True)
+    model.train(False)
+    stock.train(False)
+    x = image(1, 3, 32, 48)
+    assert distance(stock(x)[-1], model(x)[-1]) < EXACT
+    assert norm_names(stock) == norm_names(model)
+
+
+def test_a_shared_block_gives_its_bias_everywhere():
+    block = DBB(4, 4, 3, padding=1)
+    conv = nn.Conv2d(4, 4, 3, padding=1)
+    model = nn.Sequential(block, nn.ReLU(), block)
+    stock = nn.Sequential(conv, nn.ReLU(), conv).double().eval()
+    model = randomize(model.double()).eval()
+    stock.load_state_dict(stock_state(model, stock), strict=True)
+    assert distance(stock(X), model(X)) < EXACT
+
+
+# Where mmdbb is not installed
+
+LOAD = """
+import sys
+
+
+class Forbidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0] == 'mmdbb':
+            raise ModuleNotFoundError(name)
+
+
+sys.meta_path.insert(0, Forbidden())
+
+import logging
+logging.disable(logging.WARNING)
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+
+for task in sys.argv[1:]:
+    cfg = Config.fromfile(f'{task}/out.py')
+    init_default_scope(cfg.default_scope)
+    model = MODELS.build(cfg.model)
+    model.train(False)
+    loaded = torch.load(f'{task}/out.pth', weights_only=True)
+    model.load_state_dict(loaded['state_dict'], strict=True)
+    with torch.no_grad():
+        y = model.extract_feat(torch.load('x.pt'))
+    torch.save(y, f'{task}/y.pt')
+assert not any(name.startswith('mmdbb') for name in sys.modules)
+"""
+
+
+def test_stock_files_load_where_mmdbb_is_not(tmp_path):
+    x = image(2, 3, 64, 48, dtype=torch.float32)
+    torch.save(x, tmp_path / 'x.pt')
+    expected = {}
+    for task in CONFIGS:
+        folder = tmp_path / task
+        folder.mkdir()
+        config = write_config(folder, task)
+        cfg = Config.fromfile(config)
+        checkpoint = write_checkpoint(config, folder / 'trained.pth')
+        trained = build_model(cfg)
+        trained.load_state_dict(torch.load(checkpoint)['state_dict'])
+        expected[task] = trained.extract_feat(x)
+        out = str(folder / 'out.pth')
+        deploy_checkpoint(cfg, checkpoint, out, image_size=(64, 48))
+    (tmp_path / 'load.py').write_text(LOAD)
+    run = subprocess.run(
+        [sys.executable, 'load.py', *CONFIGS],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    for task, features in expected.items():
+        found = torch.load(tmp_path / task / 'y.pt')
+        assert len(found) == len(features)
+        for a, b in zip(found, features):
+            assert distance(a, b) < 1e-4
