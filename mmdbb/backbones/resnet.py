@@ -8,6 +8,8 @@ stay plain.
 
 from __future__ import annotations
 
+from typing import Optional, Sequence
+
 from mmdbb.backbones.absorbed import BlocksForConvNorm
 from mmdbb.blocks import BranchSumConv2d
 from mmdbb.host_norms import conv_norm_pairs
@@ -22,6 +24,30 @@ from mmpretrain.models import (  # noqa: E402
     ResNeXt,
 )
 from mmpretrain.registry import MODELS  # noqa: E402
+
+
+class StageBlocks:
+    """Mixin for mmpretrain's ResNets: how many residual blocks each stage has.
+
+    Args:
+        depth: As of the stock network; with ``stage_blocks`` it only says
+            which residual blocks: two convolutions below 50, else three.
+        args: As of the stock network, keywords too.
+        stage_blocks: How many residual blocks each stage has; by default
+            what ``depth`` says.
+    """
+
+    def __init__(
+        self,
+        depth: int,
+        *args,
+        stage_blocks: Optional[Sequence[int]] = None,
+        **kwargs,
+    ) -> None:
+        if stage_blocks is not None:
+            block = self.arch_settings[depth][0]
+            self.arch_settings = {depth: (block, tuple(stage_blocks))}
+        super().__init__(depth, *args, **kwargs)
 
 
 class ResNetBlocks(BlocksForConvNorm):
@@ -58,8 +84,8 @@ class ResNetBlocks(BlocksForConvNorm):
 
 
 @MODELS.register_module()
-class ResNetDBB(ResNetBlocks, ResNet):
-    """ResNet with blocks, see :class:`ResNetBlocks`.
+class ResNetDBB(ResNetBlocks, StageBlocks, ResNet):
+    """ResNet with blocks, see :class:`ResNetBlocks`, :class:`StageBlocks`.
 
     Examples:
         >>> import torch
@@ -80,5 +106,15 @@ class ResNetV1dDBB(ResNetBlocks, ResNetV1d):
 
 
 @MODELS.register_module()
-class ResNeXtDBB(ResNetBlocks, ResNeXt):
-    """ResNeXt with blocks, see :class:`ResNetBlocks`."""
+class ResNeXtDBB(ResNetBlocks, StageBlocks, ResNeXt):
+    """ResNeXt with blocks, see :class:`ResNetBlocks`, :class:`StageBlocks`."""
+
+
+@MODELS.register_module()
+class PlainResNet(StageBlocks, ResNet):
+    """ResNet of any ``stage_blocks``, which mmpretrain does not have."""
+
+
+@MODELS.register_module()
+class PlainResNeXt(StageBlocks, ResNeXt):
+    """ResNeXt of any ``stage_blocks``, which mmpretrain does not have."""

@@ -126,7 +126,7 @@ def deploy_checkpoint(
     Raises:
         UserError: If an input is wrong, or the networks differ.
     """
-    outputs = _output_paths(out)
+    outputs = output_paths(out)
     for path in outputs:
         for source in (checkpoint, cfg.filename):
             if source and Path(path).resolve() == Path(source).resolve():
@@ -183,7 +183,12 @@ def deploy_checkpoint(
     )
 
 
-def _output_paths(out: str) -> Tuple[str, str]:
+def output_paths(out: str) -> Tuple[str, str]:
+    """The checkpoint and the config beside it.
+
+    Raises:
+        UserError: If ``out`` does not end in ``.pth``.
+    """
     if not out.endswith('.pth'):
         raise UserError(f'the output must end in .pth, got {out}')
     return out, out[: -len('.pth')] + '.py'

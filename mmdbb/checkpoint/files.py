@@ -58,10 +58,20 @@ def read_checkpoint(path: str) -> dict:
             f'{path} is not a checkpoint, or is truncated: '
             f'{reason.splitlines()[0]}'
         ) from error
-    return _in_mmengine_form(checkpoint, path)
+    return in_mmengine_form(checkpoint, path)
 
 
-def _in_mmengine_form(checkpoint, path: str) -> dict:
+def in_mmengine_form(checkpoint, path: str) -> dict:
+    """Check what was read; see :func:`read_checkpoint` for what comes out.
+
+    Args:
+        checkpoint: Whatever the file holds.
+        path: The file, for messages.
+
+    Raises:
+        UserError: If it is not a state dict, alone or with others in a dict,
+            or has values that are not finite.
+    """
     if not isinstance(checkpoint, dict):
         raise UserError(
             f'{path} holds a {type(checkpoint).__name__}, not a checkpoint'

@@ -33,7 +33,7 @@ STOCK_BACKBONES = {
 }
 
 #: Plain backbones that the host packages lack: mmdbb's own.
-OWN_BACKBONES = ('MobileNetV1',)
+OWN_BACKBONES = ('MobileNetV1', 'PlainResNet', 'PlainResNeXt')
 
 
 def stock_config(cfg: Config) -> Config:
@@ -88,7 +88,12 @@ def _without_blocks(node):
         node['conv_cfg'] = None
     scope, _, name = _type_name(node.get('type')).rpartition('.')
     if name in STOCK_BACKBONES:
-        node['type'] = f'{scope or "mmpretrain"}.{STOCK_BACKBONES[name]}'
+        stock = STOCK_BACKBONES[name]
+        if node.get('stage_blocks') is None:
+            node.pop('stage_blocks', None)
+        else:
+            stock = f'Plain{stock}'
+        node['type'] = f'{scope or "mmpretrain"}.{stock}'
         for key in ('block', 'deploy'):
             node.pop(key, None)
     return node
@@ -153,13 +158,23 @@ def stock_state(
             exact = state[mean].double() - bias.double()
             state[mean] = exact.to(state[mean].dtype)
         else:
-            state.update(_norm_that_adds(bias, norm, norm_name))
+            state.update(norm_that_adds(bias, norm, norm_name))
     return state
 
 
-def _norm_that_adds(
+def norm_that_adds(
     bias: Tensor, norm: _BatchNorm, name: str
 ) -> Dict[str, Tensor]:
+    """The state of a norm that in eval mode adds a bias, and nothing else.
+
+    Args:
+        bias: Shape (channels,).
+        norm: The norm.
+        name: Its name, which the entries get.
+
+    Raises:
+        UserError: If the norm has no weight and bias.
+    """
     if not norm.affine:
         raise UserError(
             f'the stock network has no place for the bias before {name}: '

@@ -1,0 +1,40 @@
+# Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
+"""Turn a checkpoint of the papers' repositories into one of mmpretrain.
+
+  python tools/convert_official.py SRC OUT.pth
+
+reads what the code of DBB or OREPA wrote, training-time or converted, and
+writes the weights OUT.pth and the config OUT.py. Architecture, block and
+structure are recognised.
+"""
+
+from mmdbb.checkpoint.official import convert_official
+from mmdbb.engine.command import Parser, run_command
+
+
+def parse_args():
+    parser = Parser(
+        description="Convert a checkpoint of the papers' repositories"
+    )
+    parser.add_argument(
+        'source', help='path of the official file: .pth, .pth.tar or .hdf5'
+    )
+    parser.add_argument('out', help='checkpoint to write, *.pth')
+    parser.add_argument(
+        '--force',
+        action='store_true',
+        help='replace OUT.pth and OUT.py if they exist',
+    )
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    result = convert_official(args.source, args.out, overwrite=args.force)
+    print(f'recognised {result.network}: {result.entries} entries')
+    print(f'weights: {result.checkpoint}')
+    print(f'config:  {result.config}')
+
+
+if __name__ == '__main__':
+    run_command(main)
