@@ -141,12 +141,12 @@ def test_gamma_init():
 
 @pytest.mark.parametrize('kind', [DBB, ACB, RepVGGConv])
 def test_single_init_starts_as_one_branch(kind):
-    block = kind(4, 4, 3, padding=1, single_init=True).eval()
+    block = kind(4, 4, 3, padding=1, single_init=True).double().eval()
     first, *others = gammas(block)
     assert first == [1.0] and others == [[0.0]] * len(others)
-    x = image(2, 4, 5, 6, dtype=torch.float32)
+    x = image(2, 4, 5, 6)
     alone = next(iter(block.branches.values()))
-    assert torch.equal(block(x), alone(x))
+    assert distance(block(x), alone(x)) < EXACT
 
 
 def test_reduce_gamma():
