@@ -111,7 +111,7 @@ def plain_start(
     kxk = work.branches['kxk']
     others = [b for name, b in work.branches.items() if name != 'kxk']
     plain = KernelBias(*(t.detach().cpu().double() for t in plain))
-    values = _start_of_norm(plain, norm, absorbed)
+    values = _start_of_norm(plain, norm, absorbed, kxk.norm.eps)
     wanted = plain
     if absorbed and norm is not None:
         wanted = fuse_conv_bn(plain, bn_scale_shift(*values[:5]))
@@ -202,8 +202,12 @@ def _start_of_norm(
     plain: KernelBias,
     norm: Optional[NormValues],
     absorbed: bool,
+    eps: float,
 ) -> NormValues:
-    """What the norm of the ``kxk`` branch starts from, in float64."""
+    """What the norm of the ``kxk`` branch starts from, in float64.
+
+    ``eps`` is that of the branch's norm.
+    """
     one = torch.ones_like(plain.bias)
     if norm is None:
         return NormValues(plain.bias, one, one, 0 * one, 0.0)
@@ -216,7 +220,7 @@ def _start_of_norm(
         return values._replace(weight=one if weight is None else weight)
     # A norm that changes nothing, in training mode either: the norm behind
     # the block sees what it saw in the plain network.
-    return values._replace(weight=(var + norm.eps).sqrt(), bias=mean)
+    return values._replace(weight=(var + eps).sqrt(), bias=mean)
 
 
 def _alive(gamma: Tensor) -> Tensor:

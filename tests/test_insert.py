@@ -1,0 +1,354 @@
+"""Blocks in models that know nothing of mmdbb, and the models back again."""
+
+import copy
+from collections import OrderedDict
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from helpers import EXACT, blocks_of, distance, image, randomize
+from torch import nn
+
+from mmdbb import DBB, insert_blocks_, merge_into_, reparameterize
+from mmdbb.errors import UserError
+from mmdbb.reparam import literal_forward
+from mmdbb.tracing import sole_readers
+
+MODELS = {
+    'torchvision resnet18': torchvision.models.resnet18,
+    'torchvision mobilenet_v3': torchvision.models.mobilenet_v3_small,
+    'torchvision regnet': torchvision.models.regnet_y_400mf,
+    'timm resnet18': 'resnet18',
+    'timm resnet26d': 'resnet26d',
+    'timm efficientnet_b0': 'efficientnet_b0',
+}
+
+
+def build(name):
+    builder = MODELS[name]
+    if isinstance(builder, str):
+        timm = pytest.importorskip('timm')
+        model = timm.create_model(builder)
+    else:
+        model = builder()
+    return randomize(model).double().eval()
+
+
+def entries(model):
+    return {n: tuple(v.shape) for n, v in model.state_dict().items()}
+
+
+@pytest.mark.parametrize('watched', [False, True])
+@pytest.mark.parametrize('name', MODELS)
+def test_there_and_back(name, watched):
+    plain = build(name)
+    model = copy.deepcopy(plain)
+    x = image(1, 3, 48, 40)
+    example = x if watched else None
+    names = insert_blocks_(model, example=example)
+    kernels = [
+        n
+        for n, m in plain.named_modules()
+        if isinstance(m, nn.Conv2d) and 2 <= max(m.kernel_size) <= 6
+    ]
+    assert names == kernels
+    with torch.no_grad():
+        with literal_forward(model):
+            assert distance(model(x), plain(x)) < EXACT
+        # Something to merge, then what no norm's start can hide.
+        randomize(model, 1)
+        with literal_forward(model):
+            expected = model(x)
+        merged = reparameterize(model)
+        assert distance(merged(x), expected) < EXACT
+        assert not blocks_of(merged)
+        assert all(type(merged.get_submodule(n)) is nn.Conv2d for n in names)
+        before = entries(plain)
+        types = [type(m) for m in plain.modules()]
+        assert merge_into_(plain, model, example) is plain
+        assert entries(plain) == before
+        assert [type(m) for m in plain.modules()] == types
+        assert distance(plain(x), expected) < EXACT
+
+
+def test_every_branch_learns():
+    model = build('torchvision mobilenet_v3')
+    names = insert_blocks_(model)
+    model.train()
+    x = image(4, 3, 64, 64)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    before = copy.deepcopy(model.state_dict())
+    F.cross_entropy(model(x), torch.tensor([1, 5, 7, 9])).backward()
+    optimizer.step()
+    for name in names:
+        for branch in model.get_submodule(name).branches.values():
+            assert (branch.last_norm.weight.grad != 0).any()
+            for parameter in branch.parameters():
+                if parameter.dim() == 4:
+                    assert parameter.grad.abs().max() > 0
+    changed = [
+        n for n, v in model.named_parameters() if (v != before[n]).any()
+    ]
+    assert sum('branches' in n for n in changed) > 8 * len(names)
+
+
+class Misleading(nn.Module):
+    """Attributes in an order that is not that of the data."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm2 = nn.BatchNorm2d(4)
+        self.conv1 = nn.Conv2d(3, 4, 3, bias=False)
+        self.norm_of_nothing = nn.BatchNorm2d(4)
+        self.conv2 = nn.Conv2d(4, 4, 3, bias=False)
+        self.norm1 = nn.BatchNorm2d(4)
+
+    def forward(self, x, unused=None):
+        if unused is not None:
+            return unused
+        return self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
+
+
+class TwoReaders(Misleading):
+    """The output of conv1 is read by a norm and by a sum."""
+
+    def forward(self, x):
+        y = self.conv1(x)
+        return self.norm2(self.conv2(F.relu(self.norm1(y) + y)))
+
+
+class Returned(Misleading):
+    """The output of conv2 is also what the caller gets."""
+
+    def forward(self, x):
+        y = self.conv2(self.norm1(self.conv1(x)))
+        return dict(before=[y], after=self.norm2(y))
+
+
+class SharedPair(Misleading):
+    """A convolution and its norm, used twice."""
+
+    def forward(self, x):
+        y = self.norm1(self.conv1(x))
+        for _ in range(2):
+            y = self.norm2(self.conv2(F.relu(y)))
+        return y
+
+
+class SharedConv(Misleading):
+    """A convolution used twice, before two norms."""
+
+    def forward(self, x):
+        y = self.norm1(self.conv1(x))
+        y = self.norm2(self.conv2(y))
+        return self.norm_of_nothing(self.conv2(y))
+
+
+class SharedNorm(Misleading):
+    """Two convolutions before one norm."""
+
+    def forward(self, x):
+        return self.norm1(self.conv2(self.norm1(self.conv1(x))))
+
+
+class Untraceable(Misleading):
+    """What it does depends on the data."""
+
+    def forward(self, x):
+        y = self.norm1(self.conv1(x))
+        return self.norm2(self.conv2(y)) if y.mean() > -100 else y
+
+
+def tensors(outputs):
+    if isinstance(outputs, torch.Tensor):
+        return [outputs]
+    parts = outputs.values() if isinstance(outputs, dict) else outputs
+    return [t for part in parts for t in tensors(part)]
+
+
+@pytest.mark.parametrize('watched', [False, True])
+@pytest.mark.parametrize(
+    ('model_type', 'absorbed'),
+    [
+        (Misleading, ['norm2', 'norm1']),
+        (TwoReaders, ['norm2']),
+        (Returned, ['norm1']),
+        (SharedPair, ['norm2', 'norm1']),
+        (SharedConv, ['norm1']),
+        (SharedNorm, []),
+        (Untraceable, ['norm2', 'norm1']),
+    ],
+)
+def test_follows_the_data(model_type, absorbed, watched):
+    torch.manual_seed(0)
+    model = randomize(model_type()).double().eval()
+    plain = copy.deepcopy(model)
+    x = image(2, 3, 9, 8)
+    if not watched and model_type is Untraceable:
+        with pytest.raises(ValueError, match='give what it is called with'):
+            insert_blocks_(model)
+        return
+    names = insert_blocks_(model, example=x if watched else None)
+    assert names == ['conv1', 'conv2']
+    gone = [n for n, m in model.named_modules() if type(m) is nn.Identity]
+    assert gone == absorbed
+    with literal_forward(model):
+        for found, expected in zip(tensors(model(x)), tensors(plain(x))):
+            assert distance(found, expected) < EXACT
+    reparameterize(model, inplace=True)
+    for found, expected in zip(tensors(model(x)), tensors(plain(x))):
+        assert distance(found, expected) < EXACT
+
+
+@pytest.mark.parametrize('example', ['tuple', 'keywords'])
+def test_examples_are_arguments(example):
+    class Two(Misleading):
+        def forward(self, x, y):
+            return super().forward(x + y)
+
+    x = torch.rand(1, 3, 8, 8)
+    given = (x, x) if example == 'tuple' else dict(x=x, y=x)
+    model = Two()
+    assert insert_blocks_(model, example=given) == ['conv1', 'conv2']
+
+
+def test_a_conv_that_stands_in_two_places():
+    conv = nn.Conv2d(3, 3, 3, padding=1)
+    model = nn.Sequential(
+        OrderedDict(a=conv, relu=nn.ReLU(), b=conv, c=nn.Conv2d(3, 3, 3))
+    ).double()
+    plain = copy.deepcopy(model)
+    assert insert_blocks_(model) == ['a', 'c']
+    assert model.a is model.b and isinstance(model.a, DBB)
+    x = image(2, 3, 8, 7)
+    assert distance(model.eval()(x), plain(x)) < EXACT
+
+
+def test_where_and_the_blocks_config():
+    def where(name, conv):
+        asked.append((name, type(conv)))
+        return name == 'conv2'
+
+    asked = []
+    model = Misleading()
+    block = dict(type='ACB', norm_cfg=dict(type='BN', momentum=0.3))
+    assert insert_blocks_(model, block, where) == ['conv2']
+    assert asked == [('conv1', nn.Conv2d), ('conv2', nn.Conv2d)]
+    assert type(model.conv1) is nn.Conv2d
+    assert type(model.norm1) is nn.BatchNorm2d
+    assert list(model.conv2.branches) == ['kxk', 'kx1', '1xk']
+    assert model.conv2.branches['kxk'].norm.momentum == 0.3
+
+    model = Misleading()
+    with pytest.raises(ValueError, match=r'none of its 2 plain conv'):
+        insert_blocks_(model, dict(type='DBB', min_kernel_size=4))
+    pointwise = nn.Sequential(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1))
+    assert insert_blocks_(pointwise, where=lambda n, c: n == '1') == ['1']
+
+
+def test_takes_over_what_the_modules_were():
+    model = Misleading().to(torch.float64)
+    model.norm2.eps, model.norm2.momentum = 1e-3, 0.01
+    model.conv1.requires_grad_(False)
+    model.conv2.eval()
+    model.norm1 = nn.SyncBatchNorm(4).double()
+    insert_blocks_(model)
+    for branch in model.conv2.branches.values():
+        assert branch.last_norm.eps == 1e-3
+        assert branch.last_norm.momentum == 0.01
+    assert isinstance(model.conv1.branches['kxk'].last_norm, nn.SyncBatchNorm)
+    assert all(p.dtype == torch.float64 for p in model.parameters())
+    assert not any(p.requires_grad for p in model.conv1.parameters())
+    assert all(p.requires_grad for p in model.conv2.parameters())
+    assert not any(m.training for m in model.conv2.modules())
+    assert model.training and all(m.training for m in model.conv1.modules())
+
+
+def test_looking_changes_nothing():
+    model = randomize(Misleading().train())
+    model.norm1.eval()
+    before = copy.deepcopy(model.state_dict())
+    modes = [m.training for m in model.modules()]
+    for example in (None, torch.rand(2, 3, 8, 8)):
+        readers = sole_readers(model, example)
+        assert readers == {
+            model.conv1: model.norm1,
+            model.conv2: model.norm2,
+        }
+    assert modes == [m.training for m in model.modules()]
+    assert not any(m._forward_hooks for m in model.modules())
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+class NormAct(nn.BatchNorm2d):
+    """As timm has it: a norm that does more."""
+
+    def forward(self, x):
+        return F.relu(super().forward(x))
+
+
+@pytest.mark.parametrize(
+    'norm',
+    [
+        NormAct(8),
+        nn.GroupNorm(2, 8),
+        nn.BatchNorm2d(8, track_running_stats=False),
+        nn.InstanceNorm2d(8),
+    ],
+    ids=lambda norm: type(norm).__name__,
+)
+def test_other_norms_stay(norm):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), norm)
+    model = randomize(model).double().eval()
+    plain = copy.deepcopy(model)
+    x = image(2, 3, 8, 7)
+    insert_blocks_(model)
+    assert type(model[1]) is type(norm)
+    assert distance(model(x), plain(x)) < EXACT
+
+
+def test_norms_and_convs_with_hooks_stay():
+    model = Misleading()
+    model.conv1.register_forward_hook(lambda *_: None)
+    model.norm2.register_forward_pre_hook(lambda *_: None)
+    assert insert_blocks_(model) == ['conv2']
+    assert type(model.norm2) is nn.BatchNorm2d
+    parametrized = Misleading()
+    nn.utils.parametrizations.weight_norm(parametrized.conv1)
+    assert insert_blocks_(parametrized) == ['conv2']
+
+
+@pytest.mark.parametrize(
+    ('model', 'block', 'error', 'message'),
+    [
+        (nn.Linear(3, 3), None, ValueError, 'no plain nn.Conv2d inside'),
+        (nn.Conv2d(3, 3, 3), None, ValueError, 'no plain nn.Conv2d inside'),
+        (Misleading(), dict(type='Conv2d'), ValueError, "'DBB'"),
+        (Misleading(), dict(type='No'), ValueError, "'DBB'"),
+        (Misleading(), dict(type='DBB', size=3), TypeError, 'size'),
+        (
+            Misleading(),
+            dict(type='DBB', branches=['1x1']),
+            ValueError,
+            "conv1: the block has no 'kxk'",
+        ),
+    ],
+)
+def test_refuses(model, block, error, message):
+    before = [type(m) for m in model.modules()]
+    with pytest.raises(error, match=message):
+        insert_blocks_(model, block)
+    assert [type(m) for m in model.modules()] == before
+
+
+def test_a_bias_without_a_place_is_refused():
+    plain = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.ReLU())
+    model = copy.deepcopy(plain)
+    insert_blocks_(model)
+    with pytest.raises(UserError, match='bias of the merged 0 has no place'):
+        merge_into_(plain, model)
+    other = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+    with pytest.raises(UserError, match='of another shape'):
+        merge_into_(other, model)
