@@ -25,11 +25,10 @@ fi
 abi=$("$python" -c 'import sys; print("cp%d%d" % sys.version_info[:2])')
 hash_of() { cat "$@" | sha256sum | cut -c1-12; }
 
-common=(requirements/base.txt requirements/demo.txt requirements/tests.txt)
+common=(requirements/{base,demo,tests,constraints}.txt)
 mmcv=requirements/mmcv-$stack.txt
 cache=${MMDBB_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/mmdbb}
-key=$(hash_of requirements/install.sh "${common[@]}" "$mmcv" \
-  "requirements/$stack.txt")
+key=$(hash_of "${common[@]}" "$mmcv" "requirements/$stack.txt")
 root=$cache/$stack-$abi-$key
 wheels=$cache/wheels-$stack-$abi-$(hash_of requirements/base.txt "$mmcv")
 env=$root/env
@@ -44,7 +43,7 @@ pip() { "$env/bin/python" -m pip --disable-pip-version-check "$@" -q; }
 # pip is not atomic: an environment in which it was interrupted starts anew.
 install() {
   touch "$root/installing"
-  pip install "$@"
+  pip install -c requirements/constraints.txt "$@"
   rm "$root/installing"
 }
 
