@@ -41,6 +41,9 @@ def checkout(folder):
 
 
 def pip(*arguments, cwd):
+    if arguments[0] == 'install':
+        # Else pip removes the mmdbb that the tests run from.
+        arguments += ('--ignore-installed',)
     subprocess.run(
         [sys.executable, '-m', 'pip', '--disable-pip-version-check']
         + [*arguments, '--no-deps', '--no-build-isolation', '--no-index'],
