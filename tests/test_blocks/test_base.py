@@ -275,7 +275,6 @@ def test_forward_moves_nothing_between_devices():
 def test_on_a_gpu(kind, dtype):
     block = build(kind, dtype).cuda().train()
     x = image(2, 4, 5, 6, dtype=dtype).cuda().requires_grad_()
-    copies = []
     with torch.profiler.profile() as profile:
         block(x).float().sum().backward()
     copies = [
