@@ -132,7 +132,8 @@ class Source:
         crop = _resize(photo[y : y + height, x : x + width], size)
         if rng.random() < 0.5:
             crop = crop[:, ::-1]
-        return crop.astype(np.float64)
+        # Dimmed, so that the digits are what is bright.
+        return crop * rng.uniform(0.3, 0.6)
 
 
 @lru_cache(maxsize=1)  # it is parsed from text, for seconds
@@ -184,14 +185,14 @@ def _free_corner(taken, shape, rng):
 
 
 def _paint(image, taken, ink, corner, label, rng) -> PlacedDigit:
-    """Blend ``ink`` into ``image`` in a colour that stands out there."""
+    """Blend ``ink`` into ``image`` in a bright colour that stands out there."""
     (y, x), (height, width) = corner, ink.shape
     window = image[y : y + height, x : x + width]
     luminance = np.array([0.299, 0.587, 0.114])
     behind = (window @ luminance).mean()
-    colour = rng.uniform(0, 255, 3)
-    while abs(colour @ luminance - behind) < 90:
-        colour = rng.uniform(0, 255, 3)
+    colour = rng.uniform(64, 255, 3)
+    while colour @ luminance < max(behind + 60, 150):
+        colour = rng.uniform(64, 255, 3)
     window += ink[..., None] * (colour - window)
     taken[y : y + height, x : x + width] = True
     mask = np.zeros(taken.shape, dtype=bool)
