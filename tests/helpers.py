@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmdbb.blocks import ReparamConv2d
-from mmdbb.geometry import PADDING_MODES, ConvSpec
+from mmdbb.geometry import PADDING_MODES
 
 EXACT = 1e-10  # float64, relative to the largest magnitude
 SINGLE = 2e-5  # float32
@@ -15,7 +15,7 @@ SINGLE = 2e-5  # float32
 
 @torch.no_grad()
 def randomize(model, seed=0):
-    """Random kernels' offsets and norms; negative gammas too.
+    """Random norms, negative gammas too, and kernels moved off their start.
 
     At BN's defaults the border's value is zero and half of the possible
     mistakes cannot be seen.
@@ -47,7 +47,6 @@ def randomize(model, seed=0):
                         generator=generator,
                         dtype=torch.float64,
                     )
-                    # Relative to the default start, so that nothing is huge.
                     parameter.add_((0.2 * values).to(parameter.dtype))
     return model
 
@@ -145,10 +144,6 @@ def geometries(draw, kernels=KERNELS, same_channels=False):
     if isinstance(padding, tuple):
         size = [max(s, p + 1) for s, p in zip(size, padding)]
     return arguments, (2, inside, *size)
-
-
-def spec_of(arguments):
-    return ConvSpec(**arguments)
 
 
 def pad_with_values(x, values, pads):
