@@ -21,6 +21,7 @@ from mmdbb.blocks import (
     RepVGGConv,
 )
 from mmdbb.checkpoint.deploy import load_deployed
+from mmdbb.checkpoint.official_init import OfficialPretrainedInit
 from mmdbb.checkpoint.plain import load_plain_weights_
 from mmdbb.checkpoint.plain_init import PlainPretrainedInit
 from mmdbb.checkpoint.safe_globals import allow_mmengine_checkpoints
@@ -35,6 +36,7 @@ __all__ = [
     'ACBlock',
     'DBB',
     'DiverseBranchBlock',
+    'OfficialPretrainedInit',
     'PlainPretrainedInit',
     'RepVGGBlock',
     'RepVGGConv',

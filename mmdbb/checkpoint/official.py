@@ -263,7 +263,7 @@ def _read_hdf5(path: str) -> Dict[str, Tensor]:
                     f'{path} is not of the papers: {some(groups)} is no data '
                     'set'
                 )
-            return {k: torch.from_numpy(v[()].copy()) for k, v in file.items()}
+            return {k: torch.as_tensor(v[()]) for k, v in file.items()}
     except (OSError, RuntimeError, TypeError, KeyError) as error:
         raise UserError(
             f'{path} cannot be read as hdf5, or is truncated: {error}'

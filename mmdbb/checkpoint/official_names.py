@@ -189,11 +189,6 @@ def recognise(state: Dict[str, Tensor], path: str) -> OfficialNetwork:
             f'{sorted({layer.form.kernel for layer in layers.values()})}'
         )
     block = next(iter(blocks), None)
-    if network.block_names and block not in (None, 'RepVGGConv'):
-        raise UserError(
-            f'{path} holds a {network.name} with {block}, a combination that '
-            'mmdbb does not have yet; its converted (deploy) form can be read'
-        )
     try:
         shapes = {name: layer.kernel_shape for name, layer in layers.items()}
         backbone = network.backbone(shapes, block, merged.pop())
@@ -246,6 +241,12 @@ def _layers_of(
         if form is None:
             unknown += [f'{name}.{rest}' for rest in entries]
             continue
+        if network.block_names and form.block not in (None, 'RepVGGConv'):
+            raise UserError(
+                f'{path} holds a {network.name} with {form.block}, a '
+                'combination that mmdbb does not have yet; its converted '
+                '(deploy) form can be read'
+            )
         layers[name] = layer = Layer(form, entries)
         known = layer.names(network.place(name), network)
         unknown += [f'{name}.{rest}' for rest in entries if rest not in known]

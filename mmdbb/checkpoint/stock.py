@@ -15,10 +15,11 @@ from typing import Dict, Optional
 
 import torch
 from mmengine.config import Config
-from mmengine.registry import MODELS
+from mmengine.registry import MODELS, WEIGHT_INITIALIZERS
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from mmdbb.checkpoint.last_init import LoadedLast
 from mmdbb.errors import UserError
 from mmdbb.host_norms import norm_names
 from mmdbb.reparam import find_blocks, reparameterize
@@ -79,9 +80,9 @@ def _without_blocks(node):
     node = {k: _without_blocks(v) for k, v in node.items()}
     init_cfg = node.get('init_cfg')
     if isinstance(init_cfg, (list, tuple)):
-        rules = [rule for rule in init_cfg if not _is_plain_start(rule)]
+        rules = [rule for rule in init_cfg if not _is_own_start(rule)]
         node['init_cfg'] = rules or None
-    elif _is_plain_start(init_cfg):
+    elif _is_own_start(init_cfg):
         node['init_cfg'] = None
     conv_cfg = node.get('conv_cfg')
     if isinstance(conv_cfg, dict) and _is_block(conv_cfg.get('type')):
@@ -99,11 +100,14 @@ def _without_blocks(node):
     return node
 
 
-def _is_plain_start(init_cfg) -> bool:
+def _is_own_start(init_cfg) -> bool:
     """Whether only mmdbb knows this rule; the weights come from training."""
-    return isinstance(init_cfg, dict) and _type_name(
-        init_cfg.get('type')
-    ) in ('PlainPretrained', 'PlainPretrainedInit')
+    if not isinstance(init_cfg, dict):
+        return False
+    rule = init_cfg.get('type')
+    if not isinstance(rule, type):
+        rule = WEIGHT_INITIALIZERS.get(str(rule))
+    return isinstance(rule, type) and issubclass(rule, LoadedLast)
 
 
 def _type_name(type_) -> str:

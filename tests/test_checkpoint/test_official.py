@@ -1,0 +1,610 @@
+"""The papers' files give the papers' outputs; what is wrong says so.
+
+The files are those of the papers' own code for tiny networks, and what that
+code computes with them. More of them are tested where the variable
+MMDBB_REFERENCE names the folder that they were taken from.
+"""
+
+import functools
+import json
+import lzma
+import os
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import distance, randomize
+from mmengine.config import Config
+from mmengine.registry import DefaultScope
+from mmpretrain import get_model
+from mmpretrain.registry import MODELS
+
+from mmdbb.backbones import MobileNetV1, PlainResNet, ResNetDBB
+from mmdbb.checkpoint import official
+from mmdbb.checkpoint.deploy import deploy_checkpoint, load_deployed
+from mmdbb.checkpoint.official import (
+    backbone_state,
+    convert_official,
+    load_official_backbone_,
+    read_official,
+)
+from mmdbb.checkpoint.official_names import recognise
+from mmdbb.checkpoint.stock import stock_config
+from mmdbb.errors import UserError
+from mmdbb.reparam import find_blocks
+
+pytestmark = pytest.mark.usefixtures('quiet')
+
+DATA = Path(__file__).resolve().parents[1] / 'data' / 'official'
+TOOL = Path(__file__).resolve().parents[2] / 'tools' / 'convert_official.py'
+TOLERANCE = 1e-5  # of the output's largest magnitude, float32
+
+FILES = [path.stem for path in sorted(DATA.glob('*.pth*.xz'))]
+REFERENCE = os.environ.get('MMDBB_REFERENCE')
+ALL_FILES = (
+    [p.name for p in sorted(Path(REFERENCE, 'checkpoints').glob('*.pth*'))]
+    if REFERENCE
+    else []
+)
+KEYS = json.loads(lzma.open(DATA / 'keys.json.xz').read())
+
+
+def unsupported(name):
+    return 'OREPA' in name.upper().replace('OREPA_REPO', '')
+
+
+def unpack(name, folder):
+    path = folder / name
+    path.write_bytes(lzma.open(DATA / f'{name}.xz').read())
+    return str(path)
+
+
+@pytest.fixture
+def mobilenet(tmp_path):
+    """A bare training-time file and its state."""
+    path = unpack('mobilenet_dbb_train.pth.tar', tmp_path)
+    return path, torch.load(path, weights_only=True)
+
+
+@pytest.fixture
+def resnet(tmp_path):
+    path = unpack('resnet_bottleneck_dbb_train.pth.tar', tmp_path)
+    return path, torch.load(path, weights_only=True)['state_dict']
+
+
+@pytest.fixture
+def plain(tmp_path):
+    path = unpack('resnet_basic_base_train.pth.tar', tmp_path)
+    return path, torch.load(path, weights_only=True)['state_dict']
+
+
+def recorded(name, folder=DATA):
+    case = re.sub(r'_(train|deploy)\.pth.*', '', name)
+    io = np.load(folder / f'{case}_io.npz')
+    return torch.from_numpy(io['input']), torch.from_numpy(io['output'])
+
+
+def assert_gives_the_recorded(path, name, out, folder=DATA):
+    result = convert_official(path, out)
+    model = get_model(result.config, pretrained=result.checkpoint)
+    x, expected = recorded(name, folder)
+    with torch.no_grad():
+        found = model.eval()(x)
+    assert distance(found, expected) < TOLERANCE
+    assert result.network.has_blocks == bool(find_blocks(model))
+    return result, model
+
+
+@pytest.mark.parametrize('name', FILES)
+def test_file_gives_the_recorded_output(name, tmp_path):
+    path = unpack(name, tmp_path)
+    out = str(tmp_path / 'out.pth')
+    result, _ = assert_gives_the_recorded(path, name, out)
+    meta = torch.load(out, weights_only=True)['meta']['mmdbb']
+    assert meta['official'] == str(result.network)
+    assert result.network.merged == ('deploy' in name)
+
+
+@pytest.mark.skipif(not ALL_FILES, reason='MMDBB_REFERENCE is not set')
+@pytest.mark.parametrize('name', ALL_FILES)
+def test_reference_file_gives_the_recorded_output(name, tmp_path):
+    folder = Path(REFERENCE, 'checkpoints')
+    out = str(tmp_path / 'out.pth')
+    if unsupported(name) and 'train' in name:
+        with pytest.raises(UserError, match='training-time OREPA'):
+            convert_official(str(folder / name), out)
+        return
+    assert_gives_the_recorded(str(folder / name), name, out, folder)
+
+
+# Full-size names
+
+
+@pytest.mark.parametrize(
+    'name, part',
+    [
+        (name, part)
+        for name in KEYS
+        for part in ('train', 'deploy')
+        if part == 'deploy' or not unsupported(name)
+    ],
+)
+def test_every_name_has_one_place(name, part, monkeypatch):
+    # The host's ResNet reads numbers from it while it is built.
+    monkeypatch.setattr(
+        torch, 'linspace', functools.partial(torch.linspace, device='cpu')
+    )
+    with torch.device('meta'):
+        state = {k: torch.zeros(s) for k, s in KEYS[name][part].items()}
+        network = recognise(state, name)
+        backbone = MODELS.build(network.backbone)
+        found = backbone_state(network, backbone)
+    places = [
+        ours
+        for key, layer in network.layers.items()
+        for ours in layer.names(
+            network.network.place(key), network.network
+        ).values()
+    ]
+    assert len(places) == len(set(places)) == len(state) - 2
+    assert set(network.head) == {'weight', 'bias'}
+    shapes = {k: v.shape for k, v in backbone.state_dict().items()}
+    assert {k: v.shape for k, v in found.items()} == shapes
+    expected = re.sub('.*repo_|_(OREPA|DBB).*', '', name)
+    assert str(network).startswith(
+        {
+            'MobileNet': 'MobileNet-V1,',
+            'ResNet-18-1.5x': 'ResNet-18 of 96 base channels,',
+            'ResNet-18-2x': 'ResNet-18 of 128 base channels,',
+        }.get(expected, f'{expected},')
+    )
+
+
+def test_stock_networks_need_no_mmdbb():
+    state = {
+        k: torch.zeros(s)
+        for k, s in KEYS['dbb_repo_ResNet-18_DBB']['deploy'].items()
+    }
+    network = recognise(state, 'file')
+    assert network.backbone == dict(type='mmpretrain.ResNet', depth=18)
+    assert 'custom_imports' not in official.classifier_config(network)
+    head = official.classifier_config(network).model.head
+    assert (head.num_classes, head.in_channels) == (1000, 512)
+
+
+# What is written
+
+
+def test_written_network_merges_to_the_plain_one(resnet, tmp_path):
+    result = convert_official(resnet[0], str(tmp_path / 'out.pth'))
+    merged = deploy_checkpoint(
+        Config.fromfile(result.config),
+        result.checkpoint,
+        str(tmp_path / 'plain.pth'),
+        image_size=(64, 64),
+    )
+    model = load_deployed(merged.config, merged.checkpoint)
+    assert type(model.backbone) is PlainResNet
+    x, expected = recorded('resnet_bottleneck_dbb_train.pth.tar')
+    with torch.no_grad():
+        assert distance(model(x), expected) < TOLERANCE
+
+
+def test_custom_class_count(mobilenet, tmp_path):
+    path, state = mobilenet
+    state['linear.weight'] = torch.ones(3, 32)
+    state['linear.bias'] = torch.arange(3.0)
+    torch.save(state, path)
+    result = convert_official(path, str(tmp_path / 'out.pth'))
+    model = get_model(result.config, pretrained=result.checkpoint)
+    assert model.head.num_classes == 3
+    assert torch.equal(model.head.fc.bias, torch.arange(3.0))
+
+
+def test_source_is_untouched_and_named(mobilenet, tmp_path):
+    path, _ = mobilenet
+    before = Path(path).read_bytes()
+    out = str(tmp_path / 'out.pth')
+    convert_official(path, out)
+    assert Path(path).read_bytes() == before
+    with pytest.raises(UserError, match='output exists'):
+        convert_official(path, out)
+    convert_official(path, out, overwrite=True)
+
+
+@pytest.mark.parametrize('listed', [False, True])
+def test_stock_config_starts_from_nothing(listed):
+    rule = dict(type='OfficialPretrained', checkpoint='file.pth')
+    other = dict(type='Kaiming', layer='Conv2d')
+    cfg = dict(
+        type='mmpretrain.ResNetDBB',
+        depth=18,
+        init_cfg=[other, rule] if listed else rule,
+    )
+    found = stock_config(Config(dict(model=dict(backbone=cfg))))
+    expected = [other] if listed else None
+    assert found.model.backbone.init_cfg == expected
+
+
+@pytest.mark.parametrize('name', ['ResNetDBB', 'ResNeXtDBB'])
+@pytest.mark.parametrize('blocks', [None, (1, 2, 1, 1)])
+def test_stage_blocks_stay(name, blocks):
+    cfg = dict(type=f'mmpretrain.{name}', depth=50, stage_blocks=blocks)
+    found = stock_config(Config(dict(model=dict(backbone=cfg))))
+    plain = name.replace('DBB', '')
+    if blocks is None:
+        expected = dict(type=f'mmpretrain.{plain}', depth=50)
+        assert 'custom_imports' not in found
+    else:
+        expected = dict(cfg, type=f'mmpretrain.Plain{plain}')
+        assert found.custom_imports.imports == ['mmdbb.backbones']
+    assert found.model.backbone == expected
+
+
+# Forms of files
+
+
+@pytest.mark.parametrize('prefix', ['', 'module.'])
+@pytest.mark.parametrize('bare', [True, False])
+def test_prefix_and_form(prefix, bare, plain, tmp_path):
+    state = {
+        prefix + re.sub('^module.', '', k): v for k, v in plain[1].items()
+    }
+    path = str(tmp_path / 'file.pth')
+    torch.save(state if bare else dict(state_dict=state, epoch=3), path)
+    found = read_official(path)
+    assert list(found) == [k.replace('module.', '') for k in plain[1]]
+
+
+def test_prefix_in_the_middle_stays(plain, tmp_path):
+    _, state = plain
+    state = {
+        k.replace('stage2.0.', 'stage2.module.0.'): v for k, v in state.items()
+    }
+    path = str(tmp_path / 'file.pth')
+    torch.save(state, path)
+    assert 'stage2.module.0.conv1.conv.weight' in read_official(path)
+    with pytest.raises(UserError, match=r'stage2\.module\.0\.shortcut'):
+        recognise(read_official(path), path)
+
+
+def test_old_files_without_counters(resnet, tmp_path):
+    path, state = resnet
+    old = {k: v for k, v in state.items() if not k.endswith('tracked')}
+    assert len(old) < len(state)
+    torch.save(old, path)
+    model = ResNetDBB(
+        50, stem_channels=4, base_channels=4, stage_blocks=(1, 2, 1, 1)
+    )
+    load_official_backbone_(model, path)
+
+
+@pytest.mark.parametrize('left_out', ['', 'stage0.'])
+def test_hdf5(left_out, plain, tmp_path):
+    h5py = pytest.importorskip('h5py')
+    path = str(tmp_path / 'file.hdf5')
+    with h5py.File(path, 'w') as file:
+        for name, value in plain[1].items():
+            name = name.replace('module.', '')
+            if left_out and name.startswith(left_out):
+                name = name[len(left_out) :]
+            file.create_dataset(name, data=value.numpy())
+    out = str(tmp_path / 'out.pth')
+    assert_gives_the_recorded(path, 'resnet_basic_base_train.pth.tar', out)
+
+    Path(path).write_bytes(Path(path).read_bytes()[:5000])
+    with pytest.raises(UserError, match='cannot be read as hdf5'):
+        read_official(path)
+    with h5py.File(path, 'w') as file:
+        file.create_group('stage1')
+    with pytest.raises(UserError, match='stage1 is no data set'):
+        read_official(path)
+
+
+def test_hdf5_without_h5py(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, 'h5py', None)
+    path = tmp_path / 'file.hdf5'
+    path.write_bytes(official.HDF5_SIGNATURE + bytes(100))
+    with pytest.raises(UserError, match='pip install h5py'):
+        read_official(str(path))
+
+
+# What is refused
+
+
+def drop(state, pattern):
+    return {k: v for k, v in state.items() if not re.search(pattern, k)}
+
+
+def changed(state, name, value):
+    assert name in state
+    return dict(state, **{name: value})
+
+
+BAD = {
+    'other network': (
+        lambda s: {'features.0.weight': torch.ones(4, 3, 3, 3)},
+        'holds no network of the papers',
+    ),
+    'missing entry': (
+        lambda s: drop(s, r'stem\.3\.pointwise\.bn\.bias'),
+        r'missing: backbone\.layer3\.0\.pointwise_conv\.bn\.bias',
+    ),
+    'missing layer': (
+        lambda s: drop(s, r'stem\.5\.pointwise'),
+        'lacks layer stem.5.pointwise of its MobileNet-V1',
+    ),
+    'missing classifier': (
+        lambda s: drop(s, r'linear\.bias'),
+        'has no classifier',
+    ),
+    'extra entry': (
+        lambda s: dict(s, fc=torch.ones(1)),
+        'entries that it does not have: fc',
+    ),
+    'extra entry of a layer': (
+        lambda s: dict(s, **{'conv1.dbb_2x2.weight': torch.ones(1)}),
+        r'does not have: conv1\.dbb_2x2\.weight',
+    ),
+    'fourteenth block': (
+        lambda s: dict(s, **{'stem.13.pointwise.conv.weight': torch.ones(1)}),
+        r'does not have: stem\.13\.pointwise',
+    ),
+    'other shape': (
+        lambda s: changed(s, 'conv1.dbb_1x1.bn.bias', torch.ones(5)),
+        r'of another shape: backbone\.conv1\.conv\.branches\.1x1\.norm\.bias',
+    ),
+    'no kernel': (
+        lambda s: changed(s, 'conv1.dbb_origin.conv.weight', torch.ones(4)),
+        'is no kernel',
+    ),
+    'half merged': (
+        lambda s: dict(
+            drop(s, r'^conv1\.'),
+            **{
+                'conv1.dbb_reparam.weight': torch.ones(4, 3, 3, 3),
+                'conv1.dbb_reparam.bias': torch.ones(4),
+            },
+        ),
+        'neither a training-time nor a converted file',
+    ),
+    'orepa': (
+        lambda s: {'stage0.rbr_dense.weight_rbr_origin': torch.ones(1)},
+        'training-time OREPA network',
+    ),
+    'repvgg with dbb': (
+        lambda s: {
+            f'{stage}.{k[len("conv1.") :]}': v
+            for stage in ('stage0', *(f'stage{i}.0' for i in (1, 2, 3, 4)))
+            for k, v in s.items()
+            if k.startswith('conv1.')
+        },
+        'RepVGG with DBB, a combination',
+    ),
+    'NaN': (
+        lambda s: changed(s, 'linear.bias', torch.full((10,), torch.nan)),
+        'not finite: linear.bias',
+    ),
+    'negative variance': (
+        lambda s: changed(
+            s, 'stem.0.pointwise.bn.running_var', torch.full((4,), -1.0)
+        ),
+        'negative variance: stem.0.pointwise.bn.running_var',
+    ),
+    'int8': (
+        lambda s: {
+            k: v.to(torch.int8) if v.is_floating_point() else v
+            for k, v in s.items()
+        },
+        'of int8',
+    ),
+    'empty': (lambda s: {}, 'no weights'),
+    'list': (lambda s: [torch.ones(2)], 'holds a list'),
+}
+
+
+def run_tool(monkeypatch, capsys, *args):
+    """Exit code and stderr of the tool, run in this process."""
+    monkeypatch.setattr(sys, 'argv', [str(TOOL), *map(str, args)])
+    try:
+        runpy.run_path(str(TOOL), run_name='__main__')
+        code = 0
+    except SystemExit as stop:
+        code = stop.code
+    return code, capsys.readouterr()
+
+
+@pytest.mark.parametrize('case', BAD)
+def test_refused(case, mobilenet, tmp_path, monkeypatch, capsys):
+    change, message = BAD[case]
+    folder = tmp_path / 'given'
+    folder.mkdir()
+    torch.save(change(mobilenet[1]), folder / 'file.pth')
+    out = folder / 'out.pth'
+    code, output = run_tool(monkeypatch, capsys, folder / 'file.pth', out)
+    assert code == 2
+    assert re.search(message, output.err), output.err
+    assert output.err.count('\n') == 1 and not output.out
+    assert os.listdir(folder) == ['file.pth']
+
+
+def test_truncated_and_missing(mobilenet, tmp_path, monkeypatch, capsys):
+    path = Path(mobilenet[0])
+    out = tmp_path / 'out.pth'
+    whole = path.read_bytes()
+    for content in (whole[: len(whole) // 2], b'', b'text'):
+        path.write_bytes(content)
+        code, output = run_tool(monkeypatch, capsys, path, out)
+        assert code == 2 and output.err.count('\n') == 1
+    for wrong in (tmp_path / 'none.pth', tmp_path):
+        code, output = run_tool(monkeypatch, capsys, wrong, out)
+        assert code == 2 and output.err.count('\n') == 1
+    path.write_bytes(whole)
+    for wrong in (tmp_path / 'out.pt', path):
+        code, output = run_tool(monkeypatch, capsys, path, wrong)
+        assert code == 2 and output.err.count('\n') == 1
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def test_tool_says_what_it_recognised(
+    mobilenet, tmp_path, monkeypatch, capsys
+):
+    out = tmp_path / 'out.pth'
+    code, output = run_tool(monkeypatch, capsys, mobilenet[0], out)
+    assert code == 0
+    assert output.out.splitlines() == [
+        'recognised MobileNet-V1, DBB, training-time: 414 entries',
+        f'weights: {out}',
+        f'config:  {out.with_suffix(".py")}',
+    ]
+
+
+# From a config
+
+INIT = 'OfficialPretrained'
+RESNET = dict(depth=50, stem_channels=4, base_channels=4)
+BACKBONES = {
+    'mobilenet_dbb_train.pth.tar': dict(
+        type='MobileNetV1DBB', channels=(4, 4, 4, 8, 16, 32)
+    ),
+    'mobilenet_dbb_deploy.pth': dict(
+        type='MobileNetV1', channels=(4, 4, 4, 8, 16, 32)
+    ),
+    'resnet_bottleneck_dbb_train.pth.tar': dict(
+        type='ResNetDBB', stage_blocks=(1, 2, 1, 1), **RESNET
+    ),
+    'resnet_basic_base_deploy.pth': dict(
+        type='PlainResNet',
+        stage_blocks=(2, 1, 1, 1),
+        **dict(RESNET, depth=18),
+    ),
+}
+
+
+@pytest.mark.parametrize('scope', ['mmpretrain', 'mmdet', 'mmseg'])
+@pytest.mark.parametrize('name', BACKBONES)
+def test_init_cfg(scope, name, tmp_path):
+    path = unpack(name, tmp_path)
+    cfg = dict(BACKBONES[name], type=f'mmpretrain.{BACKBONES[name]["type"]}')
+    rules = dict(type=INIT, checkpoint=path)
+    if scope == 'mmdet':  # with others before it
+        rules = [dict(type='Kaiming', layer='Conv2d'), rules]
+    if 'ResNet' in cfg['type']:
+        cfg['zero_init_residual'] = True  # must leave what was loaded
+    with DefaultScope.overwrite_default_scope(scope):
+        backbone = MODELS.build(dict(cfg, init_cfg=rules))
+        backbone.init_weights()
+    network = recognise(read_official(path), path)
+    expected = backbone_state(network, backbone)
+    found = backbone.state_dict()
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert torch.equal(found[key], value), key
+
+
+def test_init_cfg_inside_a_segmentor(tmp_path):
+    from mmseg.registry import MODELS as SEGMENTORS
+
+    name = 'resnet_bottleneck_dbb_train.pth.tar'
+    path = unpack(name, tmp_path)
+    cfg = dict(BACKBONES[name], type='mmpretrain.ResNetDBB')
+    with DefaultScope.overwrite_default_scope('mmseg'):
+        model = SEGMENTORS.build(
+            dict(
+                type='EncoderDecoder',
+                backbone=dict(cfg, init_cfg=dict(type=INIT, checkpoint=path)),
+                decode_head=dict(
+                    type='FCNHead',
+                    in_channels=128,
+                    channels=4,
+                    num_classes=3,
+                    in_index=0,
+                ),
+            )
+        )
+        model.init_weights()
+    kernel = torch.load(path, weights_only=True)['state_dict'][
+        'module.stage4.0.conv2.dbb_avg.conv.weight'
+    ]
+    branch = model.backbone.layer4[0].conv2.branches['1x1_avg']
+    assert torch.equal(branch.conv1.weight, kernel)
+
+
+def test_norms_behind_the_blocks_do_nothing(mobilenet):
+    path, _ = mobilenet
+    kept = MobileNetV1(
+        channels=(4, 4, 4, 8, 16, 32), conv_cfg=dict(type='DBB')
+    )
+    absorbed = MODELS.build(BACKBONES['mobilenet_dbb_train.pth.tar'])
+    x, _ = recorded('mobilenet_dbb_train.pth.tar')
+    outputs = []
+    for model in (randomize(kept), absorbed):
+        load_official_backbone_(model, path)
+        with torch.no_grad():
+            outputs.append(model.eval()(x)[0])
+    assert distance(*outputs) < TOLERANCE
+
+
+def test_bias_of_a_merged_backbone(mobilenet, tmp_path):
+    path = unpack('mobilenet_dbb_deploy.pth', tmp_path)
+    cfg = BACKBONES['mobilenet_dbb_train.pth.tar']
+    model = MODELS.build(dict(cfg, deploy=True))
+    plain = MODELS.build(BACKBONES['mobilenet_dbb_deploy.pth'])
+    x, _ = recorded('mobilenet_dbb_deploy.pth')
+    outputs = []
+    for each in (model, plain):
+        load_official_backbone_(each, path)
+        with torch.no_grad():
+            outputs.append(each.eval()(x)[0])
+    assert distance(*outputs) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    'name, cfg, message',
+    [
+        (
+            'mobilenet_dbb_train.pth.tar',
+            BACKBONES['mobilenet_dbb_deploy.pth'],
+            'fits a backbone such as mmpretrain.MobileNetV1DBB, got a '
+            'MobileNetV1 without blocks',
+        ),
+        (
+            'mobilenet_dbb_deploy.pth',
+            BACKBONES['mobilenet_dbb_train.pth.tar'],
+            'got a MobileNetV1DBB with blocks',
+        ),
+        (
+            'mobilenet_dbb_deploy.pth',
+            dict(type='MobileNetV1', base_channels=4),
+            'of another shape',
+        ),
+        (
+            'resnet_basic_base_deploy.pth',
+            BACKBONES['mobilenet_dbb_deploy.pth'],
+            'missing',
+        ),
+    ],
+)
+def test_file_that_does_not_fit_the_backbone(name, cfg, message, tmp_path):
+    path = unpack(name, tmp_path)
+    with pytest.raises(UserError, match=message):
+        load_official_backbone_(MODELS.build(cfg), path)
+
+
+@pytest.mark.parametrize('other', ['Kaiming', 'Pretrained'])
+def test_rules_that_would_overwrite_are_refused(other, tmp_path):
+    path = unpack('mobilenet_dbb_deploy.pth', tmp_path)
+    more = dict(
+        Kaiming=dict(type='Kaiming', layer='Conv2d'),
+        Pretrained=dict(type='Pretrained', checkpoint=path),
+    )[other]
+    rules = [dict(type=INIT, checkpoint=path), more]
+    model = MODELS.build(
+        dict(BACKBONES['mobilenet_dbb_deploy.pth'], init_cfg=rules)
+    )
+    with pytest.raises(UserError, match='must be the last of the list'):
+        model.init_weights()
