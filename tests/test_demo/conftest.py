@@ -18,3 +18,9 @@ def tiny_data(tmp_path_factory):
     for task, (train, val) in TINY.items():
         prepare(task, root, train=train, val=val)
     return root
+
+
+@pytest.fixture(scope='session')
+def tiny_images():
+    """By task, the images that the data sets train and validate on."""
+    return TINY

@@ -11,48 +11,6 @@ from mmdbb.demo.report import interleaved_latency
 from mmdbb.errors import UserError
 
 HOME = Path(__file__).resolve().parents[2]
-SHORT = [
-    'train_cfg.max_epochs=1',
-    'train_cfg.val_interval=1',
-    'default_hooks.checkpoint.interval=1',
-    'model.backbone.base_channels=8',
-    'model.head.in_channels=64',
-    *(
-        f'{split}_dataloader.{setting}'
-        for split in ('train', 'val', 'test')
-        for setting in ('num_workers=0', 'persistent_workers=False')
-    ),
-]
-
-
-def test_demo_prints_a_table_and_draws(tiny_data, tmp_path, capsys):
-    pytest.importorskip('rich')
-    pytest.importorskip('mmpretrain')
-    work = tmp_path / 'work'
-    found = run.run_demo(
-        'classification', HOME, work, tiny_data, 0, (40, 20), SHORT
-    )
-    said = capsys.readouterr().out
-    assert found['trained'] == found['deployed']
-    for text in (
-        'parameters',
-        'top-1',
-        'latency of 20 images',
-        'largest output difference',
-        str(work / 'predictions.png'),
-        'to try next',
-    ):
-        assert text in said
-    png = (work / 'predictions.png').read_bytes()
-    assert png.startswith(b'\x89PNG') and len(png) > 10_000
-    log = (work / run.LOG).read_text()
-    commands = [line for line in log.splitlines() if line.startswith('$ ')]
-    assert [Path(line.split()[2]).name for line in commands] == [
-        'train.py',
-        'test.py',
-        'reparam.py',
-        'test.py',
-    ]
 
 
 def test_networks_that_differ_stop_the_demo(tiny_data, tmp_path, monkeypatch):
