@@ -19,6 +19,7 @@ import pytest
 import torch
 from helpers import distance, randomize
 from mmengine.config import Config
+from mmengine.registry import MODELS as ROOT_MODELS
 from mmengine.registry import DefaultScope
 from mmpretrain import get_model
 from mmpretrain.registry import MODELS
@@ -532,6 +533,45 @@ def test_init_cfg_inside_a_segmentor(tmp_path):
     ]
     branch = model.backbone.layer4[0].conv2.branches['1x1_avg']
     assert torch.equal(branch.conv1.weight, kernel)
+
+
+@pytest.mark.parametrize('part', ['train', 'deploy'])
+@pytest.mark.parametrize('scope', ['mmpretrain', 'mmdet', 'mmseg'])
+def test_stock_resnet_of_each_host(scope, part, tmp_path):
+    # ResNet-18 as in the papers, a sixteenth as wide.
+    state = {}
+    for name, shape in KEYS['dbb_repo_ResNet-18_DBB'][part].items():
+        shape = [n // 16 if n % 64 == 0 else n for n in shape]
+        if len(shape) == 4:
+            fan_in = shape[1] * shape[2] * shape[3]
+            state[name] = torch.randn(shape) / (2 * fan_in**0.5)
+        else:
+            state[name] = torch.rand(shape) if shape else torch.tensor(7)
+    path = str(tmp_path / 'file.pth')
+    torch.save(state, path)
+    with DefaultScope.overwrite_default_scope(scope):
+        backbone = ROOT_MODELS.build(
+            dict(
+                type=f'{scope}.ResNet',
+                depth=18,
+                stem_channels=4,
+                base_channels=4,
+                conv_cfg=dict(type='DBB') if part == 'train' else None,
+                init_cfg=dict(type=INIT, checkpoint=path),
+            )
+        )
+        backbone.init_weights()
+    reference = MODELS.build(
+        dict(type='ResNetDBB', depth=18, stem_channels=4, base_channels=4)
+    )
+    if part == 'deploy':
+        reference.switch_to_deploy()
+    load_official_backbone_(reference, path)
+    x = torch.randn(2, 3, 64, 64)
+    backbone.train(False)  # returns nothing
+    with torch.no_grad():
+        found = backbone(x)[-1]
+        assert distance(found, reference.eval()(x)[-1]) < TOLERANCE
 
 
 def test_norms_behind_the_blocks_do_nothing(mobilenet):
