@@ -129,8 +129,6 @@ def plain_start(
     for other in others:
         if other.last_norm.affine:
             other.last_norm.weight.copy_(branch_scale * gamma.abs())
-    if work.bias is not None:
-        work.bias.zero_()
 
     # From here on in float64, with the gammas as the block's dtype has them.
     exact = work.double()

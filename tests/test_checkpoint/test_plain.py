@@ -111,6 +111,27 @@ def test_norms_without_gamma(case, bias):
     assert distance(block.forward_branches(x), plain(x)) < EXACT
 
 
+@pytest.mark.parametrize('affine', [False, True])
+@pytest.mark.parametrize('case', CASES)
+def test_trained_blocks_start_anew(case, affine):
+    block, plain, norm = started_block(
+        DBB,
+        GEOMETRIES[0],
+        case,
+        bias=True,
+        norm_cfg=dict(type='BN', affine=affine),
+    )
+    randomize(block)
+    if block.bias is not None:
+        nn.init.constant_(block.bias, 3.0)
+    conv = plain[0] if case == 'absorbed' else plain
+    given = None if case == 'no norm' else norm
+    start(block, conv, given, case == 'absorbed')
+    block.eval(), plain.eval()
+    x = image(2, 6, 9, 7)
+    assert distance(block.forward_branches(x), plain(x)) < EXACT
+
+
 @pytest.mark.parametrize('case', CASES)
 @pytest.mark.parametrize('geometry', GEOMETRIES[:3], ids=str)
 @pytest.mark.parametrize('block_type', BLOCKS)
@@ -158,6 +179,15 @@ def test_carries_the_norm_over():
     for name in ('running_mean', 'running_var', 'num_batches_tracked'):
         assert torch.equal(getattr(own, name), getattr(norm, name))
     assert torch.equal(own.weight[2:], norm.weight[2:])
+
+
+@pytest.mark.parametrize('case', ['kept', 'absorbed'])
+def test_statistics_are_those_of_a_convolution_without_bias(case):
+    block, plain, norm = started_block(DBB, GEOMETRIES[0], case, bias=True)
+    conv = plain[0] if case == 'absorbed' else plain
+    found = block.branches['kxk'].norm.running_mean
+    assert distance(found, norm.running_mean - conv.bias) < EXACT
+    assert conv.bias.abs().min() > 1e-3
 
 
 @pytest.mark.parametrize(
