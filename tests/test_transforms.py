@@ -18,6 +18,7 @@ from mmdbb.transforms import (
     fuse_conv_bn,
     identity_kernel,
     pad_kernel,
+    unfuse_conv_bn,
 )
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -82,6 +83,19 @@ def test_fuse_conv_bn_is_a_convolution_and_a_norm(eps, affine):
 
 
 # Transform II
+
+
+def test_unfuse_conv_bn_exact():
+    fused = KernelBias(
+        torch.tensor([6.0, -4.0]).reshape(2, 1, 1, 1), torch.tensor([7.0, 1.0])
+    )
+    norm = ScaleShift(torch.tensor([2.0, -0.5]), torch.tensor([1.0, 3.0]))
+    conv = unfuse_conv_bn(fused, norm)
+    assert conv.kernel.flatten().tolist() == [3.0, 8.0]
+    assert conv.bias.tolist() == [3.0, 4.0]
+    again = fuse_conv_bn(conv, norm)
+    assert torch.equal(again.kernel, fused.kernel)
+    assert torch.equal(again.bias, fused.bias)
 
 
 def test_add_branches_exact():
