@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from typing import Callable, Union
+from typing import Callable, Iterator, Union
 
 import torch
-from mmengine.model import BaseModule
+from mmengine.model import BaseModule, initialize
 from torch import Tensor, nn
 
 from mmdbb.branches.base import leaf_dtype
@@ -146,10 +147,21 @@ class ReparamConv2d(BaseModule):
         self.reparam_conv = conv
 
     def init_weights(self) -> None:
-        """Apply the block's own ``init_cfg``, if it has one."""
+        """Apply the block's own ``init_cfg`` again, if it has one."""
+        with self._own_rules():
+            super().init_weights()
+
+    def _apply_init_cfg(self) -> None:
+        # At construction, because many containers never call init_weights.
+        if self.init_cfg:
+            with self._own_rules():
+                initialize(self, self.init_cfg)
+
+    @contextlib.contextmanager
+    def _own_rules(self) -> Iterator[None]:
         self._initializing = True
         try:
-            super().init_weights()
+            yield
         finally:
             self._initializing = False
 

@@ -99,6 +99,7 @@ class BranchSumConv2d(ReparamConv2d):
             if wants_bias
             else None,
         )
+        self._apply_init_cfg()
         if gamma_init is not None:
             self.init_gamma(gamma_init)
         if single_init:

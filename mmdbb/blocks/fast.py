@@ -409,14 +409,18 @@ class _MomentsOf(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, groups):
         count = _count(x)
-        if x.is_contiguous():
-            pixels = x.reshape(x.shape[0], groups, -1, x[0, 0].numel())
+        mean = x.mean((0, 2, 3))
+        # Centred first: a difference of large squares would lose digits.
+        pixels = x - mean.reshape(-1, 1, 1)
+        if pixels.is_contiguous():
+            pixels = pixels.reshape(
+                x.shape[0], groups, -1, x.shape[2] * x.shape[3]
+            )
         else:  # channels last: no copy either
-            pixels = x.permute(0, 2, 3, 1).reshape(1, count, groups, -1)
+            pixels = pixels.permute(0, 2, 3, 1).reshape(1, count, groups, -1)
             pixels = pixels.permute(0, 2, 3, 1)
-        mean = x.mean((0, 2, 3)).reshape(groups, -1)
-        square = torch.matmul(pixels, pixels.transpose(-1, -2)).sum(0)
-        cov = square / count - mean[..., None] * mean[:, None]
+        mean = mean.reshape(groups, -1)
+        cov = torch.matmul(pixels, pixels.transpose(-1, -2)).sum(0) / count
         ctx.save_for_backward(x, mean)
         ctx.groups = groups
         return mean, cov

@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import EXACT, distance, geometries, image, randomize
 from hypothesis import HealthCheck, given, settings
+from mmcv.cnn import build_conv_layer
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
@@ -124,9 +125,10 @@ def test_both_sides_of_the_size_rule(channels, size):
         assert_same(block, image(2, channels, size, size + 1))
 
 
-def test_float32_is_as_exact_as_the_literal_sum():
+@pytest.mark.parametrize('offset', [0, 1])
+def test_float32_is_as_exact_as_the_literal_sum(offset):
     block = randomize(DBB(16, 16, 3, padding=1))
-    x = image(4, 16, 20, 20, dtype=torch.float32)
+    x = image(4, 16, 20, 20, dtype=torch.float32) + offset
     exact, _ = run(copy.deepcopy(block).double(), x.double(), literal)
     plain, _ = run(copy.deepcopy(block), x, literal)
     found, _ = run(block, x, fast_forward)
@@ -288,6 +290,13 @@ def test_moments_exact():
     assert (mean.item(), var.item()) == (-2, 1)
 
 
+def test_moments_keep_their_digits_beside_a_large_mean():
+    x = image(2, 4, 9, 7, dtype=torch.float32) + 1000
+    _, cov = moments_of(x, 1)
+    _, exact = moments_of(x.double(), 1)
+    assert distance(cov, exact) < 1e-4
+
+
 def test_moments_gradient():
     x = image(2, 4, 3, 2).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: moments_of(x, 2), x)
@@ -312,3 +321,13 @@ def test_model_in_plain_pytorch_trains():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
+
+
+def test_own_init_cfg_applies_inside_a_host_that_never_asks():
+    rule = dict(type='Constant', layer='Conv2d', val=0.5)
+    layer = build_conv_layer(
+        dict(type='DBB', init_cfg=rule, gamma_init=0.25), 4, 4, 3, padding=1
+    )
+    assert (layer.branches['kxk'].conv.weight == 0.5).all()
+    assert (layer.branches['kxk'].norm.weight == 0.25).all()
+    assert not layer.branches['1x1_kxk'].conv1.weight.any()
