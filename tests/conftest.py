@@ -19,9 +19,10 @@ settings.load_profile('mmdbb')
 
 @pytest.fixture(autouse=True)
 def _isolated():
-    """Each test starts from one seed and leaves mmengine's scope as it was."""
+    """Each test starts from one seed, and from no default scope."""
     torch.manual_seed(0)
     instances = DefaultScope._instance_dict.copy()
+    DefaultScope._instance_dict = type(instances)()
     yield
     DefaultScope._instance_dict = instances
 

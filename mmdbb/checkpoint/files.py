@@ -14,6 +14,7 @@ from typing import Dict, Iterator, List, Sequence
 import torch
 from torch import Tensor, nn
 
+from mmdbb.checkpoint.safe_globals import allow_mmengine_checkpoints
 from mmdbb.errors import UserError
 
 
@@ -40,6 +41,8 @@ def read_checkpoint(path: str) -> dict:
         raise UserError(f'checkpoint not found: {path}')
     if not file.stat().st_size:
         raise UserError(f'checkpoint is empty: {path}')
+    # Again: onedl-mmengine takes the list back after each of its own loads.
+    allow_mmengine_checkpoints()
     try:
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:
