@@ -212,7 +212,13 @@ class _Stages:
         self.run('test.py', config, checkpoint, '--work-dir', folder, *changes)
         # mmengine names a run's folder and its JSON after the time.
         newest = max(folder.glob('*/*.json'))
-        return json.loads(newest.read_text())[metric]
+        found = json.loads(newest.read_text())
+        if metric not in found:  # CocoMetric, when nothing was detected
+            raise SystemExit(
+                f'tools/test.py found no {metric}: the network predicts '
+                f'nothing; its output is in {self.log}'
+            )
+        return found[metric]
 
 
 def _claim(work: Path) -> Path:
