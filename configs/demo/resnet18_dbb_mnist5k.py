@@ -47,7 +47,7 @@ test_pipeline = [
     dict(type='PackInputs'),
 ]
 train_dataloader = dict(
-    batch_size=64,
+    batch_size=80,
     num_workers=1,
     persistent_workers=True,
     sampler=dict(type='DefaultSampler', shuffle=True),
@@ -76,13 +76,13 @@ test_dataloader = val_dataloader
 val_evaluator = dict(type='Accuracy', topk=(1,))
 test_evaluator = val_evaluator
 
-max_epochs = 12
-train_cfg = dict(by_epoch=True, max_epochs=max_epochs, val_interval=3)
+max_epochs = 10
+train_cfg = dict(by_epoch=True, max_epochs=max_epochs, val_interval=5)
 val_cfg = dict()
 test_cfg = dict()
-optim_wrapper = dict(optimizer=dict(type='AdamW', lr=2e-3, weight_decay=0.05))
+optim_wrapper = dict(optimizer=dict(type='AdamW', lr=3e-3, weight_decay=0.05))
 param_scheduler = [
-    dict(type='LinearLR', start_factor=0.1, by_epoch=False, end=60),
+    dict(type='LinearLR', start_factor=0.1, by_epoch=False, end=50),
     dict(
         type='CosineAnnealingLR',
         T_max=max_epochs,

@@ -84,8 +84,7 @@ def report(
         ],
         'The difference is relative to the largest magnitude of an output, '
         f'on {len(batch)} validation images. Latency: without '
-        'post-processing, median, both networks in turn, '
-        f'{torch.get_num_threads()} threads.',
+        'post-processing, median, both networks in turn, one thread.',
     )
     draw(task, stock, dataset, work / 'predictions.png')
 
@@ -100,18 +99,23 @@ def preprocessed(model: nn.Module, dataset, indices: Sequence[int]) -> Tensor:
 def interleaved_latency(
     calls: List[Callable[[], object]], rounds: int = 15
 ) -> List[float]:
-    """The median seconds of each call, all called in turn each round.
+    """The median seconds of each call on one thread, all called in turn.
 
     What else the machine does then touches all of them alike. The first two
     rounds do not count.
     """
     seconds = [[] for _ in calls]
-    for round_ in range(rounds + 2):
-        for call, taken in zip(calls, seconds):
-            start = time.perf_counter()
-            call()
-            if round_ >= 2:
-                taken.append(time.perf_counter() - start)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for round_ in range(rounds + 2):
+            for call, taken in zip(calls, seconds):
+                start = time.perf_counter()
+                call()
+                if round_ >= 2:
+                    taken.append(time.perf_counter() - start)
+    finally:
+        torch.set_num_threads(threads)
     return [statistics.median(taken) for taken in seconds]
 
 

@@ -177,7 +177,10 @@ class _Stages:
         command = [sys.executable, self.tools / tool, *args]
         command = [str(part) for part in command]
         env = dict(os.environ, PYTHONUNBUFFERED='1')
-        # Threads that wait by spinning cost a busy machine most of its time.
+        # These networks are so small that a second thread costs more than it
+        # brings, and threads that spin while they wait, on a busy machine,
+        # cost most of the time.
+        env.setdefault('OMP_NUM_THREADS', '1')
         env.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
         last = deque(maxlen=15)
         with open(self.log, 'a') as log, Progress() as progress:
