@@ -24,7 +24,7 @@ demo:
 	@$(IN_ENV) tools/demo.py --task $(TASK)
 
 test:
-	@$(IN_ENV) -m pytest -q tests
+	@$(IN_ENV) -m pytest -q -n 2 --dist loadfile tests
 
 lint:
 	@$(IN_ENV) -m ruff check .

@@ -1,6 +1,11 @@
 """One setting for all tests: deterministic, and no trace left behind."""
 
 import logging
+import os
+
+# Small tensors on many threads cost more than on one; the commands that tests
+# run inherit it. Set before torch is imported.
+os.environ['OMP_NUM_THREADS'] = '1'
 
 import pytest
 import torch
