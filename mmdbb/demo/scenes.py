@@ -185,7 +185,7 @@ def _free_corner(taken, shape, rng):
 
 
 def _paint(image, taken, ink, corner, label, rng) -> PlacedDigit:
-    """Blend ``ink`` into ``image`` in a bright colour that stands out there."""
+    """Blend ``ink`` into ``image`` in a bright colour that stands out."""
     (y, x), (height, width) = corner, ink.shape
     window = image[y : y + height, x : x + width]
     luminance = np.array([0.299, 0.587, 0.114])

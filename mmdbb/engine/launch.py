@@ -11,11 +11,14 @@ import argparse
 import copy
 from typing import NamedTuple
 
+from mmcv.cnn import fuse_conv_bn
 from mmengine.config import Config, ConfigDict
 from mmengine.device import get_device
 from mmengine.registry import METRICS, RUNNERS
 from mmengine.runner import Runner
 
+from mmdbb.checkpoint.deploy import is_fused
+from mmdbb.checkpoint.files import read_checkpoint
 from mmdbb.engine.command import UserError, check_file
 
 
@@ -122,7 +125,12 @@ def test(config: Config, args: argparse.Namespace) -> dict:
         _enable_drawing(config, args)
     if args.tta:
         _enable_tta(config)
+    fused = '://' not in args.checkpoint and is_fused(
+        read_checkpoint(args.checkpoint)
+    )
     runner = build_runner(config)
+    if fused:  # tools/reparam.py --fuse: its norms are in its convolutions
+        fuse_conv_bn(runner.model)
     if args.out:
         dump = dict(type=_task(config).dump, out_file_path=args.out)
         runner.test_evaluator.metrics.append(METRICS.build(dump))

@@ -50,6 +50,22 @@ def logged(folder):
     return json.loads(max(folder.glob('*/*.json')).read_text())
 
 
+def fused_figure(work, spec):
+    """What tools/test.py finds for the network with its norms folded too."""
+    trained = (work / 'last_checkpoint').read_text().strip()
+    fused = work / 'fused.pth'
+    options = ['--cfg-options', *LOADERS]
+    for tool, *arguments in (
+        ['reparam.py', HOME / 'configs/demo' / spec.config, trained, fused]
+        + ['--fuse', '--image-size', '32', '32'],
+        ['test.py', work / 'deploy.py', fused]
+        + ['--work-dir', work / 'test_fused', *options],
+    ):
+        command = [sys.executable, '-W', 'ignore', HOME / 'tools' / tool]
+        subprocess.run([*command, *arguments], check=True, cwd=work)
+    return logged(work / 'test_fused')[spec.metric]
+
+
 @pytest.mark.parametrize('task', list(TASKS))
 def test_trained_merged_and_tested_as_commands(
     task, tiny_data, tiny_images, tmp_path, capfd
@@ -85,6 +101,10 @@ def test_trained_merged_and_tested_as_commands(
     config = (work / 'deploy.py').read_text()
     assert 'mmdbb' not in config and 'DBB' not in config
     assert "type='mmpretrain.ResNet'" in config
+    if task == 'classification':
+        assert fused_figure(work, spec) == pytest.approx(
+            found['trained'], abs=spec.tolerance
+        )
     for text in (
         'parameters',
         spec.title,
