@@ -27,8 +27,9 @@ COLOURS = np.array(
         (250, 190, 212),
     ]
 )
-# Boxes below this score are not drawn.
-SCORE = 0.35
+# Boxes below this score are not drawn. ATSS' scores are low: they are the
+# class's times the centerness.
+SCORE = 0.2
 
 
 def draw(task: str, model: nn.Module, dataset, path: Path) -> None:
@@ -115,6 +116,8 @@ def _draw_digits(figure, model, dataset) -> None:
 
 def _draw_boxes(figure, model, dataset) -> None:
     """Scenes with the boxes found, their digit and score."""
+    from torchvision.ops import nms
+
     indices = _spread(dataset, 12)
     samples = _predictions(model, dataset, indices)
     rows, columns = -(-len(samples) // 4), min(4, len(samples))
@@ -126,6 +129,8 @@ def _draw_boxes(figure, model, dataset) -> None:
         axes.imshow(_image(sample))
         found = sample.pred_instances
         found = found[found.scores > SCORE]
+        # Of the boxes in one place, which have other labels, the best.
+        found = found[nms(found.bboxes, found.scores, 0.5)]
         for box, label, score in zip(
             found.bboxes.tolist(), found.labels.tolist(), found.scores.tolist()
         ):

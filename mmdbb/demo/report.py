@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
 from pathlib import Path
@@ -61,7 +62,8 @@ def report(
     loaded = read_checkpoint(checkpoint)
     load_strictly(trained, loaded['state_dict'], checkpoint)
     stock = load_deployed(str(work / 'deploy.py'), str(work / 'deploy.pth'))
-    dataset = DATASETS.build(config.test_dataloader.dataset)
+    with contextlib.redirect_stdout(None):  # pycocotools talks
+        dataset = DATASETS.build(config.test_dataloader.dataset)
     batch = preprocessed(stock, dataset, range(min(spec.batch, len(dataset))))
 
     difference = compare_networks(trained, stock, [batch])
