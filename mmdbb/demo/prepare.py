@@ -58,7 +58,13 @@ def prepare(
     _claim(folder, dict(format=FORMAT, seed=seed, **images))
     source = Source(seed)
     for path, content in layout.files(source, images):
-        write_once(folder / path, content)
+        try:
+            write_once(folder / path, content)
+        except OSError as error:  # a full disk, say
+            raise UserError(
+                f"cannot write '{folder / path}': {error}; the next call "
+                'goes on from here'
+            ) from None
     return folder
 
 
