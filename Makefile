@@ -1,4 +1,4 @@
-# make install | demo | test | lint, each for one stack of host packages:
+# make install | demo | test | lint | bench, each for one stack of host packages:
 #
 #   make test                      mmengine, mmcv, mmpretrain, mmdet, mmseg
 #   make test STACK=onedl          the same imports from the onedl forks
@@ -15,7 +15,7 @@ SHELL := bash
 # The installer's last line is the environment's folder.
 IN_ENV = venv=$$(requirements/install.sh $(STACK) | tail -n 1) && "$$venv/bin/python"
 
-.PHONY: install demo test lint
+.PHONY: install demo test lint bench
 
 install:
 	@$(IN_ENV) --version
@@ -29,3 +29,7 @@ test:
 lint:
 	@$(IN_ENV) -m ruff check .
 	@$(IN_ENV) -m ruff format --check .
+
+bench:
+	@$(IN_ENV) tools/benchmark.py --network resnet18 resnet50 mobilenet \
+	  --threads 2 --out benchmark.json --plot benchmark.png
