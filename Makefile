@@ -9,6 +9,9 @@
 STACK ?= openmmlab
 TASK ?= classification
 
+# mmengine's, on every import.
+export PYTHONWARNINGS := ignore:pkg_resources is deprecated
+
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 
