@@ -124,8 +124,18 @@ def _composing_pays(spec: ConvSpec, x: Tensor, saves_kxk: bool) -> bool:
     pixels = x.shape[0] * x.shape[-2] * x.shape[-1]
     if saves_kxk:
         return spec.in_channels // spec.groups <= pixels
+    # Twice, because small products of kernels run slower than convolutions.
     taps = spec.kernel_size[0] * spec.kernel_size[1]
-    return spec.out_channels // spec.groups * taps <= pixels
+    return 2 * spec.out_channels // spec.groups * taps <= pixels
+
+
+def _covariance_pays(spec: ConvSpec, x: Tensor) -> bool:
+    """Whether a kernel times a covariance costs less than a 1x1 and its norm.
+
+    The product has as many terms a kernel's entry as the image has channels,
+    the 1x1 as many as it has pixels; a quarter leaves room for both passes.
+    """
+    return 4 * spec.in_channels // spec.groups <= _count(x)
 
 
 # ------------------------------------------------------ norms in eval mode
@@ -239,12 +249,13 @@ def _training_branch(
         spec, x, saves_kxk=False
     ):
         return _pointwise_kxk(branch, x, moments)
-    if isinstance(branch, PointwiseAvg):
-        if spec.is_depthwise:
-            return run_norm(branch.norm2, avg_pool(x, spec))
-        return _pointwise_avg(branch, x, moments)
-    if isinstance(branch, Pointwise) and not spec.is_depthwise:
-        return _pointwise(branch, x, moments)
+    if isinstance(branch, PointwiseAvg) and spec.is_depthwise:
+        return run_norm(branch.norm2, avg_pool(x, spec))
+    if not spec.is_depthwise and _covariance_pays(spec, x):
+        if isinstance(branch, PointwiseAvg):
+            return _pointwise_avg(branch, x, moments)
+        if isinstance(branch, Pointwise):
+            return _pointwise(branch, x, moments)
     return branch(x)
 
 
@@ -412,13 +423,14 @@ class _MomentsOf(torch.autograd.Function):
         mean = x.mean((0, 2, 3))
         # Centred first: a difference of large squares would lose digits.
         pixels = x - mean.reshape(-1, 1, 1)
-        if pixels.is_contiguous():
-            pixels = pixels.reshape(
-                x.shape[0], groups, -1, x.shape[2] * x.shape[3]
-            )
-        else:  # channels last: no copy either
+        area, width = x.shape[2] * x.shape[3], x.shape[1] // groups
+        if not pixels.is_contiguous():  # channels last: no copy needed
             pixels = pixels.permute(0, 2, 3, 1).reshape(1, count, groups, -1)
             pixels = pixels.permute(0, 2, 3, 1)
+        elif area >= width:
+            pixels = pixels.reshape(-1, groups, width, area)
+        else:  # one product, not one a small image
+            pixels = pixels.transpose(0, 1).reshape(1, groups, width, count)
         mean = mean.reshape(groups, -1)
         cov = torch.matmul(pixels, pixels.transpose(-1, -2)).sum(0) / count
         ctx.save_for_backward(x, mean)

@@ -116,7 +116,7 @@ def test_fast_equals_literal_property(geometry):
         assert_same(block, image(*shape))
 
 
-@pytest.mark.parametrize('channels, size', [(4, 12), (48, 5)])
+@pytest.mark.parametrize('channels, size', [(4, 12), (16, 12), (48, 5)])
 def test_both_sides_of_the_size_rule(channels, size):
     """A small image keeps the 1x1; a large one gets a composed kernel."""
     for training in (True, False):
