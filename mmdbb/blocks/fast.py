@@ -121,7 +121,7 @@ def _composing_pays(spec: ConvSpec, x: Tensor, saves_kxk: bool) -> bool:
     multiplies out x taps times. It saves the 1x1, a product per pixel, and if
     the KxK runs in any case for the other branches, that too.
     """
-    pixels = x.shape[0] * x.shape[-2] * x.shape[-1]
+    pixels = _count(x)
     if saves_kxk:
         return spec.in_channels // spec.groups <= pixels
     # Twice, because small products of kernels run slower than convolutions.

@@ -114,11 +114,17 @@ class ConvNormBranch(Branch):
         return run_norm(self.norm, self.conv(x))
 
     def equivalent_kernel_bias(self) -> KernelBias:
-        conv = KernelBias(self.conv.weight, zero_bias(self.conv.weight))
-        kernel, bias = fuse_conv_bn(conv, norm_scale_shift(self.norm))
+        kernel, bias = fuse_kernel_norm(self.conv.weight, self.norm)
         spec = self.spec
         offset = spec.offset_of(self.size(spec))
         return KernelBias(pad_kernel(kernel, spec.kernel_size, offset), bias)
+
+
+def fuse_kernel_norm(kernel: Tensor, norm: _BatchNorm) -> KernelBias:
+    """Transform I for a kernel (out, in / groups, kH, kW) without a bias."""
+    return fuse_conv_bn(
+        KernelBias(kernel, zero_bias(kernel)), norm_scale_shift(norm)
+    )
 
 
 def zero_bias(kernel: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmdbb.branches.base import Branch, zero_bias
+from mmdbb.branches.base import Branch, fuse_kernel_norm, zero_bias
 from mmdbb.branches.norm import norm_scale_shift, norm_then_pad, run_norm
 from mmdbb.geometry import ConvSpec, pad2d
 from mmdbb.registry import BRANCHES
@@ -92,9 +92,5 @@ class PointwiseAvg(Branch):
             )
             first = KernelBias(kernel, zero_bias(kernel))
         else:
-            kernel = self.conv1.weight
-            first = fuse_conv_bn(
-                KernelBias(kernel, zero_bias(kernel)),
-                norm_scale_shift(self.norm1),
-            )
+            first = fuse_kernel_norm(self.conv1.weight, self.norm1)
         return fuse_conv_bn(fuse_1x1_avg(first, spec.kernel_size), norm)

@@ -13,14 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmdbb.branches.base import Branch, zero_bias
-from mmdbb.branches.norm import norm_scale_shift, norm_then_pad, run_norm
+from mmdbb.branches.base import Branch, fuse_kernel_norm
+from mmdbb.branches.norm import norm_then_pad, run_norm
 from mmdbb.geometry import ConvSpec
 from mmdbb.registry import BRANCHES
 from mmdbb.transforms import (
     KernelBias,
     fuse_1x1_kxk,
-    fuse_conv_bn,
     identity_kernel,
 )
 
@@ -97,15 +96,8 @@ class PointwiseKxK(Branch):
         return run_norm(self.norm2, self.conv2(x))
 
     def equivalent_kernel_bias(self) -> KernelBias:
-        kernel1, kernel2 = self.kernel1, self.conv2.weight
-        first = fuse_conv_bn(
-            KernelBias(kernel1, zero_bias(kernel1)),
-            norm_scale_shift(self.norm1),
-        )
-        second = fuse_conv_bn(
-            KernelBias(kernel2, zero_bias(kernel2)),
-            norm_scale_shift(self.norm2),
-        )
+        first = fuse_kernel_norm(self.kernel1, self.norm1)
+        second = fuse_kernel_norm(self.conv2.weight, self.norm2)
         return fuse_1x1_kxk(first, second, self.spec.groups)
 
 

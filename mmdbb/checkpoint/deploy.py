@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from pathlib import Path
-from typing import List, NamedTuple, Sequence, Tuple
+from typing import List, NamedTuple, Optional, Sequence, Tuple
 
 import mmcv
 import numpy as np
@@ -90,8 +90,13 @@ def load_deployed(config: str, checkpoint: str) -> nn.Module:
 
 def is_fused(checkpoint: dict) -> bool:
     """Whether a checkpoint is of a network whose norms are folded too."""
+    return _structure(checkpoint) == 'fused'
+
+
+def _structure(checkpoint: dict) -> Optional[str]:
+    """What :func:`deploy_checkpoint` noted: ``stock``, ``fused`` or None."""
     own = (checkpoint.get('meta') or {}).get('mmdbb') or {}
-    return own.get('structure') == 'fused'
+    return own.get('structure')
 
 
 def deploy_checkpoint(
@@ -195,11 +200,9 @@ def output_paths(out: str) -> Tuple[str, str]:
 
 
 def _refuse_merged(loaded: dict, path: str) -> None:
-    own = loaded['meta'].get('mmdbb') or {}
-    if own.get('structure') in ('stock', 'fused'):
-        raise UserError(
-            f'{path} is merged already (structure: {own["structure"]})'
-        )
+    structure = _structure(loaded)
+    if structure in ('stock', 'fused'):
+        raise UserError(f'{path} is merged already (structure: {structure})')
 
 
 def _meta(meta: dict, stock_cfg: Config, checkpoint: str, fuse: bool) -> dict:
