@@ -31,8 +31,9 @@ def conv_norm_pairs(model: nn.Module) -> Iterator[ConvNorm]:
     """All pairs of a model that follow a convention of the OpenMMLab family.
 
     These are mmcv's ``ConvModule``, the residual blocks and stems of the
-    ResNets (``conv1`` and ``norm1_name``), and neighbours in an
-    ``nn.Sequential``.
+    ResNets (``conv1`` and ``norm1_name``), neighbours in an
+    ``nn.Sequential``, and what a module of mmdbb's own names itself in
+    ``conv_norm_names``.
     """
     for parent in model.modules():
         if isinstance(parent, ConvModule):
@@ -47,6 +48,9 @@ def conv_norm_pairs(model: nn.Module) -> Iterator[ConvNorm]:
             for first, second in zip(names, names[1:]):
                 if _is_norm(parent._modules[second]):
                     yield ConvNorm(parent, first, second)
+        elif hasattr(parent, 'conv_norm_names'):
+            for conv, norm in parent.conv_norm_names:
+                yield ConvNorm(parent, conv, norm)
         else:
             for name in parent._modules:
                 number = name[4:]

@@ -15,21 +15,18 @@ from typing import Optional, Sequence, Tuple, Union
 
 from mmcv.cnn import ConvModule, DepthwiseSeparableConvModule
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmdbb.backbones.absorbed import BlocksForConvNorm
+from mmdbb.backbones.base import StagedBackbone, check_stages
 from mmdbb.hosts import require
 
 require('mmpretrain')
 
-from mmpretrain.models.backbones.base_backbone import (  # noqa: E402
-    BaseBackbone,
-)
 from mmpretrain.registry import MODELS  # noqa: E402
 
 
 @MODELS.register_module()
-class MobileNetV1(BaseBackbone):
+class MobileNetV1(StagedBackbone):
     """MobileNet-V1: a stem and five stages of separable convolutions.
 
     Args:
@@ -81,19 +78,17 @@ class MobileNetV1(BaseBackbone):
         norm_eval: bool = False,
         init_cfg: Union[dict, list, None] = None,
     ) -> None:
-        if init_cfg is None:
-            init_cfg = [
-                dict(type='Kaiming', layer=['Conv2d']),
-                dict(type='Constant', val=1, layer=['_BatchNorm']),
-            ]
-        super().__init__(init_cfg)
+        super().__init__(out_indices, frozen_stages, norm_eval, init_cfg)
         if channels is None:
             channels = [base_channels * 2**i for i in range(6)]
-        _check(channels, out_indices, frozen_stages)
+        check_stages(
+            6,
+            channels,
+            out_indices,
+            frozen_stages,
+            'six positive numbers, of the stem and of five stages',
+        )
         self.channels = tuple(channels)
-        self.out_indices = tuple(out_indices)
-        self.frozen_stages = frozen_stages
-        self.norm_eval = norm_eval
         layer_args = dict(
             padding=1,
             conv_cfg=conv_cfg,
@@ -134,21 +129,6 @@ class MobileNetV1(BaseBackbone):
                 outputs.append(x)
         return tuple(outputs)
 
-    def train(self, mode: bool = True) -> nn.Module:
-        """Set the mode; frozen parts, and norms if asked for, stay in eval."""
-        super().train(mode)
-        self._freeze_stages()
-        if mode and self.norm_eval:
-            for module in self.modules():
-                if isinstance(module, _BatchNorm):
-                    module.eval()
-        return self
-
-    def _freeze_stages(self) -> None:
-        for stage in self.stages[: self.frozen_stages + 1]:
-            stage.eval()
-            stage.requires_grad_(False)
-
 
 @MODELS.register_module()
 class MobileNetV1DBB(BlocksForConvNorm, MobileNetV1):
@@ -162,21 +142,3 @@ class MobileNetV1DBB(BlocksForConvNorm, MobileNetV1):
         >>> model(torch.rand(1, 3, 64, 64))[0].shape
         torch.Size([1, 256, 2, 2])
     """
-
-
-def _check(
-    channels: Sequence[int], out_indices: Sequence[int], frozen_stages: int
-) -> None:
-    if len(channels) != 6 or min(channels) < 1:
-        raise ValueError(
-            'channels must be six positive numbers, of the stem and of five '
-            f'stages, got {channels}'
-        )
-    if not out_indices or any(i not in range(6) for i in out_indices):
-        raise ValueError(
-            f'out_indices must be some of 0 to 5, got {out_indices}'
-        )
-    if frozen_stages not in range(-1, 6):
-        raise ValueError(
-            f'frozen_stages must be one of -1 to 5, got {frozen_stages}'
-        )
