@@ -7,6 +7,7 @@ import contextlib
 import copy
 from typing import Dict, Iterator, Tuple
 
+import torch
 from torch import nn
 
 from mmdbb.blocks.base import ReparamConv2d
@@ -25,7 +26,11 @@ def find_blocks(model: nn.Module) -> Dict[str, ReparamConv2d]:
     }
 
 
-def reparameterize(model: nn.Module, inplace: bool = False) -> nn.Module:
+def reparameterize(
+    model: nn.Module,
+    inplace: bool = False,
+    dtype: torch.dtype = torch.float64,
+) -> nn.Module:
     """Replace every block by the plain ``nn.Conv2d`` that it equals.
 
     All kernels are composed and checked before the first block is replaced.
@@ -33,14 +38,16 @@ def reparameterize(model: nn.Module, inplace: bool = False) -> nn.Module:
     Args:
         model: A model with blocks, or a block.
         inplace: Whether to change the model itself instead of a copy.
+        dtype: What kernels are composed in, ``torch.float64`` or
+            ``torch.float32``; they then have the dtype of their blocks.
 
     Returns:
         nn.Module: The model without any module of mmdbb's blocks; the
         convolution if the model is itself a block.
 
     Raises:
-        ValueError: If the model has no blocks, or a merged kernel is not
-            finite; the model is then unchanged.
+        ValueError: If the model has no blocks, a merged kernel is not
+            finite, or ``dtype`` is another one; the model is then unchanged.
 
     Examples:
         >>> from mmdbb import DBB
@@ -59,7 +66,7 @@ def reparameterize(model: nn.Module, inplace: bool = False) -> nn.Module:
         if block in convs:
             continue
         try:
-            convs[block] = block.to_conv()
+            convs[block] = block.to_conv(dtype)
         except ValueError as error:
             raise ValueError(
                 f'cannot merge {name or "the block"}: {error}'

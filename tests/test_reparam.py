@@ -154,6 +154,22 @@ def test_not_finite_block_alone():
         reparameterize(block)
 
 
+@pytest.mark.parametrize('inplace', [True, False])
+def test_dtype_to_compose_in(inplace):
+    net = randomize(Net()).eval()
+    expected = net.shared.to_conv(torch.float32)
+    other = net.shared.to_conv(torch.float64)
+    merged = reparameterize(net, inplace, dtype=torch.float32)
+    assert torch.equal(merged.shared.weight, expected.weight)
+    assert not torch.equal(merged.shared.weight, other.weight)
+
+
+def test_unknown_dtype_is_refused(net):
+    with pytest.raises(ValueError, match='dtype must be'):
+        reparameterize(net, dtype=torch.bfloat16)
+    assert len(blocks_of(net)) == 3
+
+
 def test_no_random_numbers_are_drawn(net):
     state = torch.get_rng_state()
     reparameterize(net)

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from typing import Callable, Iterator, Union
 
 import torch
@@ -14,6 +13,9 @@ from torch import Tensor, nn
 from mmdbb.branches.base import leaf_dtype
 from mmdbb.geometry import ConvSpec, IntPair
 from mmdbb.transforms import KernelBias
+
+#: The precisions that kernels can be composed in.
+COMPOSED_IN = (torch.float64, torch.float32)
 
 
 class ReparamConv2d(BaseModule):
@@ -71,6 +73,7 @@ class ReparamConv2d(BaseModule):
         for name, value in self.spec.conv_args.items():
             setattr(self, name, value)
         self._initializing = False
+        self._kept_kernel = None
         self._wants_bias = bias
         if deploy:
             self.reparam_conv = nn.Conv2d(**self.spec.conv_args)
@@ -105,34 +108,47 @@ class ReparamConv2d(BaseModule):
         raise NotImplementedError
 
     @torch.no_grad()
-    def to_conv(self) -> nn.Conv2d:
+    def to_conv(self, dtype: torch.dtype = torch.float64) -> nn.Conv2d:
         """The plain convolution that computes what the block does in eval.
 
-        It is composed in float64, then has the block's dtype, device and
-        mode; its parameters require a gradient.
+        It has the block's dtype, device and mode; its parameters require a
+        gradient.
+
+        Args:
+            dtype: What it is composed in, ``torch.float64`` or
+                ``torch.float32``.
 
         Raises:
-            ValueError: If the kernel or the bias is not finite.
+            ValueError: If the kernel or the bias is not finite, or ``dtype``
+                is another one.
         """
-        parameter = next(self.parameters())
-        # Apple's GPUs have no float64.
-        device = 'cpu' if parameter.device.type == 'mps' else parameter.device
-        exact = copy.deepcopy(self).to(device, torch.float64)
-        kernel, bias = exact.get_equivalent_kernel_bias()
-        if not (kernel.isfinite().all() and bias.isfinite().all()):
+        if dtype not in COMPOSED_IN:
             raise ValueError(
-                'the merged kernel is not finite: a parameter or a running '
-                'statistic of the block is NaN, infinite, or a variance is '
-                'negative'
+                f'dtype must be one of {COMPOSED_IN}, got {dtype!r}'
             )
-        conv = nn.utils.skip_init(
-            nn.Conv2d,
-            **self.spec.conv_args,
-            device=parameter.device,
-            dtype=leaf_dtype(self),
-        )
-        conv.weight.copy_(kernel)
-        conv.bias.copy_(bias)
+        device = next(self.parameters()).device
+        own_dtype = leaf_dtype(self)
+        # Apple's GPUs have no float64.
+        with _cast(self, 'cpu' if device.type == 'mps' else device, dtype):
+            composed = self.get_equivalent_kernel_bias()
+        conv = nn.Conv2d(**self.spec.conv_args, device='meta')
+        for name, value in zip(('weight', 'bias'), composed):
+            # A copy, as a merged block gives its own parameters.
+            value = value.to(
+                device,
+                own_dtype,
+                copy=True,
+                memory_format=torch.contiguous_format,
+            )
+            # A sum is finite if all of its terms are; in double it cannot
+            # overflow. Far cheaper than asking each number.
+            if not value.cpu().sum(dtype=torch.float64).isfinite():
+                raise ValueError(
+                    'the merged kernel is not finite: a parameter or a '
+                    'running statistic of the block is NaN, infinite, or a '
+                    'variance is negative'
+                )
+            setattr(conv, name, nn.Parameter(value))
         return conv.train(self.training)
 
     def switch_to_deploy(self) -> None:
@@ -179,6 +195,10 @@ class ReparamConv2d(BaseModule):
             return self
         return super().apply(fn)
 
+    def __getstate__(self) -> dict:
+        # Copies and pickles compose their own kernel.
+        return dict(self.__dict__, _kept_kernel=None)
+
     def extra_repr(self) -> str:
         spec = self.spec
         text = (
@@ -192,3 +212,28 @@ class ReparamConv2d(BaseModule):
             if getattr(spec, name) != default:
                 text += f', {name}={getattr(spec, name)}'
         return text
+
+
+@contextlib.contextmanager
+def _cast(
+    module: nn.Module, device: Union[str, torch.device], dtype: torch.dtype
+) -> Iterator[None]:
+    """Within the context, a module computes with copies in another dtype.
+
+    Copying the module itself, with all that Python keeps of it, takes longer
+    than composing a kernel.
+    """
+    before = [
+        (tensors, dict(tensors))
+        for each in module.modules()
+        for tensors in (each._parameters, each._buffers)
+    ]
+    try:
+        for tensors, originals in before:
+            for name, tensor in originals.items():
+                if tensor is not None and tensor.is_floating_point():
+                    tensors[name] = tensor.to(device, dtype)
+        yield
+    finally:
+        for tensors, originals in before:
+            tensors.update(originals)
