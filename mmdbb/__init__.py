@@ -17,6 +17,7 @@ from mmdbb.blocks import (
     DBB,
     ACBlock,
     DiverseBranchBlock,
+    QARepVGGConv,
     RepVGGBlock,
     RepVGGConv,
 )
@@ -38,6 +39,7 @@ __all__ = [
     'DiverseBranchBlock',
     'OfficialPretrainedInit',
     'PlainPretrainedInit',
+    'QARepVGGConv',
     'RepVGGBlock',
     'RepVGGConv',
     '__version__',

@@ -6,6 +6,7 @@ from .base import ReparamConv2d
 from .branch_sum import BranchSumConv2d
 from .dbb import DBB
 from .official import ACBlock, DiverseBranchBlock, RepVGGBlock
+from .qarepvgg import QARepVGGConv
 from .repvgg import RepVGGConv
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     'BranchSumConv2d',
     'DBB',
     'DiverseBranchBlock',
+    'QARepVGGConv',
     'RepVGGBlock',
     'RepVGGConv',
     'ReparamConv2d',

@@ -10,10 +10,20 @@ from torch import Tensor, nn
 
 from mmdbb.blocks.base import ReparamConv2d
 from mmdbb.blocks.fast import fast_forward
-from mmdbb.branches.base import build_branch, split_branch_cfg
+from mmdbb.branches.base import (
+    Branch,
+    build_branch,
+    leaf_dtype,
+    split_branch_cfg,
+)
+from mmdbb.branches.norm import (
+    build_branch_norm,
+    norm_scale_shift,
+    run_norm,
+)
 from mmdbb.geometry import ConvSpec
 from mmdbb.registry import BRANCHES
-from mmdbb.transforms import KernelBias, add_branches
+from mmdbb.transforms import KernelBias, add_branches, fuse_conv_bn
 
 BranchCfg = Union[str, dict]
 
@@ -29,9 +39,10 @@ class BranchSumConv2d(ReparamConv2d):
         args: As :class:`ReparamConv2d`, keywords too.
         branches: Names or configs of the branches; by default the preset's.
             A name may stand more than once (the paper's "duplicate" block).
-        norm_cfg: Config of the branches' norms, ``dict(type='BN')`` if None.
-        gamma_init: Start value of the weight of each branch's last norm;
-            by default 1.
+        norm_cfg: Config of the norms, ``dict(type='BN')`` if None.
+        sum_norm: Whether a norm follows the sum; by default the preset's.
+        gamma_init: Start value of the weight of the norm after the sum, or
+            where there is none of each branch's last norm; by default 1.
         single_init: Whether the first branch starts with 1 and the others
             with 0.
 
@@ -53,18 +64,21 @@ class BranchSumConv2d(ReparamConv2d):
     #: The preset: names or configs.
     preset: Tuple[BranchCfg, ...] = ()
 
+    #: Whether the preset has a norm after the sum.
+    preset_sum_norm = False
+
     def __init__(
         self,
         *args,
         branches: Optional[Sequence[BranchCfg]] = None,
         norm_cfg: Optional[dict] = None,
+        sum_norm: Optional[bool] = None,
         gamma_init: Optional[float] = None,
         single_init: bool = False,
         **kwargs,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.left_out = []
-        self._kept_kernel = None
         if branches is None:
             branches = self._served_preset()
         elif isinstance(branches, (str, dict)) or not branches:
@@ -91,7 +105,19 @@ class BranchSumConv2d(ReparamConv2d):
                 key = f'{name}_{count}'
             self.branches[key] = build_branch(cfg, self.spec, norm_cfg)
 
-        has_shift = any(b.last_norm.affine for b in self.branches.values())
+        wants_norm = self.preset_sum_norm if sum_norm is None else sum_norm
+        self.norm = (
+            build_branch_norm(norm_cfg, self.out_channels)
+            if wants_norm
+            else None
+        )
+        if next(self.parameters(), None) is None:
+            raise ValueError(
+                f'{type(self).__name__} with branches={list(branches)} has no '
+                'parameter; give it a norm or a branch with a kernel'
+            )
+        norms = [self.norm, *(b.last_norm for b in self.branches.values())]
+        has_shift = any(n is not None and n.affine for n in norms)
         wants_bias = self._wants_bias and not has_shift
         self.register_parameter(
             'bias',
@@ -125,7 +151,7 @@ class BranchSumConv2d(ReparamConv2d):
         return fast_forward(self, x)
 
     def forward_branches(self, x: Tensor) -> Tensor:
-        """The sum of the branches, computed literally.
+        """The sum of the branches and its norm, computed literally.
 
         It stays the reference for tests and for verification, however
         :meth:`forward` computes the same.
@@ -142,40 +168,61 @@ class BranchSumConv2d(ReparamConv2d):
             y = y + output
         if self.bias is not None:
             y = y + self.bias.to(y.dtype).reshape(-1, 1, 1)
-        return y
+        return y if self.norm is None else run_norm(self.norm, y)
 
     def _compose(self) -> KernelBias:
         kernel, bias = add_branches(
-            *(b.equivalent_kernel_bias() for b in self.branches.values())
+            *map(self._kernel_bias_of, self.branches.values())
         )
         if self.bias is not None:
             bias = bias + self.bias
-        return KernelBias(kernel, bias)
+        merged = KernelBias(kernel, bias)
+        if self.norm is None:
+            return merged
+        return fuse_conv_bn(merged, norm_scale_shift(self.norm))
+
+    def _kernel_bias_of(self, branch: Branch) -> KernelBias:
+        merged = branch.equivalent_kernel_bias()
+        if next(branch.parameters(), None) is not None:
+            return merged
+        # An identity without a norm does not know where the block is.
+        device, dtype = next(self.parameters()).device, leaf_dtype(self)
+        return KernelBias(*(t.to(device, dtype) for t in merged))
 
     @torch.no_grad()
     def init_gamma(self, value: float) -> None:
-        """Set the weight of each branch's last norm.
+        """Set the weight of the norm after the sum, or of each branch's last.
 
         Raises:
-            ValueError: If a norm has no weight (``affine=False``).
+            ValueError: If such a norm is missing or has no weight
+                (``affine=False``).
         """
-        for name, branch in self.branches.items():
-            if branch.last_norm.weight is None:
+        if self.norm is not None:
+            norms = {'the sum': self.norm}
+        else:
+            norms = {
+                f'branch {name!r}': branch.last_norm
+                for name, branch in self.branches.items()
+            }
+        self._set_gammas(norms, value)
+
+    @staticmethod
+    def _set_gammas(norms: dict, value: float) -> None:
+        for name, norm in norms.items():
+            if norm is None or norm.weight is None:
+                reason = 'has affine=False' if norm else 'is left out'
                 raise ValueError(
-                    f'branch {name!r} has no gamma to initialise: its norm '
-                    'has affine=False'
+                    f'{name} has no gamma to initialise: its norm {reason}'
                 )
-            branch.last_norm.weight.fill_(value)
+        for norm in norms.values():
+            norm.weight.fill_(value)
 
     @torch.no_grad()
     def single_init(self) -> None:
         """Start as the first branch alone: gammas 1, 0, 0, ..."""
-        self.init_gamma(0.0)
+        names = {f'branch {k!r}': b for k, b in self.branches.items()}
+        self._set_gammas({k: b.last_norm for k, b in names.items()}, 0.0)
         next(iter(self.branches.values())).last_norm.weight.fill_(1.0)
-
-    def __getstate__(self) -> dict:
-        # Copies and pickles compose their own kernel.
-        return dict(self.__dict__, _kept_kernel=None)
 
     def extra_repr(self) -> str:
         text = super().extra_repr()

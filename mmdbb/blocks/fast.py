@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from mmdbb.blocks.kept import kept_kernel
 from mmdbb.branches.norm import (
     is_compiling,
     norm_scale_shift,
@@ -47,7 +48,7 @@ from mmdbb.branches.norm import (
 from mmdbb.branches.pointwise import Pointwise
 from mmdbb.branches.pointwise_avg import PointwiseAvg
 from mmdbb.branches.pointwise_kxk import PointwiseKxK
-from mmdbb.geometry import ConvSpec, border_mask, pad2d
+from mmdbb.geometry import ConvSpec, border_mask, convolve, pad2d
 from mmdbb.transforms import (
     KernelBias,
     ScaleShift,
@@ -145,8 +146,9 @@ def _frozen_forward(block: nn.Module, x: Tensor) -> Tensor:
     needs_grad = torch.is_grad_enabled() and any(
         t.requires_grad for t in (x, *block.parameters())
     )
+    after = None if block.norm is None else norm_scale_shift(block.norm).scale
     if not needs_grad and x.device.type == 'cpu' and not is_compiling():
-        kernel, bias = _kept_kernel(block)
+        kernel, bias = kept_kernel(block)
     elif _composing_pays(block.spec, x, saves_kxk=True):
         kernel, bias = block.get_equivalent_kernel_bias()
     else:
@@ -154,49 +156,21 @@ def _frozen_forward(block: nn.Module, x: Tensor) -> Tensor:
     y = convolve(x, kernel, bias, block.spec)
     if needs_grad:
         for branch in block.branches.values():
-            y = _without_border_gradient(y, branch, x)
+            y = _without_border_gradient(y, branch, x, after)
     return y
 
 
-def _kept_kernel(block: nn.Module) -> KernelBias:
-    """The composed kernel, kept as long as all values stay the same.
-
-    Values are compared, not version counters: optimizers and averaging hooks
-    write through ``.data``, which no counter sees.
-    """
-    tensors = [*block.parameters(), *block.buffers()]
-    kept = block._kept_kernel
-    if (
-        kept is None
-        or len(kept.tensors) != len(tensors)
-        or not all(
-            a.dtype == b.dtype and torch.equal(a, b)
-            for a, b in zip(kept.tensors, tensors)
-        )
-    ):
-        with torch.no_grad():
-            copies = [t.detach().clone() for t in tensors]
-            merged = block.get_equivalent_kernel_bias()
-            kept = block._kept_kernel = KeptKernel(copies, merged)
-    return kept.merged
-
-
-class KeptKernel(NamedTuple):
-    """A composed kernel and the values it was composed of.
-
-    Attributes:
-        tensors: Copies of the block's parameters and buffers.
-        merged: The kernel and bias.
-    """
-
-    tensors: List[Tensor]
-    merged: KernelBias
-
-
 def _without_border_gradient(
-    y: Tensor, branch: nn.Module, x: Tensor
+    y: Tensor, branch: nn.Module, x: Tensor, after: Optional[Tensor]
 ) -> Tensor:
-    """Add zero, with the gradient that the detached border must not have."""
+    """Add zero, with the gradient that the detached border must not have.
+
+    Args:
+        y: The block's output.
+        branch: One of its branches.
+        x: The block's input.
+        after: Scale (out,) of the norm after the sum, if there is one.
+    """
     spec = branch.spec
     norm = getattr(branch, 'norm1', None)
     if (
@@ -216,6 +190,8 @@ def _without_border_gradient(
         area = spec.kernel_size[0] * spec.kernel_size[1]
         kernel = (last * nothing / area).reshape(-1, 1, 1, 1)
         kernel = kernel.expand(-1, -1, *spec.kernel_size)
+    if after is not None:
+        kernel = _scaled(kernel, after)
     return y + F.conv2d(
         border, kernel, stride=spec.stride, dilation=spec.dilation
     )
@@ -235,10 +211,13 @@ def _training_sum(block: nn.Module, x: Tensor) -> Tensor:
     y = None
     for branch in block.branches.values():
         z = _training_branch(branch, x, moments)
-        y = z if y is None else y.add_(z)
+        if y is None:
+            y = z
+        else:  # an identity without a norm gives the input or a part of it
+            y = y + z if y is x or y._is_view() else y.add_(z)
     if block.bias is not None:
         y = y + block.bias.reshape(-1, 1, 1)
-    return y
+    return y if block.norm is None else run_norm(block.norm, y)
 
 
 def _training_branch(
@@ -254,7 +233,7 @@ def _training_branch(
     if not spec.is_depthwise and _covariance_pays(spec, x):
         if isinstance(branch, PointwiseAvg):
             return _pointwise_avg(branch, x, moments)
-        if isinstance(branch, Pointwise):
+        if isinstance(branch, Pointwise) and branch.norm is not None:
             return _pointwise(branch, x, moments)
     return branch(x)
 
@@ -452,18 +431,6 @@ class _MomentsOf(torch.autograd.Function):
 
 
 # ----------------------------------------------------------------- helpers
-
-
-def convolve(
-    x: Tensor, kernel: Tensor, bias: Optional[Tensor], spec: ConvSpec
-) -> Tensor:
-    """Convolve with a kernel of the spec's own size."""
-    padding = spec.padding
-    if padding == 'same' or spec.padding_mode != 'zeros':
-        x, padding = pad2d(x, spec.pads, spec.padding_mode), 0
-    return F.conv2d(
-        x, kernel, bias, spec.stride, padding, spec.dilation, spec.groups
-    )
 
 
 def avg_pool(x: Tensor, spec: ConvSpec, padded: bool = False) -> Tensor:

@@ -127,7 +127,7 @@ def plain_start(
         start.weight.copy_(gamma)
         start.bias.zero_()
     for other in others:
-        if other.last_norm.affine:
+        if other.last_norm is not None and other.last_norm.affine:
             other.last_norm.weight.copy_(branch_scale * gamma.abs())
 
     # From here on in float64, with the gammas as the block's dtype has them.
@@ -183,6 +183,11 @@ def _check(block: nn.Module, plain: KernelBias, branch_scale: float) -> None:
         raise ValueError(
             "the block has no 'kxk' branch, which would take the plain "
             f"kernel; it has {list(block.branches)}. Add 'kxk' to branches"
+        )
+    if getattr(block, 'norm', None) is not None:
+        raise ValueError(
+            'a block with a norm after its sum cannot start as a plain '
+            f'convolution; {type(block).__name__} has one (sum_norm=True)'
         )
     if tuple(plain.kernel.shape) != block.spec.kernel_shape:
         raise ValueError(

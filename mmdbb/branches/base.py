@@ -48,8 +48,8 @@ class Branch(nn.Module):
         return True
 
     @property
-    def last_norm(self) -> _BatchNorm:
-        """The norm whose weight (gamma) scales the whole branch."""
+    def last_norm(self) -> Optional[_BatchNorm]:
+        """The norm whose weight (gamma) scales the whole branch, or None."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
@@ -75,10 +75,18 @@ class ConvNormBranch(Branch):
     A subclass says by :meth:`size` how large. Smaller kernels read the very
     pixels that their taps of the block's kernel read (see
     :mod:`mmdbb.geometry`).
+
+    Args:
+        spec: Geometry of the block's convolution.
+        norm_cfg: Config of the norm, ``dict(type='BN')`` if None.
+        norm: Whether there is a norm.
     """
 
     def __init__(
-        self, spec: ConvSpec, norm_cfg: Optional[dict] = None
+        self,
+        spec: ConvSpec,
+        norm_cfg: Optional[dict] = None,
+        norm: bool = True,
     ) -> None:
         super().__init__(spec, norm_cfg)
         size = self.size(spec)
@@ -86,7 +94,7 @@ class ConvNormBranch(Branch):
         own_padding = top == bottom >= 0 and left == right >= 0
         # Pads that nn.Conv2d cannot do: uneven ones and crops.
         self.explicit_pads = None if own_padding else pads
-        self.norm = self._norm(spec.out_channels)
+        self.norm = self._norm(spec.out_channels) if norm else None
         self.conv = nn.Conv2d(
             spec.in_channels,
             spec.out_channels,
@@ -105,13 +113,14 @@ class ConvNormBranch(Branch):
         raise NotImplementedError
 
     @property
-    def last_norm(self) -> _BatchNorm:
+    def last_norm(self) -> Optional[_BatchNorm]:
         return self.norm
 
     def forward(self, x: Tensor) -> Tensor:
         if self.explicit_pads is not None:
             x = pad2d(x, self.explicit_pads, self.spec.padding_mode)
-        return run_norm(self.norm, self.conv(x))
+        y = self.conv(x)
+        return y if self.norm is None else run_norm(self.norm, y)
 
     def equivalent_kernel_bias(self) -> KernelBias:
         kernel, bias = fuse_kernel_norm(self.conv.weight, self.norm)
@@ -120,11 +129,13 @@ class ConvNormBranch(Branch):
         return KernelBias(pad_kernel(kernel, spec.kernel_size, offset), bias)
 
 
-def fuse_kernel_norm(kernel: Tensor, norm: _BatchNorm) -> KernelBias:
-    """Transform I for a kernel (out, in / groups, kH, kW) without a bias."""
-    return fuse_conv_bn(
-        KernelBias(kernel, zero_bias(kernel)), norm_scale_shift(norm)
-    )
+def fuse_kernel_norm(kernel: Tensor, norm: Optional[_BatchNorm]) -> KernelBias:
+    """Transform I for a kernel (out, in / groups, kH, kW) without a bias.
+
+    Without a norm either, the kernel stays.
+    """
+    conv = KernelBias(kernel, zero_bias(kernel))
+    return conv if norm is None else fuse_conv_bn(conv, norm_scale_shift(norm))
 
 
 def zero_bias(kernel: Tensor) -> Tensor:

@@ -9,56 +9,59 @@ from __future__ import annotations
 
 from typing import Optional
 
+import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmdbb.branches.base import Branch, zero_bias
-from mmdbb.branches.norm import norm_scale_shift, run_norm
+from mmdbb.branches.base import Branch, fuse_kernel_norm
+from mmdbb.branches.norm import run_norm
 from mmdbb.geometry import ConvSpec, pad2d
 from mmdbb.registry import BRANCHES
-from mmdbb.transforms import (
-    KernelBias,
-    fuse_conv_bn,
-    identity_kernel,
-    pad_kernel,
-)
+from mmdbb.transforms import KernelBias, identity_kernel, pad_kernel
 
 
 @BRANCHES.register_module(name='identity')
 class Identity(Branch):
-    """The block's input through a norm."""
+    """The block's input through a norm.
+
+    Args:
+        spec: Geometry of the block's convolution.
+        norm_cfg: Config of the norm, ``dict(type='BN')`` if None.
+        norm: Whether there is a norm.
+    """
 
     requirement = 'stride 1 and as many channels out as in'
 
     def __init__(
-        self, spec: ConvSpec, norm_cfg: Optional[dict] = None
+        self,
+        spec: ConvSpec,
+        norm_cfg: Optional[dict] = None,
+        norm: bool = True,
     ) -> None:
         super().__init__(spec, norm_cfg)
-        self.norm = self._norm(spec.out_channels)
+        self.norm = self._norm(spec.out_channels) if norm else None
 
     @classmethod
     def supports(cls, spec: ConvSpec) -> bool:
         return spec.stride == (1, 1) and spec.in_channels == spec.out_channels
 
     @property
-    def last_norm(self) -> _BatchNorm:
+    def last_norm(self) -> Optional[_BatchNorm]:
         return self.norm
 
     def forward(self, x: Tensor) -> Tensor:
         # Zero unless the padding is not that of a centred kernel.
         pads = self.spec.pads_of((1, 1))
-        return run_norm(self.norm, pad2d(x, pads, self.spec.padding_mode))
+        x = pad2d(x, pads, self.spec.padding_mode)
+        return x if self.norm is None else run_norm(self.norm, x)
 
     def equivalent_kernel_bias(self) -> KernelBias:
-        spec = self.spec
-        norm = norm_scale_shift(self.norm)
+        spec, norm = self.spec, self.norm
+        like = torch.empty(0) if norm is None else norm.running_mean
         eye = identity_kernel(
-            spec.in_channels,
-            spec.groups,
-            norm.scale.dtype,
-            norm.scale.device,
+            spec.in_channels, spec.groups, like.dtype, like.device
         )
-        kernel, bias = fuse_conv_bn(KernelBias(eye, zero_bias(eye)), norm)
+        kernel, bias = fuse_kernel_norm(eye, norm)
         return KernelBias(
             pad_kernel(kernel, spec.kernel_size, spec.centre), bias
         )

@@ -5,13 +5,13 @@ import pickle
 
 import pytest
 import torch
-from helpers import EXACT, distance, image, randomize
+from helpers import EXACT, SINGLE, distance, image, randomize
 from mmengine.model import convert_sync_batchnorm, revert_sync_batchnorm
 from torch import nn
 
-from mmdbb.blocks import ACB, DBB, ReparamConv2d, RepVGGConv
+from mmdbb.blocks import ACB, DBB, QARepVGGConv, ReparamConv2d, RepVGGConv
 
-BLOCKS = (DBB, ACB, RepVGGConv)
+BLOCKS = (DBB, ACB, QARepVGGConv, RepVGGConv)
 KINDS = pytest.mark.parametrize('kind', BLOCKS, ids=lambda b: b.__name__)
 
 
@@ -109,6 +109,57 @@ def test_merged_kernel_is_composed_in_float64():
     conv = block.to_conv()
     assert torch.equal(conv.weight, exact.kernel.float())
     assert torch.equal(conv.bias, exact.bias.float())
+
+
+@KINDS
+def test_merging_leaves_the_block_as_it_was(kind):
+    block = build(kind, torch.float32)
+    tensors = {**dict(block.named_parameters()), **dict(block.named_buffers())}
+    before = copy.deepcopy(block.state_dict())
+    block.to_conv()
+    after = {**dict(block.named_parameters()), **dict(block.named_buffers())}
+    assert list(after) == list(tensors)
+    assert all(after[name] is tensors[name] for name in tensors)
+    for name, value in block.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_failed_merging_leaves_the_block_as_it_was(monkeypatch):
+    block = build(dtype=torch.float32)
+
+    def fail():
+        assert block.branches['kxk'].conv.weight.dtype == torch.float64
+        raise KeyError
+
+    monkeypatch.setattr(block, '_compose', fail)
+    with pytest.raises(KeyError):
+        block.to_conv()
+    assert {p.dtype for p in block.parameters()} == {torch.float32}
+
+
+def test_merged_kernel_shares_nothing_with_the_block():
+    block = build()
+    block.switch_to_deploy()
+    conv = block.to_conv()
+    for found, own in zip(conv.parameters(), block.reparam_conv.parameters()):
+        assert torch.equal(found, own)
+        assert found.data_ptr() != own.data_ptr()
+
+
+def test_dtype_to_compose_in():
+    block = build(dtype=torch.float32)
+    single, double = block.to_conv(torch.float32), block.to_conv()
+    assert single.weight.dtype == torch.float32
+    composed = block.get_equivalent_kernel_bias()
+    assert torch.equal(single.weight, composed.kernel)
+    assert not torch.equal(single.weight, double.weight)
+    assert distance(single.weight, double.weight) < SINGLE
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.int64, 'float64'])
+def test_other_dtypes_to_compose_in_are_refused(dtype):
+    with pytest.raises(ValueError, match=r'dtype must be .*float32.*got'):
+        build().to_conv(dtype)
 
 
 def test_merged_mixed_dtypes_as_host_keeps_norms_in_float32():
@@ -248,8 +299,9 @@ def test_autocast(kind, training):
     x = image(2, 4, 5, 6, dtype=torch.float32)
     with torch.autocast('cpu', dtype=torch.bfloat16):
         y = block(x)
-    # As in the papers' code, a norm alone keeps its input's precision.
-    expected = torch.float32 if kind is RepVGGConv else torch.bfloat16
+    # As in the papers' code, a norm or nothing keeps its input's precision.
+    wide = kind in (QARepVGGConv, RepVGGConv)
+    expected = torch.float32 if wide else torch.bfloat16
     assert y.dtype == expected
     y.float().square().mean().backward()
     for parameter in block.parameters():

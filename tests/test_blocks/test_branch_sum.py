@@ -1,11 +1,14 @@
 """Presets, chosen branches, gammas and biases."""
 
+import copy
+
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import EXACT, distance, image, randomize
 from torch import nn
 
-from mmdbb.blocks import ACB, DBB, BranchSumConv2d, RepVGGConv
+from mmdbb.blocks import ACB, DBB, BranchSumConv2d, QARepVGGConv, RepVGGConv
 
 
 def names(block):
@@ -34,6 +37,8 @@ def gammas(block):
         (RepVGGConv(4, 8, 3), ['kxk', '1x1'], ['identity']),
         (RepVGGConv(4, 4, 3, 2), ['kxk', '1x1'], ['identity']),
         (RepVGGConv(4, 8, 1), ['kxk'], ['identity', '1x1']),
+        (QARepVGGConv(4, 4, 3), ['kxk', '1x1', 'identity'], []),
+        (QARepVGGConv(4, 8, 3), ['kxk', '1x1'], ['identity']),
     ],
     ids=str,
 )
@@ -85,7 +90,7 @@ def test_options_of_one_branch():
         (
             TypeError,
             [dict(type='kxk', wide=1)],
-            r"'kxk' got unknown keys \['wide'\]; allowed: \['type'\]",
+            r"'kxk' got unknown keys \['wide'\]; allowed: \['type', 'norm'\]",
         ),
         (
             TypeError,
@@ -166,6 +171,57 @@ def test_gamma_options_exclude_each_other():
 def test_no_gamma_to_initialise():
     with pytest.raises(ValueError, match="'kxk' has no gamma.*affine=False"):
         DBB(4, 8, 3, norm_cfg=dict(type='BN', affine=False), gamma_init=1.0)
+
+
+# A norm after the sum, branches without one
+
+
+@pytest.mark.parametrize('training', [True, False])
+def test_qarepvgg_is_the_papers(training):
+    """QARepVGGBlockV2 of the paper's code, written out."""
+    block = randomize(QARepVGGConv(4, 4, 3, padding=1).double())
+    block.train(training)
+    x = image(3, 4, 5, 6)
+    kxk = block.branches['kxk']
+    dense = copy.deepcopy(kxk.norm)(F.conv2d(x, kxk.conv.weight, None, 1, 1))
+    small = F.conv2d(x, block.branches['1x1'].conv.weight)
+    expected = copy.deepcopy(block.norm)(dense + small + x)
+    assert distance(block(x), expected) < EXACT
+    norms = [m for m in block.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert norms == [kxk.norm, block.norm]
+
+
+def test_sum_norm_in_a_config_of_branches():
+    x = image(2, 4, 5, 6)
+    plain = randomize(DBB(4, 8, 3, padding=1).double()).eval()
+    block = DBB(4, 8, 3, padding=1, sum_norm=True).double()
+    block.load_state_dict(plain.state_dict(), strict=False)
+    randomize(nn.Sequential(block.norm), seed=1)
+    block.eval()
+    expected = block.norm(plain(x))
+    assert distance(block(x), expected) < EXACT
+    assert distance(block.to_conv()(x), expected) < EXACT
+    without = QARepVGGConv(4, 8, 3, sum_norm=False)
+    assert without.norm is None and without.bias is None
+
+
+def test_gamma_of_the_norm_after_the_sum():
+    block = QARepVGGConv(4, 8, 3, gamma_init=0.5)
+    assert block.norm.weight.unique().tolist() == [0.5]
+    assert block.branches['kxk'].norm.weight.unique().tolist() == [1.0]
+    with pytest.raises(ValueError, match="branch '1x1' has no gamma.*left"):
+        QARepVGGConv(4, 8, 3, single_init=True)
+
+
+def test_nothing_to_train():
+    with pytest.raises(ValueError, match='has no parameter; give it a norm'):
+        DBB(4, 4, 3, branches=[dict(type='identity', norm=False)])
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.float64])
+def test_bare_identity_has_the_blocks_dtype(dtype):
+    block = QARepVGGConv(4, 4, 3, norm_cfg=dict(type='BN')).to(dtype)
+    assert block.get_equivalent_kernel_bias().kernel.dtype == dtype
 
 
 # Biases

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from mmdbb import ACB, DBB, RepVGGConv
+from mmdbb import ACB, DBB, QARepVGGConv, RepVGGConv
 from mmdbb.blocks import BranchSumConv2d
 from mmdbb.blocks.fast import fast_forward, moments_of
 
@@ -19,12 +19,23 @@ BLOCKS = dict(
     dbb=DBB,
     acb=ACB,
     repvgg=RepVGGConv,
+    qarepvgg=QARepVGGConv,
+    # The input itself comes first, and a norm behind padded borders.
+    normed=lambda *a, **k: BranchSumConv2d(
+        *a, branches=_with_identity(*a, **k), sum_norm=True, **k
+    ),
     wide=lambda *a, **k: BranchSumConv2d(
         *a,
         branches=['kxk', dict(type='1x1_kxk', internal_channels=12)],
         **k,
     ),
 )
+
+
+def _with_identity(in_channels, out_channels, stride=1, **kwargs):
+    bare = dict(type='identity', norm=False)
+    same = in_channels == out_channels and stride == 1
+    return [*([bare] if same else []), '1x1_kxk', '1x1_avg', 'kxk']
 
 
 def run(block, x, forward, seed=5):

@@ -14,11 +14,11 @@ from helpers import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmdbb.blocks import ACB, DBB, BranchSumConv2d, RepVGGConv
+from mmdbb.blocks import ACB, DBB, BranchSumConv2d, QARepVGGConv, RepVGGConv
 from mmdbb.geometry import ConvSpec
 from mmdbb.registry import BRANCHES
 
-BLOCKS = (DBB, ACB, RepVGGConv)
+BLOCKS = (DBB, ACB, QARepVGGConv, RepVGGConv)
 
 
 def check(block, shape, tolerance, dtype):

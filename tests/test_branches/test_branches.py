@@ -167,7 +167,7 @@ def test_unknown_key_lists_the_allowed():
     cfg = dict(type='1x1_kxk', internal=3)
     with pytest.raises(TypeError, match="'internal'.*'internal_channels'"):
         build_branch(cfg, ConvSpec(4, 4, 3))
-    with pytest.raises(TypeError, match=r"allowed: \['type'\]"):
+    with pytest.raises(TypeError, match=r"allowed: \['type', 'norm'\]"):
         build_branch(dict(type='kxk', width=3), ConvSpec(4, 4, 3))
 
 

@@ -194,6 +194,7 @@ def test_statistics_are_those_of_a_convolution_without_bias(case):
     ('block', 'kwargs', 'message'),
     [
         (DBB(6, 8, 3, branches=['1x1', '1x1_avg']), {}, "no 'kxk' branch"),
+        (DBB(6, 8, 3, sum_norm=True), {}, 'a norm after its sum cannot'),
         (DBB(6, 8, 3, deploy=True), {}, 'merged already'),
         (DBB(6, 8, 5), {}, r'needs \(8, 6, 5, 5\)'),
         (nn.Conv2d(6, 8, 3), {}, 'no sum of branches'),
