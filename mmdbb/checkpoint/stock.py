@@ -19,6 +19,7 @@ from mmengine.registry import MODELS, WEIGHT_INITIALIZERS
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from mmdbb.blocks.branch_sum import BranchSumConv2d
 from mmdbb.checkpoint.last_init import LoadedLast
 from mmdbb.errors import UserError
 from mmdbb.host_norms import norm_names
@@ -31,10 +32,22 @@ STOCK_BACKBONES = {
     'ResNetV1dDBB': 'ResNetV1d',
     'ResNeXtDBB': 'ResNeXt',
     'MobileNetV1DBB': 'MobileNetV1',
+    'AlexNetDBB': 'PlainAlexNet',
+    'VGGDBB': 'VGG',
+    'ReparamRepVGG': 'RepVGG',
 }
 
 #: Plain backbones that the host packages lack: mmdbb's own.
-OWN_BACKBONES = ('MobileNetV1', 'PlainResNet', 'PlainResNeXt')
+OWN_BACKBONES = (
+    'MobileNetV1',
+    'PlainAlexNet',
+    'PlainRepVGG',
+    'PlainResNet',
+    'PlainResNeXt',
+)
+
+#: Constructors of optimizers that only mmdbb knows.
+OWN_CONSTRUCTORS = ('ReparamOptimWrapperConstructor',)
 
 
 def stock_config(cfg: Config) -> Config:
@@ -44,11 +57,16 @@ def stock_config(cfg: Config) -> Config:
         cfg: Any config of the mm family.
 
     Returns:
-        Config: A copy without mmdbb's layers, backbones and imports, and
-        without a checkpoint to start from. Where the plain network is mmdbb's
-        own (:data:`OWN_BACKBONES`), ``mmdbb.backbones`` is imported.
+        Config: A copy without mmdbb's layers, backbones, optimizer rules and
+        imports, and without a checkpoint to start from. Where the plain
+        network is mmdbb's own (:data:`OWN_BACKBONES`), ``mmdbb.backbones`` is
+        imported.
     """
-    fields = _without_blocks(cfg.to_dict())
+    fields = _without_blocks(without_own_starts(cfg.to_dict()))
+    rules = fields.get('optim_wrapper') or {}
+    if rules.get('constructor') in OWN_CONSTRUCTORS:
+        del rules['constructor']
+        rules.pop('paramwise_cfg', None)
     imports = fields.pop('custom_imports', None) or dict(
         imports=[], allow_failed_imports=False
     )
@@ -78,12 +96,6 @@ def _without_blocks(node):
     if not isinstance(node, dict):
         return node
     node = {k: _without_blocks(v) for k, v in node.items()}
-    init_cfg = node.get('init_cfg')
-    if isinstance(init_cfg, (list, tuple)):
-        rules = [rule for rule in init_cfg if not _is_own_start(rule)]
-        node['init_cfg'] = rules or None
-    elif _is_own_start(init_cfg):
-        node['init_cfg'] = None
     conv_cfg = node.get('conv_cfg')
     if isinstance(conv_cfg, dict) and _is_block(conv_cfg.get('type')):
         node['conv_cfg'] = None
@@ -94,9 +106,44 @@ def _without_blocks(node):
             node.pop('stage_blocks', None)
         else:
             stock = f'Plain{stock}'
+        block = node.pop('block', None)
+        node.pop('deploy', None)
+        if name == 'VGGDBB' and node.get('norm_cfg') is None:
+            node['norm_cfg'] = dict(type='BN', requires_grad=True)
+        if name == 'ReparamRepVGG':
+            stock = _merged_repvgg(node, block)
         node['type'] = f'{scope or "mmpretrain"}.{stock}'
-        for key in ('block', 'deploy'):
-            node.pop(key, None)
+    return node
+
+
+def _merged_repvgg(node: dict, block: Optional[dict]) -> str:
+    """Say what a ReparamRepVGG is once merged; sets ``deploy``."""
+    from mmpretrain.models import RepVGG
+
+    layer = (block or dict(type='RepVGGConv'))['type']
+    layer = MODELS.get(layer) if isinstance(layer, str) else layer
+    if not issubclass(getattr(layer, 'block', layer), BranchSumConv2d):
+        return 'PlainRepVGG'  # a norm follows the block
+    node['deploy'] = True
+    arch = node['arch']
+    arch = RepVGG.arch_settings[arch] if isinstance(arch, str) else arch
+    # mmpretrain's leaves squeeze-and-excitation out once it is merged.
+    return 'PlainRepVGG' if arch['se_cfg'] else 'RepVGG'
+
+
+def without_own_starts(node):
+    """A config's fields without what only mmdbb starts a network from."""
+    if isinstance(node, (list, tuple)):
+        return type(node)(without_own_starts(item) for item in node)
+    if not isinstance(node, dict):
+        return node
+    node = {k: without_own_starts(v) for k, v in node.items()}
+    init_cfg = node.get('init_cfg')
+    if isinstance(init_cfg, (list, tuple)):
+        rules = [rule for rule in init_cfg if not _is_own_start(rule)]
+        node['init_cfg'] = rules or None
+    elif _is_own_start(init_cfg):
+        node['init_cfg'] = None
     return node
 
 
@@ -124,6 +171,7 @@ def stock_state(
     model: nn.Module,
     stock: nn.Module,
     pairs: Optional[Dict[str, str]] = None,
+    dtype: torch.dtype = torch.float64,
 ) -> Dict[str, Tensor]:
     """Weights for the stock network.
 
@@ -132,6 +180,7 @@ def stock_state(
         stock: The stock network, to know what it expects.
         pairs: Names of convolutions -> names of the norms behind them; by
             default those that the OpenMMLab packages' conventions give.
+        dtype: What kernels are composed in, see ``reparameterize``.
 
     Returns:
         dict: A state dict that ``stock`` loads strictly.
@@ -140,17 +189,23 @@ def stock_state(
         UserError: If a merged bias has no place in the stock network.
         ValueError: If the model has no blocks.
     """
-    merged = reparameterize(model)
+    merged = reparameterize(model, dtype=dtype)
     expected = stock.state_dict()
     stock_modules = dict(stock.named_modules())
+    modules = dict(merged.named_modules())
     pairs = norm_names(merged) if pairs is None else pairs
     state = merged.state_dict()
     for name in find_blocks(model):
-        if f'{name}.bias' in expected:
-            continue
-        bias = state.pop(f'{name}.bias')
         norm_name = pairs.get(name)
         norm = stock_modules.get(norm_name)
+        if f'{name}.bias' in expected:
+            # A bias *and* a norm, as in VGG: one that was absorbed comes
+            # back, and changes nothing.
+            if norm and isinstance(modules[norm_name], nn.Identity):
+                nothing = torch.zeros_like(state[f'{name}.bias'])
+                state.update(norm_that_adds(nothing, norm, norm_name))
+            continue
+        bias = state.pop(f'{name}.bias')
         if not isinstance(norm, _BatchNorm) or not norm.track_running_stats:
             raise UserError(
                 f'the bias of the merged {name} has no place in the stock '
@@ -159,7 +214,7 @@ def stock_state(
             )
         mean = f'{norm_name}.running_mean'
         if mean in state:
-            exact = state[mean].double() - bias.double()
+            exact = state[mean].to(dtype) - bias.to(dtype)
             state[mean] = exact.to(state[mean].dtype)
         else:
             state.update(norm_that_adds(bias, norm, norm_name))

@@ -51,14 +51,32 @@ def test_backbones_become_stock(name):
                     type=f'mmpretrain.{name}',
                     block=dict(type='DBB'),
                     deploy=False,
-                    zero_init_residual=True,
+                    arch='A0',
                 )
             )
         )
     )
     found = stock_config(cfg).model.backbone
     assert found.type.split('.')[-1] == STOCK_BACKBONES[name]
-    assert set(found) == {'type', 'zero_init_residual'}
+    added = dict(
+        VGGDBB=dict(norm_cfg=dict(type='BN', requires_grad=True)),
+        ReparamRepVGG=dict(deploy=True),
+    )
+    assert found == dict(type=found.type, arch='A0', **added.get(name, {}))
+
+
+def test_own_optimizer_rules_go():
+    optimizer = dict(type='SGD', lr=0.1)
+    rules = dict(
+        optimizer=optimizer,
+        constructor='ReparamOptimWrapperConstructor',
+        paramwise_cfg=dict(custom_l2=True),
+    )
+    found = stock_config(Config(dict(optim_wrapper=rules)))
+    assert found.optim_wrapper == dict(optimizer=optimizer)
+    rules['constructor'] = 'Mine'
+    found = stock_config(Config(dict(optim_wrapper=rules)))
+    assert found.optim_wrapper == rules
 
 
 def test_only_our_convolutions_go():
