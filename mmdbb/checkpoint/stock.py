@@ -201,7 +201,8 @@ def stock_state(
         if f'{name}.bias' in expected:
             # A bias *and* a norm, as in VGG: one that was absorbed comes
             # back, and changes nothing.
-            if norm and isinstance(modules[norm_name], nn.Identity):
+            absorbed = isinstance(modules.get(norm_name), nn.Identity)
+            if absorbed and isinstance(norm, _BatchNorm):
                 nothing = torch.zeros_like(state[f'{name}.bias'])
                 state.update(norm_that_adds(nothing, norm, norm_name))
             continue

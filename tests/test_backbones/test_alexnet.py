@@ -1,0 +1,161 @@
+"""AlexNet with norms: the DBB code's network, merged exactly."""
+
+import pytest
+import torch
+from helpers import EXACT, distance, image, randomize
+from mmengine.config import Config
+from mmpretrain.registry import MODELS
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.flop_counter import FlopCounterMode
+
+from mmdbb.backbones import AlexNetDBB, PlainAlexNet
+from mmdbb.checkpoint.deploy import build_model
+from mmdbb.checkpoint.stock import stock_config, stock_state
+from mmdbb.reparam import find_blocks, literal_forward, reparameterize
+
+SMALL = dict(channels=(4, 6, 8, 8, 4), hidden_channels=8, num_classes=5)
+SIZE = (224, 200)  # pixels
+
+
+def parameters(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+def multiplications(model, x):
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.eval()
+        model(x)
+    return counter.get_total_flops()
+
+
+def test_plain_is_the_papers():
+    with torch.device('meta'):
+        model = PlainAlexNet(1000)
+    convs = [
+        (m.out_channels, m.kernel_size[0], m.stride[0], m.padding[0], m.bias)
+        for m in model.modules()
+        if isinstance(m, nn.Conv2d)
+    ]
+    assert convs == [
+        (64, 11, 4, 2, None),
+        (192, 5, 1, 2, None),
+        (384, 3, 1, 1, None),
+        (384, 3, 1, 1, None),
+        (256, 3, 1, 1, None),
+    ]
+    linear = [
+        (m.in_features, m.out_features)
+        for m in model.modules()
+        if isinstance(m, nn.Linear)
+    ]
+    assert linear == [(9216, 4096), (4096, 4096), (4096, 1000)]
+    assert sum(isinstance(m, nn.Dropout) for m in model.modules()) == 2
+    features = PlainAlexNet(channels=SMALL['channels'])
+    assert features(image(1, 3, 224, 224).float())[0].shape == (1, 4, 6, 6)
+
+
+def test_pooling_before_the_classifier_changes_nothing_at_224():
+    model = PlainAlexNet(**SMALL).eval()
+    x = torch.rand(2, 3, 224, 224)
+    with torch.no_grad():
+        expected = model(x)[0]
+        model.pool = nn.Identity()
+        assert torch.equal(model(x)[0], expected)
+
+
+def test_blocks_stand_where_the_papers_do():
+    model = AlexNetDBB(**SMALL)
+    assert list(find_blocks(model)) == [f'conv{i}.conv' for i in (2, 3, 4, 5)]
+    assert isinstance(model.conv1.norm, nn.BatchNorm2d)
+    assert isinstance(model.conv2.norm, nn.Identity)
+
+
+@pytest.mark.parametrize('block', ['DBB', 'ACB'])
+def test_merged_is_equal(block):
+    model = AlexNetDBB(
+        **SMALL, block=dict(type=block), out_indices=range(5)
+    ).double()
+    randomize(model).eval()
+    x = image(2, 3, *SIZE)
+    merged = reparameterize(model)
+    with torch.no_grad(), literal_forward(model):
+        outputs = list(zip(merged(x), model(x)))
+    assert len(outputs) == 6
+    assert outputs[-1][0].shape == (2, 5)
+    for found, expected in outputs:
+        assert distance(found, expected) < EXACT
+
+
+def test_merges_to_the_plain_network():
+    backbone = dict(type='AlexNetDBB', block=dict(type='ACB'), **SMALL)
+    cfg = Config(
+        dict(
+            default_scope='mmpretrain',
+            custom_imports=dict(imports=['mmdbb.backbones']),
+            model=dict(
+                type='ImageClassifier',
+                backbone=backbone,
+                head=dict(type='ClsHead'),
+            ),
+        )
+    )
+    stock_cfg = stock_config(cfg)
+    assert stock_cfg.model.backbone == dict(
+        type='mmpretrain.PlainAlexNet', **SMALL
+    )
+    assert stock_cfg.custom_imports.imports == ['mmdbb.backbones']
+    model = randomize(build_model(cfg).double())
+    stock = build_model(stock_cfg).double()
+    stock.load_state_dict(stock_state(model, stock))
+    x = image(2, 3, *SIZE)
+    with torch.no_grad():
+        assert distance(stock(x)[0], model(x)[0]) < EXACT
+    assert parameters(stock.backbone) == parameters(PlainAlexNet(**SMALL))
+    x = x.float()
+    assert multiplications(
+        reparameterize(AlexNetDBB(**SMALL)), x
+    ) == multiplications(PlainAlexNet(**SMALL), x)
+
+
+@pytest.mark.parametrize('cls', [PlainAlexNet, AlexNetDBB])
+def test_train_step_changes_everything(cls):
+    model = cls(**dict(SMALL, hidden_channels=32)).train()
+    model.init_weights()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    optimizer = torch.optim.SGD(model.parameters(), 1.0)
+    output = model(image(8, 3, 96, 96, dtype=torch.float32))[0]
+    (output * torch.randn_like(output)).sum().backward()
+    optimizer.step()
+    after = model.state_dict()
+    assert not [k for k, v in after.items() if torch.equal(v, before[k])]
+
+
+@pytest.mark.parametrize('cls', [PlainAlexNet, AlexNetDBB])
+def test_frozen_stages_and_norm_eval(cls):
+    model = cls(**SMALL, frozen_stages=2, norm_eval=True)
+    assert model.train() is model
+    for i, stage in enumerate(model.stages):
+        assert stage.training == (i > 2)
+        assert all(p.requires_grad == (i > 2) for p in stage.parameters())
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
+    assert norms and not any(norm.training for norm in norms)
+
+
+def test_registered_in_mmpretrain():
+    for name in ('AlexNetDBB', 'PlainAlexNet'):
+        model = MODELS.build(dict(type=name, **SMALL))
+        assert type(model).__name__ == name
+
+
+@pytest.mark.parametrize(
+    'kwargs, message',
+    [
+        (dict(channels=(1, 2)), 'channels must be five'),
+        (dict(out_indices=(5,)), 'out_indices must be some of 0 to 4'),
+        (dict(frozen_stages=5), 'frozen_stages must be one of -1 to 4'),
+    ],
+)
+def test_wrong_arguments(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        PlainAlexNet(**kwargs)
