@@ -10,7 +10,7 @@ the offset of its first tap, so it pads less, or even crops.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Tuple, Union
+from typing import Optional, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -199,6 +199,28 @@ def pad2d(x: Tensor, pads: Pads, mode: str = 'zeros') -> Tensor:
         top, bottom, left, right = (max(-n, 0) for n in pads)
         x = x[..., top : x.shape[-2] - bottom, left : x.shape[-1] - right]
     return x
+
+
+def convolve(
+    x: Tensor, kernel: Tensor, bias: Optional[Tensor], spec: ConvSpec
+) -> Tensor:
+    """Convolve with a kernel of the spec's own size.
+
+    Args:
+        x: Images of shape (N, in, H, W).
+        kernel: Shape (out, in / groups, kH, kW).
+        bias: Shape (out,), or None.
+        spec: The geometry.
+
+    Returns:
+        Tensor: Shape (N, out, H', W').
+    """
+    padding = spec.padding
+    if padding == 'same' or spec.padding_mode != 'zeros':
+        x, padding = pad2d(x, spec.pads, spec.padding_mode), 0
+    return F.conv2d(
+        x, kernel, bias, spec.stride, padding, spec.dilation, spec.groups
+    )
 
 
 def border_mask(x: Tensor, pads: Pads) -> Tensor:

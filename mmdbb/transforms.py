@@ -151,16 +151,15 @@ def fuse_1x1_kxk(
     Returns:
         KernelBias: Kernel (out, in / groups, kH, kW) and bias (out,).
     """
-    mid, inside = first.kernel.shape[:2]
-    out, _, *size = second.kernel.shape
-    kernel1 = first.kernel.reshape(groups, mid // groups, inside)
+    mid = first.kernel.shape[0]
+    out = second.kernel.shape[0]
     kernel2 = second.kernel.reshape(groups, out // groups, mid // groups, -1)
-    kernel = torch.einsum('gomk,gmi->goik', kernel2, kernel1)
     bias = torch.einsum(
         'gomk,gm->go', kernel2, first.bias.reshape(groups, mid // groups)
     )
     return KernelBias(
-        kernel.reshape(out, inside, *size), bias.reshape(out) + second.bias
+        compose_1x1_kxk(first.kernel, second.kernel, groups),
+        bias.reshape(out) + second.bias,
     )
 
 
@@ -272,4 +271,135 @@ def pad_kernel(
         )
     return torch.nn.functional.pad(
         kernel, (offset[1], after[1], offset[0], after[0])
+    )
+
+
+# ------------------------------------------- kernels composed online (OREPA)
+
+
+def compose_1x1_kxk(first: Tensor, second: Tensor, groups: int = 1) -> Tensor:
+    """The kernel of a 1x1 convolution followed by a KxK one, without biases.
+
+    Source: the OREPA paper (CVPR 2022), sec. 3.3; DBB's Transform III.
+
+    Args:
+        first: Shape (mid, in / groups, 1, 1).
+        second: Shape (out, mid / groups, kH, kW).
+        groups: Groups of both.
+
+    Returns:
+        Tensor: Shape (out, in / groups, kH, kW).
+    """
+    mid, inside = first.shape[:2]
+    out, _, *size = second.shape
+    # One large product a group, with the taps among the rows.
+    rows = second.reshape(groups, out // groups, mid // groups, -1)
+    taps = rows.shape[-1]
+    rows = rows.transpose(2, 3).reshape(groups, -1, mid // groups)
+    kernel = torch.bmm(rows, first.reshape(groups, mid // groups, inside))
+    kernel = kernel.reshape(out, taps, inside).transpose(1, 2)
+    return kernel.reshape(out, inside, *size)
+
+
+def compose_separable(
+    depthwise: Tensor, pointwise: Tensor, in_channels: int, groups: int = 1
+) -> Tensor:
+    """The kernel of a depthwise convolution followed by a 1x1 one.
+
+    Source: the OREPA paper (CVPR 2022), sec. 3.3, "depthwise separable". As
+    in its code, the rows of ``pointwise`` that belong to one group do not
+    stand together: row ``o * groups + g`` is output o of group g.
+
+    Args:
+        depthwise: Shape (in * expansion, 1, kH, kW).
+        pointwise: Shape (out, in / groups * expansion, 1, 1).
+        in_channels: Channels of the input.
+        groups: Groups of the result.
+
+    Returns:
+        Tensor: Shape (out, in / groups, kH, kW).
+    """
+    out, inside = pointwise.shape[0], in_channels // groups
+    size = depthwise.shape[2:]
+    expansion = depthwise.shape[0] // in_channels
+    rows = pointwise.reshape(out // groups, groups, inside, expansion)
+    rows = rows.permute(1, 2, 0, 3).reshape(in_channels, -1, expansion)
+    kernel = torch.bmm(rows, depthwise.reshape(in_channels, expansion, -1))
+    kernel = kernel.reshape(groups, inside, out // groups, -1)
+    return kernel.transpose(1, 2).reshape(out, inside, *size)
+
+
+def compose_stack(
+    first: Tensor, second: Tensor, groups: int = 1, flip: bool = True
+) -> Tensor:
+    """The kernel of two convolutions of stride 1 in sequence.
+
+    Args:
+        first: Shape (mid, in / groups, kH, kW).
+        second: Shape (out, mid / groups, h, w).
+        groups: Groups of both.
+        flip: Whether to do what a sequence does. False leaves ``second``
+            unflipped, as the OREPA paper's code does; the result is then
+            that of another pair of convolutions.
+
+    Returns:
+        Tensor: Shape (out, in / groups, kH + h - 1, kW + w - 1).
+    """
+    h, w = second.shape[2:]
+    if flip:
+        second = second.flip(2, 3)
+    kernel = torch.nn.functional.conv2d(
+        first.transpose(0, 1), second, padding=(h - 1, w - 1), groups=groups
+    )
+    return kernel.transpose(0, 1)
+
+
+def add_patterns(
+    kernel: Tensor, coefficients: Tensor, patterns: Tensor
+) -> Tensor:
+    """Add to a kernel, output by output, spatial patterns of its own.
+
+    Source: the OREPA paper (CVPR 2022), sec. 3.3: the 1x1, the 1x1 followed
+    by an average pooling and the frequency prior are all of this form.
+
+    Args:
+        kernel: Shape (out, in / groups, kH, kW).
+        coefficients: How much of each pattern each input channel gets, shape
+            (out, in / groups, patterns).
+        patterns: Shape (out, patterns, kH * kW).
+
+    Returns:
+        Tensor: Shape (out, in / groups, kH, kW).
+    """
+    out, inside, *size = kernel.shape
+    return torch.baddbmm(
+        kernel.reshape(out, inside, -1), coefficients, patterns
+    ).reshape(kernel.shape)
+
+
+def frequency_prior(out_channels: int, kernel_size: Tuple[int, int]) -> Tensor:
+    """Patterns of the frequency prior branch: cosines of rising frequency.
+
+    Source: the OREPA paper (CVPR 2022), sec. 3.3 and its code: the first half
+    of the channels vary down the rows, the others along the columns.
+
+    Args:
+        out_channels: How many patterns.
+        kernel_size: Height and width in pixels.
+
+    Returns:
+        Tensor: Shape (out_channels, kH, kW), float64.
+    """
+    height, width = kernel_size
+    channel = torch.arange(1, out_channels + 1, dtype=torch.float64)
+    channel = channel.reshape(-1, 1, 1)
+    half = out_channels / 2
+    row = torch.arange(height, dtype=torch.float64).reshape(-1, 1) + 0.5
+    column = torch.arange(width, dtype=torch.float64) + 0.5
+    down = torch.cos(torch.pi * row * channel / height)
+    along = torch.cos(torch.pi * column * (channel - half) / width)
+    return torch.where(
+        channel - 1 < half,
+        down.expand(-1, -1, width),
+        along.expand(-1, height, -1),
     )

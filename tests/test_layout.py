@@ -19,6 +19,7 @@ LAYERS = (
     ('version', 'errors', 'registry', 'hosts'),
     ('geometry',),
     ('transforms',),
+    ('kernels',),
     ('branches',),
     ('blocks',),
     ('host_norms', 'reparam', 'tracing'),

@@ -5,7 +5,16 @@ from .acb import ACB
 from .base import ReparamConv2d
 from .branch_sum import BranchSumConv2d
 from .dbb import DBB
+from .generated import GeneratedKernelConv2d
 from .official import ACBlock, DiverseBranchBlock, RepVGGBlock
+from .official_orepa import (
+    OREPA,
+    OREPA_1x1,
+    OREPA_LargeConv,
+    OREPA_LargeConvBase,
+    RepVGGBlock_OREPA,
+)
+from .orepa import OREPAConv, OREPARepVGG
 from .qarepvgg import QARepVGGConv
 from .repvgg import RepVGGConv
 
@@ -15,8 +24,16 @@ __all__ = [
     'BranchSumConv2d',
     'DBB',
     'DiverseBranchBlock',
+    'GeneratedKernelConv2d',
+    'OREPA',
+    'OREPAConv',
+    'OREPARepVGG',
+    'OREPA_1x1',
+    'OREPA_LargeConv',
+    'OREPA_LargeConvBase',
     'QARepVGGConv',
     'RepVGGBlock',
+    'RepVGGBlock_OREPA',
     'RepVGGConv',
     'ReparamConv2d',
 ]

@@ -11,7 +11,7 @@ from mmdbb.blocks.branch_sum import BranchSumConv2d
 from mmdbb.blocks.build import register_conv_layer
 
 
-@register_conv_layer
+@register_conv_layer('ACB')
 class ACB(BranchSumConv2d):
     """KxK, Kx1 and 1xK, summed.
 

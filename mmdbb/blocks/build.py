@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import Tuple, Type
+from typing import Callable, Tuple, Type
 
 from mmengine.registry import MODELS
 from torch import nn
@@ -15,35 +15,53 @@ from mmdbb.geometry import ConvSpec
 _CONV_ARGS = tuple(inspect.signature(ConvSpec).parameters) + ('bias',)
 
 
-def register_conv_layer(block: Type[ReparamConv2d]) -> Type[ReparamConv2d]:
-    """Class decorator: make ``conv_cfg=dict(type=NAME)`` build the block.
+def register_conv_layer(
+    name: str,
+    min_kernel_size: int = 2,
+    max_kernel_size: float = 6,
+) -> Callable[[Type[ReparamConv2d]], Type[ReparamConv2d]]:
+    """Class decorator: make ``conv_cfg=dict(type=name)`` build the block.
 
     The root registry is the one that all mm packages fall back to.
+
+    Args:
+        name: The layer's name in configs.
+        min_kernel_size: Smallest kernel (the longer side, in pixels) that
+            becomes a block, unless the config says otherwise.
+        max_kernel_size: The largest one.
     """
+    smallest, largest = min_kernel_size, max_kernel_size
 
-    def build(
-        *args, min_kernel_size: int = 2, max_kernel_size: int = 6, **kwargs
-    ) -> nn.Module:
-        return build_conv(
-            block, args, kwargs, (min_kernel_size, max_kernel_size)
-        )
+    def register(block: Type[ReparamConv2d]) -> Type[ReparamConv2d]:
+        def build(
+            *args,
+            min_kernel_size: int = smallest,
+            max_kernel_size: float = largest,
+            **kwargs,
+        ) -> nn.Module:
+            return build_conv(
+                block, args, kwargs, (min_kernel_size, max_kernel_size)
+            )
 
-    build.__doc__ = f'Build a {block.__name__}, see build_conv.'
-    build.block = block
-    MODELS.register_module(name=block.__name__, module=build)
-    return block
+        build.__doc__ = f'Build a {block.__name__}, see build_conv.'
+        build.block = block
+        MODELS.register_module(name=name, module=build)
+        return block
+
+    return register
 
 
 def build_conv(
     block: Type[ReparamConv2d],
     args: tuple,
     kwargs: dict,
-    kernel_sizes: Tuple[int, int] = (2, 6),
+    kernel_sizes: Tuple[int, float] = (2, 6),
 ) -> nn.Module:
     """Build a block where the kernel's size asks for one, else a plain conv.
 
-    As in the paper's code, 1x1 convolutions and stems with kernels of 7 and
-    more stay plain; what is built for them is an ordinary ``nn.Conv2d``.
+    As in the DBB paper's code, 1x1 convolutions and stems with kernels of 7
+    and more stay plain, unless they are named; what is built for them is an
+    ordinary ``nn.Conv2d``.
 
     Args:
         block: The block's class.

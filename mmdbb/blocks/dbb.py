@@ -15,7 +15,7 @@ from mmdbb.blocks.build import register_conv_layer
 from mmdbb.geometry import ConvSpec
 
 
-@register_conv_layer
+@register_conv_layer('DBB')
 class DBB(BranchSumConv2d):
     """KxK, 1x1, 1x1-KxK and 1x1-average pooling, summed.
 

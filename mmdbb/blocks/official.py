@@ -251,6 +251,7 @@ class RepVGGBlock(OfficialBlock):
         ('rbr_1x1.bn.', 'block.branches.1x1.norm.'),
         ('rbr_reparam.', 'block.'),
     )
+    block_type = RepVGGConv
 
     def __init__(
         self,
@@ -265,7 +266,7 @@ class RepVGGBlock(OfficialBlock):
         deploy: bool = False,
         use_se: bool = False,
     ) -> None:
-        block = RepVGGConv(
+        block = self.block_type(
             in_channels,
             out_channels,
             kernel_size,
@@ -285,6 +286,10 @@ class RepVGGBlock(OfficialBlock):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.nonlinear(self.se(self.block(x)))
+
+    def get_custom_L2(self) -> Tensor:
+        """See :meth:`RepVGGConv.get_custom_L2`."""
+        return self.block.get_custom_L2()
 
 
 class SEBlock(nn.Module):

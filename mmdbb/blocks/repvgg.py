@@ -8,11 +8,15 @@ mmpretrain's ``RepVGG`` is a backbone.
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from mmdbb.blocks.branch_sum import BranchSumConv2d
 from mmdbb.blocks.build import register_conv_layer
+from mmdbb.branches.base import Branch
+from mmdbb.branches.norm import norm_scale_shift
 
 
-@register_conv_layer
+@register_conv_layer('RepVGGConv')
 class RepVGGConv(BranchSumConv2d):
     """KxK, 1x1 and, where the shapes agree, the identity, summed.
 
@@ -20,3 +24,47 @@ class RepVGGConv(BranchSumConv2d):
     """
 
     preset = ('identity', 'kxk', '1x1')
+
+    #: Name of the branch with the KxK kernel.
+    dense_branch = 'kxk'
+
+    def get_custom_L2(self) -> Tensor:
+        """What the paper's training penalises in place of weight decay.
+
+        The squares of the KxK kernel's outer taps, and of the centre of the
+        equivalent kernel in units that weight decay would have there. As in
+        the paper's code the norms' scales are constants here.
+
+        Returns:
+            Tensor: A number, differentiable in both kernels; the training
+            loss takes half of it times the weight decay.
+
+        Raises:
+            ValueError: If the block is merged, or has no KxK branch.
+        """
+        branches = {} if self.deploy else self.branches
+        if self.dense_branch not in branches:
+            raise ValueError(
+                f'custom L2 needs the branch {self.dense_branch!r}, got '
+                f'{"a merged block" if self.deploy else list(branches)}'
+            )
+        dense = branches[self.dense_branch]
+        kernel = self._kernel_of(dense)
+        row, column = self.spec.centre
+        centre = kernel[:, :, row : row + 1, column : column + 1]
+        outer = kernel.square().sum() - centre.square().sum()
+        scale = _scale_of(dense)
+        equivalent, units = centre * scale, scale.square()
+        if '1x1' in branches:
+            pointwise = branches['1x1']
+            scale = _scale_of(pointwise)
+            equivalent = equivalent + pointwise.conv.weight * scale
+            units = units + scale.square()
+        return outer + (equivalent.square() / units).sum()
+
+    def _kernel_of(self, dense: Branch) -> Tensor:
+        return dense.conv.weight
+
+
+def _scale_of(branch: Branch) -> Tensor:
+    return norm_scale_shift(branch.norm).scale.detach().reshape(-1, 1, 1, 1)

@@ -3,6 +3,7 @@
 
 from .asymmetric import Horizontal, Vertical
 from .base import Branch, ConvNormBranch, build_branch
+from .generated import Generated
 from .identity import Identity
 from .kxk import KxK
 from .pointwise import Pointwise
@@ -12,6 +13,7 @@ from .pointwise_kxk import IdentityConv1x1, PointwiseKxK
 __all__ = [
     'Branch',
     'ConvNormBranch',
+    'Generated',
     'Horizontal',
     'Identity',
     'IdentityConv1x1',

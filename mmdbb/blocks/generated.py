@@ -1,0 +1,84 @@
+# Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
+"""A convolution whose one kernel is composed at every forward pass.
+
+The OREPA family (CVPR 2022, sec. 3.2): an image meets one convolution in
+training too; what is diverse is how its kernel comes about.
+"""
+
+from __future__ import annotations
+
+from typing import Callable
+
+import torch
+from torch import Tensor, nn
+
+from mmdbb.blocks.base import ReparamConv2d
+from mmdbb.blocks.kept import kept_kernel
+from mmdbb.branches.norm import is_compiling
+from mmdbb.geometry import ConvSpec, convolve
+from mmdbb.kernels import GeneratedKernel
+from mmdbb.transforms import KernelBias
+
+
+class GeneratedKernelConv2d(ReparamConv2d):
+    """A convolution with a composed kernel, and no norm.
+
+    The norm that the paper's blocks end in is the host's, which follows.
+
+    Args:
+        generator: Builds from the geometry what composes the kernel.
+        args: As :class:`ReparamConv2d`, keywords too.
+        single_init: Whether only the original kernel starts with a scale
+            other than zero.
+
+    Shape:
+        - Input: (N, in_channels, H, W)
+        - Output: (N, out_channels, H', W') as of ``nn.Conv2d``
+    """
+
+    def __init__(
+        self,
+        generator: Callable[[ConvSpec], GeneratedKernel],
+        /,
+        *args,
+        single_init: bool = False,
+        **kwargs,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        if self.deploy:
+            return
+        self.generator = generator(self.spec)
+        self.register_parameter(
+            'bias',
+            nn.Parameter(torch.zeros(self.out_channels))
+            if self._wants_bias
+            else None,
+        )
+        self._apply_init_cfg()
+        if single_init:
+            self.single_init()
+
+    def forward_train(self, x: Tensor) -> Tensor:
+        """One convolution with the kernel composed now."""
+        needs_grad = torch.is_grad_enabled() and any(
+            p.requires_grad for p in self.parameters()
+        )
+        if needs_grad or x.device.type != 'cpu' or is_compiling():
+            kernel, bias = self.generator(), self.bias
+        else:
+            kernel, bias = kept_kernel(self)
+        return convolve(x, kernel, bias, self.spec)
+
+    def _compose(self) -> KernelBias:
+        kernel, bias = self.generator(), self.bias
+        if bias is None:
+            bias = kernel.new_zeros(self.out_channels)
+        return KernelBias(kernel, bias)
+
+    def init_gamma(self, value: float) -> None:
+        """Set all scales of the kernel's branches."""
+        self.generator.init_gamma(value)
+
+    def single_init(self) -> None:
+        """Start as the original kernel alone."""
+        self.generator.single_init()

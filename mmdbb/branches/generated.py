@@ -1,0 +1,58 @@
+# Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
+"""The branch ``orepa``: a kernel composed online, and a norm.
+
+Hu et al., "Online Convolutional Re-parameterization", CVPR 2022, sec. 4.2
+(https://arxiv.org/abs/2204.00826), the dense branch of RepVGG's block.
+"""
+
+from __future__ import annotations
+
+from typing import Optional
+
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from mmdbb.branches.base import Branch, fuse_kernel_norm
+from mmdbb.branches.norm import run_norm
+from mmdbb.geometry import ConvSpec, convolve
+from mmdbb.kernels import KxKKernel
+from mmdbb.registry import BRANCHES
+from mmdbb.transforms import KernelBias
+
+
+@BRANCHES.register_module(name='orepa')
+class Generated(Branch):
+    """A convolution with OREPA's kernel, and a norm.
+
+    Args:
+        spec: Geometry of the block's convolution.
+        norm_cfg: Config of the norm.
+        internal_channels: Width inside the branch of a 1x1 and a KxK; by
+            default that of the input, and twice that with more than four
+            groups.
+
+    Raises:
+        ValueError: If ``internal_channels`` is not a positive multiple of the
+            groups.
+    """
+
+    def __init__(
+        self,
+        spec: ConvSpec,
+        norm_cfg: Optional[dict] = None,
+        internal_channels: Optional[int] = None,
+    ) -> None:
+        super().__init__(spec, norm_cfg)
+        self.norm = self._norm(spec.out_channels)
+        self.generator = KxKKernel(spec, internal_channels, with_1x1=False)
+
+    @property
+    def last_norm(self) -> _BatchNorm:
+        return self.norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = convolve(x, self.generator(), None, self.spec)
+        return run_norm(self.norm, y)
+
+    def equivalent_kernel_bias(self) -> KernelBias:
+        return fuse_kernel_norm(self.generator(), self.norm)
