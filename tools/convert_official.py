@@ -9,7 +9,7 @@ structure are recognised.
 """
 
 from mmdbb.checkpoint.official import convert_official
-from mmdbb.engine.command import Parser, run_command
+from mmdbb.engine.command import Parser, add_unsafe_argument, run_command
 
 
 def parse_args():
@@ -19,18 +19,26 @@ def parse_args():
     parser.add_argument(
         'source', help='path of the official file: .pth, .pth.tar or .hdf5'
     )
-    parser.add_argument('out', help='checkpoint to write, *.pth')
+    parser.add_argument(
+        'out', help='checkpoint to write, *.pth or *.safetensors'
+    )
     parser.add_argument(
         '--force',
         action='store_true',
         help='replace OUT.pth and OUT.py if they exist',
     )
+    add_unsafe_argument(parser)
     return parser.parse_args()
 
 
 def main():
     args = parse_args()
-    result = convert_official(args.source, args.out, overwrite=args.force)
+    result = convert_official(
+        args.source,
+        args.out,
+        overwrite=args.force,
+        unsafe=args.unsafe_load,
+    )
     print(f'recognised {result.network}: {result.entries} entries')
     print(f'weights: {result.checkpoint}')
     print(f'config:  {result.config}')

@@ -1,50 +1,66 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""Checkpoint files: safe to read, and either written whole or not at all."""
+"""Checkpoint files, read without running code from them."""
 
 from __future__ import annotations
 
-import contextlib
-import os
+import hashlib
 import pickle
 import re
-import tempfile
 from pathlib import Path
-from typing import Dict, Iterator, List, Sequence
+from typing import Dict, Optional
 
 import torch
 from torch import Tensor, nn
 
+from mmdbb.checkpoint.atomic import all_or_nothing as all_or_nothing
+from mmdbb.checkpoint.formats import is_safetensors, read_safetensors
 from mmdbb.checkpoint.safe_globals import allow_mmengine_checkpoints
+from mmdbb.checkpoint.sources import check_values, choose_weights, some
 from mmdbb.errors import UserError
 
 
-def read_checkpoint(path: str) -> dict:
+def read_checkpoint(
+    path: str, ema: Optional[bool] = None, unsafe: bool = False
+) -> dict:
     """Read a checkpoint without running any code from it.
 
     Args:
-        path: A file written by ``torch.save``: mmengine's form, or a bare
-            state dict.
+        path: A file written by ``torch.save``: mmengine's form, timm's or
+            torchvision's, or a bare state dict; or a safetensors file.
+        ema: True for averaged weights, False for those that training goes on
+            with; None for the averaged ones if the file has any.
+        unsafe: Whether to run what code the file holds, for a file that you
+            trust as you trust a program.
 
     Returns:
-        dict: With at least ``state_dict`` (names to tensors on the CPU) and
-        ``meta``.
+        dict: With at least ``state_dict`` (names to tensors on the CPU),
+        ``meta`` and ``weights`` (says which were taken).
 
     Raises:
         UserError: If there is no such file, it is not a checkpoint, is
-            truncated, asks for types that are not allowed, or holds values
-            that are not finite.
+            truncated, asks for types that are not allowed, has no weights of
+            the kind asked for, or holds values that are not finite.
     """
     file = Path(path)
     if file.is_dir():
         raise UserError(f'checkpoint is a folder, not a file: {path}')
     if not file.is_file():
         raise UserError(f'checkpoint not found: {path}')
-    if not file.stat().st_size:
+    size = file.stat().st_size
+    if not size:
         raise UserError(f'checkpoint is empty: {path}')
+    if is_safetensors(str(path)):
+        checkpoint = read_safetensors(str(path))
+    else:
+        checkpoint = _read_torch(path, unsafe)
+    return in_mmengine_form(checkpoint, path, ema, size)
+
+
+def _read_torch(path: str, unsafe: bool) -> object:
     # Again: onedl-mmengine takes the list back after each of its own loads.
     allow_mmengine_checkpoints()
     try:
-        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+        return torch.load(path, map_location='cpu', weights_only=not unsafe)
     except Exception as error:
         # The unpickler fails in as many ways as a file can be damaged.
         reason = str(error) or type(error).__name__
@@ -52,7 +68,8 @@ def read_checkpoint(path: str) -> dict:
         if isinstance(error, pickle.UnpicklingError) and forbidden:
             raise UserError(
                 f'cannot read {path}: it holds {forbidden[1]}, which is not '
-                'allowed in a checkpoint'
+                'allowed in a checkpoint; --unsafe-load reads it, but runs '
+                'any code in it: only for files that you trust'
             ) from error
         # torch advises to load it unsafely; that helps nobody here.
         if 'weights_only' in reason:
@@ -61,50 +78,48 @@ def read_checkpoint(path: str) -> dict:
             f'{path} is not a checkpoint, or is truncated: '
             f'{reason.splitlines()[0]}'
         ) from error
-    return in_mmengine_form(checkpoint, path)
 
 
-def in_mmengine_form(checkpoint, path: str) -> dict:
+def in_mmengine_form(
+    checkpoint,
+    path: str,
+    ema: Optional[bool] = None,
+    size: float = float('inf'),
+) -> dict:
     """Check what was read; see :func:`read_checkpoint` for what comes out.
 
     Args:
         checkpoint: Whatever the file holds.
         path: The file, for messages.
+        ema: As of :func:`read_checkpoint`.
+        size: Of the file, in bytes: no entry has more numbers.
 
     Raises:
         UserError: If it is not a state dict, alone or with others in a dict,
             or has values that are not finite.
     """
+    if isinstance(checkpoint, nn.Module):  # read unsafely
+        checkpoint = dict(state_dict=checkpoint.state_dict())
     if not isinstance(checkpoint, dict):
         raise UserError(
             f'{path} holds a {type(checkpoint).__name__}, not a checkpoint'
         )
-    if 'state_dict' not in checkpoint:
-        checkpoint = dict(state_dict=checkpoint)
-    state = checkpoint['state_dict']
-    if not isinstance(state, dict) or not state:
-        raise UserError(f'{path} has no weights: its state_dict is empty')
-    strange = [k for k, v in state.items() if not isinstance(v, Tensor)]
-    if strange:
-        raise UserError(
-            f'{path} is not a checkpoint: entry {strange[0]!r} is no tensor'
-        )
-    if all(name.startswith('module.') for name in state):
-        state = {name[len('module.') :]: v for name, v in state.items()}
-    bad = [
-        name
-        for name, value in state.items()
-        if value.is_floating_point() and not value.isfinite().all()
-    ]
-    if bad:
-        raise UserError(f'{path} has values that are not finite: {some(bad)}')
+    weights = choose_weights(checkpoint, path, ema)
+    check_values(weights.state, path, size)
+    meta = checkpoint.get('meta') if weights.key else None
     return dict(
-        checkpoint, state_dict=state, meta=checkpoint.get('meta') or {}
+        checkpoint if weights.key else {},
+        state_dict=weights.state,
+        meta=meta if isinstance(meta, dict) else {},
+        weights=str(weights),
     )
 
 
 def load_strictly(
-    model: nn.Module, state: Dict[str, Tensor], path: str
+    model: nn.Module,
+    state: Dict[str, Tensor],
+    path: str,
+    keep_dtype: bool = False,
 ) -> None:
     """Load a state dict; every entry must fit and none may be missing.
 
@@ -112,124 +127,61 @@ def load_strictly(
         model: The model to fill.
         state: Names to tensors.
         path: The file they come from, for the message.
+        keep_dtype: Whether the model gets the tensors themselves, of
+            whatever precision they are, instead of copies in its own.
 
     Raises:
-        UserError: If names or shapes differ; the message shows some.
+        UserError: If names, shapes or kinds of numbers differ; the message
+            shows some.
     """
     expected = model.state_dict()
-    complaints = []
-    missing = [name for name in expected if name not in state]
-    extra = [name for name in state if name not in expected]
+    common = {n: v for n, v in expected.items() if n in state}
     shapes = [
         f'{name} ({tuple(state[name].shape)} in the file, '
         f'{tuple(value.shape)} in the network)'
-        for name, value in expected.items()
-        if name in state and state[name].shape != value.shape
+        for name, value in common.items()
+        if state[name].shape != value.shape
     ]
-    if missing:
-        complaints.append(f'missing: {some(missing)}')
-    if extra:
-        complaints.append(f'unexpected: {some(extra)}')
-    if shapes:
-        complaints.append(f'of another shape: {some(shapes)}')
+    types = [
+        f'{name} ({_dtype(state[name])} in the file, {_dtype(value)} in the '
+        'network)'
+        for name, value in common.items()
+        # A count may be a float: averaging makes it one.
+        if value.is_floating_point() and not state[name].is_floating_point()
+    ]
+    complaints = [
+        f'{what}: {some(names)}'
+        for what, names in (
+            ('missing', [n for n in expected if n not in state]),
+            ('unexpected', [n for n in state if n not in expected]),
+            ('of another shape', shapes),
+            ('of another type', types),
+        )
+        if names
+    ]
     if complaints:
         raise UserError(
             f'{path} does not fit the network of the config; '
             f'{"; ".join(complaints)}'
         )
-    model.load_state_dict(state)
+    if keep_dtype:
+        state = {
+            name: state[name]
+            if value.is_floating_point()
+            else state[name].to(value.dtype)
+            for name, value in expected.items()
+        }
+    model.load_state_dict(state, assign=keep_dtype)
 
 
-def some(names: List[str], count: int = 3) -> str:
-    """The first names of a list, and how many more there are."""
-    text = ', '.join(names[:count])
-    if len(names) > count:
-        text += f' and {len(names) - count} more'
-    return text
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).rpartition('.')[2]
 
 
-@contextlib.contextmanager
-def all_or_nothing(
-    *outputs: str, overwrite: bool = False
-) -> Iterator[List[str]]:
-    """Write files so that they appear whole, at the end, or not at all.
-
-    Args:
-        outputs: The paths to write.
-        overwrite: Whether existing files may be replaced.
-
-    Yields:
-        list: As many temporary paths, with the same file names, in a folder
-        beside the outputs. They are moved into place if the block ends
-        without an exception, and removed in any case.
-
-    Raises:
-        UserError: If an output exists and may not be replaced, or its folder
-            cannot be written.
-    """
-    for output in outputs:
-        if os.path.isdir(output):
-            raise UserError(f'output is a folder: {output}')
-        if not overwrite and os.path.lexists(output):
-            raise UserError(
-                f'output exists: {output}; choose another name or pass --force'
-            )
-    folder = os.path.dirname(os.path.abspath(outputs[0]))
-    made = _missing_folders(folder)
-    try:
-        os.makedirs(folder, exist_ok=True)
-        temporary = tempfile.TemporaryDirectory(prefix='.mmdbb-', dir=folder)
-    except OSError as error:
-        _remove_empty(made)
-        raise UserError(f'cannot write to {folder}: {error}') from error
-    try:
-        with temporary as scratch:
-            drafts = [
-                os.path.join(scratch, os.path.basename(o)) for o in outputs
-            ]
-            yield drafts
-            _move_all(drafts, outputs, overwrite)
-    except BaseException:
-        _remove_empty(made)
-        raise
-
-
-def _move_all(
-    drafts: Sequence[str], outputs: Sequence[str], overwrite: bool
-) -> None:
-    moved = []
-    try:
-        for draft, output in zip(drafts, outputs):
-            if overwrite:
-                os.replace(draft, output)
-            else:
-                _move_to_free_name(draft, output)
-                moved.append(output)
-    except BaseException:
-        for output in moved:
-            os.unlink(output)
-        raise
-
-
-def _missing_folders(folder: str) -> List[str]:
-    """What has to be made for a folder to exist, the deepest first."""
-    missing = []
-    while not os.path.lexists(folder):
-        missing.append(folder)
-        folder = os.path.dirname(folder)
-    return missing
-
-
-def _remove_empty(folders: Sequence[str]) -> None:
-    for folder in folders:
-        with contextlib.suppress(OSError):  # someone else's file is in it
-            os.rmdir(folder)
-
-
-def _move_to_free_name(draft: str, output: str) -> None:
-    try:
-        os.link(draft, output)  # fails, unlike a rename, if output exists
-    except FileExistsError:
-        raise UserError(f'output exists: {output}') from None
-    except OSError:  # a file system without links
-        os.rename(draft, output)
+def sha256(path: str) -> str:
+    """The hash of a file's content, in hexadecimal digits."""
+    found = hashlib.sha256()
+    with open(path, 'rb') as file:
+        for part in iter(lambda: file.read(1 << 20), b''):
+            found.update(part)
+    return found.hexdigest()

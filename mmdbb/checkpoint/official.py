@@ -8,7 +8,6 @@ parameter.
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Dict, NamedTuple
 
@@ -23,8 +22,10 @@ from mmdbb.checkpoint.files import (
     in_mmengine_form,
     load_strictly,
     read_checkpoint,
+    sha256,
     some,
 )
+from mmdbb.checkpoint.formats import write_checkpoint
 from mmdbb.checkpoint.official_names import OfficialNetwork, recognise
 from mmdbb.checkpoint.stock import norm_that_adds
 from mmdbb.errors import UserError
@@ -52,7 +53,7 @@ class ConvertedOfficial(NamedTuple):
 
 
 def convert_official(
-    source: str, out: str, overwrite: bool = False
+    source: str, out: str, overwrite: bool = False, unsafe: bool = False
 ) -> ConvertedOfficial:
     """Write an official checkpoint as mmpretrain's, with its config.
 
@@ -61,9 +62,10 @@ def convert_official(
 
     Args:
         source: Path of the official file.
-        out: Path of the checkpoint to write, ``*.pth``; its config is written
-            beside it as ``*.py``.
+        out: Path of the checkpoint to write, ``*.pth`` or ``*.safetensors``;
+            its config is written beside it as ``*.py``.
         overwrite: Whether existing outputs may be replaced.
+        unsafe: Whether to run what code the file holds.
 
     Raises:
         UserError: If the file cannot be read, is of no network that is known,
@@ -73,7 +75,7 @@ def convert_official(
     for path in outputs:
         if Path(path).resolve() == Path(source).resolve():
             raise UserError(f'output {path} is also an input')
-    state = read_official(source)
+    state = read_official(source, unsafe)
     network = recognise(state, source)
     if len(network.head) != 2 or network.head['weight'].dim() != 2:
         raise UserError(
@@ -98,25 +100,24 @@ def convert_official(
             version=__version__,
             structure='stock' if network.block is None else 'train',
             official=str(network),
-            source_sha256=hashlib.sha256(
-                Path(source).read_bytes()
-            ).hexdigest(),
+            source_sha256=sha256(source),
         ),
     )
     with all_or_nothing(*outputs, overwrite=overwrite) as drafts:
         cfg.dump(drafts[1])
-        torch.save(dict(state_dict=model.state_dict(), meta=meta), drafts[0])
+        write_checkpoint(drafts[0], model.state_dict(), meta)
         load_deployed(drafts[1], drafts[0])
     return ConvertedOfficial(*outputs, network, len(state))
 
 
-def read_official(path: str) -> Dict[str, Tensor]:
+def read_official(path: str, unsafe: bool = False) -> Dict[str, Tensor]:
     """Read an official file: names to tensors.
 
     Args:
         path: A file of ``torch.save``, a bare state dict or one under
             ``state_dict``; or a ``.hdf5`` file. ``module.`` at the start of
             names (and there only) is left out.
+        unsafe: Whether to run what code the file holds.
 
     Raises:
         UserError: If it cannot be read, or holds numbers that no network has.
@@ -124,7 +125,7 @@ def read_official(path: str) -> Dict[str, Tensor]:
     if _is_hdf5(path):
         state = in_mmengine_form(_read_hdf5(path), path)['state_dict']
     else:
-        state = read_checkpoint(path)['state_dict']
+        state = read_checkpoint(path, unsafe=unsafe)['state_dict']
     for name, value in state.items():
         if name.endswith('num_batches_tracked'):
             continue
@@ -133,8 +134,6 @@ def read_official(path: str) -> Dict[str, Tensor]:
                 f'{path} is not of floating-point numbers: {name} is of '
                 f'{str(value.dtype).rpartition(".")[2]}'
             )
-        if name.endswith('running_var') and value.min() < 0:
-            raise UserError(f'{path} has a negative variance: {name}')
     return state
 
 

@@ -1,8 +1,8 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
 """What the command-line tools share: arguments, configs, users' mistakes.
 
-A user's mistake ends a command with one line on stderr and exit code 2. A
-bug keeps its traceback.
+A user's mistake ends a command with one line on stderr and exit code 2, Ctrl-C
+with one and the shell's code for it. A bug keeps its traceback.
 """
 
 from __future__ import annotations
@@ -57,10 +57,20 @@ def run_command(main: Callable[[], None]) -> None:
         line = ' '.join(str(error).split())
         print(f'{Path(sys.argv[0]).name}: {line}', file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print(f'{Path(sys.argv[0]).name}: interrupted', file=sys.stderr)
+        sys.exit(130)
 
 
-def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what every command on a config takes."""
+def add_config_arguments(
+    parser: argparse.ArgumentParser, work_dir: bool = True
+) -> None:
+    """Add what every command on a config takes.
+
+    Args:
+        parser: The command's parser.
+        work_dir: Whether the command writes logs or checkpoints.
+    """
     parser.add_argument('config', help='path of the config')
     parser.add_argument(
         '--cfg-options',
@@ -70,10 +80,21 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
         help='change fields of the config, e.g. train_cfg.max_epochs=10; '
         'lists as key="[a,b]" or key=a,b, without spaces',
     )
+    if work_dir:
+        parser.add_argument(
+            '--work-dir',
+            help='folder for logs and checkpoints; default: work_dir of the '
+            'config, or work_dirs/NAME_OF_CONFIG',
+        )
+
+
+def add_unsafe_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the way to read a file that holds more than data."""
     parser.add_argument(
-        '--work-dir',
-        help='folder for logs and checkpoints; default: work_dir of the '
-        'config, or work_dirs/NAME_OF_CONFIG',
+        '--unsafe-load',
+        action='store_true',
+        help='read a checkpoint that holds more than data, and run whatever '
+        'code is in it: only for files that you trust',
     )
 
 
@@ -98,7 +119,7 @@ def add_launcher_arguments(parser: argparse.ArgumentParser) -> None:
 def load_config(args: argparse.Namespace) -> Config:
     """Read the config that the arguments name, with their changes.
 
-    Sets `work_dir`, and `launcher` where the command has that argument.
+    Sets `work_dir` and `launcher` where the command has these arguments.
 
     Args:
         args: Parsed arguments of :func:`add_config_arguments`, and perhaps
@@ -127,10 +148,12 @@ def load_config(args: argparse.Namespace) -> Config:
         config.merge_from_dict(args.cfg_options or {})
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise UserError(f'--cfg-options do not fit {path}: {error}') from error
-    if args.work_dir:
-        config.work_dir = args.work_dir
-    elif config.get('work_dir') is None:
-        config.work_dir = os.path.join('work_dirs', Path(path).stem)
+    if 'work_dir' in args:
+        config.work_dir = (
+            args.work_dir
+            or config.get('work_dir')
+            or os.path.join('work_dirs', Path(path).stem)
+        )
     if 'launcher' in args:
         config.launcher = args.launcher
         os.environ.setdefault('LOCAL_RANK', str(args.local_rank))

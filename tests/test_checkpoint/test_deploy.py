@@ -14,7 +14,7 @@ from mmengine.config import Config
 from networks import CONFIGS, SIZE, write_checkpoint, write_config
 
 from mmdbb import load_deployed
-from mmdbb.checkpoint import deploy
+from mmdbb.checkpoint import merge
 from mmdbb.checkpoint.deploy import build_model, deploy_checkpoint, is_fused
 from mmdbb.errors import UserError
 
@@ -146,6 +146,11 @@ def variance(state):
     state[name][0] = -1
 
 
+def overflow(state):
+    for name in (LIVE, LIVE.replace('conv.weight', 'norm.weight')):
+        state[name].fill_(1e30)
+
+
 def content(data):
     return lambda folder, _: (folder / 'bad.pth').write_bytes(data)
 
@@ -181,11 +186,35 @@ CHECKPOINTS = {
     'inf': (spoiled(float('-inf')), f'values that are not finite: {LIVE}'),
     'negative variance': (
         changed(variance),
-        r'bad.pth: cannot merge backbone.layer1.0.conv1: .*not finite',
+        'negative variance: .*conv1.branches.kxk.norm.running_var',
     ),
     'plain network': (
         changed(lambda s: [s.pop(k) for k in list(s) if '.branches.' in k]),
         'is merged already, or is of a plain network',
+    ),
+    'overflow': (
+        changed(overflow),
+        'bad.pth: cannot merge backbone.layer1.0.conv1: .*not finite',
+    ),
+    'int8': (
+        changed(lambda s: s.update({LIVE: s[LIVE].to(torch.int8)})),
+        rf'of another type: {LIVE} \(int8 in the file, float32 in the netw',
+    ),
+    'quantized': (
+        changed(
+            lambda s: s.update(
+                {LIVE: torch.quantize_per_tensor(s[LIVE], 0.1, 0, torch.qint8)}
+            )
+        ),
+        f'entries that are quantized .qint8.: {LIVE}',
+    ),
+    'wider': (
+        changed(
+            lambda s: s.update(
+                {k: torch.cat([v, v]) for k, v in s.items() if v.dim()}
+            )
+        ),
+        r'of another shape: backbone.conv1.weight \(\(16, 3, 7, 7\) in the f',
     ),
 }
 
@@ -265,7 +294,7 @@ def test_bad_configs(trained, nothing_left, case):
 
 
 def test_output_must_be_a_pth(trained, nothing_left):
-    with pytest.raises(UserError, match='must end in .pth, got .*out.pt$'):
+    with pytest.raises(UserError, match='must end in .pth or .safetensors, got .*pt$'):
         run(trained, nothing_left / 'out.pt')
 
 
@@ -317,17 +346,17 @@ def test_networks_that_differ_leave_nothing(trained, nothing_left):
 @pytest.mark.parametrize('task', CONFIGS)
 def test_wrong_merge_leaves_nothing(trained, nothing_left, monkeypatch, task):
     """Each block's kernel flipped: a mistake of ours, found."""
-    stock_state = deploy.stock_state
+    stock_state = merge.stock_state
 
-    def wrong(model, stock):
-        state = stock_state(model, stock)
+    def wrong(*args, **kwargs):
+        state = stock_state(*args, **kwargs)
         name = [n for n in state if n.endswith('conv.weight')] or [
             n for n in state if n.endswith('conv2.weight')
         ]
         state[name[-1]] = -state[name[-1]]
         return state
 
-    monkeypatch.setattr(deploy, 'stock_state', wrong)
+    monkeypatch.setattr(merge, 'stock_state', wrong)
     with pytest.raises(UserError, match='differs by .*nothing written'):
         run(trained, nothing_left / 'out.pth', task)
 
@@ -336,7 +365,7 @@ def test_an_interruption_leaves_nothing(trained, nothing_left, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(deploy, 'compare_networks', interrupted)
+    monkeypatch.setattr(merge, 'compare_networks', interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(trained, nothing_left / 'new' / 'out.pth')
 

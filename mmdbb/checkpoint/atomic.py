@@ -1,0 +1,134 @@
+# Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
+"""Writing files so that they appear whole, or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from typing import Iterator, List, Optional, Sequence
+
+from mmdbb.errors import UserError
+
+
+@contextlib.contextmanager
+def all_or_nothing(
+    *outputs: str, overwrite: bool = False
+) -> Iterator[List[str]]:
+    """Write files so that they appear whole, at the end, or not at all.
+
+    Args:
+        outputs: The paths to write.
+        overwrite: Whether existing files may be replaced.
+
+    Yields:
+        list: As many temporary paths, with the same file names, in a folder
+        beside the outputs. They are moved into place if the block ends
+        without an exception, and removed in any case.
+
+    Raises:
+        UserError: If an output exists and may not be replaced, or its folder
+            cannot be written.
+    """
+    for output in outputs:
+        if os.path.isdir(output):
+            raise UserError(f'output is a folder: {output}')
+        if not overwrite and os.path.lexists(output):
+            raise UserError(
+                f'output exists: {output}; choose another name or pass --force'
+            )
+    folder = os.path.dirname(os.path.abspath(outputs[0]))
+    made = _missing_folders(folder)
+    try:
+        os.makedirs(folder, exist_ok=True)
+        temporary = tempfile.TemporaryDirectory(prefix='.mmdbb-', dir=folder)
+    except OSError as error:
+        _remove_empty(made)
+        raise UserError(f'cannot write to {folder}: {error}') from error
+    try:
+        with temporary as scratch:
+            drafts = [
+                os.path.join(scratch, os.path.basename(o)) for o in outputs
+            ]
+            yield drafts
+            for draft in drafts:
+                _reach_the_disk(draft)
+            _move_all(drafts, outputs, overwrite)
+    except BaseException:
+        _remove_empty(made)
+        raise
+
+
+def _reach_the_disk(draft: str) -> None:
+    """Wait until a file is written: a full disk may show only then."""
+    try:
+        with open(draft, 'rb') as file:
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise UserError(
+            f'cannot write {os.path.basename(draft)}: {error.strerror}'
+        ) from error
+
+
+def _move_all(
+    drafts: Sequence[str], outputs: Sequence[str], overwrite: bool
+) -> None:
+    """Move each into its place; if one fails, all is as it was before."""
+    kept: List[Optional[str]] = []
+    try:
+        for draft, output in zip(drafts, outputs):
+            kept.append(_kept(output, f'{draft}.old') if overwrite else None)
+            if overwrite:
+                os.replace(draft, output)
+            else:
+                _move_to_free_name(draft, output)
+    except BaseException:
+        for draft, output, old in zip(drafts, outputs, kept):
+            if old is not None:
+                os.replace(old, output)
+            elif _is_moved(draft, output):
+                os.unlink(output)
+        raise
+
+
+def _is_moved(draft: str, output: str) -> bool:
+    """Whether an output is ours, and not another process's file."""
+    if not os.path.lexists(output):
+        return False
+    return not os.path.exists(draft) or os.path.samefile(draft, output)
+
+
+def _kept(path: str, copy: str) -> Optional[str]:
+    """Keep a file under a second name; None if there is no such file."""
+    if not os.path.lexists(path):
+        return None
+    try:
+        os.link(path, copy, follow_symlinks=False)
+    except OSError:  # a file system without links
+        shutil.copy2(path, copy, follow_symlinks=False)
+    return copy
+
+
+def _missing_folders(folder: str) -> List[str]:
+    """What has to be made for a folder to exist, the deepest first."""
+    missing = []
+    while not os.path.lexists(folder):
+        missing.append(folder)
+        folder = os.path.dirname(folder)
+    return missing
+
+
+def _remove_empty(folders: Sequence[str]) -> None:
+    for folder in folders:
+        with contextlib.suppress(OSError):  # someone else's file is in it
+            os.rmdir(folder)
+
+
+def _move_to_free_name(draft: str, output: str) -> None:
+    try:
+        os.link(draft, output)  # fails, unlike a rename, if output exists
+    except FileExistsError:
+        raise UserError(f'output exists: {output}') from None
+    except OSError:  # a file system without links
+        os.rename(draft, output)

@@ -1,0 +1,128 @@
+# Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
+"""The two forms of a checkpoint file: of torch, and safetensors.
+
+safetensors holds tensors and text, and no code: what torch's form keeps as
+``meta`` stands in it as JSON. https://github.com/huggingface/safetensors
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any, Dict
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmdbb.errors import UserError
+
+SAFETENSORS = '.safetensors'
+SUFFIXES = ('.pth', SAFETENSORS)
+#: JSON in the metadata of a safetensors file.
+META = 'meta'
+
+
+def is_safetensors(path: str) -> bool:
+    """Whether a file is of that form, by its first bytes or its name."""
+    with open(path, 'rb') as file:
+        start = file.read(9)
+    if start[:2] == b'PK':
+        return False
+    # The size of a JSON object, then the object.
+    size = int.from_bytes(start[:8], 'little')
+    return path.endswith(SAFETENSORS) or (
+        start[8:] == b'{' and 2 <= size <= os.path.getsize(path) - 8
+    )
+
+
+def read_safetensors(path: str) -> dict:
+    """Read a safetensors file: ``state_dict`` and ``meta``.
+
+    Raises:
+        UserError: If the package is missing, or the file is damaged.
+    """
+    safetensors = _package(path)
+    try:
+        with safetensors.safe_open(path, framework='pt') as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}
+            text = (file.metadata() or {}).get(META, '{}')
+    except Exception as error:
+        # Its own error, and torch's for types that it does not have.
+        reason = str(error) or type(error).__name__
+        raise UserError(
+            f'{path} is not a safetensors file, or is truncated: '
+            f'{reason.splitlines()[0]}'
+        ) from error
+    try:
+        meta = json.loads(text)
+    except (ValueError, RecursionError):  # another program's, not JSON
+        meta = {}
+    return dict(state_dict=state, meta=meta)
+
+
+def write_checkpoint(path: str, state: Dict[str, Tensor], meta: dict) -> None:
+    """Write weights and notes, in the form that the name asks for.
+
+    Args:
+        path: ``*.safetensors``, or else torch's form.
+        state: Names to tensors.
+        meta: Plain data; what is something else is left out.
+
+    Raises:
+        UserError: If the file cannot be written: the disk is full, or the
+            package is missing.
+    """
+    meta = {key: value for key, value in meta.items() if _is_plain(value)}
+    try:
+        if path.endswith(SAFETENSORS):
+            content = _as_safetensors(path, state, meta)
+            with open(path, 'wb') as file:
+                file.write(content)
+        else:
+            # Into a file of Python's, which says why it cannot be written.
+            with open(path, 'wb') as file:
+                torch.save(dict(state_dict=state, meta=meta), file)
+    except (OSError, RuntimeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(
+            f'cannot write {os.path.basename(path)}: {reason}'
+        ) from error
+
+
+def _as_safetensors(path: str, state: Dict[str, Tensor], meta: dict) -> bytes:
+    safetensors = _package(path)
+    # It refuses tensors that share memory, as tied weights do.
+    tensors = {
+        name: value.detach().clone(memory_format=torch.contiguous_format)
+        for name, value in state.items()
+    }
+    text = json.dumps(meta, default=_as_json, skipkeys=True)
+    return safetensors.torch.save(tensors, {'format': 'pt', META: text})
+
+
+def _package(path: str) -> Any:
+    try:
+        import safetensors
+        import safetensors.torch
+    except ImportError as error:
+        raise UserError(
+            f'{os.path.basename(path)} needs the package safetensors: '
+            "pip install safetensors, or mmdbb's extra 'formats'"
+        ) from error
+    return safetensors
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a careful reader reads it again."""
+    if isinstance(value, dict):
+        return _is_plain([*value.keys(), *value.values()])
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    if isinstance(value, (np.ndarray, np.generic)):
+        return value.dtype.kind in 'biuf'
+    return value is None or isinstance(value, (str, int, float, Tensor))
+
+
+def _as_json(value: Any) -> Any:
+    return value.tolist()  # numpy's and torch's
