@@ -33,6 +33,8 @@ from mmdbb.checkpoint.official_init import OfficialPretrainedInit
 from mmdbb.checkpoint.plain import load_plain_weights_
 from mmdbb.checkpoint.plain_init import PlainPretrainedInit
 from mmdbb.checkpoint.safe_globals import allow_mmengine_checkpoints
+from mmdbb.engine.optim import ReparamOptimWrapperConstructor
+from mmdbb.engine.reparam_hook import ReparamHook
 from mmdbb.insert import insert_blocks_, merge_into_
 from mmdbb.reparam import reparameterize
 from mmdbb.version import __version__
@@ -56,6 +58,8 @@ __all__ = [
     'RepVGGBlock',
     'RepVGGBlock_OREPA',
     'RepVGGConv',
+    'ReparamHook',
+    'ReparamOptimWrapperConstructor',
     '__version__',
     'insert_blocks_',
     'load_deployed',
