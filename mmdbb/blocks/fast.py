@@ -88,6 +88,7 @@ def _is_plain(block: nn.Module, norms: List[_BatchNorm], x: Tensor) -> bool:
     return (
         x.dtype in (torch.float32, torch.float64)
         and not x.is_meta
+        and (is_compiling() or not torch.jit.is_tracing())
         and not _autocast_is_on(x)
         and all(p.dtype == x.dtype for p in block.parameters())
         and not any(isinstance(norm, nn.SyncBatchNorm) for norm in norms)

@@ -141,5 +141,14 @@ def norm_then_pad(norm: _BatchNorm, x: Tensor, spec: ConvSpec) -> Tensor:
 is_compiling = getattr(torch.compiler, 'is_compiling', lambda: False)
 
 
+def is_recording() -> bool:
+    """Whether torch writes down the operations to run them without us.
+
+    That is compiling and exporting, and the older tracing of
+    ``torch.jit.trace``, whose shapes are no numbers.
+    """
+    return is_compiling() or torch.jit.is_tracing()
+
+
 def _in_backward() -> bool:
     return not is_compiling() and torch._C._current_graph_task_id() != -1

@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import importlib
-import json
 import math
-import warnings
-from types import ModuleType
+import os
 from typing import Callable, Dict, Iterator, List, NamedTuple, Tuple
 
 import torch
@@ -21,6 +18,7 @@ from mmcv.cnn import fuse_conv_bn
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
+from mmdbb.checkpoint.export_formats import INPUT, file_format, silence
 from mmdbb.checkpoint.export_modules import (
     ExportModule,
     export_module,
@@ -31,16 +29,6 @@ from mmdbb.checkpoint.verify import Difference, relative_error
 from mmdbb.errors import UserError
 from mmdbb.reparam import find_blocks, literal_forward, reparameterize
 from mmdbb.version import __version__
-
-#: Under this name each file carries what is known of it, as JSON.
-METADATA = 'mmdbb'
-
-#: Name of the exported function's argument.
-INPUT = 'images'
-
-#: What torch's exporters build on: 2.5 brought the one by ``torch.export``.
-_BY_TORCH_EXPORT = tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 5)
-ONNX_OPSET = 18 if _BY_TORCH_EXPORT else 17
 
 #: The file is traced with 2 images and verified with these many.
 _BATCH, _VERIFIED_BATCHES = 2, (1, 3)
@@ -62,22 +50,6 @@ class Exported(NamedTuple):
     outputs: Dict[str, Tuple[int, ...]]
     difference: Difference
     metadata: dict
-
-
-class Format(NamedTuple):
-    """A kind of file.
-
-    Attributes:
-        suffix: How its name ends.
-        packages: What writing and checking it imports.
-        write: From module, example, output names, metadata and path.
-        load: From a path to a function from images to output tensors.
-    """
-
-    suffix: str
-    packages: Tuple[str, ...]
-    write: Callable[[nn.Module, Tensor, List[str], dict, str], None]
-    load: Callable[[str], Callable[[Tensor], Tuple[Tensor, ...]]]
 
 
 @torch.no_grad()
@@ -103,7 +75,7 @@ def export_network(
         model: A classifier, segmentor, detector, backbone, or any module
             that maps images to tensors, with blocks or without. Unchanged.
         out: The file to write; its suffix must be the format's.
-        format: One of :data:`FORMATS`.
+        format: ``onnx``, ``torchscript`` or ``torch.export``.
         image_size: Height and width in pixels.
         head: Whether a detector's dense head is exported too, besides
             backbone and neck.
@@ -123,8 +95,8 @@ def export_network(
         UserError: If an argument is wrong, a package is missing, the network
             cannot be exported, or the file differs from it.
     """
-    kind = _format(format, out)
-    packages_of(format)
+    out = os.fspath(out)
+    kind = file_format(format, out)
     batches = _batches((channels, *image_size), images, seed)
     with all_or_nothing(out, overwrite=overwrite) as drafts, _in_eval(model):
         reference = export_module(model, head)
@@ -147,7 +119,7 @@ def export_network(
             tolerance=tolerance,
         )
         try:
-            with _silence():
+            with silence():
                 kind.write(module, example, names, metadata, drafts[0])
         except Exception as error:  # exporters raise whatever they meet
             raise UserError(
@@ -197,34 +169,6 @@ def exportable(
     if fold_norms:
         network = fuse_conv_bn(network)
     return export_module(network.float().cpu(), head).eval(), blocks
-
-
-def packages_of(format: str) -> List[ModuleType]:
-    """Import what a format needs.
-
-    Raises:
-        UserError: If a package is missing.
-    """
-    try:
-        return [importlib.import_module(n) for n in FORMATS[format].packages]
-    except ImportError as error:
-        raise UserError(
-            f'format {format} needs {error.name or error}: '
-            'pip install "mmdbb[formats]"'
-        ) from error
-
-
-def _format(name: str, out: str) -> Format:
-    if name not in FORMATS:
-        raise UserError(
-            f'format must be one of {", ".join(FORMATS)}; got {name!r}'
-        )
-    kind = FORMATS[name]
-    if not out.endswith(kind.suffix):
-        raise UserError(
-            f'the output of format {name} must end in {kind.suffix}, got {out}'
-        )
-    return kind
 
 
 def _batches(
@@ -285,101 +229,3 @@ def _in_eval(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
-
-
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    # Tracers warn of each shape that a host reads as a number.
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')
-        yield
-
-
-# ------------------------------------------------------------------ formats
-
-
-def _write_onnx(module, example, names, metadata, path) -> None:
-    import onnx
-
-    if _BY_TORCH_EXPORT:
-        how = dict(
-            dynamo=True,
-            dynamic_shapes=({0: torch.export.Dim('batch')},),
-            external_data=False,
-            verbose=False,
-        )
-    else:
-        how = dict(
-            dynamic_axes={name: {0: 'batch'} for name in (INPUT, *names)}
-        )
-    torch.onnx.export(
-        module,
-        (example,),
-        path,
-        input_names=[INPUT],
-        output_names=names,
-        opset_version=ONNX_OPSET,
-        **how,
-    )
-    model = onnx.load(path)
-    # The exporter notes from which line of whose file each node comes.
-    for node in (*model.graph.node, *model.graph.input, *model.graph.output):
-        del node.metadata_props[:]
-        node.doc_string = ''
-    del model.graph.value_info[:]
-    note = json.dumps(dict(metadata, opset=ONNX_OPSET))
-    onnx.helper.set_model_props(model, {METADATA: note})
-    onnx.save(model, path)
-    onnx.checker.check_model(path, full_check=True)
-
-
-def _load_onnx(path: str) -> Callable[[Tensor], Tuple[Tensor, ...]]:
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(
-        path, providers=['CPUExecutionProvider']
-    )
-
-    def run(images: Tensor) -> Tuple[Tensor, ...]:
-        outputs = session.run(None, {INPUT: images.numpy()})
-        return tuple(map(torch.from_numpy, outputs))
-
-    return run
-
-
-def _write_torchscript(module, example, names, metadata, path) -> None:
-    traced = torch.jit.trace(module, example, check_trace=False)
-    extra = {f'{METADATA}.json': json.dumps(metadata)}
-    torch.jit.save(traced, path, _extra_files=extra)
-
-
-def _load_torchscript(path: str) -> Callable[[Tensor], Tuple[Tensor, ...]]:
-    with _silence():
-        return torch.jit.load(path, map_location='cpu')
-
-
-def _write_torch_export(module, example, names, metadata, path) -> None:
-    program = torch.export.export(
-        module,
-        (example,),
-        dynamic_shapes=({0: torch.export.Dim('batch')},),
-    )
-    extra = {f'{METADATA}.json': json.dumps(metadata)}
-    torch.export.save(program, path, extra_files=extra)
-
-
-def _load_torch_export(path: str) -> Callable[[Tensor], Tuple[Tensor, ...]]:
-    with _silence():
-        return torch.export.load(path).module()
-
-
-#: The formats that runtimes read, by name.
-FORMATS: Dict[str, Format] = {
-    'onnx': Format(
-        '.onnx', ('onnx', 'onnxruntime', 'onnxscript'), _write_onnx, _load_onnx
-    ),
-    'torchscript': Format('.pt', (), _write_torchscript, _load_torchscript),
-    'torch.export': Format(
-        '.pt2', (), _write_torch_export, _load_torch_export
-    ),
-}

@@ -9,9 +9,17 @@ from helpers import EXACT, SINGLE, distance, image, randomize
 from mmengine.model import convert_sync_batchnorm, revert_sync_batchnorm
 from torch import nn
 
-from mmdbb.blocks import ACB, DBB, QARepVGGConv, ReparamConv2d, RepVGGConv
+from mmdbb.blocks import (
+    ACB,
+    DBB,
+    OREPAConv,
+    OREPARepVGG,
+    QARepVGGConv,
+    ReparamConv2d,
+    RepVGGConv,
+)
 
-BLOCKS = (DBB, ACB, QARepVGGConv, RepVGGConv)
+BLOCKS = (DBB, ACB, OREPAConv, OREPARepVGG, QARepVGGConv, RepVGGConv)
 KINDS = pytest.mark.parametrize('kind', BLOCKS, ids=lambda b: b.__name__)
 
 

@@ -1,0 +1,546 @@
+"""Merged networks as ONNX, TorchScript and torch.export files."""
+
+import builtins
+import copy
+import json
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from helpers import SINGLE, blocks_of, distance, image, randomize
+from mmengine.config import Config
+from networks import BN, CONFIGS, SHALLOW, SIZE
+from torch import nn
+
+from mmdbb import DBB, reparameterize
+from mmdbb.blocks import OREPAConv, OREPARepVGG
+from mmdbb.checkpoint.deploy import build_model
+from mmdbb.checkpoint.export import export_network, exportable
+from mmdbb.checkpoint.export_formats import FORMATS, ONNX_OPSET
+from mmdbb.checkpoint.export_modules import export_module, preprocessing
+from mmdbb.errors import UserError
+
+pytestmark = [
+    pytest.mark.usefixtures('quiet'),
+    pytest.mark.filterwarnings('ignore::DeprecationWarning'),
+    pytest.mark.filterwarnings('ignore::FutureWarning'),
+]
+CONV = dict(type='DBB')
+HEAD = dict(num_classes=2, in_channels=8, feat_channels=8, stacked_convs=1)
+
+
+def single_stage(kind, **head):
+    return dict(
+        type=kind,
+        backbone=dict(type='ResNet', conv_cfg=CONV, **SHALLOW),
+        neck=dict(type='FPN', in_channels=[8, 16], out_channels=8, num_outs=2),
+        bbox_head=dict(**HEAD, **head),
+    )
+
+
+def retinanet():
+    return single_stage('RetinaNet', type='RetinaHead', conv_cfg=CONV)
+
+
+def fcos():
+    # Without norm_on_bbox it exponentiates its boxes, and their roundings.
+    return single_stage(
+        'FCOS',
+        type='FCOSHead',
+        strides=[4, 8],
+        norm_cfg=BN,
+        norm_on_bbox=True,
+    )
+
+
+def cascade():
+    head = dict(
+        type='FCNHead',
+        in_channels=16,
+        in_index=1,
+        channels=8,
+        num_convs=1,
+        num_classes=3,
+        norm_cfg=BN,
+        conv_cfg=CONV,
+        align_corners=False,
+    )
+    second = dict(head, type='OCRHead', ocr_channels=8)
+    second.pop('num_convs')
+    return dict(
+        type='CascadeEncoderDecoder',
+        num_stages=2,
+        backbone=dict(type='ResNet', conv_cfg=CONV, **SHALLOW),
+        decode_head=[head, second],
+    )
+
+
+#: Name -> default scope and model of a config.
+MODELS = {
+    'fcos': ('mmdet', fcos),
+    'retinanet': ('mmdet', retinanet),
+    'cascade': ('mmseg', cascade),
+}
+
+
+@pytest.fixture(scope='module')
+def model_of():
+    """Networks with blocks by name, built once."""
+    built = {}
+
+    def build(name):
+        if name not in built:
+            if name in CONFIGS:
+                cfg = Config.fromstring(CONFIGS[name], '.py')
+            else:
+                scope, model = MODELS[name]
+                cfg = Config(dict(default_scope=scope, model=model()))
+            built[name] = randomize(build_model(cfg))
+        return built[name]
+
+    return build
+
+
+def run_onnx(path, images):
+    session = onnxruntime.InferenceSession(
+        path, providers=['CPUExecutionProvider']
+    )
+    names = [output.name for output in session.get_outputs()]
+    values = session.run(None, {'images': images.numpy()})
+    return dict(zip(names, map(torch.from_numpy, values)))
+
+
+def run_torchscript(path, images):
+    extra = {'mmdbb.json': ''}
+    outputs = torch.jit.load(path, _extra_files=extra)(images)
+    return dict(zip(json.loads(extra['mmdbb.json'])['outputs'], outputs))
+
+
+def run_torch_export(path, images):
+    extra = {'mmdbb.json': ''}
+    outputs = torch.export.load(path, extra_files=extra).module()(images)
+    return dict(zip(json.loads(extra['mmdbb.json'])['outputs'], outputs))
+
+
+RUN = {
+    'onnx': run_onnx,
+    'torchscript': run_torchscript,
+    'torch.export': run_torch_export,
+}
+
+
+def expected_of(model, images, head):
+    """The host's own answer, from the network with its blocks."""
+    with torch.no_grad():
+        if hasattr(model, 'decode_head') or not hasattr(model, 'extract_feat'):
+            y = model(images)
+            return [y] if isinstance(y, torch.Tensor) else list(y)
+        if hasattr(model, 'head'):
+            return [model.head(model.extract_feat(images))]
+        features = model.extract_feat(images)
+        if not head:
+            return list(features)
+        if hasattr(model, 'bbox_head'):
+            maps = model.bbox_head(features)
+            return [level for levels in maps for level in levels]
+        maps = model.rpn_head(features)
+        return [*features, *(level for levels in maps for level in levels)]
+
+
+FEATURES = ['feature_0', 'feature_1']
+RPN = [f'{kind}_{i}' for kind in ('cls_scores', 'bbox_preds') for i in (0, 1)]
+#: Network, head, names of the outputs.
+CASES = [
+    ('classifier', False, ['logits']),
+    ('segmentor', False, ['logits']),
+    ('detector', False, [*FEATURES, 'feature_2']),
+    (
+        'detector',
+        True,
+        [
+            *(f'feature_{i}' for i in range(3)),
+            *(f'cls_scores_{i}' for i in range(3)),
+            *(f'bbox_preds_{i}' for i in range(3)),
+        ],
+    ),
+]
+MORE_CASES = [
+    ('cascade', False, ['logits']),
+    ('retinanet', False, FEATURES),
+    ('retinanet', True, RPN),
+    ('fcos', True, [*RPN, 'centernesses_0', 'centernesses_1']),
+]
+
+
+@pytest.mark.parametrize(
+    ('format', 'name', 'head', 'names'),
+    [
+        *((f, *case) for f in FORMATS for case in CASES),
+        *(('torchscript', *case) for case in MORE_CASES),
+        ('onnx', *MORE_CASES[2]),
+    ],
+)
+def test_file_gives_what_the_network_gives(
+    format, name, head, names, model_of, tmp_path
+):
+    model = model_of(name)
+    out = str(tmp_path / f'net{FORMATS[format].suffix}')
+    result = export_network(model, out, format, SIZE, head=head)
+    assert result.path == out and list(result.outputs) == names
+    assert result.blocks == len(blocks_of(model)) > 0
+    assert result.difference.largest < SINGLE
+    assert list(result.difference.compared) == names
+    # Again, and with batches of other sizes than it was traced with.
+    for count in (1, 4):
+        images = image(count, 3, *SIZE, seed=count, dtype=torch.float32)
+        found = RUN[format](out, images)
+        expected = expected_of(model, images, head)
+        assert list(found) == names and len(expected) == len(names)
+        for (key, y), expect in zip(found.items(), expected):
+            assert distance(y, expect) < SINGLE, key
+            assert tuple(y.shape[1:]) == result.outputs[key]
+
+
+@pytest.fixture(scope='module')
+def onnx_file(model_of, tmp_path_factory):
+    path = str(tmp_path_factory.mktemp('onnx') / 'net.onnx')
+    return path, export_network(model_of('segmentor'), path, 'onnx', SIZE)
+
+
+def test_onnx_model_is_clean(onnx_file):
+    path, _ = onnx_file
+    loaded = onnx.load(path)
+    onnx.checker.check_model(loaded, full_check=True)
+    kinds = [node.op_type for node in loaded.graph.node]
+    assert 'BatchNormalization' not in kinds and 'Identity' not in kinds
+    assert not [node for node in loaded.graph.node if node.metadata_props]
+    assert [o.version for o in loaded.opset_import] == [ONNX_OPSET]
+    for value in (*loaded.graph.input, *loaded.graph.output):
+        assert value.type.tensor_type.shape.dim[0].dim_param == 'batch'
+    # Parts of the network that are for training are left out.
+    assert not [i for i in loaded.graph.initializer if 'auxiliary' in i.name]
+
+
+def test_files_name_no_path_of_this_machine(model_of, tmp_path):
+    for format, kind in FORMATS.items():
+        out = tmp_path / f'net{kind.suffix}'
+        export_network(model_of('classifier'), str(out), format, SIZE)
+        data = out.read_bytes()
+        for path in (nn.__file__, export_network.__code__.co_filename):
+            assert path.encode() not in data, format
+
+
+def test_metadata_says_what_to_do_with_images(onnx_file):
+    path, result = onnx_file
+    props = {p.key: p.value for p in onnx.load(path).metadata_props}
+    said = json.loads(props['mmdbb'])
+    assert said.pop('opset') == ONNX_OPSET
+    assert said == json.loads(json.dumps(result.metadata))
+    assert said['merged_blocks'] == result.blocks
+    assert said['outputs'] == ['logits']
+    assert said['input'] == dict(
+        name='images',
+        shape=['batch', 3, *SIZE],
+        mean=[120.0] * 3,
+        std=[60.0] * 3,
+        channel_order='BGR',
+    )
+
+
+def test_onnx_from_pixels_by_the_metadata_alone(onnx_file, model_of):
+    """What the docs tell a user to do is what the host does."""
+    path, result = onnx_file
+    say = result.metadata['input']
+    pixels = np.random.default_rng(0).integers(0, 256, (*SIZE, 3), np.uint8)
+    x = pixels[..., ::-1] if say['channel_order'] == 'RGB' else pixels
+    x = (x - np.float32(say['mean'])) / np.float32(say['std'])
+    x = torch.from_numpy(x.transpose(2, 0, 1)[None].copy())
+    model = model_of('segmentor')
+    chw = torch.from_numpy(pixels.transpose(2, 0, 1).copy())
+    host = copy.deepcopy(model.data_preprocessor)
+    host.size = SIZE
+    with torch.no_grad():
+        expected = model(host(dict(inputs=[chw]))['inputs'])
+    assert distance(run_onnx(path, x)['logits'], expected) < SINGLE
+
+
+def test_preprocessing_of_hosts(model_of):
+    assert preprocessing(model_of('classifier'))['channel_order'] == 'RGB'
+    assert preprocessing(model_of('detector'))['channel_order'] == 'BGR'
+    assert preprocessing(nn.Conv2d(3, 4, 1)) == dict(
+        mean=None, std=None, channel_order=None
+    )
+
+
+# The network
+
+
+class Backbone(nn.Module):
+    """One or several features, in the three ways that networks give them."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+        self.one = nn.Sequential(
+            DBB(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()
+        )
+        self.two = DBB(4, 4, 3, padding=1)
+        self.for_training = nn.Linear(1000, 1000)
+
+    def forward(self, x):
+        a = self.one(x)
+        b = self.two(a)
+        return {
+            'tensor': b,
+            'single': (b,),
+            'tuple': (a, b),
+            'dict': dict(low=a, high=b),
+        }[self.how]
+
+
+@pytest.mark.parametrize(
+    ('how', 'names'),
+    [
+        ('tensor', ['output']),
+        ('single', ['output']),
+        ('tuple', ['output_0', 'output_1']),
+        ('dict', ['output_low', 'output_high']),
+    ],
+)
+def test_any_network(how, names, tmp_path):
+    model = randomize(Backbone(how)).double()
+    out = tmp_path / 'net.pt'
+    result = export_network(model, out, 'torchscript', (6, 7))
+    assert list(result.outputs) == names
+    assert out.stat().st_size < 100_000  # without what is for training
+    x = image(2, 3, 6, 7)
+    found = run_torchscript(str(out), x.float())
+    expected = model.eval()(x)
+    if isinstance(expected, dict):
+        expected = tuple(expected.values())
+    expected = expected if isinstance(expected, tuple) else (expected,)
+    for y, expect in zip(found.values(), expected):
+        assert distance(y, expect) < SINGLE
+
+
+def test_network_is_unchanged(tmp_path):
+    model = randomize(Backbone('tensor')).train()
+    model.one[1].eval()
+    state = copy.deepcopy(model.state_dict())
+    modes = [module.training for module in model.modules()]
+    export_network(model, str(tmp_path / 'net.pt'), 'torchscript', (6, 7))
+    assert [module.training for module in model.modules()] == modes
+    assert len(blocks_of(model)) == 2 and model.for_training is not None
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, state[name]), name
+
+
+def test_merged_network(tmp_path):
+    model = reparameterize(randomize(Backbone('tensor')))
+    out = str(tmp_path / 'net.pt')
+    result = export_network(model, out, 'torchscript', (6, 7))
+    assert result.blocks == 0
+    assert result.difference.largest < SINGLE
+
+
+@pytest.mark.parametrize('fold', [True, False])
+def test_norms_are_folded_if_asked(fold):
+    module, blocks = exportable(randomize(Backbone('tensor')), fold_norms=fold)
+    assert blocks == 2
+    norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert len(norms) == (not fold)
+    assert not module.training and not blocks_of(module)
+
+
+def test_says_that_it_merged(tmp_path, monkeypatch):
+    import mmdbb.checkpoint.export as export
+
+    said = []
+    monkeypatch.setattr(export, 'print_log', lambda text, _: said.append(text))
+    model = randomize(Backbone('tensor'))
+    export_network(model, str(tmp_path / 'net.pt'), 'torchscript', (6, 7))
+    assert said == ['merged 2 blocks of a copy of the network for the export']
+
+
+def test_given_images_are_compared_too(tmp_path):
+    model = randomize(Backbone('tensor'))
+    out = str(tmp_path / 'net.pt')
+    bad = torch.full((1, 3, 6, 7), float('nan'))
+    with pytest.raises(UserError, match='differs by inf'):
+        export_network(model, out, 'torchscript', (6, 7), images=bad)
+    good = image(2, 3, 6, 7)
+    export_network(model, out, 'torchscript', (6, 7), images=good)
+
+
+# Torch's exporters called on a network that is not merged
+
+
+@pytest.mark.parametrize('block', [DBB, OREPAConv, OREPARepVGG])
+@pytest.mark.parametrize('format', FORMATS)
+def test_exporting_unmerged_blocks_directly_is_correct(
+    format, block, tmp_path
+):
+    """Slower to run than merged, but never another function."""
+    kind = FORMATS[format]
+    block = block(3, 4, 3, padding=1)
+    model = randomize(nn.Sequential(block, nn.ReLU())).eval()
+    module = export_module(model)
+    out = str(tmp_path / f'net{kind.suffix}')
+    with torch.no_grad():
+        kind.write(
+            module,
+            torch.zeros(2, 3, 6, 7),
+            ['output'],
+            dict(outputs=['output']),
+            out,
+        )
+        x = image(3, 3, 6, 7, dtype=torch.float32)
+        expected = block.to_conv()(x).relu()
+        # The recording leaves nothing behind in the block.
+        assert distance(model(x), expected) < SINGLE
+        found = RUN[format](out, x)['output']
+    assert distance(found, expected) < SINGLE
+
+
+# Nothing wrong is written
+
+
+def refused(match, *args, **kwargs):
+    with pytest.raises(UserError, match=match):
+        export_network(*args, **kwargs)
+
+
+@pytest.fixture
+def net():
+    return randomize(Backbone('tensor'))
+
+
+@pytest.mark.parametrize('format', FORMATS)
+def test_wrong_suffix(net, format, tmp_path):
+    suffix = FORMATS[format].suffix.replace('.', '[.]')
+    match = f'{format} must end in {suffix}, got .*net.pth'
+    refused(match, net, str(tmp_path / 'net.pth'), format)
+    assert not list(tmp_path.iterdir())
+
+
+def test_unknown_format(net, tmp_path):
+    match = "one of onnx, torchscript, torch.export; got 'tflite'"
+    refused(match, net, str(tmp_path / 'net.tflite'), 'tflite')
+
+
+@pytest.mark.parametrize('missing', FORMATS['onnx'].packages)
+def test_missing_package(net, missing, tmp_path, monkeypatch):
+    """The packages are optional: a missing one says how to get it."""
+    import importlib
+
+    real = importlib.import_module
+
+    def without(name, *args):
+        if name == missing:
+            raise ModuleNotFoundError(f'No module named {name}', name=name)
+        return real(name, *args)
+
+    monkeypatch.setattr(importlib, 'import_module', without)
+    match = rf'{missing}: pip install "mmdbb\[formats\]"'
+    refused(match, net, str(tmp_path / 'net.onnx'), 'onnx')
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_packages_are_not_asked_for(net, tmp_path, monkeypatch):
+    real = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        assert name.partition('.')[0] not in ('onnx', 'onnxruntime'), name
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, '__import__', without)
+    export_network(net, str(tmp_path / 'net.pt'), 'torchscript', (6, 7))
+
+
+def test_existing_file(net, tmp_path):
+    out = tmp_path / 'net.pt'
+    out.write_text('precious')
+    refused('output exists', net, str(out), 'torchscript', (6, 7))
+    assert out.read_text() == 'precious'
+    export_network(net, str(out), 'torchscript', (6, 7), overwrite=True)
+    assert out.read_bytes()[:2] == b'PK'
+
+
+@pytest.mark.parametrize('tolerance', [0.0, 1e-12])
+def test_difference_above_the_tolerance(net, tolerance, tmp_path):
+    out = str(tmp_path / 'net.pt')
+    match = 'more than the tolerance .*in output.*nothing written'
+    refused(match, net, out, 'torchscript', (16, 17), tolerance=tolerance)
+    assert not list(tmp_path.iterdir())
+
+
+def test_wrong_norm_fold_is_found(tmp_path):
+    """mmcv fuses by the order of attributes; verification does not."""
+
+    class Crossed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 1)
+            self.norm = nn.BatchNorm2d(3)
+
+        def forward(self, x):
+            return self.conv(self.norm(x))
+
+    model = randomize(Crossed())
+    out = str(tmp_path / 'net.pt')
+    refused('differs by', model, out, 'torchscript', (6, 7))
+    export_network(model, out, 'torchscript', (6, 7), fold_norms=False)
+
+
+def test_head_of_what_is_no_detector(net, model_of, tmp_path):
+    out = str(tmp_path / 'net.onnx')
+    match = 'head=True is for detectors, not for {}'
+    refused(match.format('Backbone'), net, out, head=True)
+    segmentor = model_of('segmentor')
+    refused(match.format('EncoderDecoder'), segmentor, out, head=True)
+
+
+def test_detector_without_dense_head(model_of, tmp_path):
+    model = copy.deepcopy(model_of('detector'))
+    del model.rpn_head
+    out = str(tmp_path / 'net.onnx')
+    refused('has no dense head', model, out, head=True)
+
+
+def test_image_size_that_does_not_fit(tmp_path):
+    model = nn.Sequential(DBB(3, 4, 3))
+    out = str(tmp_path / 'net.pt')
+    match = r'cannot be run on images of shape \(1, 3, 2, 2\)'
+    refused(match, model, out, 'torchscript', (2, 2))
+
+
+def test_images_of_another_size(net, tmp_path):
+    out = str(tmp_path / 'net.pt')
+    match = r'images must be of shape \(N, 3, 6, 7\)'
+    x = torch.zeros(1, 3, 6, 6)
+    refused(match, net, out, 'torchscript', (6, 7), images=x)
+
+
+class Odd(nn.Module):
+    def forward(self, x):
+        return x, 'text'
+
+
+def test_outputs_that_are_no_tensors(tmp_path):
+    out = str(tmp_path / 'net.pt')
+    refused('returns a str', Odd(), out, 'torchscript', (6, 7))
+
+
+class Branching(nn.Module):
+    def forward(self, x):
+        return x if x.sum() > 0 else -x
+
+
+@pytest.mark.parametrize('format', ['onnx', 'torch.export'])
+def test_network_that_cannot_be_exported(format, tmp_path):
+    out = str(tmp_path / f'net{FORMATS[format].suffix}')
+    match = f'Branching cannot be exported as {format}: '
+    refused(match, Branching(), out, format, (6, 7))
+    assert not list(tmp_path.iterdir())
