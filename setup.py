@@ -43,6 +43,12 @@ EXTRAS = {
         'matplotlib>=3.6',
         'rich>=13',
     ],
+    'formats': [
+        'onnx>=1.15',
+        'onnxruntime>=1.17',
+        'onnxscript>=0.1',
+        'safetensors>=0.4',
+    ],
     'tests': ['pytest>=7.4', 'hypothesis>=6.80', 'ruff>=0.5'],
 }
 
