@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from mmdbb.blocks.base import ReparamConv2d
-from mmdbb.blocks.branch_sum import BranchSumConv2d
 
 
 def find_blocks(model: nn.Module) -> Dict[str, ReparamConv2d]:
@@ -83,15 +82,13 @@ def reparameterize(
 
 @contextlib.contextmanager
 def literal_forward(model: nn.Module) -> Iterator[nn.Module]:
-    """Within the context, branch sums compute their branches literally.
+    """Within the context, blocks compute their branches literally.
 
     For verification: it compares different computations only if one side is
     the plain sum of branches.
     """
     blocks = [
-        block
-        for block in find_blocks(model).values()
-        if isinstance(block, BranchSumConv2d) and not block.deploy
+        block for block in find_blocks(model).values() if not block.deploy
     ]
     for block in blocks:
         block.forward_train = block.forward_branches

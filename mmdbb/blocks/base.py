@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Callable, Iterator, Union
+import sys
+from typing import Callable, Iterator, Tuple, Union
 
 import torch
 from mmengine.model import BaseModule, initialize
 from torch import Tensor, nn
 
+from mmdbb.blocks.fusing import refuse_wrong_fusion
 from mmdbb.branches.base import leaf_dtype
 from mmdbb.geometry import ConvSpec, IntPair
 from mmdbb.transforms import KernelBias
@@ -91,6 +93,10 @@ class ReparamConv2d(BaseModule):
 
     def forward_train(self, x: Tensor) -> Tensor:
         """The block before merging, in training and in eval mode."""
+        raise NotImplementedError
+
+    def forward_branches(self, x: Tensor) -> Tensor:
+        """The same, each branch by itself: the reference for verification."""
         raise NotImplementedError
 
     def get_equivalent_kernel_bias(self) -> KernelBias:
@@ -198,6 +204,17 @@ class ReparamConv2d(BaseModule):
     def __getstate__(self) -> dict:
         # Copies and pickles compose their own kernel.
         return dict(self.__dict__, _kept_kernel=None)
+
+    def named_children(self) -> Iterator[Tuple[str, nn.Module]]:
+        """As of any module.
+
+        Raises:
+            ValueError: If mmcv's ``fuse_conv_bn`` asks, which would fuse the
+                norm behind this block into a convolution before it.
+        """
+        if not self.deploy:
+            refuse_wrong_fusion(self, sys._getframe(1))
+        return super().named_children()
 
     def extra_repr(self) -> str:
         spec = self.spec

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mmdbb.blocks.base import ReparamConv2d
 from mmdbb.blocks.kept import kept_kernel
-from mmdbb.branches.norm import is_compiling
+from mmdbb.branches.norm import is_recording
 from mmdbb.geometry import ConvSpec, convolve
 from mmdbb.kernels import GeneratedKernel
 from mmdbb.transforms import KernelBias
@@ -63,11 +63,23 @@ class GeneratedKernelConv2d(ReparamConv2d):
         needs_grad = torch.is_grad_enabled() and any(
             p.requires_grad for p in self.parameters()
         )
-        if needs_grad or x.device.type != 'cpu' or is_compiling():
+        if needs_grad or x.device.type != 'cpu' or is_recording():
             kernel, bias = self.generator(), self.bias
         else:
             kernel, bias = kept_kernel(self)
         return convolve(x, kernel, bias, self.spec)
+
+    def forward_branches(self, x: Tensor) -> Tensor:
+        """The branches of the kernel on images, summed: a reference.
+
+        Args:
+            x: Images of shape (N, in, H, W).
+
+        Returns:
+            Tensor: Shape (N, out, H', W').
+        """
+        y = self.generator.forward_branches(x)
+        return y if self.bias is None else y + self.bias.reshape(-1, 1, 1)
 
     def _compose(self) -> KernelBias:
         kernel, bias = self.generator(), self.bias

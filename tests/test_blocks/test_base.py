@@ -12,6 +12,7 @@ from torch import nn
 from mmdbb.blocks import (
     ACB,
     DBB,
+    BranchSumConv2d,
     OREPAConv,
     OREPARepVGG,
     QARepVGGConv,
@@ -21,6 +22,8 @@ from mmdbb.blocks import (
 
 BLOCKS = (DBB, ACB, OREPAConv, OREPARepVGG, QARepVGGConv, RepVGGConv)
 KINDS = pytest.mark.parametrize('kind', BLOCKS, ids=lambda b: b.__name__)
+SUMS = [kind for kind in BLOCKS if issubclass(kind, BranchSumConv2d)]
+NORMED = pytest.mark.parametrize('kind', SUMS, ids=lambda b: b.__name__)
 
 
 def build(kind=DBB, dtype=torch.float64, **arguments):
@@ -308,7 +311,7 @@ def test_autocast(kind, training):
     with torch.autocast('cpu', dtype=torch.bfloat16):
         y = block(x)
     # As in the papers' code, a norm or nothing keeps its input's precision.
-    wide = kind in (QARepVGGConv, RepVGGConv)
+    wide = issubclass(kind, (QARepVGGConv, RepVGGConv))
     expected = torch.float32 if wide else torch.bfloat16
     assert y.dtype == expected
     y.float().square().mean().backward()
@@ -321,7 +324,7 @@ def test_autocast(kind, training):
 
 def test_forward_moves_nothing_between_devices():
     """No constant is kept in a buffer, nor copied in forward."""
-    for kind in BLOCKS:
+    for kind in (DBB, ACB, QARepVGGConv, RepVGGConv):
         block = kind(4, 4, 3, padding=1)
         allowed = ('running_mean', 'running_var', 'num_batches_tracked')
         for name, _ in block.named_buffers():
@@ -360,7 +363,7 @@ def test_norms_are_real_batch_norms():
                 assert type(module) is nn.BatchNorm2d
 
 
-@KINDS
+@NORMED
 def test_sync_bn_merges(kind):
     block = build(kind, norm_cfg=dict(type='SyncBN'))
     norms = [m for m in block.modules() if isinstance(m, nn.SyncBatchNorm)]
@@ -395,7 +398,7 @@ def test_converted_norms_merge(kind, convert):
     assert distance(block.to_conv()(x), expected) < EXACT
 
 
-@KINDS
+@NORMED
 def test_affine_false_merges(kind):
     block = build(kind, norm_cfg=dict(type='BN', affine=False))
     x = image(2, 4, 5, 6)
@@ -404,7 +407,7 @@ def test_affine_false_merges(kind):
     assert distance(block(x), expected) < EXACT
 
 
-@KINDS
+@NORMED
 def test_no_running_statistics_says_why_not(kind):
     with pytest.raises(ValueError, match='function depends on the batch'):
         kind(4, 4, 3, norm_cfg=dict(type='BN', track_running_stats=False))

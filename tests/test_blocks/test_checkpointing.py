@@ -7,7 +7,14 @@ import torch
 from helpers import EXACT, distance, image, randomize
 from torch.utils.checkpoint import checkpoint
 
-from mmdbb.blocks import ACB, DBB, QARepVGGConv, RepVGGConv
+from mmdbb.blocks import (
+    ACB,
+    DBB,
+    OREPAConv,
+    OREPARepVGG,
+    QARepVGGConv,
+    RepVGGConv,
+)
 from mmdbb.branches.norm import run_norm
 
 
@@ -19,7 +26,9 @@ def step(block, x, run):
     return y, dict(grads, input=x.grad), dict(block.named_buffers())
 
 
-@pytest.mark.parametrize('kind', [DBB, ACB, QARepVGGConv, RepVGGConv])
+@pytest.mark.parametrize(
+    'kind', [DBB, ACB, OREPAConv, OREPARepVGG, QARepVGGConv, RepVGGConv]
+)
 @pytest.mark.parametrize('reentrant', [True, False])
 @pytest.mark.parametrize('groups', [1, 4])
 def test_checkpointed_block(kind, reentrant, groups):

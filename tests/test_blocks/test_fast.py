@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from mmdbb import ACB, DBB, QARepVGGConv, RepVGGConv
+from mmdbb import ACB, DBB, OREPARepVGG, QARepVGGConv, RepVGGConv
 from mmdbb.blocks import BranchSumConv2d
 from mmdbb.blocks.fast import fast_forward, moments_of
 
@@ -20,6 +20,7 @@ BLOCKS = dict(
     acb=ACB,
     repvgg=RepVGGConv,
     qarepvgg=QARepVGGConv,
+    orepa_repvgg=OREPARepVGG,
     # The input itself comes first, and a norm behind padded borders.
     normed=lambda *a, **k: BranchSumConv2d(
         *a, branches=_with_identity(*a, **k), sum_norm=True, **k

@@ -14,11 +14,19 @@ from helpers import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmdbb.blocks import ACB, DBB, BranchSumConv2d, QARepVGGConv, RepVGGConv
+from mmdbb.blocks import (
+    ACB,
+    DBB,
+    BranchSumConv2d,
+    OREPAConv,
+    OREPARepVGG,
+    QARepVGGConv,
+    RepVGGConv,
+)
 from mmdbb.geometry import ConvSpec
 from mmdbb.registry import BRANCHES
 
-BLOCKS = (DBB, ACB, QARepVGGConv, RepVGGConv)
+BLOCKS = (DBB, ACB, OREPAConv, OREPARepVGG, QARepVGGConv, RepVGGConv)
 
 
 def check(block, shape, tolerance, dtype):

@@ -1,6 +1,7 @@
 """The papers' released code, number by number (see tests/data)."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,9 @@ from helpers import EXACT
 import mmdbb
 
 DATA = Path(__file__).resolve().parents[1] / 'data'
-FILES = ('dbb', 'acb', 'repvgg')
+# All cases, where the folder is there that the data were taken from.
+DATA = Path(os.environ.get('MMDBB_REFERENCE') or DATA)
+FILES = ('dbb', 'acb', 'orepa', 'repvgg')
 META = {
     name: json.loads((DATA / f'{name}.json').read_text()) for name in FILES
 }
@@ -47,7 +50,7 @@ class Reference:
         for theirs, ours in self.block.names:
             if name.startswith(theirs):
                 return ours + name[len(theirs) :]
-        raise KeyError(name)
+        return name
 
     def step(self):
         """One training step: output and gradient of the input."""
@@ -95,6 +98,9 @@ def test_training_step(reference):
     family = max(g.abs().max() for g in grads.values())
     for name, expected in grads.items():
         found = parameters[reference.ours(name)].grad
+        if name == 'rbr_dense.vector':  # its sixth row is never read
+            assert not expected[5:].any()
+            expected = expected[:5]
         largest = expected.abs().max()
         scale = family if largest < 1e-3 * family else largest
         assert_close(found, expected, f'gradient of {name}', scale)

@@ -1,0 +1,64 @@
+# Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
+"""What composes a kernel at every forward pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mmdbb.geometry import ConvSpec
+
+
+class GeneratedKernel(nn.Module):
+    """Base: calling it composes the kernel, (out, in / groups, kH, kW).
+
+    Args:
+        spec: Geometry of the convolution.
+    """
+
+    def __init__(self, spec: ConvSpec) -> None:
+        super().__init__()
+        self.spec = spec
+
+    def forward(self) -> Tensor:
+        """The kernel, differentiable, in the parameters' own precision."""
+        device = next(self.parameters()).device.type
+        if device == 'meta':  # which has no autocast
+            return self.compose()
+        # Under autocast only the convolution that reads it is in half.
+        with torch.autocast(device, enabled=False):
+            return self.compose()
+
+    def compose(self) -> Tensor:
+        """The kernel."""
+        raise NotImplementedError
+
+    def forward_branches(self, x: Tensor) -> Tensor:
+        """The branches' own convolutions on images, summed: a reference.
+
+        It computes what one convolution with :meth:`compose`'s kernel does,
+        in another way, for tests and for verification.
+
+        Args:
+            x: Images of shape (N, in, H, W).
+
+        Returns:
+            Tensor: Shape (N, out, H', W').
+        """
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def init_gamma(self, value: float) -> None:
+        """Set all scales of the branches."""
+        self.scale.fill_(value)
+
+    @torch.no_grad()
+    def single_init(self) -> None:
+        """Start as the original kernel alone: scales 1, 0, 0, ..."""
+        self.init_gamma(0.0)
+        self.scale[0].fill_(1.0)
+
+    def _kernel(self, *shape: int, a: float = 0.0) -> nn.Parameter:
+        kernel = nn.Parameter(torch.empty(*shape))
+        nn.init.kaiming_uniform_(kernel, a=a)
+        return kernel

@@ -1,0 +1,122 @@
+# Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
+"""OREPA's form for large kernels: a stack of 3x3 kernels.
+
+The deep stem of the OREPA paper (CVPR 2022, sec. 4.1) and of its code.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Tuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmdbb.geometry import ConvSpec, pad2d
+from mmdbb.kernels.base import GeneratedKernel
+from mmdbb.kernels.kxk import KxKKernel
+from mmdbb.transforms import compose_stack
+
+
+class StackedKernel(GeneratedKernel):
+    """A stack of 3x3 kernels: the form for square kernels from 7x7 on.
+
+    Args:
+        spec: Geometry of the convolution; the kernel is square and odd.
+        generated: Whether the 3x3 kernels are :class:`KxKKernel`, or plain
+            parameters (``OREPA_LargeConvBase`` of the paper's code).
+        flip: Whether the result is the kernel of the stacked convolutions.
+            The paper's code does not flip the kernels as that would need;
+            its checkpoints ask for False.
+
+    Raises:
+        ValueError: If the kernel is no stack of 3x3 kernels.
+    """
+
+    def __init__(
+        self, spec: ConvSpec, generated: bool = True, flip: bool = False
+    ) -> None:
+        super().__init__(spec)
+        self.flip = flip
+        if not self.serves(spec.kernel_size):
+            raise ValueError(
+                'a stack of 3x3 kernels is square with an odd side of at '
+                f'least 5, got kernel_size={spec.kernel_size}'
+            )
+        layers = (spec.kernel_size[0] - 1) // 2
+        inside, layer_list = spec.in_channels, []
+        for _ in range(layers):
+            layer = ConvSpec(
+                inside, spec.out_channels, 3, padding=1, groups=spec.groups
+            )
+            layer_list.append(
+                KxKKernel(layer) if generated else PlainKernel(layer)
+            )
+            inside = spec.out_channels
+        self.layers = nn.ModuleList(layer_list)
+
+    @staticmethod
+    def serves(kernel_size: Tuple[int, int]) -> bool:
+        """Whether a kernel of this size is a stack of 3x3 kernels."""
+        height, width = kernel_size
+        return height == width and height % 2 == 1 and height >= 5
+
+    def compose(self) -> Tensor:
+        """The kernel, (out, in / groups, k, k)."""
+        first, *others = (layer.compose() for layer in self.layers)
+        kernel = first
+        for other in others:
+            kernel = compose_stack(
+                kernel, other, self.spec.groups, flip=self.flip
+            )
+        return kernel
+
+    def forward_branches(self, x: Tensor) -> Tensor:
+        """See :meth:`GeneratedKernel.forward_branches`."""
+        spec = self.spec
+        x = pad2d(x, spec.pads, spec.padding_mode)
+        for i, layer in enumerate(self.layers):
+            kernel = layer.compose()
+            if i and not self.flip:
+                kernel = kernel.flip(2, 3)
+            last = i == len(self.layers) - 1
+            x = F.conv2d(
+                x,
+                kernel,
+                stride=spec.stride if last else 1,
+                dilation=spec.dilation,
+                groups=spec.groups,
+            )
+        return x
+
+    def init_gamma(self, value: float) -> None:
+        """Set all scales of all layers' branches."""
+        for layer in self.layers:
+            layer.init_gamma(value)
+
+    def single_init(self) -> None:
+        """Start as the stack of the original kernels."""
+        for layer in self.layers:
+            layer.single_init()
+
+
+class PlainKernel(GeneratedKernel):
+    """A kernel that is a parameter.
+
+    Args:
+        spec: Geometry of the convolution.
+    """
+
+    def __init__(self, spec: ConvSpec) -> None:
+        super().__init__(spec)
+        self.weight = self._kernel(*spec.kernel_shape, a=math.sqrt(5))
+
+    def compose(self) -> Tensor:
+        """The kernel, (out, in / groups, kH, kW)."""
+        return self.weight
+
+    def init_gamma(self, value: float) -> None:
+        """Nothing: there are no scales."""
+
+    def single_init(self) -> None:
+        """Nothing: it is the original kernel alone."""

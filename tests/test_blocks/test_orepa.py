@@ -1,0 +1,244 @@
+"""OREPA as a layer of configs, and the papers' classes around it."""
+
+import copy
+import inspect
+
+import pytest
+import torch
+from helpers import EXACT, distance, image, randomize
+from mmcv.cnn import ConvModule, build_conv_layer
+from torch import nn
+
+import mmdbb
+from mmdbb import (
+    OREPA,
+    OREPA_1x1,
+    OREPA_LargeConv,
+    OREPA_LargeConvBase,
+    OREPAConv,
+    OREPARepVGG,
+    RepVGGBlock,
+    RepVGGBlock_OREPA,
+    RepVGGConv,
+)
+from mmdbb.kernels import KxKKernel, PointwiseKernel, StackedKernel
+
+FORMS = {
+    1: PointwiseKernel,
+    (1, 1): PointwiseKernel,
+    2: KxKKernel,
+    3: KxKKernel,
+    (1, 7): KxKKernel,
+    5: KxKKernel,
+    7: StackedKernel,
+    8: KxKKernel,
+    9: StackedKernel,
+    (7, 9): KxKKernel,
+}
+
+
+@pytest.mark.parametrize('size', FORMS)
+def test_the_form_follows_from_the_size(size):
+    block = build_conv_layer(dict(type='OREPA'), 4, 6, size, bias=False)
+    assert type(block) is OREPAConv
+    assert type(block.generator) is FORMS[size]
+    assert block.generator().shape == nn.Conv2d(4, 6, size).weight.shape
+
+
+def test_no_norm_inside_and_the_hosts_norm_follows():
+    layer = ConvModule(
+        4, 6, 3, conv_cfg=dict(type='OREPA'), norm_cfg=dict(type='BN')
+    )
+    assert type(layer.conv) is OREPAConv
+    norms = [m for m in layer.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert norms == [layer.norm]
+    assert layer.conv.bias is None
+
+
+def test_options_of_the_config():
+    cfg = dict(type='OREPA', internal_channels=8, single_init=True)
+    block = build_conv_layer(cfg, 4, 6, 3)
+    assert block.generator.inner1.shape == (8, 4, 1, 1)
+    assert distance(block.generator(), block.generator.origin) < 1e-6
+    assert build_conv_layer(dict(type='OREPA', flip=True), 4, 6, 7)
+    with pytest.raises(TypeError, match='unknown keys .*branches'):
+        build_conv_layer(dict(type='OREPA', branches=['kxk']), 4, 6, 3)
+    plain = dict(type='OREPA', max_kernel_size=3)
+    assert type(build_conv_layer(plain, 4, 6, 7)) is nn.Conv2d
+
+
+@pytest.mark.parametrize('bias', [True, False])
+def test_bias(bias):
+    block = OREPAConv(4, 6, 3, bias=bias).double().eval()
+    if bias:
+        nn.init.normal_(block.bias)
+    x = image(2, 4, 7, 8)
+    expected = block.forward_branches(x)
+    assert distance(block(x), expected) < EXACT
+    assert distance(block.to_conv()(x), expected) < EXACT
+
+
+@torch.no_grad()
+def test_the_kept_kernel_follows_its_parameters():
+    block = OREPAConv(4, 6, 3).double().eval()
+    x = image(2, 4, 7, 8)
+    block(x)
+    kept = block._kept_kernel
+    block(x)
+    assert block._kept_kernel is kept
+    for name, value in block.state_dict().items():
+        value.data.add_(0.5)
+        assert distance(block(x), block.forward_branches(x)) < EXACT, name
+    assert copy.deepcopy(block)._kept_kernel is None
+
+
+def test_compiled_whole():
+    block = OREPAConv(4, 6, 3, padding=1)
+    compiled = torch.compile(block, fullgraph=True, backend='aot_eager')
+    x = image(2, 4, 7, 8, dtype=torch.float32)
+    for training in (True, False):
+        block.train(training)
+        y = compiled(x)
+        assert distance(y, block(x)) < 1e-5
+        grads = torch.autograd.grad(y.sum(), list(block.parameters()))
+        expected = torch.autograd.grad(
+            block(x).sum(), list(block.parameters())
+        )
+        for a, b in zip(grads, expected):
+            assert distance(a, b) < 1e-4
+
+
+# The papers' classes
+
+SIGNATURES = {
+    OREPA: (
+        'in_channels, out_channels, kernel_size, stride=1, padding=0, '
+        'dilation=1, groups=1, internal_channels_1x1_3x3=None, deploy=False, '
+        'nonlinear=None, single_init=False, weight_only=False, '
+        'init_hyper_para=1.0, init_hyper_gamma=1.0'
+    ),
+    OREPA_1x1: (
+        'in_channels, out_channels, kernel_size=1, stride=1, padding=0, '
+        'dilation=1, groups=1, deploy=False, nonlinear=None, '
+        'single_init=False'
+    ),
+    OREPA_LargeConvBase: (
+        'in_channels, out_channels, kernel_size, stride=1, padding=0, '
+        'dilation=1, groups=1, deploy=False, nonlinear=None, flip=False'
+    ),
+}
+
+
+@pytest.mark.parametrize('block', SIGNATURES, ids=lambda b: b.__name__)
+def test_arguments(block):
+    parameters = inspect.signature(block).parameters.values()
+    found = ', '.join(
+        p.name if p.default is p.empty else f'{p.name}={p.default!r}'
+        for p in parameters
+    )
+    assert found == SIGNATURES[block]
+
+
+def build(name, **kwargs):
+    size = 1 if name == 'OREPA_1x1' else 7 if 'Large' in name else 3
+    block = getattr(mmdbb, name)(4, 6, size, padding=size // 2, **kwargs)
+    return randomize(block.double()).eval()
+
+
+CLASSES = (
+    'OREPA',
+    'OREPA_1x1',
+    'OREPA_LargeConv',
+    'OREPA_LargeConvBase',
+    'RepVGGBlock_OREPA',
+)
+
+
+@pytest.mark.parametrize('name', CLASSES)
+@pytest.mark.parametrize('groups', [1, 2])
+def test_merging_folds_the_norm(name, groups):
+    """The paper's code crashes on groups of the large form."""
+    block = build(name, groups=groups)
+    x = image(2, 4, 9, 11)
+    expected = block(x)
+    kernel, bias = block.get_equivalent_kernel_bias()
+    assert kernel.requires_grad and bias.requires_grad
+    block.switch_to_deploy()
+    block.switch_to_deploy()  # on which the paper's code crashes
+    assert distance(block(x), expected) < EXACT
+    assert distance(block.block.weight, kernel) < EXACT
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in block.modules())
+    assert sum(p.numel() for p in block.parameters()) == (
+        kernel.numel() + bias.numel()
+    )
+
+
+@pytest.mark.parametrize('name', CLASSES)
+def test_built_merged_it_loads_what_was_merged(name):
+    block = build(name)
+    block.switch_to_deploy()
+    fresh = build(name, deploy=True)
+    fresh.load_state_dict(block.state_dict())
+    x = image(2, 4, 9, 11)
+    assert torch.equal(fresh(x), block(x))
+
+
+def test_weight_only():
+    block = OREPA(4, 6, 3, weight_only=True)
+    assert block.bn is None
+    assert torch.equal(block(), block.weight_gen())
+
+
+def test_kernel_size_of_the_1x1_form():
+    with pytest.raises(ValueError, match='must be 1, got 3'):
+        OREPA_1x1(4, 6, 3)
+
+
+def test_large_forms_take_odd_squares():
+    with pytest.raises(ValueError, match='odd side'):
+        OREPA_LargeConv(4, 6, 6)
+
+
+# RepVGG
+
+
+def custom_l2_of_the_paper(block, kernel):
+    """RepVGG paper's code: block.get_custom_L2(), for 3x3 kernels."""
+
+    def scale(norm):
+        std = (norm.running_var + norm.eps).sqrt()
+        return (norm.weight / std).reshape(-1, 1, 1, 1).detach()
+
+    branches = block.branches
+    dense = branches[block.dense_branch]
+    t3, t1 = scale(dense.norm), scale(branches['1x1'].norm)
+    centre = kernel[:, :, 1:2, 1:2]
+    circle = (kernel**2).sum() - (centre**2).sum()
+    equivalent = centre * t3 + branches['1x1'].conv.weight * t1
+    return (equivalent**2 / (t3**2 + t1**2)).sum() + circle
+
+
+@pytest.mark.parametrize('kind', [RepVGGConv, OREPARepVGG])
+def test_custom_l2(kind):
+    block = randomize(kind(4, 6, 3, padding=1).double())
+    dense = block.branches[block.dense_branch]
+    kernel = dense.generator() if kind is OREPARepVGG else dense.conv.weight
+    expected = custom_l2_of_the_paper(block, kernel)
+    assert distance(block.get_custom_L2(), expected) < EXACT
+    block.get_custom_L2().backward()
+    assert block.branches['1x1'].conv.weight.grad.abs().max() > 0
+    assert dense.norm.weight.grad is None
+
+
+def test_custom_l2_of_the_papers_classes():
+    for kind in (RepVGGBlock, RepVGGBlock_OREPA):
+        block = kind(4, 6, 3, padding=1)
+        expected = block.block.get_custom_L2()
+        assert torch.equal(block.get_custom_L2(), expected)
+
+
+def test_custom_l2_says_what_it_needs():
+    with pytest.raises(ValueError, match="the branch 'kxk', got .*'1x1'"):
+        RepVGGConv(4, 6, 3, branches=['1x1']).get_custom_L2()
+    with pytest.raises(ValueError, match='merged'):
+        RepVGGConv(4, 6, 3, deploy=True).get_custom_L2()
