@@ -1,9 +1,10 @@
-# ResNet-18-DBB on ImageNet, as trained for the paper (arXiv:2103.13425).
-# The numbers are those of the official code, github.com/DingXiaoH/
-# DiverseBranchBlock: `train.py` (defaults) and `utils.py`
-# (`strong_train_preprocess`, which it uses for ResNets).
-_base_ = 'mmpretrain::resnet/resnet18_8xb32_in1k.py'
-custom_imports = dict(imports=['mmdbb.backbones'], allow_failed_imports=False)
+# ResNet-18-DBB on ImageNet, as trained for the paper (arXiv:2103.13425). Its
+# code, github.com/DingXiaoH/DiverseBranchBlock, has stronger augmentation for
+# ResNets than for other networks: `utils.py`, `strong_train_preprocess`.
+_base_ = [
+    'mmpretrain::_base_/models/resnet18.py',
+    './_base_/imagenet_dbb.py',
+]
 
 model = dict(backbone=dict(type='mmpretrain.ResNetDBB'))
 
@@ -38,24 +39,4 @@ train_pipeline = [
     ),
     dict(type='PackInputs'),
 ]
-# train.py: 256 images a step, the base's 32 on each of 8 GPUs
 train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
-
-optim_wrapper = dict(
-    # train.py; the base's as well, written out because they are the paper's
-    optimizer=dict(type='SGD', lr=0.1, momentum=0.9, weight_decay=1e-4),
-    # train.py, sgd_optimizer: twice the rate for every parameter with `bias`
-    # in its name, those of norms too, and the same weight decay
-    paramwise_cfg=dict(custom_keys=dict(bias=dict(lr_mult=2.0))),
-)
-train_cfg = dict(max_epochs=120)  # train.py
-# train.py: cosine to zero, stepped every iteration, no warm-up
-param_scheduler = dict(
-    _delete_=True,
-    type='CosineAnnealingLR',
-    T_max=120,
-    eta_min=0.0,
-    by_epoch=True,
-    convert_to_iter_based=True,
-)
-auto_scale_lr = dict(base_batch_size=256)  # train.py

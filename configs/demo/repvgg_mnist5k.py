@@ -1,0 +1,21 @@
+"""Handwritten digits (MNIST-5k) with a narrow RepVGG, which has no shortcuts.
+
+The network whose merged form eight bits hurt most, see docs/quantization.md.
+The data come from `tools/prepare_demo_data.py --task classification`.
+"""
+
+_base_ = './resnet18_dbb_mnist5k.py'
+
+model = dict(
+    backbone=dict(
+        _delete_=True,
+        type='mmpretrain.ReparamRepVGG',
+        block=dict(type='RepVGGConv'),
+        arch=dict(
+            num_blocks=[2, 4, 6, 1],
+            width_factor=[0.25, 0.25, 0.25, 0.25],  # 16 to 128 channels
+            group_layer_map=None,
+            se_cfg=None,
+        ),
+    ),
+)

@@ -1,0 +1,7 @@
+# RepVGG-A2, otherwise as RepVGG-A0.
+_base_ = './repvgg-a0_plain_imagenet.py'
+
+model = dict(
+    backbone=dict(arch='A2'),
+    head=dict(in_channels=1408),
+)

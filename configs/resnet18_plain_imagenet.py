@@ -1,0 +1,10 @@
+# ResNet-18 without blocks on ImageNet, DBB's baseline: the same training
+# (`train.py -t base` of the DBB code).
+_base_ = './resnet18_dbb_imagenet.py'
+
+model = dict(
+    backbone=dict(
+        type='ResNet',
+        zero_init_residual=False,  # as the papers' code
+    ),
+)

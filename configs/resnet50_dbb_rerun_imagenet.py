@@ -1,0 +1,7 @@
+# ResNet-50 with DBB on ImageNet in OREPA's training, which compares the two so
+# (arXiv:2204.00826).
+#
+# Other than resnet50_dbb_imagenet.py, which follows the DBB paper.
+_base_ = './resnet50_orepa_imagenet.py'
+
+model = dict(backbone=dict(block=dict(_delete_=True, type='DBB')))
