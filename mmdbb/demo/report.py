@@ -4,12 +4,9 @@
 from __future__ import annotations
 
 import contextlib
-import statistics
-import time
 from pathlib import Path
-from typing import Callable, Dict, List, Sequence, Tuple
+from typing import Dict, Sequence
 
-import torch
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.registry import DATASETS
@@ -18,6 +15,7 @@ from torch import Tensor, nn
 from mmdbb.checkpoint.deploy import build_model, load_deployed
 from mmdbb.checkpoint.files import load_strictly, read_checkpoint
 from mmdbb.checkpoint.verify import compare_networks, network_outputs
+from mmdbb.engine.measure import interleaved_latency, print_table
 from mmdbb.errors import UserError
 
 
@@ -95,45 +93,6 @@ def preprocessed(model: nn.Module, dataset, indices: Sequence[int]) -> Tensor:
     """The images of a dataset as the network gets them, (N, C, H, W)."""
     data = pseudo_collate([dataset[i] for i in indices])
     return model.data_preprocessor(data, False)['inputs']
-
-
-@torch.no_grad()
-def interleaved_latency(
-    calls: List[Callable[[], object]], rounds: int = 15
-) -> List[float]:
-    """The median seconds of each call on one thread, all called in turn.
-
-    What else the machine does then touches all of them alike. The first two
-    rounds do not count.
-    """
-    seconds = [[] for _ in calls]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        for round_ in range(rounds + 2):
-            for call, taken in zip(calls, seconds):
-                start = time.perf_counter()
-                call()
-                if round_ >= 2:
-                    taken.append(time.perf_counter() - start)
-    finally:
-        torch.set_num_threads(threads)
-    return [statistics.median(taken) for taken in seconds]
-
-
-def print_table(
-    header: Tuple[str, ...], rows: List[Tuple[str, ...]], caption: str
-) -> None:
-    """Print rows of text as a table, numbers to the right."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*header, caption=caption, caption_justify='left')
-    for column in table.columns[1:]:
-        column.justify = 'right'
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table)
 
 
 def _count(model: nn.Module) -> int:

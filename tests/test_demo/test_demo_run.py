@@ -7,7 +7,7 @@ import pytest
 
 from mmdbb.demo import run
 from mmdbb.demo.progress import Progress, summary
-from mmdbb.demo.report import interleaved_latency
+from mmdbb.engine.measure import interleaved_latency
 from mmdbb.errors import UserError
 
 HOME = Path(__file__).resolve().parents[2]
