@@ -151,7 +151,7 @@ def deploy_checkpoint(
         difference,
         tolerance,
         merged.structure,
-        merged.blocks - len(merged.merged),
+        merged.left,
         merged.weights,
     )
 

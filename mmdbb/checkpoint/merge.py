@@ -46,7 +46,7 @@ class Merged(NamedTuple):
         structure: ``stock``; ``fused`` if norms are folded too; ``partial``
             if blocks are left.
         merged: Names of the blocks merged now.
-        blocks: How many blocks the network had.
+        left: How many blocks are left as they are.
         weights: Which weights were taken from the checkpoint.
     """
 
@@ -56,7 +56,7 @@ class Merged(NamedTuple):
     meta: dict
     structure: str
     merged: List[str]
-    blocks: int
+    left: int
     weights: str
 
     @property
@@ -161,7 +161,14 @@ def merge_checkpoint(
     kept = {k: v for k, v in meta.items() if k != 'cfg'}
     meta = dict(kept, cfg=new_cfg.pretty_text, mmdbb=own)
     return Merged(
-        trained, network, new_cfg, meta, structure, merged, len(blocks), taken
+        trained,
+        network,
+        new_cfg,
+        meta,
+        structure,
+        merged,
+        len(left) - len(merged),
+        taken,
     )
 
 

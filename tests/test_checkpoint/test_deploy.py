@@ -294,7 +294,9 @@ def test_bad_configs(trained, nothing_left, case):
 
 
 def test_output_must_be_a_pth(trained, nothing_left):
-    with pytest.raises(UserError, match='must end in .pth or .safetensors, got .*pt$'):
+    with pytest.raises(
+        UserError, match='must end in .pth or .safetensors, got .*pt$'
+    ):
         run(trained, nothing_left / 'out.pt')
 
 
