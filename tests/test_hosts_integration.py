@@ -491,14 +491,36 @@ def test_averaged_weights_still_merge():
     assert distance(merged(x), average(x)) < EXACT
 
 
-def test_fusing_norms_before_merging_changes_nothing():
-    model = build(
-        'mmpretrain.ResNet', dict(depth=50, **NARROW), conv_cfg=DBB_CFG
-    )
+@pytest.mark.parametrize('name', COMPONENTS)
+def test_fusing_norms_before_merging_changes_nothing(name):
+    """What the hosts' loading does, on networks that are not merged."""
+    config, shapes = COMPONENTS[name]
+    model = build(name, config, conv_cfg=DBB_CFG)
     model = in_mode(randomize(model.double()), False)
-    x = image(*IMAGE)
+    x = inputs(shapes, torch.float64)
+    expected = tensors(model(x))
     fused = fuse_conv_bn(copy.deepcopy(model))
-    expected = tensors(model(x))[0]
-    assert distance(tensors(fused(x))[0], expected) < EXACT
+    for a, b in zip(tensors(fused(x)), expected):
+        assert distance(a, b) < EXACT
     merged = mmdbb.reparameterize(fused)
-    assert distance(tensors(merged(x))[0], expected) < EXACT
+    for a, b in zip(tensors(merged(x)), expected):
+        assert distance(a, b) < EXACT
+
+
+def test_wrong_fusion_in_a_host_is_refused():
+    """The bottleneck's 1x1 without a norm, then a block with one."""
+    from mmdet.utils import benchmark  # a host that fuses what it loads
+
+    model = build(
+        'mmdet.ResNet',
+        dict(depth=50, num_stages=1, strides=(1,), dilations=(1,), **NARROW),
+        conv_cfg=DBB_CFG,
+        out_indices=(0,),
+    )
+    model.layer1[1].bn1 = nn.Identity()
+    model = in_mode(randomize(model.double()), False)
+    expected = model(image(*IMAGE))[0]
+    with pytest.raises(ValueError, match="'bn2' of a Bottleneck into 'conv1'"):
+        benchmark.fuse_conv_bn(copy.deepcopy(model))
+    merged = benchmark.fuse_conv_bn(mmdbb.reparameterize(model))
+    assert distance(merged(image(*IMAGE))[0], expected) < EXACT
