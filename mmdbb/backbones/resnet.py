@@ -3,7 +3,9 @@
 
 With DBB these are the networks of the DBB paper (CVPR 2021, sec. 4.1): every
 3x3 convolution with its norm is a block; the stem and the 1x1 convolutions
-stay plain.
+stay plain. With OREPA they are those of the OREPA paper (CVPR 2022, sec. 4.1):
+every convolution is a block and keeps its norm, but for the shortcuts of
+ResNet-18 and 34.
 """
 
 from __future__ import annotations
@@ -54,17 +56,28 @@ class ResNetBlocks(BlocksForConvNorm):
     """Mixin for mmpretrain's ResNets, see :class:`BlocksForConvNorm`.
 
     Args:
-        args: As of the stock network, keywords too.
+        depth: As of the stock network.
         zero_init_residual: Whether each residual block starts as the
             identity. False by default, as in the paper's code.
+        block: Config of the block, ``dict(type='DBB')`` by default.
         kwargs: As of the stock network and :class:`BlocksForConvNorm`.
     """
 
     def __init__(
-        self, *args, zero_init_residual: bool = False, **kwargs
+        self,
+        depth: int,
+        zero_init_residual: bool = False,
+        block: Optional[dict] = None,
+        **kwargs,
     ) -> None:
+        if depth < 50 and block is not None:
+            # The only 1x1 convolutions are shortcuts, plain in both papers.
+            block = dict(min_kernel_size=2) | dict(block)
         super().__init__(
-            *args, zero_init_residual=zero_init_residual, **kwargs
+            depth=depth,
+            zero_init_residual=zero_init_residual,
+            block=block,
+            **kwargs,
         )
 
     def init_weights(self) -> None:

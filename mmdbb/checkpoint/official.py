@@ -163,8 +163,11 @@ def backbone_state(
         )
         norm = modules.get(place.norm)
         bias = f'{place.conv}.bias'
-        has_norm = not layer.form.merged and layer.form.block is None
-        if has_norm or bias in expected or not isinstance(norm, _BatchNorm):
+        if (
+            layer.form.norm
+            or bias in expected
+            or not isinstance(norm, _BatchNorm)
+        ):
             continue
         shift = state.pop(bias, None)
         if shift is None:

@@ -15,6 +15,13 @@ from typing import Dict, List, NamedTuple, Optional, Tuple
 from torch import Tensor
 
 from mmdbb.blocks.official import ACBlock, DiverseBranchBlock, RepVGGBlock
+from mmdbb.blocks.official_orepa import (
+    OREPA,
+    OREPA_1x1,
+    OREPA_LargeConv,
+    RepVGGBlock_OREPA,
+    used_scales,
+)
 from mmdbb.checkpoint.files import some
 from mmdbb.checkpoint.official_networks import NETWORKS, Network, Place
 from mmdbb.checkpoint.stock import OWN_BACKBONES, STOCK_BACKBONES
@@ -30,6 +37,7 @@ class Form(NamedTuple):
         merged: Whether it is one convolution with a bias.
         block: The block it is while training; None for convolution and norm.
         names: Starts of names -> starts of names inside our block.
+        norm: Whether a norm follows under names of its own.
     """
 
     kernel: str
@@ -37,11 +45,14 @@ class Form(NamedTuple):
     merged: bool
     block: Optional[str] = None
     names: Tuple[Tuple[str, str], ...] = ()
+    norm: bool = False
 
 
-def _block_form(kernel: str, block: str, official: type) -> Form:
+def _block_form(
+    kernel: str, block: str, official: type, norm: bool = False
+) -> Form:
     names = tuple((t, o.partition('.')[2]) for t, o in official.names)
-    return Form(kernel, kernel, False, block, names)
+    return Form(kernel, kernel, False, block, names, norm)
 
 
 def _merged_form(name: str) -> Form:
@@ -49,11 +60,20 @@ def _merged_form(name: str) -> Form:
 
 
 FORMS = (
-    Form('conv.weight', 'bn.weight', False),
+    Form('conv.weight', 'bn.weight', False, norm=True),
     Form('conv.weight', 'conv.bias', True),
     _block_form('dbb_origin.conv.weight', 'DBB', DiverseBranchBlock),
     _block_form('square_conv.weight', 'ACB', ACBlock),
     _block_form('rbr_dense.conv.weight', 'RepVGGConv', RepVGGBlock),
+    _block_form(
+        'rbr_dense.weight_rbr_origin', 'OREPARepVGG', RepVGGBlock_OREPA
+    ),
+    _block_form('weight_orepa_origin', 'OREPA', OREPA, norm=True),
+    _block_form('weight_or1x1_origin', 'OREPA', OREPA_1x1, norm=True),
+    # Of a stack the first kernel is as wide as the whole.
+    _block_form(
+        'weight0.weight_orepa_origin', 'OREPA', OREPA_LargeConv, norm=True
+    ),
     *map(
         _merged_form,
         (
@@ -66,9 +86,6 @@ FORMS = (
         ),
     ),
 )
-
-#: In the names of a kernel that is composed while training.
-OREPA_SIGNS = ('weight_or', 'weight_rbr')
 
 
 class Layer(NamedTuple):
@@ -90,21 +107,25 @@ class Layer(NamedTuple):
     def names(self, place: Place, network: Network) -> Dict[str, str]:
         """Rests of the entries' names -> our names; the known ones."""
         form = self.form
+        starts = [('bn.', f'{place.norm}.')] if form.norm else []
         if form.merged:
             stem = form.kernel[: -len('weight')]
-            starts = [(stem, f'{place.conv}.')]
+            starts.append((stem, f'{place.conv}.'))
         elif form.block is None:
-            starts = [('conv.', f'{place.conv}.'), ('bn.', f'{place.norm}.')]
+            starts.append(('conv.', f'{place.conv}.'))
+        elif form.block == network.host_block:
+            starts += [
+                (t, f'{place.block}.{o}') for t, o in network.host_names
+            ]
         else:
-            names = network.block_names or form.names
-            inside = place.block or place.conv
-            starts = [(t, f'{inside}.{ours}') for t, ours in names]
-        return {
-            rest: ours + rest[len(theirs) :]
-            for rest in self.entries
-            for theirs, ours in starts
-            if rest.startswith(theirs)
-        }
+            starts += [(t, f'{place.conv}.{o}') for t, o in form.names]
+        names = {}
+        for rest in self.entries:
+            for theirs, ours in starts:
+                if rest.startswith(theirs):
+                    names[rest] = ours + rest[len(theirs) :]
+                    break
+        return names
 
 
 class OfficialNetwork(NamedTuple):
@@ -129,7 +150,7 @@ class OfficialNetwork(NamedTuple):
     @property
     def has_blocks(self) -> bool:
         """Whether the backbone has blocks of mmdbb."""
-        return bool(self.block) and not self.network.block_names
+        return self.block not in (None, self.network.host_block)
 
     @property
     def needs_mmdbb(self) -> bool:
@@ -162,17 +183,10 @@ def recognise(state: Dict[str, Tensor], path: str) -> OfficialNetwork:
         path: The file they come from, for messages.
 
     Raises:
-        UserError: If it is no network of the papers', or one whose block or
-            combination is not there yet, or a layer is missing or unknown.
+        UserError: If it is no network of the papers', or a layer is missing
+            or unknown.
     """
     state = _with_stage0(state)
-    orepa = [n for n in state if any(sign in n for sign in OREPA_SIGNS)]
-    if orepa:
-        raise UserError(
-            f'{path} holds a training-time OREPA network ({some(orepa, 1)}), '
-            'whose blocks mmdbb does not have yet; its converted (deploy) '
-            'form can be read'
-        )
     network = _network_of(state, path)
     head = {
         name.partition('.')[2]: value
@@ -241,12 +255,9 @@ def _layers_of(
         if form is None:
             unknown += [f'{name}.{rest}' for rest in entries]
             continue
-        if network.block_names and form.block not in (None, 'RepVGGConv'):
-            raise UserError(
-                f'{path} holds a {network.name} with {form.block}, a '
-                'combination that mmdbb does not have yet; its converted '
-                '(deploy) form can be read'
-            )
+        if 'rbr_dense.vector' in entries:
+            vector = entries['rbr_dense.vector']
+            entries['rbr_dense.vector'] = used_scales(vector)
         layers[name] = layer = Layer(form, entries)
         known = layer.names(network.place(name), network)
         unknown += [f'{name}.{rest}' for rest in entries if rest not in known]

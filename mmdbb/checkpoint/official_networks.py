@@ -16,7 +16,7 @@ class Place(NamedTuple):
     Attributes:
         conv: Name of the convolution, or of the block.
         norm: Name of the norm behind it.
-        block: Name of the block, where that is not ``conv``.
+        block: Name of the host's own block, where it has one.
     """
 
     conv: str
@@ -35,8 +35,8 @@ class Network(NamedTuple):
         backbone: Config of our backbone, from the kernels' shapes, the block
             and whether it is merged. Raises KeyError with the name of a
             layer that is missing, ValueError if there is no such backbone.
-        block_names: Starts of names -> starts of names in the blocks that the
-            host itself has for this network.
+        host_block: The block that the host itself has for this network.
+        host_names: Starts of names -> starts of names in that block.
     """
 
     name: str
@@ -44,7 +44,8 @@ class Network(NamedTuple):
     layer: Pattern
     place: Callable[[str], Place]
     backbone: Callable[[Shapes, Optional[str], bool], dict]
-    block_names: Tuple[Tuple[str, str], ...] = ()
+    host_block: Optional[str] = None
+    host_names: Tuple[Tuple[str, str], ...] = ()
 
 
 def _resnet_place(layer: str) -> Place:
@@ -136,7 +137,7 @@ def _repvgg_place(layer: str) -> Place:
     stage, _, index = layer.partition('.')
     number = stage[len('stage') :]
     block = 'stem' if stage == 'stage0' else f'stage_{number}.{index}'
-    return Place(f'{block}.branch_reparam', block=block)
+    return Place(f'{block}.branch_reparam', f'{block}.norm', block)
 
 
 def _repvgg_backbone(
@@ -173,7 +174,13 @@ def _repvgg_backbone(
         if dict(known, stem_channels=stem_channels) == arch:
             arch = name
             break
-    return dict(type='mmpretrain.RepVGG', arch=arch, deploy=merged)
+    if merged or block == 'RepVGGConv':
+        return dict(type='mmpretrain.RepVGG', arch=arch, deploy=merged)
+    if block is None:
+        return dict(type='mmpretrain.PlainRepVGG', arch=arch)
+    return dict(
+        type='mmpretrain.ReparamRepVGG', arch=arch, block=dict(type=block)
+    )
 
 
 def _stage_counts(shapes: Shapes, name: str = '') -> Tuple[int, ...]:
@@ -215,6 +222,7 @@ NETWORKS = (
         re.compile(r'(stage0|stage[1-4]\.\d+)\.'),
         _repvgg_place,
         _repvgg_backbone,
+        'RepVGGConv',
         (
             ('rbr_identity.', 'branch_norm.'),
             ('rbr_dense.conv.', 'branch_3x3.conv.'),

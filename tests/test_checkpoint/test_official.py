@@ -54,10 +54,6 @@ ALL_FILES = (
 KEYS = json.loads(lzma.open(DATA / 'keys.json.xz').read())
 
 
-def unsupported(name):
-    return 'OREPA' in name.upper().replace('OREPA_REPO', '')
-
-
 def unpack(name, folder):
     path = folder / name
     path.write_bytes(lzma.open(DATA / f'{name}.xz').read())
@@ -115,25 +111,14 @@ def test_file_gives_the_recorded_output(name, tmp_path):
 def test_reference_file_gives_the_recorded_output(name, tmp_path):
     folder = Path(REFERENCE, 'checkpoints')
     out = str(tmp_path / 'out.pth')
-    if unsupported(name) and 'train' in name:
-        with pytest.raises(UserError, match='training-time OREPA'):
-            convert_official(str(folder / name), out)
-        return
     assert_gives_the_recorded(str(folder / name), name, out, folder)
 
 
 # Full-size names
 
 
-@pytest.mark.parametrize(
-    'name, part',
-    [
-        (name, part)
-        for name in KEYS
-        for part in ('train', 'deploy')
-        if part == 'deploy' or not unsupported(name)
-    ],
-)
+@pytest.mark.parametrize('part', ['train', 'deploy'])
+@pytest.mark.parametrize('name', KEYS)
 def test_every_name_has_one_place(name, part, monkeypatch):
     # The host's ResNet reads numbers from it while it is built.
     monkeypatch.setattr(
@@ -372,19 +357,6 @@ BAD = {
             },
         ),
         'neither a training-time nor a converted file',
-    ),
-    'orepa': (
-        lambda s: {'stage0.rbr_dense.weight_rbr_origin': torch.ones(1)},
-        'training-time OREPA network',
-    ),
-    'repvgg with dbb': (
-        lambda s: {
-            f'{stage}.{k[len("conv1.") :]}': v
-            for stage in ('stage0', *(f'stage{i}.0' for i in (1, 2, 3, 4)))
-            for k, v in s.items()
-            if k.startswith('conv1.')
-        },
-        'RepVGG with DBB, a combination',
     ),
     'NaN': (
         lambda s: changed(s, 'linear.bias', torch.full((10,), torch.nan)),
