@@ -129,9 +129,11 @@ def add_branches(*branches: KernelBias) -> KernelBias:
             'bring them to one size with pad_kernel'
         )
     kernel, bias = branches[0]
-    for branch in branches[1:]:
-        kernel = kernel + branch.kernel
-        bias = bias + branch.bias
+    for i, branch in enumerate(branches[1:]):
+        # The first sum is ours to add to; kernels are large.
+        add = torch.add if i == 0 else Tensor.add_
+        kernel = add(kernel, branch.kernel)
+        bias = add(bias, branch.bias)
     return KernelBias(kernel, bias)
 
 

@@ -93,4 +93,5 @@ class PointwiseAvg(Branch):
             first = KernelBias(kernel, zero_bias(kernel))
         else:
             first = fuse_kernel_norm(self.conv1.weight, self.norm1)
-        return fuse_conv_bn(fuse_1x1_avg(first, spec.kernel_size), norm)
+        # A scale a channel commutes with pooling; the 1x1 is smaller.
+        return fuse_1x1_avg(fuse_conv_bn(first, norm), spec.kernel_size)
