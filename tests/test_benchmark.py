@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import distance
 
 from mmdbb import benchmark
+from mmdbb.kernels import GeneratedKernel
 
 TOOL = Path(__file__).resolve().parents[1] / 'tools/benchmark.py'
 
@@ -31,6 +33,42 @@ def test_phases(phase):
         kept = {name: row.kept_mb for name, row in variants.items()}
         assert kept['plain'] < min(kept['default'], kept['literal'])
         assert all(row.peak_mb > 0 for row in rows)
+
+
+@pytest.mark.parametrize('network', ['resnet18', 'repvgg-a0'])
+def test_the_papers_way_is_the_same_function(network):
+    block = 'OREPA' if network == 'resnet18' else 'OREPARepVGG'
+    torch.manual_seed(0)
+    model = benchmark.NETWORKS[network][1](dict(type=block)).double()
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    expected = model(x)[0]
+    composed = []
+    with benchmark.papers_way(model):
+        found = model(x)[0]
+        for module in model.modules():
+            if isinstance(module, GeneratedKernel):
+                composed.append('compose' in vars(module))
+    assert sum(composed) >= 16
+    assert distance(found, expected) < 1e-9
+    assert not any('compose' in vars(m) for m in model.modules())
+
+
+@pytest.mark.parametrize('block', ['DBB', 'OREPA'])
+def test_growth(block, monkeypatch):
+    monkeypatch.setattr(
+        sys.modules['mmdbb.benchmark.growth'], 'AXES', dict(width=(8, 16))
+    )
+    monkeypatch.setattr(
+        sys.modules['mmdbb.benchmark.growth'],
+        'BASE',
+        dict(batch=2, width=8, resolution=6),
+    )
+    points = list(benchmark.growth(block, torch.device('cpu'), 1))
+    assert {(p.value, p.variant) for p in points} == {
+        (width, variant)
+        for width in (8, 16)
+        for variant in ('plain', 'literal', 'default')
+    }
 
 
 def test_kept_megabytes_exact():

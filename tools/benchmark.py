@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 
 from mmdbb import benchmark
-from mmdbb.blocks.branch_sum import BranchSumConv2d
 from mmdbb.engine.command import Parser, run_command
 from mmdbb.errors import UserError
 
@@ -29,7 +28,7 @@ def parse_args():
         default=['resnet18'],
     )
     parser.add_argument(
-        '--block', default='DBB', help='DBB (default), ACB or RepVGGConv'
+        '--block', default='DBB', help='DBB (default), ACB, OREPA, ...'
     )
     parser.add_argument(
         '--phase',
@@ -96,11 +95,7 @@ def main():
 def check_block(name):
     from mmengine.registry import MODELS
 
-    blocks = {
-        n
-        for n, layer in MODELS.module_dict.items()
-        if issubclass(getattr(layer, 'block', object), BranchSumConv2d)
-    }
+    blocks = {n for n, m in MODELS.module_dict.items() if hasattr(m, 'block')}
     if name not in blocks:
         raise UserError(f'--block {name}: allowed are {sorted(blocks)}')
 

@@ -1,0 +1,22 @@
+# Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
+"""What blocks cost, in time and memory."""
+
+from .growth import AXES, Point, growth
+from .measure import Spread, interleaved, kept_megabytes, peak_megabytes
+from .papers import papers_way
+from .phases import NETWORKS, PHASES, Row, run_phase
+
+__all__ = [
+    'AXES',
+    'NETWORKS',
+    'PHASES',
+    'Point',
+    'Row',
+    'Spread',
+    'growth',
+    'interleaved',
+    'kept_megabytes',
+    'papers_way',
+    'peak_megabytes',
+    'run_phase',
+]

@@ -1,0 +1,89 @@
+# Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
+"""Times and bytes of callables."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Callable, Dict, NamedTuple
+
+import torch
+
+
+class Spread(NamedTuple):
+    """Times of one variant over interleaved runs, in milliseconds."""
+
+    median: float
+    fastest: float
+    slowest: float
+
+
+def interleaved(
+    runs: Dict[str, Callable[[], None]], repeats: int
+) -> Dict[str, Spread]:
+    """Time callables in turns, after one run each to warm up."""
+    seconds = {name: [] for name in runs}
+    for run in runs.values():
+        run()
+    for _ in range(repeats):
+        for name, run in runs.items():
+            seconds[name].append(_seconds(run))
+    return {
+        name: Spread(
+            1e3 * statistics.median(values),
+            1e3 * min(values),
+            1e3 * max(values),
+        )
+        for name, values in seconds.items()
+    }
+
+
+def kept_megabytes(forward: Callable[[], object]) -> float:
+    """What autograd keeps of a forward pass; each storage counts once."""
+    storages = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        # Holding the tensor keeps its address from being used again.
+        storages[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        forward()
+    return sum(size for size, _ in storages.values()) / 1e6
+
+
+def peak_megabytes(run: Callable[[], None], device: torch.device) -> float:
+    """Largest sum of live allocations while a callable runs."""
+    if device.type == 'cuda':
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        return (torch.cuda.max_memory_allocated(device) - before) / 1e6
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profiler:
+        run()
+    events = [
+        (event.start_ns(), event.nbytes())
+        for event in profiler.profiler.kineto_results.events()
+        if event.name() == '[memory]'
+    ]
+    live = peak = 0
+    for _, size in sorted(events):
+        live += size
+        peak = max(peak, live)
+    return peak / 1e6
+
+
+def _seconds(run: Callable[[], None]) -> float:
+    if not torch.cuda.is_available():
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
