@@ -5,14 +5,16 @@
 
 writes the weights OUT.pth and the config OUT.py of the stock network, which
 loads where mmdbb is not installed. The files are read again and compared with
-the network they come from before they appear.
+the network they come from before they appear. With --format onnx OUT.onnx,
+torchscript OUT.pt or torch.export OUT.pt2 it writes what other runtimes read.
 """
 
 import argparse
 
 import torch
 
-from mmdbb.checkpoint.deploy import deploy_checkpoint
+from mmdbb.checkpoint.deploy import deploy_checkpoint, export_checkpoint
+from mmdbb.checkpoint.export_formats import FORMATS, INPUT
 from mmdbb.engine.command import (
     Parser,
     add_config_arguments,
@@ -20,6 +22,7 @@ from mmdbb.engine.command import (
     load_config,
     run_command,
 )
+from mmdbb.errors import UserError
 
 
 def parse_args():
@@ -27,13 +30,29 @@ def parse_args():
     add_config_arguments(parser, work_dir=False)
     parser.add_argument('checkpoint', help='path of the trained checkpoint')
     parser.add_argument(
-        'out', help='checkpoint to write, *.pth or *.safetensors'
+        'out',
+        help='file to write: *.pth or *.safetensors; *.onnx, *.pt or *.pt2 '
+        'with the formats onnx, torchscript and torch.export',
+    )
+    parser.add_argument(
+        '--format',
+        choices=['stock', 'fused', *FORMATS],
+        default='stock',
+        help='stock: as the host package builds it; fused: with norms folded '
+        'into the convolutions too, to be loaded with mmdbb.load_deployed; '
+        'the others: see docs/deploy_formats.md; default: %(default)s',
     )
     parser.add_argument(
         '--fuse',
+        dest='format',
+        action='store_const',
+        const='fused',
+        help='the same as --format fused',
+    )
+    parser.add_argument(
+        '--head',
         action='store_true',
-        help='fold the norms into the convolutions too; load the result with '
-        'mmdbb.load_deployed, or see docs/deploy.md',
+        help='export the dense head of a detector too; else backbone and neck',
     )
     parser.add_argument(
         '--ema',
@@ -93,35 +112,73 @@ def parse_args():
 
 def main():
     args = parse_args()
-    result = deploy_checkpoint(
-        load_config(args),
-        args.checkpoint,
-        args.out,
-        fuse=args.fuse,
+    common = dict(
         images=args.images,
         image_size=tuple(args.image_size),
         tolerance=args.tolerance,
         overwrite=args.force,
-        only=args.only,
-        skip=args.skip,
         dtype=getattr(torch, args.dtype),
         ema=args.ema,
         unsafe=args.unsafe_load,
     )
+    if args.format in FORMATS:
+        export(args, common)
+    else:
+        deploy(args, common)
+
+
+def deploy(args, common):
+    if args.head:
+        raise UserError(f'--head is not for the format {args.format}')
+    result = deploy_checkpoint(
+        load_config(args),
+        args.checkpoint,
+        args.out,
+        fuse=args.format == 'fused',
+        only=args.only,
+        skip=args.skip,
+        **common,
+    )
     before, after = result.parameters
-    difference = result.difference
     print(f'took the weights: {result.weights}')
     print(f'merged {result.blocks} blocks: {before:,} -> {after:,} parameters')
     if result.left:
         print(f'{result.left} blocks are left: the result needs mmdbb')
+    print_difference(result.difference, result.tolerance)
+    print(f'weights: {result.checkpoint}')
+    print(f'config:  {result.config}')
+
+
+def export(args, common):
+    if args.only or args.skip:
+        raise UserError(
+            f'--only and --skip leave blocks, which the format {args.format} '
+            'does not have'
+        )
+    result = export_checkpoint(
+        load_config(args),
+        args.checkpoint,
+        args.out,
+        args.format,
+        head=args.head,
+        **common,
+    )
+    notes = result.metadata
+    print(f'took the weights: {notes["weights"]}')
+    print(f'merged {notes["merged_blocks"]} blocks before the export')
+    print_difference(result.difference, notes['tolerance'])
+    print(f'input:   {INPUT} {tuple(notes["input"]["shape"])}')
+    for name, shape in result.outputs.items():
+        print(f'output:  {name} {("batch", *shape)}')
+    print(f'{args.format}: {result.path}')
+
+
+def print_difference(difference, tolerance):
     print(
         f'largest difference: {difference.largest:.2e} of the largest '
         f'magnitude (in {difference.output or "none"}; compared '
-        f'{len(difference.compared)} outputs, tolerance '
-        f'{result.tolerance:.0e})'
+        f'{len(difference.compared)} outputs, tolerance {tolerance:.0e})'
     )
-    print(f'weights: {result.checkpoint}')
-    print(f'config:  {result.config}')
 
 
 if __name__ == '__main__':

@@ -11,6 +11,8 @@ from mmcv.cnn import fuse_conv_bn
 from mmengine.config import Config
 from torch import nn
 
+from mmdbb.checkpoint.export import Exported, export_network
+from mmdbb.checkpoint.export_formats import file_format
 from mmdbb.checkpoint.files import (
     all_or_nothing,
     load_strictly,
@@ -19,6 +21,7 @@ from mmdbb.checkpoint.files import (
 from mmdbb.checkpoint.formats import SUFFIXES, write_checkpoint
 from mmdbb.checkpoint.merge import (
     build_model,
+    input_batches,
     merge_checkpoint,
     prove_equal,
     written_structure,
@@ -125,10 +128,7 @@ def deploy_checkpoint(
         UserError: If an input is wrong, or the networks differ.
     """
     outputs = output_paths(out)
-    for path in outputs:
-        for source in (checkpoint, cfg.filename):
-            if source and Path(path).resolve() == Path(source).resolve():
-                raise UserError(f'output {path} is also an input')
+    _refuse_inputs(outputs, checkpoint, cfg.filename)
     merged = merge_checkpoint(
         cfg, checkpoint, fuse, only, skip, dtype, ema, unsafe
     )
@@ -156,6 +156,65 @@ def deploy_checkpoint(
     )
 
 
+def export_checkpoint(
+    cfg: Config,
+    checkpoint: str,
+    out: str,
+    format: str,
+    head: bool = False,
+    images: Sequence[str] = (),
+    image_size: Tuple[int, int] = (224, 224),
+    tolerance: Optional[float] = None,
+    overwrite: bool = False,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+    ema: Optional[bool] = None,
+    unsafe: bool = False,
+) -> Exported:
+    """Write a trained checkpoint's network for a runtime, and prove it.
+
+    Args:
+        cfg: As of :func:`deploy_checkpoint`, as are those not named here.
+        checkpoint: Path of the trained checkpoint.
+        out: The file to write, of the format's suffix.
+        format: ``onnx``, ``torchscript`` or ``torch.export``.
+        head: Whether a detector's dense head is exported too.
+        images: Paths of images to compare on.
+        image_size: Height and width in pixels that the network will take.
+        tolerance: Largest difference allowed.
+        overwrite: Whether an existing output may be replaced.
+        seed: For the random images.
+        dtype: What kernels and norms are composed in.
+        ema: Whether to take averaged weights.
+        unsafe: Whether to run what code the checkpoint holds.
+
+    Raises:
+        UserError: If an input is wrong, a package is missing, or the file
+            differs from the network.
+    """
+    file_format(format, out)  # before the work
+    _refuse_inputs([out], checkpoint, cfg.filename)
+    merged = merge_checkpoint(
+        cfg, checkpoint, fuse=True, dtype=dtype, ema=ema, unsafe=unsafe
+    )
+    own = merged.meta['mmdbb']
+    trained = merged.trained.float()
+    return export_network(
+        merged.network,
+        out,
+        format,
+        image_size,
+        head,
+        fold_norms=False,  # they are
+        images=input_batches(trained, images, image_size, seed),
+        tolerance=merged.tolerance if tolerance is None else tolerance,
+        overwrite=overwrite,
+        seed=seed,
+        reference=trained,
+        notes={key: own[key] for key in ('weights', 'source_sha256')},
+    )
+
+
 def output_paths(out: str) -> Tuple[str, str]:
     """The checkpoint and the config beside it.
 
@@ -168,6 +227,13 @@ def output_paths(out: str) -> Tuple[str, str]:
             f'the output must end in {" or ".join(SUFFIXES)}, got {out}'
         )
     return out, out[: -len(suffix)] + '.py'
+
+
+def _refuse_inputs(outputs: Sequence[str], *inputs: Optional[str]) -> None:
+    for path in outputs:
+        for source in inputs:
+            if source and Path(path).resolve() == Path(source).resolve():
+                raise UserError(f'output {path} is also an input')
 
 
 def _count(model: nn.Module) -> int:

@@ -11,7 +11,16 @@ import contextlib
 import copy
 import math
 import os
-from typing import Callable, Dict, Iterator, List, NamedTuple, Tuple
+from typing import (
+    Callable,
+    Dict,
+    Iterator,
+    List,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Tuple,
+)
 
 import torch
 from mmcv.cnn import fuse_conv_bn
@@ -60,11 +69,13 @@ def export_network(
     image_size: Tuple[int, int] = (224, 224),
     head: bool = False,
     fold_norms: bool = True,
-    images: Tensor | None = None,
+    images: Sequence[Tensor] = (),
     channels: int = 3,
     tolerance: float = 1e-4,
     overwrite: bool = False,
     seed: int = 0,
+    reference: Optional[nn.Module] = None,
+    notes: Optional[dict] = None,
 ) -> Exported:
     """Write a network for a runtime, and prove the file equal to it.
 
@@ -80,13 +91,16 @@ def export_network(
         head: Whether a detector's dense head is exported too, besides
             backbone and neck.
         fold_norms: Whether to fold norms into the convolutions before them.
-        images: Normalised images (N, C, H, W) to compare on, besides random
-            ones.
+        images: Batches of normalised images (N, C, H, W) to compare on,
+            besides random ones.
         channels: Channels of an image.
         tolerance: Largest difference allowed, relative to the largest
             magnitude of an output.
         overwrite: Whether an existing file may be replaced.
         seed: For the random images.
+        reference: The network to compare the file with, such as the one with
+            blocks that ``model`` was merged from; by default ``model``.
+        notes: What else the file shall say of itself, plain data.
 
     Returns:
         Exported: The file and what it was compared to.
@@ -98,18 +112,21 @@ def export_network(
     out = os.fspath(out)
     kind = file_format(format, out)
     batches = _batches((channels, *image_size), images, seed)
-    with all_or_nothing(out, overwrite=overwrite) as drafts, _in_eval(model):
-        reference = export_module(model, head)
-        with literal_forward(model):
-            expected = [_run(reference, model, batch) for batch in batches]
+    reference = model if reference is None else reference
+    with (
+        all_or_nothing(out, overwrite=overwrite) as (draft,),
+        _in_eval(model, reference),
+    ):
+        expected = _outputs(reference, head, batches)
         module, blocks = exportable(model, head, fold_norms)
         example = batches[0].new_zeros(_BATCH, *batches[0].shape[1:])
         module.drop_unused(example)
         names = list(expected[0])
         metadata = dict(
+            notes or {},
             version=__version__,
             format=format,
-            merged_blocks=blocks,
+            merged_blocks=len(find_blocks(reference)),
             input=dict(
                 name=INPUT,
                 shape=['batch', channels, *image_size],
@@ -120,13 +137,13 @@ def export_network(
         )
         try:
             with silence():
-                kind.write(module, example, names, metadata, drafts[0])
+                kind.write(module, example, names, metadata, draft)
         except Exception as error:  # exporters raise whatever they meet
             raise UserError(
                 f'{type(model).__name__} cannot be exported as {format}: '
                 f'{type(error).__name__}: {error}'
             ) from error
-        difference = _compare(kind.load(drafts[0]), batches, expected)
+        difference = _compare(kind.load(draft), batches, expected)
         if not difference.largest <= tolerance:
             raise UserError(
                 f'the {format} file differs by {difference.largest:.2e} of '
@@ -172,35 +189,42 @@ def exportable(
 
 
 def _batches(
-    shape: Tuple[int, int, int], images: Tensor | None, seed: int
+    shape: Tuple[int, int, int], images: Sequence[Tensor], seed: int
 ) -> List[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     batches = [
         torch.randn(count, *shape, generator=generator)
         for count in _VERIFIED_BATCHES
     ]
-    if images is not None:
-        if tuple(images.shape[1:]) != shape:
+    for batch in images:
+        if tuple(batch.shape[1:]) != shape:
             raise UserError(
-                f'images must be of shape (N, {", ".join(map(str, shape))}) '
-                f'to be compared on, got {tuple(images.shape)}'
+                f'images are of shape {tuple(batch.shape[1:])} as they enter '
+                f'the network, where the export is for {shape}; choose '
+                'another image size'
             )
-        batches.append(images.float().cpu())
+        batches.append(batch.float().cpu())
     return batches
 
 
-def _run(
-    reference: ExportModule, model: nn.Module, images: Tensor
-) -> Dict[str, Tensor]:
-    parameter = next(model.parameters(), images)
-    try:
-        outputs = reference.outputs(images.to(parameter))
-    except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        raise UserError(
-            f'the network cannot be run on images of shape '
-            f'{tuple(images.shape)}: {error}; choose another image size'
-        ) from error
-    return {name: y.float().cpu() for name, y in outputs.items()}
+def _outputs(
+    model: nn.Module, head: bool, batches: List[Tensor]
+) -> List[Dict[str, Tensor]]:
+    """What the network gives for each batch, its branches summed."""
+    module, outputs = export_module(model, head), []
+    with literal_forward(model):
+        for images in batches:
+            parameter = next(model.parameters(), images)
+            try:
+                named = module.outputs(images.to(parameter))
+            except (RuntimeError, ValueError, IndexError, TypeError) as error:
+                raise UserError(
+                    f'the network cannot be run on images of shape '
+                    f'{tuple(images.shape)}: {error}; choose another image '
+                    'size'
+                ) from error
+            outputs.append({k: y.float().cpu() for k, y in named.items()})
+    return outputs
 
 
 def _compare(
@@ -220,8 +244,8 @@ def _compare(
 
 
 @contextlib.contextmanager
-def _in_eval(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
+def _in_eval(*models: nn.Module) -> Iterator[None]:
+    modes = {m: m.training for model in models for m in model.modules()}
     try:
         for module in modes:  # the hosts' train() does more than that
             module.training = False

@@ -289,7 +289,7 @@ def prove_equal(
     """
     tolerance = merged.tolerance if tolerance is None else tolerance
     trained = merged.trained.float()
-    batches = _batches(trained, images, image_size, seed)
+    batches = input_batches(trained, images, image_size, seed)
     difference = compare_networks(trained, network, batches)
     if not difference.largest <= tolerance:
         raise UserError(
@@ -300,13 +300,23 @@ def prove_equal(
     return difference
 
 
-def _batches(
+def input_batches(
     model: nn.Module,
     images: Sequence[str],
     size: Tuple[int, int],
     seed: int,
 ) -> List[Tensor]:
-    """Random and given images, as the model's preprocessor leaves them."""
+    """Random and given images, as the model's preprocessor leaves them.
+
+    Args:
+        model: The model.
+        images: Paths of images.
+        size: Height and width in pixels that they are brought to.
+        seed: For the random ones.
+
+    Raises:
+        UserError: If an image cannot be read.
+    """
     generator = np.random.default_rng(seed)
     batches = [
         [

@@ -2,7 +2,13 @@
 
 import builtins
 import copy
+import hashlib
 import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -11,12 +17,20 @@ import pytest
 import torch
 from helpers import SINGLE, blocks_of, distance, image, randomize
 from mmengine.config import Config
-from networks import BN, CONFIGS, SHALLOW, SIZE
+from networks import (
+    BN,
+    CONFIGS,
+    SHALLOW,
+    SIZE,
+    write_checkpoint,
+    write_config,
+)
 from torch import nn
 
+import mmdbb
 from mmdbb import DBB, reparameterize
 from mmdbb.blocks import OREPAConv, OREPARepVGG
-from mmdbb.checkpoint.deploy import build_model
+from mmdbb.checkpoint.deploy import build_model, export_checkpoint
 from mmdbb.checkpoint.export import export_network, exportable
 from mmdbb.checkpoint.export_formats import FORMATS, ONNX_OPSET
 from mmdbb.checkpoint.export_modules import export_module, preprocessing
@@ -27,6 +41,7 @@ pytestmark = [
     pytest.mark.filterwarnings('ignore::DeprecationWarning'),
     pytest.mark.filterwarnings('ignore::FutureWarning'),
 ]
+TOOL = Path(mmdbb.__file__).parent.parent / 'tools' / 'reparam.py'
 CONV = dict(type='DBB')
 HEAD = dict(num_classes=2, in_channels=8, feat_channels=8, stacked_convs=1)
 
@@ -369,9 +384,9 @@ def test_given_images_are_compared_too(tmp_path):
     out = str(tmp_path / 'net.pt')
     bad = torch.full((1, 3, 6, 7), float('nan'))
     with pytest.raises(UserError, match='differs by inf'):
-        export_network(model, out, 'torchscript', (6, 7), images=bad)
+        export_network(model, out, 'torchscript', (6, 7), images=[bad])
     good = image(2, 3, 6, 7)
-    export_network(model, out, 'torchscript', (6, 7), images=good)
+    export_network(model, out, 'torchscript', (6, 7), images=[good])
 
 
 # Torch's exporters called on a network that is not merged
@@ -518,9 +533,9 @@ def test_image_size_that_does_not_fit(tmp_path):
 
 def test_images_of_another_size(net, tmp_path):
     out = str(tmp_path / 'net.pt')
-    match = r'images must be of shape \(N, 3, 6, 7\)'
+    match = r'of shape \(3, 6, 6\) as they enter .* for \(3, 6, 7\); choose'
     x = torch.zeros(1, 3, 6, 6)
-    refused(match, net, out, 'torchscript', (6, 7), images=x)
+    refused(match, net, out, 'torchscript', (6, 7), images=[x])
 
 
 class Odd(nn.Module):
@@ -544,3 +559,121 @@ def test_network_that_cannot_be_exported(format, tmp_path):
     match = f'Branching cannot be exported as {format}: '
     refused(match, Branching(), out, format, (6, 7))
     assert not list(tmp_path.iterdir())
+
+
+# From a checkpoint, and as a command
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('trained')
+    config = write_config(folder, 'classifier')
+    return config, write_checkpoint(config, folder / 'trained.pth')
+
+
+def tool(*arguments):
+    return subprocess.run(
+        [sys.executable, str(TOOL), *arguments],
+        capture_output=True,
+        text=True,
+        env=dict(os.environ, PYTHONWARNINGS='ignore'),
+    )
+
+
+SIZES = ['--image-size', *map(str, SIZE)]
+
+
+def test_command(trained, tmp_path):
+    out = str(tmp_path / 'net.onnx')
+    run = tool(*trained, out, '--format', 'onnx', *SIZES)
+    assert run.returncode == 0, run.stderr
+    assert 'merged 8 blocks before the export' in run.stdout
+    assert "input:   images ('batch', 3, 64, 48)" in run.stdout
+    assert "output:  logits ('batch', 3)" in run.stdout
+    assert f'onnx: {out}' in run.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ['net.onnx']
+    # The network that was trained, by the file alone.
+    model = build_model(Config.fromfile(trained[0]))
+    model.load_state_dict(torch.load(trained[1])['state_dict'])
+    x = image(3, 3, *SIZE, dtype=torch.float32)
+    expected = expected_of(model, x, False)[0]
+    assert distance(run_onnx(out, x)['logits'], expected) < SINGLE
+
+
+@pytest.mark.parametrize(
+    ('out', 'more', 'message'),
+    [
+        ('net.pth', ['--format', 'onnx'], 'onnx must end in .onnx'),
+        ('net.pth', ['--format', 'tflite'], 'invalid choice'),
+        (
+            'net.pt',
+            ['--format', 'torchscript', '--skip', 'x'],
+            '--only and --skip leave blocks',
+        ),
+        ('net.pt', ['--format', 'torchscript', '--head'], 'is for detectors'),
+        ('net.pth', ['--head'], '--head is not for the format stock'),
+    ],
+)
+def test_command_with_a_mistake(
+    trained, out, more, message, tmp_path, monkeypatch, capsys
+):
+    arguments = [*trained, str(tmp_path / out), *more, *SIZES]
+    monkeypatch.setattr(sys, 'argv', ['reparam.py', *arguments])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(TOOL), run_name='__main__')
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_checkpoint_of_a_detector(tmp_path):
+    config = write_config(tmp_path, 'detector')
+    checkpoint = write_checkpoint(config, tmp_path / 'trained.pth')
+    out = tmp_path / 'net.pt'
+    size = (64, 64)  # a multiple of what the preprocessor pads to
+    result = export_checkpoint(
+        Config.fromfile(config),
+        checkpoint,
+        str(out),
+        'torchscript',
+        head=True,
+        image_size=size,
+    )
+    assert result.metadata['merged_blocks'] == 14
+    assert result.metadata['weights'] == 'the only ones, state_dict'
+    digest = hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest()
+    assert result.metadata['source_sha256'] == digest
+    model = build_model(Config.fromfile(config))
+    model.load_state_dict(torch.load(checkpoint)['state_dict'])
+    x = image(1, 3, *size, dtype=torch.float32)
+    found = run_torchscript(str(out), x)
+    for y, expect in zip(found.values(), expected_of(model, x, True)):
+        assert distance(y, expect) < SINGLE
+
+
+def test_image_size_that_the_preprocessor_changes(tmp_path):
+    config = write_config(tmp_path, 'detector')
+    checkpoint = write_checkpoint(config, tmp_path / 'trained.pth')
+    with pytest.raises(
+        UserError, match=r'\(3, 64, 64\) as they .*\(3, 64, 48'
+    ):
+        export_checkpoint(
+            Config.fromfile(config),
+            checkpoint,
+            str(tmp_path / 'net.pt'),
+            'torchscript',
+            image_size=(64, 48),
+        )
+    assert not (tmp_path / 'net.pt').exists()
+
+
+def test_output_that_is_the_checkpoint(trained, tmp_path):
+    config, checkpoint = trained
+    source = tmp_path / 'trained.pt'
+    source.write_bytes(Path(checkpoint).read_bytes())
+    cfg = Config.fromfile(config)
+    with pytest.raises(UserError, match='is also an input'):
+        export_checkpoint(
+            cfg, str(source), str(source), 'torchscript', overwrite=True
+        )
