@@ -4,12 +4,17 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
+import signal
 import tempfile
 from typing import Iterator, List, Optional, Sequence
 
 from mmdbb.errors import UserError
+
+#: The disk, a quota, a limit of the process.
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextlib.contextmanager
@@ -28,8 +33,8 @@ def all_or_nothing(
         without an exception, and removed in any case.
 
     Raises:
-        UserError: If an output exists and may not be replaced, or its folder
-            cannot be written.
+        UserError: If an output exists and may not be replaced, its folder
+            cannot be written, or the disk is full.
     """
     for output in outputs:
         if os.path.isdir(output):
@@ -40,35 +45,52 @@ def all_or_nothing(
             )
     folder = os.path.dirname(os.path.abspath(outputs[0]))
     made = _missing_folders(folder)
+    scratch, done = None, False
+    try:
+        with _uninterrupted():
+            scratch = _scratch_folder(folder)
+        drafts = [os.path.join(scratch, os.path.basename(o)) for o in outputs]
+        yield drafts
+        for draft in drafts:
+            # A full disk may show only now.
+            with open(draft, 'rb') as file:
+                os.fsync(file.fileno())
+        with _uninterrupted():
+            _move_all(drafts, outputs, overwrite)
+            done = True
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        raise UserError(
+            f'cannot write to {folder}: {error.strerror}'
+        ) from error
+    finally:
+        with _uninterrupted():
+            if scratch:
+                shutil.rmtree(scratch, ignore_errors=True)
+            if not done:
+                _remove_empty(made)
+
+
+def _scratch_folder(folder: str) -> str:
     try:
         os.makedirs(folder, exist_ok=True)
-        temporary = tempfile.TemporaryDirectory(prefix='.mmdbb-', dir=folder)
+        return tempfile.mkdtemp(prefix='.mmdbb-', dir=folder)
     except OSError as error:
-        _remove_empty(made)
         raise UserError(f'cannot write to {folder}: {error}') from error
-    try:
-        with temporary as scratch:
-            drafts = [
-                os.path.join(scratch, os.path.basename(o)) for o in outputs
-            ]
-            yield drafts
-            for draft in drafts:
-                _reach_the_disk(draft)
-            _move_all(drafts, outputs, overwrite)
-    except BaseException:
-        _remove_empty(made)
-        raise
 
 
-def _reach_the_disk(draft: str) -> None:
-    """Wait until a file is written: a full disk may show only then."""
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Within the context Ctrl-C waits."""
+    if not hasattr(signal, 'pthread_sigmask'):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        with open(draft, 'rb') as file:
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise UserError(
-            f'cannot write {os.path.basename(draft)}: {error.strerror}'
-        ) from error
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _move_all(

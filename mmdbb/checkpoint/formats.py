@@ -84,10 +84,20 @@ def write_checkpoint(path: str, state: Dict[str, Tensor], meta: dict) -> None:
             with open(path, 'wb') as file:
                 torch.save(dict(state_dict=state, meta=meta), file)
     except (OSError, RuntimeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
+        # torch, closing its file, hides what came before.
+        hidden = _first_of(error)
+        if not isinstance(hidden, Exception):  # Ctrl-C
+            raise hidden from None
+        reason = hidden.strerror if isinstance(hidden, OSError) else hidden
         raise UserError(
             f'cannot write {os.path.basename(path)}: {reason}'
         ) from error
+
+
+def _first_of(error: BaseException) -> BaseException:
+    while error.__context__ is not None:
+        error = error.__context__
+    return error
 
 
 def _as_safetensors(path: str, state: Dict[str, Tensor], meta: dict) -> bytes:

@@ -82,11 +82,11 @@ def choose_weights(
         )
     key, state = found[kind]
     if not state:
-        differences = [k for k in checkpoint if str(k).endswith('_delta')]
+        differences = [k for k in map(str, checkpoint) if k.endswith('_delta')]
         if differences:
             raise UserError(
                 f'{path} holds differences to other weights '
-                f'({differences[0]}), not weights; add them to those first'
+                f'({some(differences)}), not weights; add them to those first'
             )
         raise UserError(f'{path} has no weights: its state_dict is empty')
     return Weights(without_prefixes(state), key, kind)
@@ -181,7 +181,9 @@ def check_values(state: dict, path: str, limit: float = float('inf')) -> None:
             )
         strange = _strange(value, limit)
         if strange:
-            raise UserError(f'{path} has entries that are {strange}: {name}')
+            raise UserError(
+                f'{path} has entries that are {strange}: {some([name])}'
+            )
     floating = {k: v for k, v in state.items() if v.is_floating_point()}
     bad = [k for k, v in floating.items() if not v.isfinite().all()]
     if bad:
@@ -215,7 +217,10 @@ def _strange(value: Tensor, limit: float) -> str:
 
 def some(names: List[str], count: int = 3) -> str:
     """The first names of a list, and how many more there are."""
-    text = ', '.join(names[:count])
+    # A damaged file has names of any characters.
+    text = ', '.join(
+        name if name.isprintable() else repr(name) for name in names[:count]
+    )
     if len(names) > count:
         text += f' and {len(names) - count} more'
     return text
