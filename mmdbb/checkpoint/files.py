@@ -7,7 +7,7 @@ import hashlib
 import pickle
 import re
 from pathlib import Path
-from typing import Dict, Optional
+from typing import Dict, List, Optional
 
 import torch
 from torch import Tensor, nn
@@ -149,9 +149,14 @@ def load_strictly(
         # A count may be a float: averaging makes it one.
         if value.is_floating_point() and not state[name].is_floating_point()
     ]
+    theirs, ours = _parts(state), _parts(expected)
+    others = [n for n in theirs if n not in ours]
+    own = [n for n in ours if n not in theirs]
+    parts = f'{some(others, 5)} in the file, {some(own, 5)} in the network'
     complaints = [
         f'{what}: {some(names)}'
         for what, names in (
+            ('other parts', [parts] if others and own else []),
             ('missing', [n for n in expected if n not in state]),
             ('unexpected', [n for n in state if n not in expected]),
             ('of another shape', shapes),
@@ -172,6 +177,11 @@ def load_strictly(
             for name, value in expected.items()
         }
     model.load_state_dict(state, assign=keep_dtype)
+
+
+def _parts(state: Dict[str, Tensor]) -> List[str]:
+    """What a network is made of: ``backbone``, ``neck``, ``head``."""
+    return list(dict.fromkeys(n.split('.')[0] for n in state if '.' in n))
 
 
 def _dtype(tensor: Tensor) -> str:

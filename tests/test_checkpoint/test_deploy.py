@@ -2,10 +2,12 @@
 
 import hashlib
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import mmpretrain
 import numpy as np
 import pytest
 import torch
@@ -372,11 +374,53 @@ def test_an_interruption_leaves_nothing(trained, nothing_left, monkeypatch):
         run(trained, nothing_left / 'new' / 'out.pth')
 
 
+@pytest.mark.parametrize(
+    'other, parts',
+    [
+        ('detector', 'neck, rpn_head, roi_head'),
+        ('segmentor', 'decode_head, auxiliary_head'),
+    ],
+)
+def test_file_of_another_task(trained, nothing_left, other, parts):
+    message = f'other parts: {parts} in the file, head in the network; missing'
+    with pytest.raises(UserError, match=f'does not fit .* {message}'):
+        run(
+            trained,
+            nothing_left / 'out.pth',
+            checkpoint=str(trained[other] / 'trained.pth'),
+        )
+
+
 def test_load_deployed_refuses_what_does_not_fit(trained, tmp_path):
     one = run(trained, tmp_path / 'one.pth')
     other = run(trained, tmp_path / 'other.pth', 'segmentor')
     with pytest.raises(UserError, match='one.pth does not fit the network'):
         load_deployed(other.config, one.checkpoint)
+
+
+# The tool of mmpretrain, which calls switch_to_deploy()
+
+
+def test_mmpretrains_tool_and_ours_agree(trained, tmp_path, monkeypatch):
+    path = Path(mmpretrain.__file__).parent / '.mim' / 'tools'
+    path = path / 'model_converters' / 'reparameterize_model.py'
+    if not path.is_file():
+        pytest.skip('mmpretrain is installed without its tools')
+    folder, out = trained['classifier'], tmp_path / 'theirs.pth'
+    arguments = [folder / 'config.py', folder / 'trained.pth', out]
+    monkeypatch.setattr(sys, 'argv', ['tool', *map(str, arguments)])
+    runpy.run_path(str(path), run_name='__main__')
+
+    cfg = Config.fromfile(folder / 'config.py')
+    cfg.model.backbone.deploy = True
+    theirs = build_model(cfg)
+    theirs.load_state_dict(torch.load(out)['state_dict'])
+    ours = run(trained, tmp_path / 'ours.pth')
+    ours = load_deployed(ours.config, ours.checkpoint)
+    x = image(2, 3, 40, 56, dtype=torch.float32)
+    assert distance(theirs(x), ours(x)) < 1e-5
+    with pytest.raises(UserError, match='theirs.pth is merged already'):
+        run(trained, tmp_path / 'a.pth', checkpoint=str(out))
 
 
 # As a command
