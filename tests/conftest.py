@@ -1,5 +1,6 @@
 """One setting for all tests: deterministic, and no trace left behind."""
 
+import functools
 import logging
 import os
 
@@ -7,6 +8,7 @@ import os
 # run inherit it. Set before torch is imported.
 os.environ['OMP_NUM_THREADS'] = '1'
 
+import mmengine.config.utils
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -20,6 +22,16 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile('mmdbb')
+
+
+@pytest.fixture(scope='session', autouse=True)
+def _indices_are_read_once():
+    """For each base in a host package, mmengine reads all its metafiles."""
+    utils = mmengine.config.utils
+    before = utils.load
+    utils.load = functools.lru_cache(maxsize=None)(before)
+    yield
+    utils.load = before
 
 
 @pytest.fixture(autouse=True)

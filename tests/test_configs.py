@@ -4,12 +4,10 @@ At a quarter of its width; at full width each is built by
 `test_engine/test_model_zoo.py`.
 """
 
-import functools
 import re
 from pathlib import Path
 
 import mmcv
-import mmengine.config.utils
 import numpy as np
 import pytest
 import torch
@@ -144,16 +142,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture(scope='module', autouse=True)
-def hosts_indices_are_read_once():
-    """For each base in a host package, mmengine reads all its metafiles."""
-    utils = mmengine.config.utils
-    before = utils._get_cfg_metainfo
-    utils._get_cfg_metainfo = functools.lru_cache(maxsize=None)(before)
-    yield
-    utils._get_cfg_metainfo = before
 
 
 # What configs would download -> networks with entries of the same names.
