@@ -71,7 +71,7 @@ def test_blocks_stand_where_the_papers_do():
     assert isinstance(model.conv2.norm, nn.Identity)
 
 
-@pytest.mark.parametrize('block', ['DBB', 'ACB'])
+@pytest.mark.parametrize('block', ['DBB', 'ACB', 'OREPA'])
 def test_merged_is_equal(block):
     model = AlexNetDBB(
         **SMALL, block=dict(type=block), out_indices=range(5)

@@ -94,7 +94,9 @@ def test_architectures_are_the_papers(arch):
     assert ratios == ({16} if arch == 'D2se' else set())
 
 
-@pytest.mark.parametrize('block', ['RepVGGConv', 'DBB', 'ACB'])
+@pytest.mark.parametrize(
+    'block', ['RepVGGConv', 'OREPARepVGG', 'DBB', 'ACB', 'OREPA']
+)
 @pytest.mark.parametrize('arch', [TINY, SE], ids=['tiny', 'se'])
 def test_merged_is_equal(arch, block):
     model = small(
@@ -127,14 +129,16 @@ def test_squeeze_and_excitation_counts(cls):
 
 
 @pytest.mark.parametrize(
-    'arch, block, stock',
+    'arch, block, stock, deploy',
     [
-        (TINY, 'RepVGGConv', 'RepVGG'),
-        (TINY, 'DBB', 'RepVGG'),
-        (SE, 'RepVGGConv', 'PlainRepVGG'),
+        (TINY, 'RepVGGConv', 'RepVGG', dict(deploy=True)),
+        (TINY, 'OREPARepVGG', 'RepVGG', dict(deploy=True)),
+        (TINY, 'DBB', 'RepVGG', dict(deploy=True)),
+        (SE, 'RepVGGConv', 'PlainRepVGG', dict(deploy=True)),
+        (TINY, 'OREPA', 'PlainRepVGG', dict()),  # norms follow its blocks
     ],
 )
-def test_merges_to_the_stock_network(arch, block, stock):
+def test_merges_to_the_stock_network(arch, block, stock, deploy):
     cfg = Config(
         dict(
             default_scope='mmpretrain',
@@ -151,7 +155,7 @@ def test_merges_to_the_stock_network(arch, block, stock):
     )
     stock_cfg = stock_config(cfg)
     assert stock_cfg.model.backbone == dict(
-        type=f'mmpretrain.{stock}', arch=arch, deploy=True
+        type=f'mmpretrain.{stock}', arch=arch, **deploy
     )
     assert ('custom_imports' in stock_cfg) == stock.startswith('Plain')
     model = randomize(build_model(cfg).double())
