@@ -49,6 +49,13 @@ EXTRAS = {
         'onnxscript>=0.1',
         'safetensors>=0.4',
     ],
+    'quantization': [
+        'onnx>=1.15',
+        'onnxruntime>=1.17',
+        'onnxscript>=0.1',
+        'rich>=13',
+    ],
+    'pruning': ['torch-pruning>=1.5', 'rich>=13'],
     'tests': ['pytest>=7.4', 'hypothesis>=6.80', 'ruff>=0.5'],
 }
 

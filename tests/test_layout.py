@@ -26,6 +26,7 @@ LAYERS = (
     ('backbones',),
     ('checkpoint',),
     ('insert', 'benchmark', 'engine'),
+    ('quantization', 'pruning'),
     ('demo',),
 )
 RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer}

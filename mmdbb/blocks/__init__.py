@@ -4,6 +4,7 @@
 from .acb import ACB
 from .base import ReparamConv2d
 from .branch_sum import BranchSumConv2d
+from .conv_bn import ConvBN
 from .dbb import DBB
 from .generated import GeneratedKernelConv2d
 from .official import ACBlock, DiverseBranchBlock, RepVGGBlock
@@ -22,6 +23,7 @@ __all__ = [
     'ACB',
     'ACBlock',
     'BranchSumConv2d',
+    'ConvBN',
     'DBB',
     'DiverseBranchBlock',
     'GeneratedKernelConv2d',

@@ -1,0 +1,129 @@
+# Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
+"""Images to calibrate with: those of the config's own dataloader."""
+
+from __future__ import annotations
+
+import copy
+from typing import Optional, Tuple
+
+import torch
+import torch.nn.functional as F
+from mmengine.config import Config
+from mmengine.runner import Runner, set_random_seed
+from torch import Tensor, nn
+
+from mmdbb.errors import UserError
+
+SPLITS = ('train', 'val', 'test')
+
+
+def calibration_images(
+    cfg: Config,
+    model: nn.Module,
+    count: int,
+    split: str = 'train',
+    size: Optional[Tuple[int, int]] = None,
+    seed: int = 0,
+) -> Tensor:
+    """The first images of a dataloader, as they enter the network.
+
+    Args:
+        cfg: Config with the dataloader.
+        model: Its ``data_preprocessor`` normalises, as in a test.
+        count: How many images; fewer if the data set has fewer.
+        split: Whose dataloader: one of :data:`SPLITS`.
+        size: Height and width in pixels that smaller images are padded to,
+            right and below; by default that of the first image.
+        seed: Of shuffling and augmentation.
+
+    Returns:
+        Tensor: Shape (N, C, H, W).
+
+    Raises:
+        UserError: If there are no images, an image is larger than ``size``,
+            or all images are constant: no range could be learned from them.
+    """
+    if count < 1:
+        raise UserError(
+            f'calibration needs at least one image; got --calib {count}'
+        )
+    if split not in SPLITS:
+        raise UserError(
+            f'no such dataloader: {split!r}; allowed: {", ".join(SPLITS)}'
+        )
+    batches, found = [], 0
+    for inputs in _inputs(cfg, model, split, seed):
+        if size is None:
+            size = tuple(inputs.shape[-2:])
+        batches.append(pad_to(inputs, size)[: count - found])
+        found += len(batches[-1])
+        if found >= count:
+            break
+    if not found:
+        raise UserError(
+            f'there are no calibration images: {split}_dataloader gives none'
+        )
+    images = torch.cat(batches)
+    check_calibration(images)
+    return images
+
+
+def check_calibration(images: Tensor) -> None:
+    """Raise if nothing can be learned from images.
+
+    Args:
+        images: Shape (N, C, H, W).
+
+    Raises:
+        UserError: If there are none, one is not finite, or all are constant.
+    """
+    if not len(images):
+        raise UserError('there are no calibration images')
+    if not images.isfinite().all():
+        raise UserError('a calibration image has values that are not finite')
+    if not (images.amax((2, 3)) - images.amin((2, 3))).any():
+        raise UserError(
+            f'all {len(images)} calibration images are constant: they say '
+            'nothing of the ranges inside the network'
+        )
+
+
+def pad_to(images: Tensor, size: Tuple[int, int]) -> Tensor:
+    """Zeros right and below, up to a size.
+
+    Args:
+        images: Shape (N, C, H, W).
+        size: Height and width in pixels.
+
+    Raises:
+        UserError: If an image is larger.
+    """
+    height, width = images.shape[-2:]
+    if height > size[0] or width > size[1]:
+        raise UserError(
+            f'an image of {height} x {width} pixels does not fit into the '
+            f'network of {size[0]} x {size[1]}; choose another --image-size'
+        )
+    return F.pad(images, (0, size[1] - width, 0, size[0] - height))
+
+
+def _inputs(cfg: Config, model: nn.Module, split: str, seed: int):
+    loader = cfg.get(f'{split}_dataloader')
+    if loader is None:
+        raise UserError(f'the config has no {split}_dataloader')
+    loader = copy.deepcopy(loader)
+    # In this process, so that the seed says which images they are.
+    for key in ('persistent_workers', 'prefetch_factor', 'pin_memory'):
+        loader.pop(key, None)
+    loader.num_workers = 0
+    loader.drop_last = False
+    set_random_seed(seed)
+    try:
+        loader = Runner.build_dataloader(loader, seed=seed)
+    except ValueError as error:  # a sampler without samples
+        raise UserError(
+            f'{split}_dataloader cannot be built: {error}'
+        ) from error
+    for data in loader:
+        inputs = model.data_preprocessor(data, False)['inputs']
+        yield inputs.detach().cpu().float()

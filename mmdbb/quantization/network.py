@@ -1,0 +1,62 @@
+# Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
+"""Loading what is to be quantized: trained, merged, or trained for INT8."""
+
+from __future__ import annotations
+
+from mmcv.cnn import fuse_conv_bn
+from torch import nn
+
+from mmdbb.checkpoint.files import load_strictly, read_checkpoint
+from mmdbb.checkpoint.merge import written_structure
+from mmdbb.errors import UserError
+from mmdbb.quantization.fake import set_quantizing_
+from mmdbb.quantization.qat import is_qat_state, prepare_qat_
+from mmdbb.reparam import find_blocks
+
+
+def load_network(model: nn.Module, checkpoint: str) -> nn.Module:
+    """Load a checkpoint into the network of its config.
+
+    Args:
+        model: As the config builds it; changed in place.
+        checkpoint: Path of a checkpoint of a training, also one that was
+            quantization-aware, or of one that ``tools/reparam.py`` wrote.
+
+    Returns:
+        nn.Module: The network in eval mode; with quantizers, turned on, if
+        the checkpoint has them.
+
+    Raises:
+        UserError: If the two do not belong together.
+    """
+    loaded = read_checkpoint(checkpoint)
+    state = loaded['state_dict']
+    if written_structure(loaded) == 'fused':
+        model = fuse_conv_bn(model)
+    has_branches = any('.branches.' in name for name in state)
+    if has_branches and not find_blocks(model):
+        raise UserError(
+            f'{checkpoint} is not merged, and its config is of a merged '
+            'network; give the config that it was trained with'
+        )
+    if is_qat_state(state):
+        try:
+            prepare_qat_(model)
+        except ValueError as error:
+            raise UserError(f'{checkpoint}: {error}') from error
+        _take_shapes(model, state)
+    load_strictly(model, state, checkpoint)
+    if is_qat_state(state):
+        set_quantizing_(model)
+    return model.eval()
+
+
+def _take_shapes(model: nn.Module, state: dict) -> None:
+    """Scales a channel have the length that training gave them."""
+    for name, module in model.named_modules():
+        for entry, value in module._buffers.items():
+            full = f'{name}.{entry}'
+            if '_quantizer' not in name or full not in state:
+                continue
+            if value.shape != state[full].shape:
+                module._buffers[entry] = value.new_empty(state[full].shape)

@@ -1,0 +1,154 @@
+# Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
+"""Turn a trained network into an INT8 ONNX file, and say how good it is.
+
+  python tools/quantize.py CONFIG CHECKPOINT OUT.onnx --calib 128
+
+merges the blocks, exports, calibrates with the config's own data, quantizes,
+and evaluates each stage by the config's own evaluator. A checkpoint of
+quantization-aware training brings its ranges along. The file is written only
+if the metric falls by no more than --max-drop.
+
+  python tools/quantize.py CONFIG CHECKPOINT OUT.pth --insert-bn
+
+writes a checkpoint and a config to train on before that: each block becomes
+one convolution with a batch norm that at first changes nothing.
+"""
+
+from mmdbb.engine.command import (
+    Parser,
+    add_config_arguments,
+    load_config,
+    run_command,
+)
+from mmdbb.quantization.calibration import SPLITS
+from mmdbb.quantization.insert_bn import insert_bn_checkpoint
+from mmdbb.quantization.onnx_static import METHODS
+from mmdbb.quantization.ptq import Options, quantize_checkpoint
+from mmdbb.quantization.tables import print_quantized
+
+
+def parse_args():
+    parser = Parser(description='Quantize a trained network to INT8')
+    add_config_arguments(parser)
+    parser.add_argument(
+        'checkpoint',
+        help='path of the trained checkpoint, or of the network as ONNX',
+    )
+    parser.add_argument('out', help='file to write, *.onnx')
+    parser.add_argument(
+        '--calib',
+        type=int,
+        default=128,
+        metavar='N',
+        help='images to calibrate with; default: %(default)s',
+    )
+    parser.add_argument(
+        '--calib-split',
+        choices=SPLITS,
+        default='train',
+        help='whose dataloader they come from; default: %(default)s',
+    )
+    parser.add_argument(
+        '--method',
+        choices=METHODS,
+        default='minmax',
+        help='where activations are cut off; default: %(default)s',
+    )
+    parser.add_argument(
+        '--per-tensor',
+        action='store_true',
+        help='one scale a weight, not one a channel',
+    )
+    parser.add_argument(
+        '--reduce-range',
+        action='store_true',
+        help='weights of seven bits, for x86 processors without VNNI',
+    )
+    parser.add_argument(
+        '--op-types',
+        nargs='+',
+        metavar='OPERATOR',
+        help='ONNX operators to quantize; default: all that can be',
+    )
+    parser.add_argument(
+        '--image-size',
+        nargs=2,
+        type=int,
+        metavar=('HEIGHT', 'WIDTH'),
+        help='pixels that the file takes; default: those of the test set',
+    )
+    parser.add_argument(
+        '--metric', help='figure of the evaluator; default: its main one'
+    )
+    parser.add_argument(
+        '--max-drop',
+        type=float,
+        default=1.0,
+        metavar='POINTS',
+        help='largest fall of the metric, in hundredths; default: 1',
+    )
+    parser.add_argument(
+        '--no-test', action='store_true', help='evaluate nothing'
+    )
+    parser.add_argument(
+        '--insert-bn',
+        action='store_true',
+        help='write OUT.pth and OUT.py to train on, instead of an INT8 file',
+    )
+    parser.add_argument(
+        '--seed',
+        type=int,
+        default=0,
+        help='of the choice of images; default: 0',
+    )
+    parser.add_argument(
+        '--force', action='store_true', help='replace OUT if it exists'
+    )
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    config = load_config(args)
+    if args.insert_bn:
+        inserted = insert_bn_checkpoint(
+            config,
+            args.checkpoint,
+            args.out,
+            count=args.calib,
+            split=args.calib_split,
+            overwrite=args.force,
+            seed=args.seed,
+        )
+        print(f'{inserted.blocks} blocks: a convolution and a norm each')
+        print(
+            f'largest difference: {inserted.difference.largest:.2e} of the '
+            f'largest magnitude (in {inserted.difference.output or "none"})'
+        )
+        print(f'weights: {inserted.checkpoint}')
+        print(f'config:  {inserted.config}')
+        return
+    result = quantize_checkpoint(
+        config,
+        args.checkpoint,
+        args.out,
+        Options(
+            count=args.calib,
+            split=args.calib_split,
+            method=args.method,
+            per_channel=not args.per_tensor,
+            reduce_range=args.reduce_range,
+            op_types=args.op_types,
+        ),
+        image_size=tuple(args.image_size) if args.image_size else None,
+        metric=args.metric,
+        max_drop=args.max_drop,
+        evaluated=not args.no_test,
+        overwrite=args.force,
+        seed=args.seed,
+    )
+    print_quantized(result)
+
+
+if __name__ == '__main__':
+    run_command(main)
