@@ -67,6 +67,7 @@ def truncated(path):
     path.write_bytes(data[: len(data) // 2])
 
 
+INT8 = torch.qint8
 NAN = dict(STATE, weight=torch.tensor([[1.0, float('nan')]]))
 INF = {f'w{i}': torch.tensor([float('-inf')]) for i in range(5)}
 BAD = {
@@ -99,6 +100,49 @@ BAD = {
     'state of something else': (
         lambda p: write(p, dict(state_dict=dict(STATE, epoch=3))),
         "entry 'epoch' is no tensor",
+    ),
+    'name that is none': (
+        lambda p: write(p, dict(state_dict={3: torch.ones(1)})),
+        'a.pth is not a checkpoint: 3 is no name of an entry',
+    ),
+    'name of odd characters': (
+        lambda p: write(p, {'a\nb': torch.tensor([float('nan')])}),
+        r"not finite: 'a\\nb'",
+    ),
+    'quantized': (
+        lambda p: write(
+            p,
+            dict(w=torch.quantize_per_tensor(STATE['weight'], 1, 0, INT8)),
+        ),
+        r'has entries that are quantized \(qint8\): w',
+    ),
+    'sparse': (
+        lambda p: write(p, dict(w=STATE['weight'].to_sparse())),
+        'has entries that are sparse: w',
+    ),
+    'complex': (
+        lambda p: write(p, dict(w=STATE['weight'] * 1j)),
+        'has entries that are of type complex64: w',
+    ),
+    'float8': (
+        lambda p: write(p, dict(w=STATE['weight'].to(torch.float8_e5m2))),
+        'has entries that are of type float8_e5m2: w',
+    ),
+    'no values': (
+        lambda p: write(p, dict(w=STATE['weight'].to('meta'))),
+        r'has entries that are without values \(meta\): w',
+    ),
+    'few bytes, many numbers': (
+        lambda p: write(p, dict(w=torch.ones(1).expand(10**12))),
+        r'entries that are larger than the file \(1e\+12 numbers\): w',
+    ),
+    'negative variance': (
+        lambda p: write(p, {'bn.running_var': torch.tensor([1.0, -0.1])}),
+        'a.pth has a negative variance: bn.running_var',
+    ),
+    'differences': (
+        lambda p: write(p, dict(model_delta=STATE)),
+        r'differences to other weights \(model_delta\), not weights',
     ),
     'nan': (lambda p: write(p, NAN), 'values that are not finite: weight'),
     'inf': (
@@ -154,6 +198,10 @@ def test_load_strictly():
     'change, message',
     [
         (lambda s: s.pop('bias'), 'missing: bias'),
+        (
+            lambda s: s.update(bias=torch.ones(3, dtype=torch.int8)),
+            r'of another type: bias \(int8 in the file, float32 in the netwo',
+        ),
         (lambda s: s.update(extra=torch.ones(1)), 'unexpected: extra'),
         (
             lambda s: s.update(bias=torch.ones(4)),
