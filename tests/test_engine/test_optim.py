@@ -92,6 +92,12 @@ def test_dbb(cls):
     )
 
 
+def test_grouped_is_not_depthwise():
+    model = nn.Sequential(nn.Conv2d(4, 8, 3, groups=2), nn.Conv2d(1, 1, 3))
+    found = values_of(model, build(model, DBB_RULES))
+    assert all(decay == DECAY for _, decay in found.values())
+
+
 def repvgg_names(key):
     """Our names in the words of the code's rules."""
     return key.replace('norm.', 'bn.').replace('identity.bn', 'rbr_identity')
