@@ -19,10 +19,14 @@ VI     a small kernel as a large one              :func:`pad_kernel`
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
+
+# How many input channels share a product where kernels are composed.
+_AT_ONCE = 4
 
 
 class KernelBias(NamedTuple):
@@ -292,9 +296,12 @@ def compose_1x1_kxk(first: Tensor, second: Tensor, groups: int = 1) -> Tensor:
     Returns:
         Tensor: Shape (out, in / groups, kH, kW).
     """
+    if groups == 1:
+        # The second kernel as images, which are not copied for that.
+        return torch.nn.functional.conv2d(second, first.transpose(0, 1))
     mid, inside = first.shape[:2]
     out, _, *size = second.shape
-    # One large product a group, with the taps among the rows.
+    # One product a group, with the taps among the rows.
     rows = second.reshape(groups, out // groups, mid // groups, -1)
     taps = rows.shape[-1]
     rows = rows.transpose(2, 3).reshape(groups, -1, mid // groups)
@@ -323,11 +330,20 @@ def compose_separable(
     """
     out, inside = pointwise.shape[0], in_channels // groups
     size = depthwise.shape[2:]
+    taps = size[0] * size[1]
     expansion = depthwise.shape[0] // in_channels
-    rows = pointwise.reshape(out // groups, groups, inside, expansion)
-    rows = rows.permute(1, 2, 0, 3).reshape(in_channels, -1, expansion)
-    kernel = torch.bmm(rows, depthwise.reshape(in_channels, expansion, -1))
-    kernel = kernel.reshape(groups, inside, out // groups, -1)
+    # Some inputs at once, because products of tiny matrices are slow.
+    some = math.gcd(inside, _AT_ONCE)
+    filters = _block_diagonal(depthwise.reshape(-1, some, expansion, taps))
+    rows = pointwise.reshape(
+        out // groups, groups, inside // some, some * expansion
+    )
+    rows = rows.permute(1, 2, 0, 3).reshape(
+        in_channels // some, out // groups, some * expansion
+    )
+    kernel = torch.bmm(rows, filters).reshape(
+        groups, inside // some, out // groups, some * taps
+    )
     return kernel.transpose(1, 2).reshape(out, inside, *size)
 
 
@@ -373,10 +389,23 @@ def add_patterns(
     Returns:
         Tensor: Shape (out, in / groups, kH, kW).
     """
-    out, inside, *size = kernel.shape
+    out, inside = kernel.shape[:2]
+    # Some inputs at once, because products of tiny matrices are slow.
+    some = math.gcd(inside, _AT_ONCE)
+    patterns = _block_diagonal(patterns[:, None].expand(-1, some, -1, -1))
     return torch.baddbmm(
-        kernel.reshape(out, inside, -1), coefficients, patterns
+        kernel.reshape(out, inside // some, -1),
+        coefficients.reshape(out, inside // some, -1),
+        patterns,
     ).reshape(kernel.shape)
+
+
+def _block_diagonal(blocks: Tensor) -> Tensor:
+    """From (N, count, rows, columns) to (N, count rows, count columns)."""
+    many, count, rows, columns = blocks.shape
+    eye = torch.eye(count, dtype=blocks.dtype, device=blocks.device)
+    full = blocks[:, :, :, None] * eye.reshape(1, count, 1, count, 1)
+    return full.reshape(many, count * rows, count * columns)
 
 
 def frequency_prior(out_channels: int, kernel_size: Tuple[int, int]) -> Tensor:
