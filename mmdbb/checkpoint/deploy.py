@@ -134,25 +134,30 @@ def deploy_checkpoint(
     )
     if tolerance is None:
         tolerance = merged.tolerance
-    state, meta = merged.network.state_dict(), merged.meta
+    trained, network, new_cfg, meta, structure, names, left, taken = merged
+    parameters = (_count(trained), _count(network))
     with all_or_nothing(*outputs, overwrite=overwrite) as drafts:
-        merged.cfg.dump(drafts[1])
-        write_checkpoint(drafts[0], state, meta)
+        new_cfg.dump(drafts[1])
+        write_checkpoint(drafts[0], network.state_dict(), meta)
+        # In memory are the trained network and one merged at a time.
+        del merged, network
         written = load_deployed(drafts[1], drafts[0])
         difference = prove_equal(
-            merged, written, images, image_size, tolerance, seed
+            trained, written, images, image_size, tolerance, seed
         )
+        del written
         meta['mmdbb'].update(max_error=difference.largest, tolerance=tolerance)
+        state = read_checkpoint(drafts[0])['state_dict']
         write_checkpoint(drafts[0], state, meta)
     return Deployed(
         *outputs,
-        len(merged.merged),
-        (_count(merged.trained), _count(merged.network)),
+        len(names),
+        parameters,
         difference,
         tolerance,
-        merged.structure,
-        merged.left,
-        merged.weights,
+        structure,
+        left,
+        taken,
     )
 
 

@@ -102,11 +102,14 @@ def _first_of(error: BaseException) -> BaseException:
 
 def _as_safetensors(path: str, state: Dict[str, Tensor], meta: dict) -> bytes:
     safetensors = _package(path)
-    # It refuses tensors that share memory, as tied weights do.
-    tensors = {
-        name: value.detach().clone(memory_format=torch.contiguous_format)
-        for name, value in state.items()
-    }
+    tensors, seen = {}, set()
+    for name, value in state.items():
+        # It refuses tensors that share memory, as tied weights do.
+        memory = value.untyped_storage().data_ptr()
+        if memory in seen or not value.is_contiguous():
+            value = value.clone(memory_format=torch.contiguous_format)
+        seen.add(memory)
+        tensors[name] = value.detach()
     text = json.dumps(meta, default=_as_json, skipkeys=True)
     return safetensors.torch.save(tensors, {'format': 'pt', META: text})
 

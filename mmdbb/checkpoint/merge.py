@@ -261,23 +261,23 @@ def _fused(network: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def prove_equal(
-    merged: Merged,
+    trained: nn.Module,
     network: nn.Module,
     images: Sequence[str] = (),
     image_size: Tuple[int, int] = (224, 224),
-    tolerance: Optional[float] = None,
+    tolerance: float = TOLERANCE,
     seed: int = 0,
 ) -> Difference:
     """Compare a network with the one that was trained.
 
     Args:
-        merged: What was merged. Its trained network is in float32 afterwards.
-        network: The network to prove, in float32: ``merged.network``, or what
+        trained: The network that was trained; in float32 afterwards.
+        network: The network to prove, in float32: what was merged, or what
             was read from a file.
         images: Paths of images to compare on, besides random ones.
         image_size: Height and width in pixels to compare at.
         tolerance: Largest difference allowed, relative to the largest
-            magnitude of an output; by default :attr:`Merged.tolerance`.
+            magnitude of an output, see :attr:`Merged.tolerance`.
         seed: For the random images.
 
     Returns:
@@ -287,8 +287,7 @@ def prove_equal(
         UserError: If an image cannot be read, the network cannot be run, or
             the difference is larger.
     """
-    tolerance = merged.tolerance if tolerance is None else tolerance
-    trained = merged.trained.float()
+    trained = trained.float()
     batches = input_batches(trained, images, image_size, seed)
     difference = compare_networks(trained, network, batches)
     if not difference.largest <= tolerance:
