@@ -53,6 +53,16 @@ def test_the_papers_way_is_the_same_function(network):
     assert not any('compose' in vars(m) for m in model.modules())
 
 
+def test_composing_bound():
+    """A ResNet-18's kernels cost alike whatever the images are."""
+    images = torch.randn(1, 3, 64, 64)
+    one = benchmark.composing_bound('resnet18', 'OREPA', images)
+    images = torch.randn(2, 3, 64, 64)
+    two = benchmark.composing_bound('resnet18', 'OREPA', images)
+    assert one > 2 and abs((one - 1) / (two - 1) - 2) < 1e-6
+    assert benchmark.composing_bound('resnet18', 'DBB', images) == 1
+
+
 @pytest.mark.parametrize('block', ['DBB', 'OREPA'])
 def test_growth(block, monkeypatch):
     monkeypatch.setattr(

@@ -75,6 +75,9 @@ def main():
             )
             rows += [dict(network=network, **as_dict(row)) for row in found]
             print_table(f'{network}, {args.block}, {phase}', found)
+        bound = benchmark.composing_bound(network, args.block, images)
+        if bound > 1:
+            print(f'composing multiplies at least to {bound:.3f} of plain')
     report = dict(
         settings=vars(args),
         machine=dict(

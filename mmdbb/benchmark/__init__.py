@@ -4,7 +4,7 @@
 from .growth import AXES, Point, growth
 from .measure import Spread, interleaved, kept_megabytes, peak_megabytes
 from .papers import papers_way
-from .phases import NETWORKS, PHASES, Row, run_phase
+from .phases import NETWORKS, PHASES, Row, composing_bound, run_phase
 
 __all__ = [
     'AXES',
@@ -13,6 +13,7 @@ __all__ = [
     'Point',
     'Row',
     'Spread',
+    'composing_bound',
     'growth',
     'interleaved',
     'kept_megabytes',

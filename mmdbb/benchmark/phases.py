@@ -16,6 +16,7 @@ from mmcv.cnn import fuse_conv_bn
 from mmpretrain.models import RepVGG, ResNet
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.flop_counter import FlopCounterMode
 
 from mmdbb.backbones import (
     MobileNetV1,
@@ -124,6 +125,35 @@ def run_phase(
         )
         for name, (run, forward) in variants.items()
     ]
+
+
+def composing_bound(network: str, block: str, images: Tensor) -> float:
+    """What composing kernels adds to a training step at the very least.
+
+    Args:
+        network: One of :data:`NETWORKS`.
+        block: Name of a block.
+        images: Batch of shape (N, 3, H, W).
+
+    Returns:
+        float: Multiplications of the plain network and of composing, over
+        those of the plain network; 1 if nothing is composed while training.
+        The backward pass has twice as many of both.
+    """
+    make_plain, make_blocks = NETWORKS[network]
+    plain, model = make_plain(), make_blocks(dict(type=block))
+    kernels = [
+        block.generator
+        for block in model.modules()
+        if hasattr(block, 'generator')
+    ]
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        plain.to(images.device)(images)
+        without = counter.get_total_flops()
+        with papers_way(model):
+            for kernel in kernels:
+                kernel()
+    return counter.get_total_flops() / without
 
 
 def _block_variants(
