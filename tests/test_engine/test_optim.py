@@ -162,6 +162,29 @@ def test_repvgg_custom_l2_is_in_the_step(accumulative_counts):
         assert torch.allclose(value, expected[name], rtol=1e-12), name
 
 
+class Doubling(OptimWrapper):
+    """A wrapper with a backward pass of its own, as mixed precision has."""
+
+    def backward(self, loss):
+        super().backward(2 * loss)
+
+
+def test_custom_l2_keeps_the_wrapper():
+    single = Classifier(ReparamRepVGG(TINY)).double().eval()
+    double = copy.deepcopy(single)
+    x = image(4, 3, 32, 32)
+    wrapper = build(double, REPVGG_RULES, type=Doubling)
+    assert isinstance(wrapper, Doubling)
+    double.train_step(dict(inputs=x), wrapper)
+    single.train_step(dict(inputs=x), build(single, REPVGG_RULES))
+    before = copy.deepcopy(single)
+    name = 'backbone.stem.branch_reparam.branches.kxk.conv.weight'
+    start = 2 * before.get_parameter(name) - double.get_parameter(name)
+    # Twice the step from the same start, which neither is decayed from.
+    one, two = (m.get_parameter(name) - start for m in (single, double))
+    assert torch.allclose(two, 2 * one, rtol=1e-9)
+
+
 def test_custom_l2_leaves_frozen_and_merged_blocks_alone():
     model = Classifier(ReparamRepVGG(TINY, frozen_stages=1))
     blocks = list(find_blocks(model).values())
