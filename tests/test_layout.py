@@ -26,7 +26,8 @@ LAYERS = (
     ('backbones',),
     ('checkpoint',),
     ('insert', 'benchmark', 'engine'),
-    ('quantization', 'pruning'),
+    ('quantization',),
+    ('pruning',),
     ('demo',),
 )
 RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer}

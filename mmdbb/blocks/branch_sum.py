@@ -172,7 +172,7 @@ class BranchSumConv2d(ReparamConv2d):
 
     def _compose(self) -> KernelBias:
         kernel, bias = add_branches(
-            *map(self._kernel_bias_of, self.branches.values())
+            *map(self.kernel_bias_of, self.branches.values())
         )
         if self.bias is not None:
             bias = bias + self.bias
@@ -181,7 +181,16 @@ class BranchSumConv2d(ReparamConv2d):
             return merged
         return fuse_conv_bn(merged, norm_scale_shift(self.norm))
 
-    def _kernel_bias_of(self, branch: Branch) -> KernelBias:
+    def kernel_bias_of(self, branch: Branch) -> KernelBias:
+        """A branch's kernel and bias, before the norm of the sum.
+
+        Args:
+            branch: One of the block's branches.
+
+        Returns:
+            KernelBias: Kernel (out, in / groups, kH, kW) and bias (out,), on
+            the block's device and in its dtype.
+        """
         merged = branch.equivalent_kernel_bias()
         if next(branch.parameters(), None) is not None:
             return merged

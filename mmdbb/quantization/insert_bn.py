@@ -12,9 +12,8 @@ blocks (merging, exporting, quantization-aware training) folds the norm again.
 
 from __future__ import annotations
 
-import functools
 import inspect
-from typing import Callable, Dict, NamedTuple, Tuple
+from typing import Callable, NamedTuple
 
 import torch
 from mmengine.config import Config
@@ -26,18 +25,14 @@ from mmdbb.checkpoint.files import all_or_nothing
 from mmdbb.checkpoint.formats import write_checkpoint
 from mmdbb.checkpoint.merge import build_model
 from mmdbb.checkpoint.stock import STOCK_BACKBONES, without_own_starts
-from mmdbb.checkpoint.verify import (
-    Difference,
-    compare_networks,
-    network_outputs,
-)
+from mmdbb.checkpoint.verify import Difference, compare_networks
 from mmdbb.errors import UserError
 from mmdbb.quantization.calibration import calibration_images
 from mmdbb.quantization.network import load_network
+from mmdbb.quantization.norms import moments_of
 from mmdbb.reparam import find_blocks
 from mmdbb.version import __version__
 
-_BATCH = 32
 _TOLERANCE = 1e-4
 #: Larger than any; a config cannot hold infinity.
 _LARGEST_KERNEL = 1000
@@ -183,7 +178,7 @@ def insert_bn_(network: nn.Module, model: nn.Module, images: Tensor) -> None:
         if not name.startswith(inside)
     }
     network.load_state_dict(state, strict=False)
-    moments = _output_moments(model, blocks, images)
+    moments = moments_of(model, blocks, images)
     for name, block in blocks.items():
         branch = network.get_submodule(name).branches['kxk']
         norm = branch.norm
@@ -200,36 +195,3 @@ def insert_bn_(network: nn.Module, model: nn.Module, images: Tensor) -> None:
         norm.running_var.copy_(var)
         norm.weight.copy_((norm.running_var.double() + norm.eps).sqrt())
         norm.bias.copy_(mean)
-
-
-def _output_moments(
-    model: nn.Module, blocks: Dict[str, nn.Module], images: Tensor
-) -> Dict[str, Tuple[Tensor, Tensor]]:
-    """Mean and variance a channel of each block's output, in float64."""
-    sums = {}
-
-    def watch(name: str, block: nn.Module, args, output: Tensor) -> None:
-        y = output.detach().double()
-        terms = (
-            y.new_tensor(y.numel() / y.shape[1]),
-            y.sum((0, 2, 3)),
-            y.square().sum((0, 2, 3)),
-        )
-        before = sums.get(name, (0, 0, 0))
-        sums[name] = tuple(a + b for a, b in zip(before, terms))
-
-    hooks = [
-        block.register_forward_hook(functools.partial(watch, name))
-        for name, block in blocks.items()
-    ]
-    try:
-        for batch in images.split(_BATCH):
-            network_outputs(model, batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    found = {}
-    for name, (count, first, second) in sums.items():
-        mean = first / count
-        found[name] = mean, (second / count - mean.square()).clamp_min(0)
-    return found

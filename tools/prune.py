@@ -1,0 +1,117 @@
+# Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
+"""Make a trained network smaller: merge, prune filters, train on, export.
+
+  python tools/prune.py CONFIG CHECKPOINT OUT.pth --ratio 0.3 --length 3
+
+Best after a training with KernelPenaltyHook, which makes filters short that
+are to go. Load the result with mmdbb.pruning.structure.load_pruned.
+"""
+
+from mmdbb.engine.command import (
+    Parser,
+    add_config_arguments,
+    load_config,
+    run_command,
+)
+from mmdbb.pruning.pipeline import print_pruned, prune_checkpoint
+
+
+def parse_args():
+    parser = Parser(description='Prune the filters of a trained network')
+    add_config_arguments(parser)
+    parser.add_argument('checkpoint', help='path of the trained checkpoint')
+    parser.add_argument('out', help='checkpoint to write, *.pth')
+    parser.add_argument(
+        '--ratio',
+        type=float,
+        default=0.3,
+        help='share of the filters to remove; default: %(default)s',
+    )
+    parser.add_argument(
+        '--each-layer',
+        action='store_true',
+        help='the same share of each layer, not of all together',
+    )
+    parser.add_argument(
+        '--norm',
+        type=int,
+        choices=(1, 2),
+        default=2,
+        help='that measures a filter, L1 or L2; default: %(default)s',
+    )
+    parser.add_argument(
+        '--round-to',
+        type=int,
+        metavar='N',
+        help='make the numbers of channels multiples of N',
+    )
+    parser.add_argument(
+        '--length',
+        type=int,
+        default=0,
+        metavar='N',
+        help='train on for N epochs, or iterations where the config counts '
+        'those; default: not at all',
+    )
+    parser.add_argument(
+        '--lr-scale',
+        type=float,
+        default=0.1,
+        help="share of the config's learning rate; default: %(default)s",
+    )
+    parser.add_argument(
+        '--onnx', metavar='FILE.onnx', help='export the result as well'
+    )
+    parser.add_argument(
+        '--calib',
+        type=int,
+        default=128,
+        metavar='N',
+        help='images for the statistics of norms; default: %(default)s',
+    )
+    parser.add_argument(
+        '--image-size',
+        nargs=2,
+        type=int,
+        metavar=('HEIGHT', 'WIDTH'),
+        help='pixels of an image; default: those of the test set',
+    )
+    parser.add_argument(
+        '--metric', help='figure of the evaluator; default: its main one'
+    )
+    parser.add_argument(
+        '--seed',
+        type=int,
+        default=0,
+        help='of the choice of images; default: 0',
+    )
+    parser.add_argument(
+        '--force', action='store_true', help='replace outputs that exist'
+    )
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    result = prune_checkpoint(
+        load_config(args),
+        args.checkpoint,
+        args.out,
+        ratio=args.ratio,
+        everywhere=not args.each_layer,
+        order=args.norm,
+        round_to=args.round_to,
+        length=args.length,
+        lr_scale=args.lr_scale,
+        onnx=args.onnx,
+        count=args.calib,
+        image_size=tuple(args.image_size) if args.image_size else None,
+        metric=args.metric,
+        overwrite=args.force,
+        seed=args.seed,
+    )
+    print_pruned(result)
+
+
+if __name__ == '__main__':
+    run_command(main)

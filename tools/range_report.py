@@ -1,0 +1,44 @@
+# Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
+"""Say what INT8 will do to a trained network's merged kernels.
+
+python tools/range_report.py CONFIG CHECKPOINT [--plot ranges.png]
+"""
+
+from mmdbb.checkpoint.files import all_or_nothing
+from mmdbb.checkpoint.merge import build_model
+from mmdbb.engine.command import (
+    Parser,
+    add_config_arguments,
+    load_config,
+    run_command,
+)
+from mmdbb.quantization.network import load_network
+from mmdbb.quantization.ranges import kernel_ranges, plot_ranges, print_ranges
+
+
+def parse_args():
+    parser = Parser(description="Ranges of a network's merged kernels")
+    add_config_arguments(parser)
+    parser.add_argument('checkpoint', help='path of the trained checkpoint')
+    parser.add_argument(
+        '--plot', metavar='FILE', help='draw them too, as *.png or *.svg'
+    )
+    parser.add_argument(
+        '--force', action='store_true', help='replace FILE if it exists'
+    )
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    model = load_network(build_model(load_config(args)), args.checkpoint)
+    ranges = kernel_ranges(model)
+    print_ranges(ranges)
+    if args.plot:
+        with all_or_nothing(args.plot, overwrite=args.force) as (draft,):
+            plot_ranges(ranges, draft)
+        print(f'plot: {args.plot}')
+
+
+if __name__ == '__main__':
+    run_command(main)
