@@ -50,9 +50,6 @@ class RepVGGUnit(BaseModule):
             memory.
     """
 
-    #: See :func:`mmdbb.host_norms.conv_norm_pairs`.
-    conv_norm_names = (('branch_reparam', 'norm'),)
-
     def __init__(
         self,
         in_channels: int,
@@ -86,6 +83,17 @@ class RepVGGUnit(BaseModule):
             self.se_layer = SELayer(out_channels, **se_cfg)
         self.act = build_activation_layer(act_cfg or dict(type='ReLU'))
         self.with_cp = with_cp
+
+    @property
+    def conv_norm_names(self) -> Tuple[Tuple[str, str], ...]:
+        """See :func:`mmdbb.host_norms.conv_norm_pairs`.
+
+        A norm that a block absorbed does not come back: the merged
+        convolution has a bias, as in the stock network.
+        """
+        if isinstance(self.norm, nn.Identity):
+            return ()
+        return (('branch_reparam', 'norm'),)
 
     def forward(self, x: Tensor) -> Tensor:
         """From (N, in, H, W) to (N, out, H', W')."""

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mmdbb.backbones import PlainRepVGG, ReparamRepVGG
 from mmdbb.blocks import DBB, RepVGGConv
-from mmdbb.checkpoint.deploy import build_model
+from mmdbb.checkpoint.deploy import build_model, deploy_checkpoint
 from mmdbb.checkpoint.stock import stock_config, stock_state
 from mmdbb.reparam import find_blocks, literal_forward, reparameterize
 
@@ -138,7 +138,7 @@ def test_squeeze_and_excitation_counts(cls):
         (TINY, 'OREPA', 'PlainRepVGG', dict()),  # norms follow its blocks
     ],
 )
-def test_merges_to_the_stock_network(arch, block, stock, deploy):
+def test_merges_to_the_stock_network(arch, block, stock, deploy, tmp_path):
     cfg = Config(
         dict(
             default_scope='mmpretrain',
@@ -164,6 +164,13 @@ def test_merges_to_the_stock_network(arch, block, stock, deploy):
     x = image(2, 3, 40, 56)
     with torch.no_grad():
         assert distance(merged(x), model(x)) < EXACT
+    checkpoint, out = str(tmp_path / 'a.pth'), str(tmp_path / 'b.pth')
+    torch.save(dict(state_dict=model.float().state_dict()), checkpoint)
+    for fuse in (False, True):
+        deployed = deploy_checkpoint(
+            cfg, checkpoint, out, fuse, image_size=(40, 56), overwrite=fuse
+        )
+        assert deployed.blocks == 7
 
 
 @pytest.mark.parametrize('arch', ['A0', 'B1g4', 'D2se'])
