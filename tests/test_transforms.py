@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import EXACT, distance, image, pad_with_values
+from helpers import EXACT, SINGLE, distance, image, pad_with_values
 from torch import nn
 
 from mmdbb.transforms import (
@@ -132,6 +132,20 @@ def test_fuse_1x1_kxk_exact():
     fused = fuse_1x1_kxk(first, second)
     assert fused.kernel.tolist() == [[[[31, 300]], [[42, 400]]]]
     assert fused.bias.tolist() == [1 - 110 + 7]
+
+
+@pytest.mark.parametrize('groups', [1, 2])
+def test_fuse_1x1_kxk_is_the_same_in_both_precisions(groups):
+    """They go different ways."""
+    first = KernelBias(image(6, 4 // groups, 1, 1), image(6))
+    second = KernelBias(image(8, 6 // groups, 3, 2, seed=1), image(8, seed=2))
+    double = fuse_1x1_kxk(first, second, groups)
+    single = fuse_1x1_kxk(
+        *(KernelBias(k.float(), b.float()) for k, b in (first, second)), groups
+    )
+    for found, expected in zip(single, double):
+        assert found.dtype == torch.float32
+        assert distance(found, expected) < SINGLE
 
 
 def test_fuse_1x1_kxk_keeps_groups_apart_exact():
