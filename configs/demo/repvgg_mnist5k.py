@@ -12,8 +12,8 @@ model = dict(
         type='mmpretrain.ReparamRepVGG',
         block=dict(type='RepVGGConv'),
         arch=dict(
-            num_blocks=[2, 4, 6, 1],
-            width_factor=[0.25, 0.25, 0.25, 0.25],  # 16 to 128 channels
+            num_blocks=[2, 4, 14, 1],  # as deep as RepVGG-A0
+            width_factor=[0.125, 0.125, 0.125, 0.25],  # 8 to 128 channels
             group_layer_map=None,
             se_cfg=None,
         ),

@@ -12,19 +12,21 @@ https://arxiv.org/abs/1712.05877).
 
 from __future__ import annotations
 
-from typing import Dict, Tuple, Type
+from typing import Dict, Optional, Tuple, Type
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.ao.quantization import (
     FakeQuantize,
+    MinMaxObserver,
     MovingAverageMinMaxObserver,
     PerChannelMinMaxObserver,
 )
 
 from mmdbb.blocks.base import ReparamConv2d
 from mmdbb.blocks.fast import convolve
+from mmdbb.branches.norm import norm_scale_shift
 
 #: What becomes of a layer's names; an entry that tells such a checkpoint.
 INPUT, WEIGHT, OUTPUT = (
@@ -33,26 +35,45 @@ INPUT, WEIGHT, OUTPUT = (
     'output_quantizer',
 )
 
+#: Largest integers of weights: of eight bits, and of seven.
+LIMIT, REDUCED_LIMIT = 127, 63
+
 
 class WeightQuantizer(FakeQuantize):
-    """Int8 in -127..127, one scale a channel, from the kernel as it is now.
+    """Int8 in -127..127, with the range of the kernel as it is now.
 
     Symmetric, so that a norm folded into the kernel later, which scales
     channels and may flip their signs, changes no integer but its sign.
+
+    Args:
+        per_channel: Whether each output channel has a scale of its own.
+        reduce_range: Whether to use seven bits, -63..63.
 
     Shape:
         - Input and output: (out, in / groups, kH, kW) or (out, in)
     """
 
-    def __init__(self) -> None:
-        super().__init__(
-            PerChannelMinMaxObserver,
-            quant_min=-127,
-            quant_max=127,
-            dtype=torch.qint8,
-            qscheme=torch.per_channel_symmetric,
-            ch_axis=0,
-        )
+    def __init__(
+        self, per_channel: bool = True, reduce_range: bool = False
+    ) -> None:
+        limit = REDUCED_LIMIT if reduce_range else LIMIT
+        arguments = dict(quant_min=-limit, quant_max=limit, dtype=torch.qint8)
+        if per_channel:
+            super().__init__(
+                PerChannelMinMaxObserver,
+                qscheme=torch.per_channel_symmetric,
+                ch_axis=0,
+                **arguments,
+            )
+        else:
+            super().__init__(
+                MinMaxObserver,
+                qscheme=torch.per_tensor_symmetric,
+                **arguments,
+            )
+        self.per_channel = per_channel
+        # In the checkpoint, so that it says what the weights were trained for.
+        self.register_buffer('limit', torch.tensor(limit))
 
     def forward(self, kernel: Tensor) -> Tensor:
         self.activation_post_process.reset_min_max_vals()
@@ -125,7 +146,7 @@ class QuantizedBlock(_Quantized):
 
     def _quantized(self, x: Tensor, quantize: nn.Module) -> Tensor:
         kernel, bias = self.get_equivalent_kernel_bias()
-        kernel = quantize(kernel)
+        kernel = _folded(self, kernel, quantize)
         return convolve(x, kernel.to(x.dtype), bias.to(x.dtype), self.spec)
 
 
@@ -133,7 +154,8 @@ class QuantizedConv2d(_Quantized):
     """Mixin for ``nn.Conv2d``."""
 
     def _quantized(self, x: Tensor, quantize: nn.Module) -> Tensor:
-        return self._conv_forward(x, quantize(self.weight), self.bias)
+        kernel = _folded(self, self.weight, quantize)
+        return self._conv_forward(x, kernel, self.bias)
 
 
 class QuantizedLinear(_Quantized):
@@ -141,6 +163,22 @@ class QuantizedLinear(_Quantized):
 
     def _quantized(self, x: Tensor, quantize: nn.Module) -> Tensor:
         return F.linear(x, quantize(self.weight), self.bias)
+
+
+def _folded(
+    layer: nn.Module, kernel: Tensor, quantize: WeightQuantizer
+) -> Tensor:
+    """Quantize a kernel as it will be with the norm behind it folded in.
+
+    With a scale a channel that is the same as without the norm.
+    """
+    (norm,) = layer.folded_norm
+    if quantize.per_channel or norm is None:
+        return quantize(kernel)
+    scale = norm_scale_shift(norm).scale.reshape(-1, 1, 1, 1)
+    # A channel that the norm makes vanish may be anything.
+    scale = torch.where(scale.abs() < 1e-12, torch.ones_like(scale), scale)
+    return quantize(kernel * scale) / scale
 
 
 _KINDS = (
@@ -169,13 +207,20 @@ def quantizable_layers(model: nn.Module) -> Dict[str, nn.Module]:
 
 
 def add_quantizers_(
-    layer: nn.Module, averaging_constant: float = 0.01
+    layer: nn.Module,
+    averaging_constant: float = 0.01,
+    per_channel: bool = True,
+    reduce_range: bool = False,
+    norm: Optional[nn.Module] = None,
 ) -> None:
     """Give a layer quantizers for input and weight, turned off.
 
     Args:
         layer: From :func:`quantizable_layers`.
         averaging_constant: See :class:`ActivationQuantizer`.
+        per_channel: See :class:`WeightQuantizer`, as the next one.
+        reduce_range: As there.
+        norm: The batch norm behind the layer, which will be folded into it.
     """
     if isinstance(layer, _Quantized):
         return
@@ -186,7 +231,9 @@ def add_quantizers_(
         _CLASSES[cls] = type(f'Quantized{cls.__name__}', (mixin, cls), {})
     device = next(layer.parameters()).device
     layer.add_module(INPUT, ActivationQuantizer(averaging_constant).to(device))
-    layer.add_module(WEIGHT, WeightQuantizer().to(device))
+    weight_quantizer = WeightQuantizer(per_channel, reduce_range)
+    layer.add_module(WEIGHT, weight_quantizer.to(device))
+    layer.folded_norm = (norm,)  # in a tuple it is no submodule
     layer.__class__ = _CLASSES[cls]
 
 
@@ -247,7 +294,8 @@ def remove_quantizers_(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, _Quantized):
             module.__class__ = type(module).__bases__[1]
-            module.__dict__.pop('output_holder', None)
+            for name in ('output_holder', 'folded_norm'):
+                module.__dict__.pop(name, None)
         for name in (INPUT, WEIGHT, OUTPUT):
             module._modules.pop(name, None)
         for key, hook in list(module._forward_hooks.items()):

@@ -13,6 +13,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
 
@@ -35,21 +36,23 @@ _PASS = (
 
 
 class Written(NamedTuple):
-    """Where a layer's output is quantized.
+    """What becomes of a layer's output.
 
     Attributes:
-        holder: Name of the layer, or of the norm behind it.
+        norm: Name of the batch norm behind the layer, None if there is none.
+        quantized: Whether the output, after that norm, needs a quantizer.
         relu: Whether all readers read it through a ReLU.
     """
 
-    holder: str
+    norm: Optional[str]
+    quantized: bool
     relu: bool
 
 
 @torch.no_grad()
 def layers_to_quantize(
     model: nn.Module, image_size: Tuple[int, int] = (64, 64)
-) -> Dict[str, Optional[Written]]:
+) -> Dict[str, Written]:
     """Run a network on a black image and see what reads what.
 
     Args:
@@ -59,8 +62,7 @@ def layers_to_quantize(
 
     Returns:
         dict: Names of the layers that an export runs through (no auxiliary
-        heads), and where the output of each is quantized: None where only
-        layers read it.
+        heads), and what becomes of the output of each.
     """
     layers = quantizable_layers(model)
     if not layers:
@@ -87,15 +89,15 @@ def layers_to_quantize(
     for name, layer in layers.items():
         if layer not in watch.reached:
             continue
-        found[name] = None
         reads = watch.reads.get(layer, [])
-        if not any(other for other, _ in reads):
-            continue
         norm = norms.get(layer)
-        if not isinstance(norm, nn.modules.batchnorm._BatchNorm):
-            norm = None  # such a norm does not fold into the layer
-        holder = name if norm is None else names[norm]
-        found[name] = Written(holder, all(relu for _, relu in reads))
+        if not isinstance(norm, _BatchNorm):
+            norm = None  # another kind does not fold into the layer
+        found[name] = Written(
+            None if norm is None else names[norm],
+            any(other for other, _ in reads),
+            all(relu for _, relu in reads),
+        )
     return found
 
 

@@ -9,7 +9,11 @@ from torch import nn
 from mmdbb.checkpoint.files import load_strictly, read_checkpoint
 from mmdbb.checkpoint.merge import written_structure
 from mmdbb.errors import UserError
-from mmdbb.quantization.fake import set_quantizing_
+from mmdbb.quantization.fake import (
+    REDUCED_LIMIT,
+    WEIGHT,
+    set_quantizing_,
+)
 from mmdbb.quantization.qat import is_qat_state, prepare_qat_
 from mmdbb.reparam import find_blocks
 
@@ -41,7 +45,7 @@ def load_network(model: nn.Module, checkpoint: str) -> nn.Module:
         )
     if is_qat_state(state):
         try:
-            prepare_qat_(model)
+            prepare_qat_(model, **_arguments(state))
         except ValueError as error:
             raise UserError(f'{checkpoint}: {error}') from error
         _take_shapes(model, state)
@@ -49,6 +53,24 @@ def load_network(model: nn.Module, checkpoint: str) -> nn.Module:
     if is_qat_state(state):
         set_quantizing_(model)
     return model.eval()
+
+
+def _arguments(state: dict) -> dict:
+    """What quantizers a checkpoint has, by their entries."""
+    dims = {
+        value.dim()
+        for name, value in state.items()
+        if name.endswith(f'.{WEIGHT}.activation_post_process.min_val')
+    }
+    limits = {
+        int(value)
+        for name, value in state.items()
+        if name.endswith(f'.{WEIGHT}.limit')
+    }
+    return dict(
+        per_channel=dims != {0},
+        reduce_range=limits == {REDUCED_LIMIT},
+    )
 
 
 def _take_shapes(model: nn.Module, state: dict) -> None:

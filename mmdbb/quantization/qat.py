@@ -27,7 +27,9 @@ def prepare_qat_(
     model: nn.Module,
     image_size: Tuple[int, int] = (64, 64),
     averaging_constant: float = 0.01,
-) -> Dict[str, Optional[Written]]:
+    per_channel: bool = True,
+    reduce_range: bool = False,
+) -> Dict[str, Written]:
     """Give a network quantizers, turned off.
 
     Every block, convolution and linear layer that an export runs through gets
@@ -42,9 +44,12 @@ def prepare_qat_(
             see what reads what.
         averaging_constant: Share of each batch in the moving average of
             activations' ranges.
+        per_channel: Whether each output channel of a weight has a scale of
+            its own.
+        reduce_range: Whether weights use seven bits.
 
     Returns:
-        dict: The layers by name, and where their output is quantized.
+        dict: The layers by name, and what becomes of their output.
 
     Raises:
         ValueError: If there is nothing to quantize, or there are quantizers
@@ -72,13 +77,16 @@ def prepare_qat_(
         )
     for name, output in written.items():
         layer = model.get_submodule(name)
-        add_quantizers_(layer, averaging_constant)
-        # Known to the layer, for the file that is written of it.
-        layer.output_holder = output and output.holder
-    for holder, relu in dict(filter(None, written.values())).items():
-        add_output_quantizer_(
-            model.get_submodule(holder), relu, averaging_constant
+        norm = output.norm and model.get_submodule(output.norm)
+        add_quantizers_(
+            layer, averaging_constant, per_channel, reduce_range, norm or None
         )
+        # Known to the layer, for the file that is written of it.
+        layer.output_holder = None
+        if output.quantized:
+            layer.output_holder = output.norm or name
+            holder = model.get_submodule(layer.output_holder)
+            add_output_quantizer_(holder, output.relu, averaging_constant)
     set_quantizing_(model, False)
     return written
 
@@ -104,6 +112,8 @@ class QATHook(Hook):
         by_epoch: Whether these are epochs.
         image_size: See :func:`prepare_qat_`, as the next one.
         averaging_constant: As there.
+        per_channel: As there.
+        reduce_range: As there.
 
     Examples:
         In a config: ``custom_hooks = [dict(type='QATHook', begin=8)]`` with
@@ -120,6 +130,8 @@ class QATHook(Hook):
         by_epoch: bool = True,
         image_size: Tuple[int, int] = (64, 64),
         averaging_constant: float = 0.01,
+        per_channel: bool = True,
+        reduce_range: bool = False,
     ) -> None:
         if begin < 0 or (freeze is not None and freeze < begin):
             raise ValueError(
@@ -128,15 +140,19 @@ class QATHook(Hook):
             )
         self.begin, self.freeze = begin, freeze
         self.by_epoch = by_epoch
-        self.image_size = tuple(image_size)
-        self.averaging_constant = averaging_constant
+        self.arguments = dict(
+            image_size=tuple(image_size),
+            averaging_constant=averaging_constant,
+            per_channel=per_channel,
+            reduce_range=reduce_range,
+        )
         self._norms = ()
 
     def before_run(self, runner) -> None:
         """Add quantizers, before a checkpoint with theirs is loaded."""
         model = _inner(runner)
         if not quantizers(model):
-            prepare_qat_(model, self.image_size, self.averaging_constant)
+            prepare_qat_(model, **self.arguments)
         self._norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
 
     def before_train_epoch(self, runner) -> None:

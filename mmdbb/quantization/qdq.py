@@ -21,6 +21,7 @@ from mmdbb.quantization.fake import (
     INPUT,
     OUTPUT,
     WEIGHT,
+    WeightQuantizer,
     quantizable_layers,
 )
 from mmdbb.quantization.onnx_static import Layers, check_float, layers_of
@@ -62,7 +63,7 @@ def write_qdq(path: str, out: str, model: nn.Module) -> Layers:
     check_float(exported, path)
     layers = quantizable_layers(model)
     writer = _Writer(exported)
-    for node in list(exported.graph.node):
+    for index, node in enumerate(exported.graph.node):
         name = _layer_of(node)
         if name not in layers:
             continue
@@ -73,8 +74,7 @@ def write_qdq(path: str, out: str, model: nn.Module) -> Layers:
         if holder is not None:
             quantizer = model.get_submodule(holder)._modules[OUTPUT]
             target = _scale(quantizer, f'{holder}.{OUTPUT}')
-        limit = layer._modules[WEIGHT].quant_max
-        writer.quantize(node, source, target, limit)
+        writer.quantize(index, source, target, layer._modules[WEIGHT])
     writer.finish()
     onnx.checker.check_model(exported)
     onnx.save(exported, out)
@@ -123,27 +123,38 @@ class _Writer:
         self._new = []
 
     def quantize(
-        self, node, source: Scale, target: Optional[Scale], limit: int
+        self,
+        index: int,
+        source: Scale,
+        target: Optional[Scale],
+        quantizer: WeightQuantizer,
     ) -> None:
         """Quantize a node's input, weight, bias and perhaps its output.
 
         Args:
-            node: A ``Conv`` or ``Gemm``.
+            index: Of a ``Conv`` or ``Gemm`` in the graph.
             source: For its input.
             target: For its output; None to leave it.
-            limit: Largest integer of a weight.
+            quantizer: Of the weight.
         """
-        before = self._before.setdefault(id(node), [])
+        node = self.graph.node[index]
+        before = self._before.setdefault(index, [])
         weight_name = node.input[1]
         bias_name = node.input[2] if len(node.input) > 2 else None
         node.input[0] = self._activation(node.input[0], source, before)
-        axis = 0
+        axis, limit = 0, quantizer.quant_max
         if node.op_type == 'Gemm':
             attributes = {a.name: a.i for a in node.attribute}
             axis = 0 if attributes.get('transB') else 1
         weight = self._arrays[weight_name]
         bias = self._arrays[bias_name] if bias_name else None
-        scales = weight_scales(weight, bias, source.scale, limit, axis)
+        scales = weight_scales(
+            weight,
+            bias,
+            source.scale,
+            limit,
+            axis if quantizer.per_channel else None,
+        )
         node.input[1] = self._constant(
             weight_name,
             weight,
@@ -168,16 +179,16 @@ class _Writer:
         if target is not None and node.output[0] not in self._outputs:
             name = node.output[0]
             node.output[0] = f'{name}_float'
-            after = self._after.setdefault(id(node), [])
+            after = self._after.setdefault(index, [])
             self._pair(node.output[0], name, target, after)
 
     def finish(self) -> None:
         """Put the new nodes where they belong, drop unused weights."""
         nodes = []
-        for node in self.graph.node:
-            nodes += self._before.get(id(node), [])
+        for index, node in enumerate(self.graph.node):
+            nodes += self._before.get(index, [])
             nodes.append(node)
-            nodes += self._after.get(id(node), [])
+            nodes += self._after.get(index, [])
         copies = [type(node).FromString(n.SerializeToString()) for n in nodes]
         del self.graph.node[:]
         self.graph.node.extend(copies)
@@ -218,10 +229,10 @@ class _Writer:
         if (name, key) in self._made:
             return self._made[name, key]
         shape = [1] * values.ndim
-        shape[axis] = -1
-        exact = values.astype(np.float64) / scales.astype(np.float64).reshape(
-            shape
-        )
+        if scales.ndim:
+            shape[axis] = -1
+        divisors = scales.astype(np.float64).reshape(shape)
+        exact = values.astype(np.float64) / divisors
         integers = np.clip(np.rint(exact), -limit, limit).astype(kind)
         count = sum(made[0] == name for made in self._made)
         label = f'{name}_{count}' if count else name
@@ -229,11 +240,10 @@ class _Writer:
         inputs = [
             self._add(f'{label}_quantized', integers),
             self._add(f'{label}_scale', scales.astype(np.float32)),
-            self._add(f'{label}_zero_point', np.zeros(len(scales), kind)),
+            self._add(f'{label}_zero_point', np.zeros(scales.shape, kind)),
         ]
-        nodes.append(
-            make_node('DequantizeLinear', inputs, [result], axis=axis)
-        )
+        along = dict(axis=axis) if scales.ndim else {}
+        nodes.append(make_node('DequantizeLinear', inputs, [result], **along))
         self._made[name, key] = result
         return result
 
@@ -250,9 +260,9 @@ def weight_scales(
     bias: Optional[np.ndarray],
     source: float,
     limit: int,
-    axis: int = 0,
+    axis: Optional[int] = 0,
 ) -> np.ndarray:
-    """One scale a channel, as torch's observers choose it.
+    """One scale a channel, or one for all, as torch's observers choose it.
 
     Where the bias would not fit into 32 bits beside a vanishing kernel, the
     scale is larger: that kernel is as good as zero.
@@ -262,15 +272,16 @@ def weight_scales(
         bias: Shape (out,), or None.
         source: Scale of the layer's input.
         limit: Largest integer of a weight.
-        axis: Of the output channels.
+        axis: Of the output channels; None for one scale.
 
     Returns:
-        numpy.ndarray: Shape (out,), float32.
+        numpy.ndarray: Shape (out,), or () for one scale; float32.
     """
     others = tuple(i for i in range(weight.ndim) if i != axis)
     scales = np.abs(weight).max(axis=others).astype(np.float32) / limit
     scales = np.maximum(scales, np.finfo(np.float32).eps)
     if bias is not None:
         room = np.float32(source) * (2**31 - 1) / 2
-        scales = np.maximum(scales, np.abs(bias).astype(np.float32) / room)
-    return scales.astype(np.float32)
+        largest = np.abs(bias) if axis is not None else np.abs(bias).max()
+        scales = np.maximum(scales, largest / room)
+    return np.asarray(scales, np.float32)
