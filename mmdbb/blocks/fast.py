@@ -20,9 +20,13 @@ the KxK makes of an image of constants: c inside, the pad value v on the
 border.
 
 *1x1, norm, average.* Pooling commutes with a 1x1: with q the zero-padded
-pooling of x and m that of an image of ones, z = a P q + c m + v (1 - m), and
-its statistics follow from those of q and m. q is cheap and is pooled again in
-the backward pass instead of being kept.
+pooling of x and m that of an image of ones, what the second norm reads is
+a P q + c m + v (1 - m). It is computed again in the backward pass instead of
+being kept.
+
+*Small maps*, where a covariance costs more than it saves: a border padded with
+v is the zero-padded border of an image less v, plus what the KxK or the
+pooling makes of v everywhere, one constant a channel. So nothing is copied.
 
 *Depthwise blocks* cost little to compute and much to keep: they are computed
 again in the backward pass as a whole.
@@ -131,15 +135,6 @@ def _composing_pays(spec: ConvSpec, x: Tensor, saves_kxk: bool) -> bool:
     return 2 * spec.out_channels // spec.groups * taps <= pixels
 
 
-def _covariance_pays(spec: ConvSpec, x: Tensor) -> bool:
-    """Whether a kernel times a covariance costs less than a 1x1 and its norm.
-
-    The product has as many terms a kernel's entry as the image has channels,
-    the 1x1 as many as it has pixels; a quarter leaves room for both passes.
-    """
-    return 4 * spec.in_channels // spec.groups <= _count(x)
-
-
 # ------------------------------------------------------ norms in eval mode
 
 
@@ -208,7 +203,9 @@ def _training_forward(block: nn.Module, x: Tensor) -> Tensor:
 
 
 def _training_sum(block: nn.Module, x: Tensor) -> Tensor:
-    moments = _SharedMoments(x)
+    moments = None
+    if any(_collapses(branch, x) for branch in block.branches.values()):
+        moments = moments_of(x, block.spec.groups)
     y = None
     for branch in block.branches.values():
         z = _training_branch(branch, x, moments)
@@ -221,42 +218,49 @@ def _training_sum(block: nn.Module, x: Tensor) -> Tensor:
     return y if block.norm is None else run_norm(block.norm, y)
 
 
+def _collapses(branch: nn.Module, x: Tensor) -> bool:
+    """Whether a branch is a 1x1, norm, KxK that should be one kernel."""
+    return isinstance(branch, PointwiseKxK) and _composing_pays(
+        branch.spec, x, saves_kxk=False
+    )
+
+
 def _training_branch(
-    branch: nn.Module, x: Tensor, moments: _SharedMoments
+    branch: nn.Module, x: Tensor, moments: Optional[Moments]
 ) -> Tensor:
     spec = branch.spec
-    if isinstance(branch, PointwiseKxK) and _composing_pays(
-        spec, x, saves_kxk=False
-    ):
-        return _pointwise_kxk(branch, x, moments)
-    if isinstance(branch, PointwiseAvg) and spec.is_depthwise:
-        return run_norm(branch.norm2, avg_pool(x, spec))
-    if not spec.is_depthwise and _covariance_pays(spec, x):
-        if isinstance(branch, PointwiseAvg):
+    if isinstance(branch, PointwiseKxK):
+        if _collapses(branch, x):
+            return _pointwise_kxk(branch, x, moments)
+        if spec.padding_mode == 'zeros':
+            return _shifted_kxk(branch, x)
+    if isinstance(branch, PointwiseAvg):
+        if spec.is_depthwise:
+            return run_norm(branch.norm2, avg_pool(x, spec))
+        if moments is not None:
             return _pointwise_avg(branch, x, moments)
-        if isinstance(branch, Pointwise) and branch.norm is not None:
+        if spec.padding_mode == 'zeros':
+            return _again_in_backward(_shifted_avg, branch, x)
+    if isinstance(branch, Pointwise) and branch.norm is not None:
+        reads_x = spec.stride == (1, 1) and not any(spec.pads_of((1, 1)))
+        if moments is not None and reads_x and not spec.is_depthwise:
             return _pointwise(branch, x, moments)
     return branch(x)
 
 
-def _pointwise(
-    branch: Pointwise, x: Tensor, moments: _SharedMoments
-) -> Tensor:
-    spec, weight = branch.spec, branch.conv.weight
-    pixels = pad2d(x, spec.pads_of((1, 1)), spec.padding_mode)
-    if spec.stride != (1, 1):
-        down, right = spec.stride
-        pixels = pixels[..., ::down, ::right].contiguous()
-    mean, var = moments.of(pixels, spec.groups).through(weight)
-    scale, shift = _batch_norm(branch.norm, mean, var, _count(pixels))
-    return F.conv2d(pixels, _scaled(weight, scale), shift, groups=spec.groups)
+def _pointwise(branch: Pointwise, x: Tensor, moments: Moments) -> Tensor:
+    weight = branch.conv.weight
+    mean, var = moments.through(weight)
+    scale, shift = _batch_norm(branch.norm, mean, var, _count(x))
+    groups = branch.spec.groups
+    return F.conv2d(x, _scaled(weight, scale), shift, groups=groups)
 
 
 def _pointwise_kxk(
-    branch: PointwiseKxK, x: Tensor, moments: _SharedMoments
+    branch: PointwiseKxK, x: Tensor, moments: Moments
 ) -> Tensor:
     spec, kernel1, kernel2 = branch.spec, branch.kernel1, branch.conv2.weight
-    mean, var = moments.of(x, spec.groups).through(kernel1)
+    mean, var = moments.through(kernel1)
     scale, shift = _batch_norm(branch.norm1, mean, var, _count(x))
     kernel, bias = fuse_1x1_kxk(
         KernelBias(_scaled(kernel1, scale), shift),
@@ -279,36 +283,53 @@ def _pointwise_kxk(
     )
 
 
-def _pointwise_avg(
-    branch: PointwiseAvg, x: Tensor, moments: _SharedMoments
-) -> Tensor:
-    spec, weight = branch.spec, branch.conv1.weight
-    mean, var = moments.of(x, spec.groups).through(weight)
-    scale, c = _batch_norm(branch.norm1, mean, var, _count(x))
-    weight = _scaled(weight, scale)
+def _shifted_kxk(branch: PointwiseKxK, x: Tensor) -> Tensor:
+    """The branch without a padded copy: less v, pad with zeros, add W v."""
+    z, value = _less_border(branch.norm1, branch.conv1(x))
+    constant = _mask_kernel(branch, value).sum((1, 2, 3))
+    z = convolve(z, branch.conv2.weight, constant, branch.spec)
+    return run_norm(branch.norm2, z)
 
-    # z = weight q + step m + floor
-    m = step = None
-    floor = c
-    if _has_border(spec):
+
+def _pointwise_avg(
+    branch: PointwiseAvg, x: Tensor, moments: Moments
+) -> Tensor:
+    weight = branch.conv1.weight
+    mean, var = moments.through(weight)
+    scale, shift = _batch_norm(branch.norm1, mean, var, _count(x))
+    return _again_in_backward(
+        _map_pooled, branch, x, _scaled(weight, scale), shift
+    )
+
+
+def _map_pooled(
+    branch: PointwiseAvg, x: Tensor, weight: Tensor, c: Tensor
+) -> Tensor:
+    """Norm2 of P q + c m + v (1 - m), for P scaled by the first norm."""
+    spec, border = branch.spec, _has_border(branch.spec)
+    value = norm_scale_shift(branch.norm1).shift.detach() if border else c
+    q = avg_pool(x, spec)
+    z = F.conv2d(q, weight, value, groups=spec.groups)
+    if border:
         inside = (~border_mask(x, spec.pads)).to(x.dtype)
         m = avg_pool(inside, spec, padded=True)
-        floor = norm_scale_shift(branch.norm1).shift.detach()
-        step = c - floor
-    q_mean, q_cov, q_with_m = _again_in_backward(_pooled_moments, x, m, spec)
-    mean, var = Moments(q_mean, q_cov).through(weight)
-    mean = mean + floor
-    if m is not None:
-        m_var, m_mean = torch.var_mean(m, correction=0)
-        mean = mean + step * m_mean
-        var = var + step * (2 * _map(weight, q_with_m) + step * m_var)
-    scale, shift = _batch_norm(branch.norm2, mean, var, _batch_pixels(spec, x))
-    y = _again_in_backward(
-        _map_pooled, x, _scaled(weight, scale), scale * floor + shift, spec
-    )
-    if m is not None:
-        y.add_((scale * step).reshape(-1, 1, 1) * m)
-    return y
+        z = z.add_((c - value).reshape(-1, 1, 1) * m)
+    return run_norm(branch.norm2, z)
+
+
+def _shifted_avg(branch: PointwiseAvg, x: Tensor) -> Tensor:
+    """The branch without a padded copy: less v, pad with zeros, add v."""
+    z, value = _less_border(branch.norm1, branch.conv1(x))
+    z = avg_pool(z, branch.spec).add_(value.reshape(-1, 1, 1))
+    return run_norm(branch.norm2, z)
+
+
+def _less_border(norm: _BatchNorm, x: Tensor) -> Tuple[Tensor, Tensor]:
+    """A norm's output less its value v on the border, and v (channels,)."""
+    z = run_norm(norm, x)
+    value = norm_scale_shift(norm).shift.detach()
+    # In place: a batch norm's backward pass needs its input alone.
+    return z.sub_(value.reshape(-1, 1, 1)), value
 
 
 def _batch_norm(
@@ -317,24 +338,6 @@ def _batch_norm(
     """A norm in training mode as scale and shift, from batch statistics."""
     update_running_stats(norm, mean.detach(), var.detach(), count)
     return bn_scale_shift(mean, var, norm.weight, norm.bias, norm.eps)
-
-
-def _pooled_moments(
-    x: Tensor, m: Optional[Tensor], spec: ConvSpec
-) -> Tuple[Tensor, Tensor, Tensor]:
-    """Moments of q, and its covariance (groups, c) with the map m."""
-    q = avg_pool(x, spec)
-    mean, cov = moments_of(q, spec.groups)
-    if m is None:
-        return mean, cov, torch.zeros_like(mean)
-    with_m = (q.mean(0) * (m[0] - m.mean())).mean((1, 2))
-    return mean, cov, with_m.reshape(mean.shape)
-
-
-def _map_pooled(
-    x: Tensor, weight: Tensor, bias: Tensor, spec: ConvSpec
-) -> Tensor:
-    return F.conv2d(avg_pool(x, spec), weight, bias, groups=spec.groups)
 
 
 # -------------------------------------------------------------- statistics
@@ -367,21 +370,6 @@ def _map(weight: Tensor, pixel: Tensor) -> Tensor:
     """A 1x1 kernel (out, c, 1, 1) on one pixel (groups, c): (out,)."""
     rows = weight.reshape(*pixel.shape[:1], -1, pixel.shape[1])
     return torch.matmul(rows, pixel[..., None]).reshape(-1)
-
-
-class _SharedMoments:
-    """Moments of the block's input, computed when first asked for."""
-
-    def __init__(self, x: Tensor) -> None:
-        self.x = x
-        self.moments = None
-
-    def of(self, pixels: Tensor, groups: int) -> Moments:
-        if pixels is not self.x:
-            return moments_of(pixels, groups)
-        if self.moments is None:
-            self.moments = moments_of(pixels, groups)
-        return self.moments
 
 
 def moments_of(x: Tensor, groups: int) -> Moments:
