@@ -235,6 +235,7 @@ def add_quantizers_(
     layer.add_module(WEIGHT, weight_quantizer.to(device))
     layer.folded_norm = (norm,)  # in a tuple it is no submodule
     layer.__class__ = _CLASSES[cls]
+    set_quantizing_(layer, False)
 
 
 def add_output_quantizer_(
@@ -251,6 +252,7 @@ def add_output_quantizer_(
     device = None if parameter is None else parameter.device
     quantizer = ActivationQuantizer(averaging_constant, relu).to(device)
     module.add_module(OUTPUT, quantizer)
+    set_quantizing_(quantizer, False)
     module.register_forward_hook(_quantize_output)
 
 

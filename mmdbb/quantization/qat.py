@@ -87,7 +87,6 @@ def prepare_qat_(
             layer.output_holder = output.norm or name
             holder = model.get_submodule(layer.output_holder)
             add_output_quantizer_(holder, output.relu, averaging_constant)
-    set_quantizing_(model, False)
     return written
 
 

@@ -1,0 +1,310 @@
+"""Layers that compute as in eight bits, and the file that really does."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import distance, image
+from mmengine.config import Config
+from networks import CONFIGS, SIZE
+from tiny_demo import tame
+from torch import nn
+
+from mmdbb import ACB, DBB, OREPARepVGG, QARepVGGConv, RepVGGConv
+from mmdbb.blocks import OREPAConv
+from mmdbb.checkpoint.deploy import build_model
+from mmdbb.checkpoint.export import export_network
+from mmdbb.checkpoint.export_modules import export_module
+from mmdbb.errors import UserError
+from mmdbb.quantization.fake import (
+    ActivationQuantizer,
+    WeightQuantizer,
+    add_quantizers_,
+    freeze_ranges_,
+    quantizers,
+    remove_quantizers_,
+    set_quantizing_,
+)
+from mmdbb.quantization.flow import layers_to_quantize
+from mmdbb.quantization.qat import prepare_qat_
+from mmdbb.quantization.qdq import weight_scales, write_qdq
+from mmdbb.quantization.session import OnnxNetwork
+
+BLOCKS = (ACB, DBB, OREPAConv, OREPARepVGG, QARepVGGConv, RepVGGConv)
+
+
+def learn_ranges(model, batches=2, size=SIZE):
+    """Turn quantizers on and show them data, norms as they are."""
+    set_quantizing_(model)
+    for quantizer in quantizers(model):
+        quantizer.train()
+    call = as_function(model)
+    with torch.no_grad():
+        for seed in range(batches):
+            call(image(4, 3, *size, seed=seed, dtype=torch.float32))
+    return model.eval()
+
+
+def as_function(model):
+    detects = hasattr(model, 'bbox_head') or hasattr(model, 'rpn_head')
+    return export_module(model, head=detects)
+
+
+def by_hand(x, low, high, steps=255):
+    """Affine quantization to so many steps, zero among them."""
+    low, high = min(low, 0.0), max(high, 0.0)
+    scale = (high - low) / steps
+    zero = round(-low / scale)
+    return ((x / scale).round() + zero).clamp(0, steps).sub(zero) * scale
+
+
+# One layer
+
+
+@pytest.mark.parametrize('kind', BLOCKS, ids=lambda b: b.__name__)
+def test_the_equivalent_kernel_is_quantized(kind):
+    block = tame(kind(4, 6, 3, padding=1)).train()
+    names = list(block.state_dict())
+    x = image(2, 4, 5, 6, dtype=torch.float32)
+    kernel, bias = block.get_equivalent_kernel_bias()
+    add_quantizers_(block, 1.0)
+    assert isinstance(block, kind)
+    set_quantizing_(block)
+    found = block(x)
+    scale = kernel.abs().amax((1, 2, 3), keepdim=True) / 127
+    kernel = (kernel / scale).round() * scale
+    x = by_hand(x, x.min().item(), x.max().item())
+    expected = F.conv2d(x, kernel, bias, padding=1)
+    assert distance(found, expected) < 1e-5
+    found.square().sum().backward()
+    for name, parameter in block.named_parameters():
+        assert parameter.grad is not None, name
+    kept = [n for n in block.state_dict() if '_quantizer' not in n]
+    assert kept == names
+
+
+def test_rounding_passes_gradients():
+    block, twin = (tame(DBB(4, 6, 3, padding=1)).eval() for _ in range(2))
+    twin.load_state_dict(block.state_dict())
+    add_quantizers_(block)
+    set_quantizing_(block)
+    block.train()
+    x = image(2, 4, 5, 6, dtype=torch.float32)
+    weight = image(2, 6, 5, 6, seed=1, dtype=torch.float32)
+    (block(x) * weight).sum().backward()
+    (twin(x) * weight).sum().backward()
+    found = block.branches['kxk'].conv.weight.grad
+    expected = twin.branches['kxk'].conv.weight.grad
+    assert 0 < distance(found, expected) < 0.05
+
+
+@pytest.mark.parametrize(
+    'layer',
+    [
+        nn.Conv2d(4, 6, 3, padding=1, padding_mode='reflect'),
+        nn.Conv2d(4, 6, 3, groups=2, bias=False),
+        nn.Linear(6, 3),
+    ],
+    ids=['reflect', 'groups', 'linear'],
+)
+def test_plain_layers(layer):
+    layer = copy.deepcopy(layer)
+    x = image(2, 4, 5, 6, dtype=torch.float32)
+    plain = layer(x)
+    add_quantizers_(layer)
+    assert torch.equal(layer(x), plain)  # nothing is turned on
+    set_quantizing_(layer)
+    layer.train()
+    assert 0 < distance(layer(x), plain) < 0.05
+
+
+def test_weights_are_quantized_as_they_are_now():
+    quantizer = WeightQuantizer()
+    quantizer(torch.full((2, 1, 1, 1), 9.0))
+    kernel = torch.tensor([[1.0, 0.5], [-0.2, 0.1]]).reshape(2, 2, 1, 1)
+    quantizer(kernel)
+    assert torch.allclose(quantizer.scale, torch.tensor([1.0, 0.2]) / 127)
+    assert not quantizer.zero_point.any()
+    seven = WeightQuantizer(per_channel=False, reduce_range=True)
+    seven(kernel)
+    assert seven.scale.item() == pytest.approx(1 / 63)
+
+
+def test_a_relu_behind_needs_no_room_below_zero():
+    quantizer = ActivationQuantizer(relu=True)
+    y = quantizer(torch.tensor([-3.0, 0.5, 1.0]))
+    assert y.tolist() == pytest.approx([0, 0.5, 1], abs=0.01)
+    assert quantizer.zero_point.item() == 0
+    assert quantizer.scale.item() == pytest.approx(1 / 255)
+
+
+def test_ranges_are_learned_in_training_until_frozen():
+    quantizer = ActivationQuantizer(averaging_constant=0.5)
+    quantizer(torch.tensor([0.0, 1.0]))
+    quantizer(torch.tensor([0.0, 3.0]))
+    assert quantizer.scale.item() == pytest.approx(2 / 255)
+    quantizer.eval()(torch.tensor([0.0, 9.0]))
+    freeze_ranges_(quantizer.train())
+    quantizer(torch.tensor([0.0, 9.0]))
+    assert quantizer.scale.item() == pytest.approx(2 / 255)
+
+
+@pytest.mark.parametrize('per_channel', [True, False])
+def test_a_norm_behind_is_thought_of_as_folded(per_channel):
+    """Quantizing before the norm is quantizing what the file will hold."""
+    conv, norm = nn.Conv2d(4, 6, 3, bias=False), nn.BatchNorm2d(6)
+    model = tame(nn.Sequential(conv, norm)).eval()
+    norm.weight.data[1] *= -1
+    prepare_qat_(model, (8, 8), per_channel=per_channel)
+    learn_ranges_of = image(2, 4, 8, 8, dtype=torch.float32)
+    set_quantizing_(model)
+    model[0].input_quantizer.train()(learn_ranges_of)
+    model.eval()
+    found = model(learn_ranges_of)
+    scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+    kernel = conv.weight * scale.reshape(-1, 1, 1, 1)
+    kernel = WeightQuantizer(per_channel)(kernel)
+    shift = norm.bias - norm.running_mean * scale
+    x = model[0].input_quantizer(learn_ranges_of)
+    assert distance(found, F.conv2d(x, kernel, shift)) < 1e-5
+
+
+# Networks
+
+
+def build(task, tmp_path):
+    """A network whose norms know its activations, as after a training."""
+    path = tmp_path / 'config.py'
+    path.write_text(CONFIGS[task])
+    torch.manual_seed(0)
+    model = build_model(Config.fromfile(path))
+    model.init_weights()
+    call = as_function(model.train())
+    with torch.no_grad():
+        for seed in range(30):
+            call(image(4, 3, *SIZE, seed=seed, dtype=torch.float32))
+    return model.eval()
+
+
+def test_where_outputs_are_quantized(tmp_path, quiet):
+    found = layers_to_quantize(build('classifier', tmp_path))
+    quantized = {name for name, output in found.items() if output.quantized}
+    # What sums read; the stem's goes to the first shortcut.
+    assert quantized == {
+        'backbone.conv1',
+        'backbone.layer1.0.conv2',
+        'backbone.layer1.1.conv2',
+        'backbone.layer2.0.conv2',
+        'backbone.layer2.0.downsample.0',
+        'backbone.layer2.1.conv2',
+    }
+    assert found['backbone.conv1'] == ('backbone.bn1', True, True)
+    assert not found['backbone.layer1.0.conv2'].relu
+    assert found['backbone.layer2.0.downsample.0'].norm is not None
+    assert 'head.fc' in found
+
+
+def test_what_no_export_runs_through_is_left(tmp_path, quiet):
+    found = layers_to_quantize(build('segmentor', tmp_path))
+    assert 'decode_head.conv_seg' in found
+    assert not [name for name in found if name.startswith('auxiliary_head')]
+
+
+@pytest.mark.parametrize('task', ['classifier', 'segmentor', 'detector'])
+def test_integers_agree_with_fake_quantization(task, tmp_path, quiet):
+    pytest.importorskip('onnxruntime')
+    model = build(task, tmp_path)
+    names = list(model.state_dict())
+    types = [type(m) for m in model.modules()]
+    prepare_qat_(model)
+    learn_ranges(model)
+    plain = copy.deepcopy(model)
+    remove_quantizers_(plain)
+    assert list(plain.state_dict()) == names
+    assert [type(m) for m in plain.modules()] == types
+    path, out = str(tmp_path / 'float.onnx'), str(tmp_path / 'int8.onnx')
+    export_network(plain, path, image_size=SIZE, head=task == 'detector')
+    layers = write_qdq(path, out, model)
+    assert layers.quantized >= 11 and 'Conv' not in layers.left
+    x = image(4, 3, *SIZE, seed=5, dtype=torch.float32)
+    with torch.no_grad():
+        fake, real = as_function(model)(x), as_function(plain)(x)
+    integers = OnnxNetwork(out)(x)
+    for a, b, c in zip(integers, fake, real):
+        # A number on the edge rounds either way and moves others with it;
+        # that stays well below what quantization itself changes.
+        assert (a - b).abs().mean() < 0.6 * (a - c).abs().mean()
+        assert (a - b).abs().mean() < 0.05 * c.abs().mean()
+    with pytest.raises(UserError, match='quantized already: it has Deq'):
+        write_qdq(out, path, model)
+
+
+@pytest.mark.parametrize('arguments', [{}, dict(per_channel=False)], ids=str)
+def test_integers_agree_to_the_step(arguments, tmp_path):
+    """In two layers no rounding has far to travel."""
+    pytest.importorskip('onnxruntime')
+    model = tame(
+        nn.Sequential(
+            DBB(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 1, groups=2)
+        )
+    )
+    prepare_qat_(model, SIZE, reduce_range=True, **arguments)
+    learn_ranges(model)
+    plain = copy.deepcopy(model)
+    remove_quantizers_(plain)
+    path, out = str(tmp_path / 'float.onnx'), str(tmp_path / 'int8.onnx')
+    export_network(plain, path, image_size=SIZE)
+    write_qdq(path, out, model)
+    x = image(2, 3, *SIZE, seed=5, dtype=torch.float32)
+    with torch.no_grad():
+        expected = model(x)
+    for optimize in (True, False):
+        (found,) = OnnxNetwork(out, optimize=optimize)(x)
+        error = (found - expected).abs()
+        step = model[2].input_quantizer.scale.item()
+        assert (error > 0.01 * step).double().mean() < 0.01
+        assert error.max() < 4 * step * plain[2].weight.abs().max()
+
+
+def test_bias_beside_a_vanishing_kernel_fits():
+    weight = np.array([[[[1e-9]]], [[[2.0]]]], np.float32)
+    bias = np.array([3.0, 1.0], np.float32)
+    scales = weight_scales(weight, bias, 0.1, 127)
+    assert np.all(np.abs(bias / (scales * 0.1)) < 2**31 - 1)
+    assert scales[1] == np.float32(2 / 127)
+    assert weight_scales(weight, bias, 0.1, 127, axis=None).shape == ()
+
+
+def test_ranges_that_were_never_learned(tmp_path):
+    pytest.importorskip('onnxruntime')
+    model = nn.Sequential(nn.Conv2d(3, 4, 1))
+    path = str(tmp_path / 'float.onnx')
+    export_network(model, path, image_size=(8, 8))
+    prepare_qat_(model, (8, 8))
+    with pytest.raises(UserError, match='0.input_quantizer has seen no data'):
+        write_qdq(path, str(tmp_path / 'int8.onnx'), model)
+
+
+def test_nothing_to_quantize():
+    with pytest.raises(ValueError, match='ReLU has no block, convolution'):
+        prepare_qat_(nn.ReLU())
+    model = nn.Sequential(nn.Conv2d(3, 4, 1))
+    prepare_qat_(model, (8, 8))
+    with pytest.raises(ValueError, match='has quantizers already'):
+        prepare_qat_(model, (8, 8))
+
+
+def test_copies_have_quantizers_of_their_own(tmp_path, quiet):
+    model = build('classifier', tmp_path)
+    prepare_qat_(model)
+    learn_ranges(model)
+    other = copy.deepcopy(model)
+    x = image(2, 3, *SIZE, dtype=torch.float32)
+    with torch.no_grad():
+        expected = model(x)
+        assert torch.equal(other(x), expected)
+        for parameter in model.parameters():
+            parameter.zero_()
+        assert torch.equal(other(x), expected)

@@ -1,0 +1,319 @@
+"""From a checkpoint to an INT8 file: three tasks, the command, mistakes."""
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip('onnxruntime')
+
+import onnx
+from mmengine.config import Config
+from onnx import TensorProto, helper, numpy_helper
+
+import mmdbb
+from mmdbb.checkpoint.deploy import deploy_checkpoint
+from mmdbb.errors import UserError
+from mmdbb.quantization.calibration import (
+    calibration_images,
+    check_calibration,
+    pad_to,
+)
+from mmdbb.quantization.evaluate import evaluate, quiet_runner
+from mmdbb.quantization.network import load_network
+from mmdbb.quantization.onnx_static import METHODS, quantize_onnx
+from mmdbb.quantization.ptq import Options, quantize_checkpoint
+from mmdbb.quantization.session import OnnxNetwork, running_instead
+from mmdbb.quantization.tables import print_quantized
+
+ROOT = Path(mmdbb.__file__).parents[1]
+FEW = Options(count=8)
+
+
+@pytest.mark.parametrize(
+    'task', ['classification', 'segmentation', 'detection']
+)
+def test_each_task(task, trained, sizes, tmp_path, quiet, capsys):
+    cfg, checkpoint = trained(task)
+    out = str(tmp_path / 'int8.onnx')
+    result = quantize_checkpoint(cfg, checkpoint, out, FEW, max_drop=None)
+    assert result.image_size == sizes[task]
+    names = [stage.name for stage in result.stages]
+    assert names == ['trained', 'merged', 'int8']
+    # The merged network is the trained one, whoever runs it.
+    points = [stage.figure.points for stage in result.stages]
+    assert points[0] == pytest.approx(points[1], abs=1e-3)
+    assert result.layers.quantized >= 11 and 'Conv' not in result.layers.left
+    assert result.images == 8
+    weights = [
+        numpy_helper.to_array(i)
+        for i in onnx.load(out).graph.initializer
+        if i.name.endswith('weight_quantized')
+    ]
+    assert weights and all(w.dtype == 'int8' for w in weights)
+    assert sum(w.size for w in weights) < result.stages[2].size
+    OnnxNetwork(out)(torch.rand(1, 3, *sizes[task]))
+    assert [p.name for p in tmp_path.iterdir()] == ['int8.onnx']
+    print_quantized(result)
+    assert 'INT8, ONNX' in capsys.readouterr().out
+
+
+def test_evaluator_sees_what_the_file_computes(trained, quiet):
+    """Zeros for logits are the first class for every image."""
+    cfg, checkpoint = trained('classification')
+
+    seen = []
+
+    def zeros(images):
+        seen.extend(images)
+        return [torch.zeros(len(images), 10)]
+
+    zeros.size = (32, 32)
+    with quiet_runner(cfg) as runner:
+        load_network(runner.model, checkpoint)
+        ours = evaluate(runner).points
+        first = evaluate(runner, zeros).points
+        assert evaluate(runner).points == ours  # all is as it was
+        assert first == 10.0 and len(seen) == 20
+        assert 'forward' not in vars(runner.model.head)
+        zeros.size = (64, 64)
+        with running_instead(runner.model, zeros):
+            with pytest.raises(UserError, match=r'evaluated by a network of'):
+                runner.model.extract_feat(torch.zeros(1, 3, 32, 32))
+
+
+@pytest.fixture(scope='module')
+def exported(trained, tmp_path_factory):
+    """A float file and images to calibrate with."""
+    from mmdbb.checkpoint.export import export_network
+    from mmdbb.checkpoint.merge import build_model
+
+    cfg, checkpoint = trained('classification')
+    model = load_network(build_model(cfg), checkpoint)
+    path = str(tmp_path_factory.mktemp('float') / 'float.onnx')
+    export_network(model, path, image_size=(32, 32))
+    return path, calibration_images(cfg, model, 16)
+
+
+@pytest.mark.parametrize('method', METHODS)
+@pytest.mark.parametrize('per_channel', [True, False])
+def test_methods(method, per_channel, exported, tmp_path):
+    path, images = exported
+    out = str(tmp_path / 'int8.onnx')
+    quantize_onnx(path, out, images, method, per_channel)
+    (found,), (expected,) = OnnxNetwork(out)(images), OnnxNetwork(path)(images)
+    error = (found - expected).abs().mean() / expected.abs().mean()
+    assert 0 < error < 0.2
+    scales = {
+        tuple(i.dims)
+        for i in onnx.load(out).graph.initializer
+        if i.name.endswith('.weight_scale')
+    }
+    assert ((8,) in scales) == per_channel
+
+
+def test_calibration_images_are_the_configs(trained, exported):
+    cfg, _ = trained('classification')
+    _, images = exported
+    assert images.shape == (16, 3, 32, 32)
+    # Normalised as in training, from black to white.
+    assert images.min() == pytest.approx(-33.3 / 78.6, abs=1e-3)
+    assert images.max() == pytest.approx((255 - 33.3) / 78.6, abs=0.1)
+    model = torch.nn.Module()
+    model.data_preprocessor = lambda data, training: dict(
+        inputs=torch.stack(data['inputs']).float()
+    )
+    with pytest.raises(UserError, match='at least one image; got --calib 0'):
+        calibration_images(cfg, model, 0)
+    with pytest.raises(UserError, match="'eval'; allowed: train, val, test"):
+        calibration_images(cfg, model, 1, 'eval')
+    empty = copy.deepcopy(cfg)
+    empty.train_dataloader = None
+    with pytest.raises(UserError, match='has no train_dataloader'):
+        calibration_images(empty, model, 1)
+
+
+@pytest.mark.parametrize(
+    'images, message',
+    [
+        (torch.zeros(0, 3, 4, 4), 'there are no calibration images'),
+        (torch.ones(3, 3, 4, 4), 'all 3 calibration images are constant'),
+        (torch.full((1, 3, 4, 4), float('nan')), 'not finite'),
+    ],
+)
+def test_images_that_say_nothing(images, message):
+    with pytest.raises(UserError, match=message):
+        check_calibration(images)
+
+
+def test_padding_to_the_files_size():
+    padded = pad_to(torch.ones(1, 3, 2, 3), (4, 5))
+    assert padded.shape == (1, 3, 4, 5) and padded.sum() == 18
+    with pytest.raises(UserError, match='6 x 3 pixels does not fit'):
+        pad_to(torch.ones(1, 3, 6, 3), (4, 5))
+
+
+# Mistakes
+
+
+def expect(message, outputs, call):
+    """One clear line, and nothing written."""
+    before = set(outputs.iterdir())
+    with pytest.raises(UserError, match=message) as caught:
+        call()
+    assert '\n' not in str(caught.value).strip()
+    assert set(outputs.iterdir()) == before
+
+
+def test_drop_above_the_limit(trained, tmp_path, quiet):
+    cfg, checkpoint = trained('classification')
+    expect(
+        r'top1 falls by .* more than --max-drop -200; nothing written',
+        tmp_path,
+        lambda: quantize_checkpoint(
+            cfg, checkpoint, str(tmp_path / 'o.onnx'), FEW, max_drop=-200
+        ),
+    )
+
+
+def test_merged_files(trained, tmp_path, quiet):
+    cfg, checkpoint = trained('classification')
+    stock = str(tmp_path / 'stock.pth')
+    deploy_checkpoint(cfg, checkpoint, stock, image_size=(32, 32))
+    merged = Config.fromfile(tmp_path / 'stock.py')
+    out = str(tmp_path / 'int8.onnx')
+    result = quantize_checkpoint(merged, stock, out, FEW, evaluated=False)
+    assert result.stages[0].figure is None and result.drop is None
+    note = {p.key: p.value for p in onnx.load(out).metadata_props}['mmdbb']
+    assert json.loads(note)['quantization']['images'] == 8
+    again = str(tmp_path / 'again.onnx')
+    expect(
+        'quantized already: it has DequantizeLinear, QuantizeLinear',
+        tmp_path,
+        lambda: quantize_checkpoint(merged, out, again, FEW),
+    )
+    expect(
+        'is not merged, and its config is of a merged network',
+        tmp_path,
+        lambda: quantize_checkpoint(merged, checkpoint, again, FEW),
+    )
+    expect(
+        'does not fit the network of the config',
+        tmp_path,
+        lambda: quantize_checkpoint(cfg, stock, again, FEW),
+    )
+    expect(
+        'output exists',
+        tmp_path,
+        lambda: quantize_checkpoint(merged, stock, out, FEW),
+    )
+    (tmp_path / 'text.onnx').write_text('no network')
+    expect(
+        'text.onnx is not an ONNX file',
+        tmp_path,
+        lambda: quantize_checkpoint(
+            merged, str(tmp_path / 'text.onnx'), again, FEW
+        ),
+    )
+
+
+def test_float_onnx_files(trained, exported, tmp_path, quiet):
+    cfg, _ = trained('classification')
+    result = quantize_checkpoint(
+        cfg, exported[0], str(tmp_path / 'o.onnx'), FEW, max_drop=None
+    )
+    assert [stage.name for stage in result.stages] == ['merged', 'int8']
+
+
+def network_of(*nodes, weights=()):
+    """A file that maps images of 8 x 8 pixels to ``y``."""
+    shape = ['batch', 3, 8, 8]
+    graph = helper.make_graph(
+        list(nodes),
+        'network',
+        [helper.make_tensor_value_info('images', TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info('y', TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(value, name) for name, value in weights],
+    )
+    opsets = [helper.make_opsetid('', 18), helper.make_opsetid('mine', 1)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=10)
+
+
+def test_operators_that_cannot_be_quantized(exported, tmp_path):
+    import numpy as np
+
+    path, images = exported
+    out = str(tmp_path / 'int8.onnx')
+    expect(
+        'cannot quantize the operator Softplus; it can: Add, ',
+        tmp_path,
+        lambda: quantize_onnx(path, out, images, op_types=['Softplus']),
+    )
+    node = helper.make_node
+    scale = ('scale', np.ones(3, np.float32))
+    cases = {
+        'mine.onnx': (
+            network_of(node('Fancy', ['images'], ['y'], domain='mine')),
+            'operator mine.Fancy, which ONNX Runtime can neither run nor',
+            None,
+        ),
+        'exp.onnx': (
+            network_of(node('Exp', ['images'], ['y'])),
+            'has no operator that can be quantized',
+            None,
+        ),
+        'norm.onnx': (
+            network_of(
+                node('Reshape', ['scale', 'shape'], ['s']),
+                node('InstanceNormalization', ['images', 's', 's'], ['y']),
+                weights=[scale, ('shape', np.array([3]))],
+            ),
+            'ONNX Runtime cannot quantize|nothing in .* was quantized',
+            ['InstanceNormalization', 'Reshape'],
+        ),
+    }
+    for name, (model, message, op_types) in cases.items():
+        file = str(tmp_path / name)
+        onnx.save(model, file)
+        with pytest.raises(UserError, match=message):
+            quantize_onnx(file, out, torch.rand(2, 3, 8, 8), op_types=op_types)
+
+
+@pytest.mark.parametrize('package', ['onnxruntime', 'onnxscript'])
+def test_a_missing_package(package, trained, tmp_path, monkeypatch):
+    cfg, checkpoint = trained('classification')
+    monkeypatch.setitem(sys.modules, package, None)
+    expect(
+        rf"needs {package}; install it with: pip install 'mmdbb\[quant",
+        tmp_path,
+        lambda: quantize_checkpoint(cfg, checkpoint, str(tmp_path / 'o.onnx')),
+    )
+
+
+def test_the_command(trained, tmp_path):
+    cfg, checkpoint = trained('classification')
+    tool = str(ROOT / 'tools' / 'quantize.py')
+
+    def run(*arguments):
+        command = [sys.executable, tool, cfg.filename, checkpoint]
+        return subprocess.run(
+            [*command, *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+        )
+
+    out = tmp_path / 'new' / 'int8.onnx'
+    done = run(out, '--calib', 8, '--max-drop', 100)
+    assert done.returncode == 0, done.stderr
+    assert 'accuracy/top1 (points)' in done.stdout and out.exists()
+    failed = run(tmp_path / 'other' / 'int8.onnx', '--calib', 0)
+    assert failed.returncode == 2
+    assert failed.stderr.splitlines()[-1] == (
+        'quantize.py: calibration needs at least one image; got --calib 0'
+    )
+    assert not (tmp_path / 'other').exists()
