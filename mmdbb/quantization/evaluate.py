@@ -51,6 +51,10 @@ def quiet_runner(cfg: Config) -> Iterator[Runner]:
     cfg = copy.deepcopy(cfg)
     cfg.update(load_from=None, resume=False, log_level='ERROR')
     cfg.experiment_name = f'mmdbb_{id(cfg)}'
+    # mmengine keeps visualizers by name, with the folder they began with.
+    cfg.visualizer = dict(
+        type='Visualizer', name=cfg.experiment_name, vis_backends=[]
+    )
     with tempfile.TemporaryDirectory(prefix='mmdbb-') as folder:
         cfg.work_dir = folder
         with contextlib.redirect_stdout(None):  # pycocotools talks

@@ -145,7 +145,7 @@ class QATHook(Hook):
             per_channel=per_channel,
             reduce_range=reduce_range,
         )
-        self._norms = ()
+        self._norms = self._quantizers = ()
 
     def before_run(self, runner) -> None:
         """Add quantizers, before a checkpoint with theirs is loaded."""
@@ -153,6 +153,7 @@ class QATHook(Hook):
         if not quantizers(model):
             prepare_qat_(model, **self.arguments)
         self._norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
+        self._quantizers = quantizers(model)
 
     def before_train_epoch(self, runner) -> None:
         """Turn it on."""
@@ -166,7 +167,10 @@ class QATHook(Hook):
         count = runner.epoch if self.by_epoch else runner.iter
         if count >= self.begin:
             for norm in self._norms:
-                norm.eval()
+                norm.training = False
+            # Some stand in norms, which hosts put into eval mode as a whole.
+            for quantizer in self._quantizers:
+                quantizer.training = True
 
     def _turn(self, runner, count: int) -> None:
         model = _inner(runner)

@@ -17,7 +17,7 @@ def trained(tmp_path_factory):
     """From a task to its config and the path of a checkpoint."""
     root = tmp_path_factory.mktemp('trained')
 
-    @functools.lru_cache(maxsize=None)
+    @functools.cache
     def make(task):
         cfg = tiny_config(task, root)
         cfg.dump(root / f'{task}.py')

@@ -1,0 +1,227 @@
+"""Penalties on equivalent kernels, and networks with fewer filters."""
+
+import copy
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import distance, image, randomize
+from mmengine.config import Config
+from runs import run_config, train
+from torch import nn
+
+import mmdbb
+from mmdbb import DBB, RepVGGConv
+from mmdbb.blocks import OREPAConv
+from mmdbb.checkpoint.merge import build_model
+from mmdbb.errors import UserError
+from mmdbb.pruning.penalty import (
+    KernelPenaltyHook,
+    filter_lengths,
+    group_lasso,
+    kernel_penalty,
+    l1,
+    penalized_blocks,
+)
+from mmdbb.pruning.pipeline import print_pruned, prune_checkpoint
+from mmdbb.pruning.structure import cost_of, load_pruned, prune_
+
+ROOT = Path(mmdbb.__file__).parents[1]
+
+# Penalties
+
+
+def test_penalties_exact():
+    kernel = torch.tensor([[3.0, -4.0], [0.0, 0.0]]).reshape(2, 2, 1, 1)
+    assert l1(kernel).item() == 7
+    assert group_lasso(kernel).item() == pytest.approx(2**0.5 * 5)
+
+
+@pytest.mark.parametrize('kind', ['l1', 'group_lasso'])
+@pytest.mark.parametrize('block', [DBB, RepVGGConv, OREPAConv])
+def test_penalty_reaches_all_that_makes_the_kernel(kind, block):
+    model = nn.Sequential(randomize(block(4, 4, 3).double()))
+    kernel = model[0].get_equivalent_kernel_bias().kernel
+    function = dict(l1=l1, group_lasso=group_lasso)[kind]
+    penalty = kernel_penalty(model, kind)
+    assert penalty.item() == pytest.approx(function(kernel).item())
+    penalty.backward()
+    for name, parameter in model.named_parameters():
+        if 'bias' not in name:
+            assert parameter.grad.abs().max() > 0, name
+
+
+def test_a_filter_of_zeros_has_a_gradient():
+    kernel = torch.zeros(2, 3, 1, 1, requires_grad=True)
+    group_lasso(kernel).backward()
+    assert kernel.grad.isfinite().all()
+
+
+def test_layers_are_chosen_by_name():
+    model = nn.ModuleDict(dict(a=DBB(3, 4, 3), b=DBB(4, 4, 3)))
+    assert list(penalized_blocks(model, ['^a'])) == ['a']
+    assert list(penalized_blocks(model, 'b$')) == ['b']
+    whole = kernel_penalty(model)
+    parts = kernel_penalty(model, layers='a') + kernel_penalty(
+        model, layers='b'
+    )
+    assert whole.item() == pytest.approx(parts.item())
+    with pytest.raises(
+        ValueError, match="layers='c' matches no block; .*a, b"
+    ):
+        kernel_penalty(model, layers=['a', 'c'])
+    with pytest.raises(ValueError, match='kind must be one of l1, group_la'):
+        kernel_penalty(model, 'l2')
+    with pytest.raises(ValueError, match='ReLU has no blocks'):
+        kernel_penalty(nn.ReLU())
+    with pytest.raises(ValueError, match='weight must be greater than 0'):
+        KernelPenaltyHook(0.0)
+
+
+def test_a_training_makes_filters_short(tmp_path):
+    lengths = {}
+    for weight in (1e-9, 3e-3):
+        folder = tmp_path / f'{weight}'
+        cfg = run_config(folder)
+        cfg.custom_imports.imports.append('mmdbb.pruning.penalty')
+        cfg.custom_hooks = [dict(type='KernelPenaltyHook', weight=weight)]
+        cfg.default_hooks.logger = dict(type='LoggerHook', interval=1)
+        runner = train(cfg)
+        assert 'parse_losses' not in vars(runner.model)
+        found = filter_lengths(runner.model)
+        lengths[weight] = sum(map(sum, found.values()))
+        log = [json.loads(x) for x in next(folder.glob('*/*/*.json')).open()]
+        said = [entry for entry in log if 'loss' in entry]
+        assert said and all(entry['loss_kernel'] > 0 for entry in said)
+    assert lengths[3e-3] < 0.99 * lengths[1e-9]
+
+
+# Pruning
+
+
+def small():
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, padding=1, groups=8),
+        nn.ReLU(),
+        nn.Conv2d(8, 5, 1),
+    ).eval()
+
+
+def test_the_shortest_filters_go_and_nothing_else_changes():
+    pytest.importorskip('torch_pruning')
+    model = small()
+    with torch.no_grad():
+        for i in (1, 6):  # what gives and reads these two is nothing
+            model[0].weight[i] = model[0].bias[i] = 0
+            model[3].weight[i] = model[3].bias[i] = 0
+            model[5].weight[:, i] = 0
+    before = copy.deepcopy(model)
+    changed = prune_(model, 0.25, (8, 9))
+    assert changed == {'0': (8, 6), '3': (8, 6)}
+    assert model[3].groups == 6 and model[5].out_channels == 5
+    x = image(2, 3, 8, 9, dtype=torch.float32)
+    assert distance(model(x), before(x)) < 1e-6
+    assert cost_of(model, (8, 9)).flops < cost_of(before, (8, 9)).flops
+    assert cost_of(before, (8, 9)).flops == 2 * 72 * (216 + 72 + 40)
+
+
+@pytest.mark.parametrize(
+    'ratio, model, message',
+    [
+        (1.5, small, 'the ratio must lie between 0 and 1, got 1.5'),
+        (0.0, small, 'the ratio must lie between 0 and 1, got 0'),
+        (0.5, lambda: nn.Sequential(DBB(3, 4, 3)), 'is not merged'),
+        (0.5, lambda: nn.Sequential(nn.Conv2d(3, 4, 1)), 'no filter was'),
+    ],
+)
+def test_what_cannot_be_pruned(ratio, model, message):
+    pytest.importorskip('torch_pruning')
+    with pytest.raises(UserError, match=message):
+        prune_(model(), ratio, (8, 8))
+
+
+@pytest.mark.parametrize(
+    'task', ['classification', 'segmentation', 'detection']
+)
+def test_pipeline(task, trained, sizes, tmp_path, quiet, capsys):
+    pytest.importorskip('torch_pruning')
+    cfg, checkpoint = trained(task)
+    cfg = copy.deepcopy(cfg)
+    cfg.work_dir = str(tmp_path / 'work')
+    out = str(tmp_path / 'pruned.pth')
+    result = prune_checkpoint(
+        cfg,
+        checkpoint,
+        out,
+        ratio=0.4,
+        length=1,
+        onnx=str(tmp_path / 'pruned.onnx'),
+        count=8,
+    )
+    names = [stage.name for stage in result.stages]
+    assert names == ['merged', 'pruned', 'trained on']
+    first, second, third = (stage.cost for stage in result.stages)
+    assert second.parameters < first.parameters and second.flops < first.flops
+    assert third == second
+    model = load_pruned(result.config, result.checkpoint)
+    assert cost_of(model, sizes[task]) == third
+    assert (tmp_path / 'pruned.onnx').exists()
+    print_pruned(result)
+    assert 'MFLOPs' in capsys.readouterr().out
+    with pytest.raises(UserError, match='is not of a pruned network'):
+        load_pruned(result.config, checkpoint)
+
+
+def test_before_it_is_trained_on_the_network_is_the_merged_one(
+    trained, tmp_path, quiet
+):
+    pytest.importorskip('torch_pruning')
+    cfg, checkpoint = trained('classification')
+    out = str(tmp_path / 'pruned.pth')
+    result = prune_checkpoint(cfg, checkpoint, out, ratio=0.1, count=8)
+    model = load_pruned(result.config, out)
+    state = torch.load(out, weights_only=True)
+    assert state['meta']['mmdbb']['structure'] == 'pruned'
+    assert result.filters[1] < result.filters[0]
+    assert model.head.fc.out_features == 10
+    with pytest.raises(UserError, match='output exists'):
+        prune_checkpoint(cfg, checkpoint, out, ratio=0.1, count=8)
+
+
+def test_a_missing_package(trained, tmp_path, monkeypatch):
+    cfg, checkpoint = trained('classification')
+    monkeypatch.setitem(sys.modules, 'torch_pruning', None)
+    with pytest.raises(UserError, match=r"pip install 'mmdbb\[pruning\]'"):
+        prune_checkpoint(cfg, checkpoint, str(tmp_path / 'o.pth'))
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_commands(trained, tmp_path):
+    pytest.importorskip('torch_pruning')
+    cfg, checkpoint = trained('classification')
+
+    def run(tool, *arguments):
+        command = [sys.executable, str(ROOT / 'tools' / tool), cfg.filename]
+        return subprocess.run(
+            [*command, *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+        )
+
+    failed = run('prune.py', checkpoint, 'out.pth', '--ratio', 2)
+    assert failed.returncode == 2
+    assert failed.stderr.splitlines()[-1] == (
+        'prune.py: the ratio must lie between 0 and 1, got 2'
+    )
+    done = run('range_report.py', checkpoint, '--plot', 'ranges.svg')
+    assert done.returncode == 0, done.stderr
+    assert re.search('DBB', done.stdout)
+    assert [p.name for p in tmp_path.iterdir()] == ['ranges.svg']
