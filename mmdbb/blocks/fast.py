@@ -34,6 +34,8 @@ again in the backward pass as a whole.
 
 from __future__ import annotations
 
+import functools
+import logging
 from typing import Callable, List, NamedTuple, Optional, Tuple
 
 import torch
@@ -76,10 +78,15 @@ def fast_forward(block: nn.Module, x: Tensor) -> Tensor:
     """
     norms = [m for m in block.modules() if isinstance(m, _BatchNorm)]
     modes = {norm.training for norm in norms}
+    if not is_compiling() and _has_sync_bn(norms):
+        _say_once(
+            f'{type(block).__name__} with SyncBN computes its branches one '
+            'by one: statistics over all processes are not known before'
+        )
     if len(modes) == 1 and _is_plain(block, norms, x):
         if modes == {False}:
             return _frozen_forward(block, x)
-        if not is_compiling() and _batch_pixels(block.spec, x) > 1:
+        if _batch_pixels(block.spec, x) > 1:
             return _training_forward(block, x)
     return block.forward_branches(x)
 
@@ -95,12 +102,21 @@ def _is_plain(block: nn.Module, norms: List[_BatchNorm], x: Tensor) -> bool:
         and (is_compiling() or not torch.jit.is_tracing())
         and not _autocast_is_on(x)
         and all(p.dtype == x.dtype for p in block.parameters())
-        and not any(isinstance(norm, nn.SyncBatchNorm) for norm in norms)
+        and not _has_sync_bn(norms)
         and not any(
             m._forward_hooks or m._forward_pre_hooks or m._backward_hooks
             for m in block.branches.modules()
         )
     )
+
+
+def _has_sync_bn(norms: List[_BatchNorm]) -> bool:
+    return any(isinstance(norm, nn.SyncBatchNorm) for norm in norms)
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    logging.getLogger('mmdbb').debug(message)
 
 
 def _autocast_is_on(x: Tensor) -> bool:
@@ -211,8 +227,11 @@ def _training_sum(block: nn.Module, x: Tensor) -> Tensor:
         z = _training_branch(branch, x, moments)
         if y is None:
             y = z
-        else:  # an identity without a norm gives the input or a part of it
-            y = y + z if y is x or y._is_view() else y.add_(z)
+            # An identity without a norm gives the input or a part of it.
+            is_new = branch.last_norm is not None
+        else:
+            y = y.add_(z) if is_new else y + z
+            is_new = True
     if block.bias is not None:
         y = y + block.bias.reshape(-1, 1, 1)
     return y if block.norm is None else run_norm(block.norm, y)
@@ -415,8 +434,11 @@ class _MomentsOf(torch.autograd.Function):
             weight, mean[..., None]
         ).squeeze(-1)
         weight = weight.reshape(x.shape[1], -1, 1, 1)
-        grad = F.conv2d(x, weight, shift.reshape(-1), groups=ctx.groups)
-        return grad, None
+        shift = shift.reshape(-1, 1, 1)
+        if weight.shape[1] == 1:  # a channel each
+            return torch.addcmul(shift, x, weight[:, 0]), None
+        # Not as the convolution's bias, which torch.compile cannot lower.
+        return F.conv2d(x, weight, groups=ctx.groups).add_(shift), None
 
 
 # ----------------------------------------------------------------- helpers
@@ -460,7 +482,7 @@ def _mask_kernel(branch: PointwiseKxK, value: Tensor) -> Tensor:
 
 def _again_in_backward(function: Callable, *args):
     """Run a function whose inside is computed again, not kept."""
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or is_compiling():
         return function(*args)
     return checkpoint(
         function, *args, use_reentrant=False, preserve_rng_state=False
