@@ -12,7 +12,7 @@ from typing import Optional
 from mmengine.registry import MODELS as ROOT
 from torch import nn
 
-from mmdbb.blocks import BranchSumConv2d
+from mmdbb.blocks import BranchSumConv2d, ReparamConv2d
 from mmdbb.host_norms import conv_norm_pairs
 from mmdbb.reparam import find_blocks, reparameterize
 
@@ -24,7 +24,8 @@ class BlocksForConvNorm:
         args: As of the stock network, keywords too.
         block: Config of the block, ``dict(type='DBB')`` by default. Where it
             sums branches that have norms, ``nn.Identity`` stands in place of
-            the norm behind it; else (OREPA) the host's norm stays.
+            the norm behind it; else (OREPA) the host's norm stays. With
+            ``dict(type='Conv2d')`` this is the stock network.
         norm_cfg: Config of all norms, those inside blocks too unless
             ``block`` has its own.
         deploy: Whether to build the merged network, to load merged weights.
@@ -49,7 +50,10 @@ class BlocksForConvNorm:
             )
         block = dict(block or dict(type='DBB'))
         norm_cfg = norm_cfg or dict(type='BN', requires_grad=True)
-        if issubclass(_block_type(block), BranchSumConv2d):
+        block_type = _block_type(block)
+        if block_type is nn.Conv2d:
+            block = None
+        elif issubclass(block_type, BranchSumConv2d):
             block.setdefault('norm_cfg', norm_cfg)
         super().__init__(*args, conv_cfg=block, norm_cfg=norm_cfg, **kwargs)
         for parent, conv, norm in list(conv_norm_pairs(self)):
@@ -74,13 +78,15 @@ def _block_type(block: dict) -> type:
     name = block.get('type')
     layer = name if isinstance(name, type) else ROOT.get(str(name))
     block_type = getattr(layer, 'block', layer)
-    if not isinstance(block_type, type) or not hasattr(
-        block_type, 'switch_to_deploy'
-    ):
+    is_block = isinstance(block_type, type) and issubclass(
+        block_type, (ReparamConv2d, nn.Conv2d)
+    )
+    if not is_block:
         blocks = sorted(
             n for n, m in ROOT.module_dict.items() if hasattr(m, 'block')
         )
         raise ValueError(
-            f'block must name a block, got type={name!r}; allowed: {blocks}'
+            f'block must name a block, got type={name!r}; allowed: {blocks}, '
+            "and 'Conv2d' for none"
         )
     return block_type

@@ -9,10 +9,13 @@ import pytest
 import torch
 from helpers import EXACT, blocks_of, distance, image, randomize, tensors
 from mmengine.registry import MODELS, DefaultScope
+from mmpretrain.models import ResNet
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmdbb.backbones import (
+    MobileNetV1,
+    MobileNetV1DBB,
     ResNetDBB,
     ResNetV1cDBB,
     ResNetV1dDBB,
@@ -185,11 +188,23 @@ def test_norm_cfg_is_that_of_all_norms():
     assert own == dict(type='DBB', norm_cfg=dict(type='BN', eps=0.2))
 
 
-@pytest.mark.parametrize('block', [dict(type='Conv2d'), dict(type='ResNet')])
+@pytest.mark.parametrize('block', [dict(type='BN'), dict(type='ResNet')])
 def test_what_is_no_block(block):
-    message = "block must name a block, got type='.*'; allowed: .'ACB', 'DBB'"
+    message = "block must name a block, got type='.*'; allowed: .'ACB', .*'DBB'"
     with pytest.raises(ValueError, match=message):
         ResNetDBB(18, block=block)
+
+
+@pytest.mark.parametrize('kind', [ResNetDBB, MobileNetV1DBB])
+def test_plain_convolutions(kind):
+    args = dict(base_channels=8)
+    if kind is ResNetDBB:
+        args.update(depth=18, stem_channels=8)
+    model = kind(block=dict(type='Conv2d'), **args)
+    stock = (ResNet if kind is ResNetDBB else MobileNetV1)(**args)
+    assert repr(model).partition('(')[2] == repr(stock).partition('(')[2]
+    assert list(model.state_dict()) == list(stock.state_dict())
+    model.switch_to_deploy()  # nothing to do
 
 
 def test_conv_cfg_is_refused():
