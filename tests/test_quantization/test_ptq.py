@@ -317,3 +317,35 @@ def test_the_command(trained, tmp_path):
         'quantize.py: calibration needs at least one image; got --calib 0'
     )
     assert not (tmp_path / 'other').exists()
+
+
+def test_a_detector_of_two_stages_keeps_its_second(tmp_path, quiet):
+    """The file gives features and proposals' maps, the RoI head reads both."""
+    from mmdet.structures import DetDataSample
+    from networks import write_config
+
+    from mmdbb.checkpoint.export import export_network
+    from mmdbb.checkpoint.merge import build_model
+
+    config = write_config(tmp_path, 'detector')
+    model = build_model(Config.fromfile(config))
+    path = str(tmp_path / 'detector.onnx')
+    export_network(model, path, image_size=(64, 64), head=True)
+    sample = DetDataSample(
+        metainfo=dict(
+            img_shape=(64, 64),
+            ori_shape=(64, 64),
+            batch_input_shape=(64, 64),
+            pad_shape=(64, 64),
+            scale_factor=(1.0, 1.0),
+        )
+    )
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        (expected,) = model.predict(images, [copy.deepcopy(sample)])
+        with running_instead(model, OnnxNetwork(path)):
+            (found,) = model.predict(images, [copy.deepcopy(sample)])
+    expected, found = expected.pred_instances, found.pred_instances
+    assert len(expected) == len(found) > 0
+    assert torch.allclose(expected.scores, found.scores, atol=1e-4)
+    assert torch.allclose(expected.bboxes, found.bboxes, atol=1e-2)
