@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import distance
+from helpers import distance, randomize
 
-from mmdbb import benchmark
+from mmdbb import DBB, benchmark
+from mmdbb.benchmark import papers
 from mmdbb.kernels import GeneratedKernel
 
 TOOL = Path(__file__).resolve().parents[1] / 'tools/benchmark.py'
@@ -51,6 +52,14 @@ def test_the_papers_way_is_the_same_function(network):
     assert sum(composed) >= 16
     assert distance(found, expected) < 1e-9
     assert not any('compose' in vars(m) for m in model.modules())
+
+
+def test_the_papers_merge_is_the_same():
+    torch.manual_seed(0)
+    block = randomize(DBB(8, 8, 3, groups=4).double())
+    expected = block.get_equivalent_kernel_bias()
+    for found, want in zip(papers.merged_block(block), expected):
+        assert distance(found, want) < 1e-12
 
 
 def test_composing_bound():

@@ -10,11 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmdbb.blocks import BranchSumConv2d
-from mmdbb.branches import PointwiseKxK
+from mmdbb.blocks import BranchSumConv2d, ReparamConv2d
+from mmdbb.branches import Branch, PointwiseAvg, PointwiseKxK
+from mmdbb.branches.base import fuse_kernel_norm
 from mmdbb.kernels import KxKKernel, PointwiseKernel
 from mmdbb.reparam import find_blocks
-from mmdbb.transforms import pad_kernel
+from mmdbb.transforms import (
+    KernelBias,
+    add_branches,
+    avg_pool_kernel,
+    pad_kernel,
+)
 
 
 @contextlib.contextmanager
@@ -96,24 +102,44 @@ def _sequence(first: Tensor, second: Tensor, groups: int) -> Tensor:
 
 @torch.no_grad()
 def merge_group_by_group(model: nn.Module) -> None:
-    """Compose each block's kernel with a loop over groups for the 1x1-KxK.
+    """Compose each block's kernel as the DBB paper's code does.
 
-    For comparison: a merge as in the papers' code, where a grouped
-    convolution's product of kernels is taken one group after the other.
+    There the product of two kernels is taken one group after the other, that
+    with an average pooling's kernel too, in the parameters' own precision
+    (``transIII_1x1_kxk`` in its ``dbb_transforms.py``).
     """
     for block in find_blocks(model).values():
-        block.get_equivalent_kernel_bias()
-        if not isinstance(block, BranchSumConv2d):
-            continue
-        for branch in block.branches.values():
-            if not isinstance(branch, PointwiseKxK):
-                continue
-            groups = branch.spec.groups
-            products = [
-                F.conv2d(second, first.permute(1, 0, 2, 3))
-                for first, second in zip(
-                    branch.kernel1.chunk(groups),
-                    branch.conv2.weight.chunk(groups),
-                )
-            ]
-            torch.cat(products)
+        merged_block(block)
+
+
+def merged_block(block: ReparamConv2d) -> KernelBias:
+    """One block's kernel, the products of kernels group by group."""
+    if not isinstance(block, BranchSumConv2d) or block.norm is not None:
+        return block.get_equivalent_kernel_bias()
+    return add_branches(*map(_merged_branch, block.branches.values()))
+
+
+def _merged_branch(branch: Branch) -> KernelBias:
+    spec = branch.spec
+    if isinstance(branch, PointwiseKxK):
+        first, second = branch.kernel1, branch.conv2.weight
+    elif isinstance(branch, PointwiseAvg) and not spec.is_depthwise:
+        first = branch.conv1.weight
+        second = avg_pool_kernel(
+            spec.out_channels,
+            spec.kernel_size,
+            spec.groups,
+            first.dtype,
+            first.device,
+        )
+    else:
+        return branch.equivalent_kernel_bias()
+    first = fuse_kernel_norm(first, branch.norm1)
+    second = fuse_kernel_norm(second, branch.norm2)
+    kernels, biases = [], []
+    for k1, b1, k2, b2 in zip(
+        *(t.chunk(spec.groups) for t in (*first, *second))
+    ):
+        kernels.append(F.conv2d(k2, k1.permute(1, 0, 2, 3)))
+        biases.append((k2 * b1.reshape(1, -1, 1, 1)).sum((1, 2, 3)) + b2)
+    return KernelBias(torch.cat(kernels), torch.cat(biases))

@@ -31,7 +31,7 @@ from mmdbb.benchmark.measure import (
     peak_megabytes,
 )
 from mmdbb.benchmark.papers import merge_group_by_group, papers_way
-from mmdbb.reparam import reparameterize
+from mmdbb.reparam import find_blocks, reparameterize
 
 NETWORKS: Dict[str, Tuple[Callable, Callable]] = {
     'resnet18': (
@@ -217,9 +217,10 @@ def _deploy_variants(
 
 
 def _merge_rows(model: nn.Module, repeats: int) -> List[Row]:
+    blocks = list(find_blocks(model).values())
     runs = {
         'group by group': lambda: merge_group_by_group(model),
-        'default': lambda: reparameterize(model),
+        'default': lambda: [b.to_conv() for b in blocks],
     }
     times = interleaved(runs, repeats)
     return [Row('merge', n, t, None, None) for n, t in times.items()]
