@@ -13,7 +13,8 @@ from mmdbb.engine.command import (
     run_command,
 )
 from mmdbb.quantization.network import load_network
-from mmdbb.quantization.ranges import kernel_ranges, plot_ranges, print_ranges
+from mmdbb.quantization.ranges import kernel_ranges
+from mmdbb.quantization.tables import plot_ranges, print_ranges
 
 
 def parse_args():

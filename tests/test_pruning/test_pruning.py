@@ -219,7 +219,7 @@ def test_the_commands(trained, tmp_path):
     assert failed.stderr.splitlines()[-1] == (
         'prune.py: the ratio must lie between 0 and 1, got 2'
     )
-    done = run('range_report.py', checkpoint, '--plot', 'ranges.svg')
+    done = run('range_report.py', checkpoint)
     assert done.returncode == 0, done.stderr
     assert re.search('DBB', done.stdout)
-    assert [p.name for p in tmp_path.iterdir()] == ['ranges.svg']
+    assert not list(tmp_path.iterdir())

@@ -25,10 +25,9 @@ from mmdbb.quantization.qat import QATHook
 from mmdbb.quantization.ranges import (
     branch_kernels,
     kernel_ranges,
-    plot_ranges,
-    print_ranges,
     signal_to_noise,
 )
+from mmdbb.quantization.tables import plot_ranges, print_ranges
 from mmdbb.reparam import find_blocks
 
 # The hook
