@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmdbb.blocks.base import ReparamConv2d
+from mmdbb.blocks.branch_sum import BranchSumConv2d
 from mmdbb.blocks.from_plain import (
     BRANCH_SCALE,
     NormValues,
@@ -40,14 +41,15 @@ def insert_blocks_(
 
     In eval mode the model computes what it did. A batch norm that alone reads
     a convolution's output goes into the block, and ``nn.Identity`` stands in
-    its place; any other reader stays as it is.
+    its place; any other reader stays as it is. OREPA's block, which has no
+    norm of its own, leaves all norms.
 
     Args:
         model: Any model, with its weights.
         block: Config of the block, ``dict(type='DBB')`` by default.
         where: Says by name and module which convolutions to replace. By
-            default those that the block's config makes blocks: with kernels
-            of 2 to 6 pixels.
+            default those that the block's config makes blocks (DBB: with
+            kernels of 2 to 6 pixels) and that can start as what they are.
         example: What the model is called with (a tensor, a tuple of
             arguments or a dict of keywords), to watch a run of it. Needed
             only where torch.fx cannot trace the model.
@@ -62,8 +64,8 @@ def insert_blocks_(
     Raises:
         TypeError: If the block's config has unknown keys.
         ValueError: If nothing was found to replace, the block is not one or
-            has no ``kxk`` branch, or the model cannot be traced. The model is
-            then unchanged.
+            cannot take a plain kernel, or the model cannot be traced. The
+            model is then unchanged.
 
     Examples:
         >>> model = nn.Sequential(
@@ -77,7 +79,9 @@ def insert_blocks_(
     if where is None:
 
         def where(name: str, conv: nn.Conv2d) -> bool:
-            return sizes[0] <= max(conv.kernel_size) <= sizes[1]
+            size = conv.kernel_size
+            fits = sizes[0] <= max(size) <= sizes[1]
+            return fits and block_type.starts_plain(size)
 
     readers = sole_readers(model, example)
     new: Dict[nn.Module, nn.Module] = {}
@@ -89,7 +93,9 @@ def insert_blocks_(
         if not where(name, conv):
             continue
         norm = readers[conv]
-        absorbed = type(norm) in _ABSORBED and not _has_hooks(norm)
+        absorbed = issubclass(block_type, BranchSumConv2d)
+        absorbed = absorbed and type(norm) in _ABSORBED
+        absorbed = absorbed and not _has_hooks(norm)
         absorbed = absorbed and norm.track_running_stats
         try:
             new[conv] = _block_for(
@@ -175,8 +181,10 @@ def _block_config(block: Optional[dict]) -> Tuple[type, dict, tuple]:
         raise ValueError(
             f'block must name a block, got type={name!r}; allowed: {blocks}'
         )
-    sizes = args.pop('min_kernel_size', 2), args.pop('max_kernel_size', 6)
-    return block_type, args, sizes
+    low, high = block_type.kernel_sizes
+    low = args.pop('min_kernel_size', low)
+    high = args.pop('max_kernel_size', high)
+    return block_type, args, (low, high)
 
 
 def _block_for(
@@ -192,7 +200,8 @@ def _block_for(
         values = NormValues.of(norm)
         norm_type = 'SyncBN' if isinstance(norm, nn.SyncBatchNorm) else 'BN'
         norm_cfg = dict(type=norm_type, eps=norm.eps, momentum=norm.momentum)
-        args = dict(dict(norm_cfg=norm_cfg), **args)
+        if issubclass(block_type, BranchSumConv2d):
+            args = dict(dict(norm_cfg=norm_cfg), **args)
     block = block_type(
         conv.in_channels,
         conv.out_channels,

@@ -7,29 +7,33 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from helpers import EXACT, blocks_of, distance, image, randomize
+from helpers import EXACT, SINGLE, blocks_of, distance, image, randomize
 from torch import nn
+from torchvision.models.resnet import Bottleneck
 
 from mmdbb import DBB, insert_blocks_, merge_into_, reparameterize
+from mmdbb.blocks import OREPAConv
 from mmdbb.errors import UserError
 from mmdbb.reparam import literal_forward
 from mmdbb.tracing import sole_readers
 
 MODELS = {
-    'torchvision resnet18': torchvision.models.resnet18,
+    'torchvision resnet': lambda: torchvision.models.ResNet(
+        Bottleneck, [1, 2, 1, 1], width_per_group=8
+    ),
     'torchvision mobilenet_v3': torchvision.models.mobilenet_v3_small,
     'torchvision regnet': torchvision.models.regnet_y_400mf,
-    'timm resnet18': 'resnet18',
-    'timm resnet26d': 'resnet26d',
-    'timm efficientnet_b0': 'efficientnet_b0',
+    'timm resnet18': ('resnet18', dict(channels=(8, 16, 32, 64))),
+    'timm resnet26d': ('resnet26d', dict(channels=(8, 16, 32, 64))),
+    'timm efficientnet_b0': ('efficientnet_b0', {}),
 }
 
 
 def build(name):
     builder = MODELS[name]
-    if isinstance(builder, str):
+    if isinstance(builder, tuple):
         timm = pytest.importorskip('timm')
-        model = timm.create_model(builder)
+        model = timm.create_model(builder[0], **builder[1])
     else:
         model = builder()
     return randomize(model).double().eval()
@@ -37,6 +41,48 @@ def build(name):
 
 def entries(model):
     return {n: tuple(v.shape) for n, v in model.state_dict().items()}
+
+
+def kernels_of(model, smallest, largest):
+    return [
+        n
+        for n, m in model.named_modules()
+        if isinstance(m, nn.Conv2d)
+        and smallest <= max(m.kernel_size) <= largest
+    ]
+
+
+@pytest.mark.parametrize('block', ['OREPA', OREPAConv, 'OREPARepVGG'])
+def test_composed_kernels_there_and_back(block):
+    plain = build('timm resnet18')
+    model = copy.deepcopy(plain)
+    names = insert_blocks_(model, dict(type=block))
+    # Of OREPA the 1x1 kernels too; the stem would be a stack of kernels.
+    repvgg = block == 'OREPARepVGG'
+    assert names == kernels_of(plain, 2 if repvgg else 1, 6)
+    assert (type(model.layer1[0].bn1) is nn.Identity) == repvgg
+    x = image(1, 3, 48, 40)
+    with torch.no_grad():
+        with literal_forward(model):
+            assert distance(model(x), plain(x)) < EXACT
+        randomize(model, 1)
+        with literal_forward(model):
+            expected = model(x)
+        before = entries(plain)
+        merge_into_(plain, model)
+        assert entries(plain) == before
+        assert distance(plain(x), expected) < EXACT
+
+
+def test_composed_kernels_without_a_bias_need_no_norm():
+    plain = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.ReLU())
+    model = copy.deepcopy(plain)
+    insert_blocks_(model, dict(type='OREPA'))
+    randomize(model)
+    x = torch.rand(2, 3, 8, 7)
+    assert distance(plain(x), model(x)) > 0.01
+    merge_into_(plain, model)
+    assert distance(plain(x), model(x)) < SINGLE
 
 
 @pytest.mark.parametrize('watched', [False, True])
@@ -47,12 +93,7 @@ def test_there_and_back(name, watched):
     x = image(1, 3, 48, 40)
     example = x if watched else None
     names = insert_blocks_(model, example=example)
-    kernels = [
-        n
-        for n, m in plain.named_modules()
-        if isinstance(m, nn.Conv2d) and 2 <= max(m.kernel_size) <= 6
-    ]
-    assert names == kernels
+    assert names == kernels_of(plain, 2, 6)
     with torch.no_grad():
         with literal_forward(model):
             assert distance(model(x), plain(x)) < EXACT
@@ -347,6 +388,7 @@ def test_a_bias_without_a_place_is_refused():
     plain = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.ReLU())
     model = copy.deepcopy(plain)
     insert_blocks_(model)
+    randomize(model)
     with pytest.raises(UserError, match='bias of the merged 0 has no place'):
         merge_into_(plain, model)
     other = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())

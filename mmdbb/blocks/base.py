@@ -44,6 +44,10 @@ class ReparamConv2d(BaseModule):
         init_cfg: mmengine's initialisation rules for this block.
     """
 
+    #: Smallest and largest kernel (the longer side, in pixels) that configs
+    #: make a block, unless they say otherwise.
+    kernel_sizes: Tuple[int, float] = (2, 6)
+
     transposed = False
     output_padding = (0, 0)
 
@@ -112,6 +116,15 @@ class ReparamConv2d(BaseModule):
 
     def _compose(self) -> KernelBias:
         raise NotImplementedError
+
+    @classmethod
+    def starts_plain(cls, kernel_size: IntPair) -> bool:
+        """Whether a block of this size can start as any plain convolution.
+
+        Args:
+            kernel_size: Height and width in pixels.
+        """
+        return True
 
     @torch.no_grad()
     def to_conv(self, dtype: torch.dtype = torch.float64) -> nn.Conv2d:

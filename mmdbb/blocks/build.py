@@ -45,6 +45,7 @@ def register_conv_layer(
 
         build.__doc__ = f'Build a {block.__name__}, see build_conv.'
         build.block = block
+        block.kernel_sizes = smallest, largest
         MODELS.register_module(name=name, module=build)
         return block
 

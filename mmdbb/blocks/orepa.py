@@ -18,7 +18,7 @@ from mmdbb.blocks.build import register_conv_layer
 from mmdbb.blocks.generated import GeneratedKernelConv2d
 from mmdbb.blocks.repvgg import RepVGGConv
 from mmdbb.branches.base import Branch
-from mmdbb.geometry import ConvSpec
+from mmdbb.geometry import ConvSpec, IntPair
 from mmdbb.kernels import (
     GeneratedKernel,
     KxKKernel,
@@ -67,6 +67,11 @@ class OREPAConv(GeneratedKernelConv2d):
             **kwargs,
         )
 
+    @classmethod
+    def starts_plain(cls, kernel_size: IntPair) -> bool:
+        """No stack does: it composes only some of all kernels."""
+        return not _is_stack(kernel_size)
+
 
 @register_conv_layer('OREPARepVGG')
 class OREPARepVGG(RepVGGConv):
@@ -88,11 +93,15 @@ class OREPARepVGG(RepVGGConv):
         return dense.generator()
 
 
+def _is_stack(kernel_size: IntPair) -> bool:
+    return max(kernel_size) >= 7 and StackedKernel.serves(kernel_size)
+
+
 def _form(
     spec: ConvSpec, internal_channels: Optional[int], flip: bool
 ) -> GeneratedKernel:
     if spec.is_pointwise:
         return PointwiseKernel(spec)
-    if max(spec.kernel_size) >= 7 and StackedKernel.serves(spec.kernel_size):
+    if _is_stack(spec.kernel_size):
         return StackedKernel(spec, flip=flip)
     return KxKKernel(spec, internal_channels)

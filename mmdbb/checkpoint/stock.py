@@ -208,6 +208,8 @@ def stock_state(
             continue
         bias = state.pop(f'{name}.bias')
         if not isinstance(norm, _BatchNorm) or not norm.track_running_stats:
+            if not bias.any():  # OREPA's, of a convolution without one
+                continue
             raise UserError(
                 f'the bias of the merged {name} has no place in the stock '
                 'network: its convolution has none, and no batch norm with '

@@ -11,6 +11,7 @@ from .base import GeneratedKernel
 from .kxk import KxKKernel
 from .pointwise import PointwiseKernel
 from .stack import PlainKernel, StackedKernel
+from .start import start_as_
 
 __all__ = [
     'GeneratedKernel',
@@ -18,4 +19,5 @@ __all__ = [
     'PlainKernel',
     'PointwiseKernel',
     'StackedKernel',
+    'start_as_',
 ]

@@ -15,13 +15,14 @@ from torch import nn
 import mmdbb
 import mmdbb.backbones
 from mmdbb import ACB, DBB, RepVGGConv, load_plain_weights_
+from mmdbb.blocks import OREPAConv, OREPARepVGG
 from mmdbb.blocks.from_plain import NormValues, copy_entries_, plain_start
 from mmdbb.checkpoint.stock import stock_config, stock_state
 from mmdbb.errors import UserError
 from mmdbb.reparam import literal_forward
 from mmdbb.transforms import KernelBias
 
-BLOCKS = (DBB, ACB, RepVGGConv)
+BLOCKS = (DBB, ACB, RepVGGConv, OREPARepVGG)
 GEOMETRIES = (
     dict(in_channels=6, out_channels=8, kernel_size=3, padding=1),
     dict(in_channels=6, out_channels=6, kernel_size=3, padding=1, groups=3),
@@ -30,6 +31,10 @@ GEOMETRIES = (
     | dict(dilation=2),
     dict(in_channels=6, out_channels=6, kernel_size=5, padding=1),
     dict(in_channels=6, out_channels=4, kernel_size=(2, 3)),
+)
+POINTWISE = (
+    dict(in_channels=6, out_channels=8, kernel_size=1, stride=2),
+    dict(in_channels=6, out_channels=4, kernel_size=1, groups=2),
 )
 CASES = ('no norm', 'kept', 'absorbed')
 
@@ -146,6 +151,8 @@ def test_every_branch_is_alive(block_type, geometry, case):
         for parameter, value in branch.named_parameters():
             if 'norm1' in parameter:  # the norm behind it undoes a shift
                 continue
+            if parameter.endswith('.prior'):  # after its scale, see below
+                continue
             assert value.grad.abs().max() > 1e-7, f'{name}.{parameter}'
 
 
@@ -194,16 +201,88 @@ def test_statistics_are_those_of_a_convolution_without_bias(case):
     ('block', 'kwargs', 'message'),
     [
         (DBB(6, 8, 3, branches=['1x1', '1x1_avg']), {}, "no 'kxk' branch"),
+        (OREPAConv(6, 8, 7), {}, 'a plain 7x7 kernel; .*max_kernel_size'),
+        (OREPAConv(6, 8, 3, bias=False), {}, 'has a bias, the block none'),
         (DBB(6, 8, 3, sum_norm=True), {}, 'a norm after its sum cannot'),
         (DBB(6, 8, 3, deploy=True), {}, 'merged already'),
-        (DBB(6, 8, 5), {}, r'needs \(8, 6, 5, 5\)'),
-        (nn.Conv2d(6, 8, 3), {}, 'no sum of branches'),
+        (DBB(6, 9, 3), {}, r'needs \(9, 6, 3, 3\)'),
+        (nn.Conv2d(6, 8, 3), {}, 'neither a sum of branches'),
         (DBB(6, 8, 3), dict(branch_scale=0), 'greater than 0'),
     ],
 )
 def test_refuses_blocks_that_cannot_start(block, kwargs, message):
     with pytest.raises(ValueError, match=message):
-        start(block, nn.Conv2d(6, 8, 3), **kwargs)
+        start(block, nn.Conv2d(6, 8, block.kernel_size), **kwargs)
+
+
+# ---------------------------------------------------------- composed kernels
+
+
+@pytest.mark.parametrize('trained', [False, True])
+@pytest.mark.parametrize('case', CASES)
+@pytest.mark.parametrize('geometry', GEOMETRIES + POINTWISE, ids=str)
+def test_composed_kernel_is_the_plain_one(geometry, case, trained):
+    conv, norm = plain_pair(geometry, bias=True)
+    block = OREPAConv(**geometry).double()
+    if trained:
+        randomize(block)
+    given = None if case == 'no norm' else norm
+    start(block, conv, given, case == 'absorbed')
+    norm.eval()
+    plain = nn.Sequential(conv, norm) if case == 'absorbed' else conv
+    x = image(2, 6, 9, 7, seed=1)
+    for training in (False, True):  # it has no norms: in both
+        block.train(training)
+        assert distance(block.forward_branches(x), plain(x)) < EXACT
+        assert distance(block(x), plain(x)) < EXACT
+    assert distance(block.to_conv()(x), plain(x)) < EXACT
+
+
+@pytest.mark.parametrize('scale', [0.1, 0.5])
+@pytest.mark.parametrize('geometry', GEOMETRIES + POINTWISE, ids=str)
+def test_composed_kernel_starts_with_a_share_of_the_others(geometry, scale):
+    conv, _ = plain_pair(geometry)
+    with torch.no_grad():
+        conv.weight[1] = 0
+    usual = OREPAConv(**geometry, bias=False).double().generator
+    block = OREPAConv(**geometry, bias=False).double()
+    block.generator.load_state_dict(usual.state_dict())
+    start(block, conv, branch_scale=scale)
+    generator = block.generator
+    y = block.train()(image(2, 6, 9, 7))
+    F.mse_loss(y, torch.randn_like(y)).backward()
+    for name, value in generator.named_parameters():
+        # Its scale starts at 0, as in the paper's code, and learns first.
+        assert value.grad.abs().max() > 1e-7 or name == 'prior', name
+    with torch.no_grad():
+        assert torch.equal(generator.scale[0], torch.ones(8)[: len(y[0])])
+        others = usual.scale[1:, 0] != 0
+        ratio = (generator.scale[1:] / usual.scale[1:])[others]
+        assert distance(ratio, ratio[:1].expand_as(ratio)) < EXACT
+        assert (generator.scale[1:][~others] == 0).all()
+        generator.scale[0] = 0
+        sizes = [k.flatten(1).norm(dim=1) for k in (generator(), conv.weight)]
+    # A channel that was off counts as a thousandth of the mean.
+    sizes[1][1] = 1e-3 * sizes[1].mean()
+    assert distance(sizes[0], scale * sizes[1]) < EXACT
+    assert (sizes[0] > 0).all()
+
+
+def test_composed_kernel_starts_from_zeros():
+    conv = nn.Conv2d(6, 8, 3, bias=False)
+    nn.init.zeros_(conv.weight)
+    block = start(OREPAConv(6, 8, 3, bias=False), conv)
+    assert block.generator.scale[3].abs().min() > 0.01
+    assert block.to_conv().weight.abs().max() < 1e-7
+
+
+@pytest.mark.parametrize('block_type', [OREPAConv, OREPARepVGG])
+def test_composed_kernel_in_single_precision(block_type):
+    conv, norm = plain_pair(GEOMETRIES[0])
+    block = block_type(**GEOMETRIES[0], bias=False)
+    start(block, conv.float(), norm.float())
+    x = image(2, 6, 9, 7).float()
+    assert distance(block.eval()(x), conv(x)) < SINGLE
 
 
 @pytest.mark.parametrize('name', ['running_var', 'weight'])
@@ -261,6 +340,16 @@ BACKBONES = {
     'kept': (dict(RESNET, conv_cfg=dict(type='DBB')), RESNET),
     'kept, residuals start at zero': (
         dict(RESNET, conv_cfg=dict(type='DBB'), zero_init_residual=True),
+        RESNET,
+    ),
+    'OREPA, 1x1 kernels too': (
+        dict(type='mmpretrain.ResNetDBB', depth=50, **SMALL)
+        | dict(block=dict(type='OREPA', max_kernel_size=6)),
+        dict(type='mmpretrain.ResNet', depth=50, **SMALL),
+    ),
+    'OREPA kept in mmseg': (
+        dict(RESNET, type='mmseg.ResNet')
+        | dict(conv_cfg=dict(type='OREPA', max_kernel_size=6)),
         RESNET,
     ),
     'kept in mmdet': (
@@ -532,6 +621,12 @@ def test_refuses_files_that_are_not_there(tmp_path):
     _, path = plain_file(tmp_path, RESNET)
     with pytest.raises(UserError, match=r'nothing under neck\.'):
         load_plain_weights_(model, path, prefix='neck')
+
+
+def test_a_stack_says_how_to_leave_it_plain():
+    model = built(dict(RESNET, conv_cfg=dict(type='OREPA')))
+    with pytest.raises(UserError, match='conv1: a stack .*max_kernel_size=6'):
+        load_plain_weights_(model, built(RESNET).state_dict())
 
 
 def test_rules_that_would_overwrite_are_refused(tmp_path, quiet):
