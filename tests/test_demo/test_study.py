@@ -1,0 +1,132 @@
+# Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
+"""The study: equal terms for all blocks, results that are never lost."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from mmpretrain.registry import MODELS
+
+import mmdbb.backbones  # noqa: F401
+from mmdbb.demo import study
+from mmdbb.errors import UserError
+from mmdbb.reparam import find_blocks
+
+HOME = Path(__file__).resolve().parents[2]
+SMALL = study.Budget(images=2, epochs=1, batch=10)
+SIZES = (40, 20)
+
+
+def config(block, tiny_data, seed=0):
+    folder = tiny_data / 'mnist5k'
+    return study.study_config(HOME, folder, block, seed, SMALL)
+
+
+@pytest.mark.parametrize('block', study.BLOCKS)
+def test_blocks_differ_in_the_backbone_only(block, tiny_data):
+    cfg, plain = (config(b, tiny_data).to_dict() for b in (block, 'plain'))
+    backbone = MODELS.build(cfg['model'].pop('backbone'))
+    found = {type(b).__name__ for b in find_blocks(backbone).values()}
+    names = dict(plain=set(), OREPA={'OREPAConv'})
+    assert found == names.get(block, {block})
+    plain['model'].pop('backbone')
+    for fields in (cfg, plain):
+        fields.pop('experiment_name')
+    assert cfg == plain
+
+
+def test_a_seed_chooses_images_for_all_blocks_alike(tiny_data):
+    folder = tiny_data / 'mnist5k'
+    first, second = (study.chosen_images(folder, 2, s) for s in (0, 1))
+    assert first != second
+    # 40 images, four of each of ten classes.
+    for chosen in (first, second):
+        assert [place // 4 for place in chosen] == sorted([*range(10)] * 2)
+        assert len(set(chosen)) == 20
+    with pytest.raises(UserError, match='has 4 training images, asked for 5'):
+        study.chosen_images(folder, 5, 0)
+
+
+def run(tiny_data, tmp_path, seeds=1, budget=SMALL, blocks=('plain', 'DBB')):
+    out = tmp_path / 'out.json'
+    results = study.run_study(
+        HOME, out, budget, tiny_data, blocks, seeds, tmp_path / 'w', SIZES
+    )
+    return list(results), out
+
+
+def test_a_study_is_taken_up_where_it_stopped(
+    tiny_data, tmp_path, monkeypatch
+):
+    results, out = run(tiny_data, tmp_path)
+    assert [(r.block, r.seed) for r in results] == [('plain', 0), ('DBB', 0)]
+    assert all(0 <= r.top1 <= 100 for r in results)
+    written = json.loads(out.read_text())
+    assert written['budget'] == SMALL._asdict()
+    assert len(written['results']) == 2
+    trained = []
+    monkeypatch.setattr(
+        study, 'train', lambda cfg: trained.append(cfg) or 50.0
+    )
+    again, _ = run(tiny_data, tmp_path, seeds=2)
+    assert again[:2] == results and len(trained) == 2
+    assert len(json.loads(out.read_text())['results']) == 4
+
+
+def test_results_of_another_budget_are_kept(tiny_data, tmp_path):
+    out = tmp_path / 'out.json'
+    study._write(out, SMALL, [study.Result('plain', 0, 90.0)])
+    before = out.read_text()
+    with pytest.raises(UserError, match='results of another budget'):
+        run(tiny_data, tmp_path, budget=SMALL._replace(epochs=3))
+    assert out.read_text() == before
+    out.write_text('{}')
+    with pytest.raises(UserError, match='no results of a study'):
+        run(tiny_data, tmp_path)
+
+
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        (dict(blocks=('DBB', 'ABC')), r"unknown blocks \['ABC'\]; allowed"),
+        (dict(seeds=0), 'seeds must be greater than 0, got 0'),
+        (dict(budget=SMALL._replace(batch=-1)), 'batch must be greater'),
+    ],
+)
+def test_wrong_numbers(change, message, tiny_data, tmp_path):
+    with pytest.raises(UserError, match=message):
+        run(tiny_data, tmp_path, **change)
+
+
+def results_of(**tops):
+    return [
+        study.Result(block, seed, top)
+        for block, values in tops.items()
+        for seed, top in enumerate(values)
+    ]
+
+
+def test_summary_exact():
+    plain, dbb = study.summarize(
+        results_of(plain=(90.0, 92.0, 94.0), DBB=(91.0, 94.0, 94.0))
+    )
+    # t of 2 degrees of freedom at 97.5 %: 4.30265; deviations 2 and 1.
+    assert plain.mean == 92 and plain.gain is None
+    assert plain.half == pytest.approx(4.30265 * 2 / math.sqrt(3), rel=1e-5)
+    assert (dbb.mean, dbb.gain) == (93, 1)
+    assert dbb.gain_half == pytest.approx(4.30265 / math.sqrt(3), rel=1e-5)
+
+
+def test_one_seed_says_nothing_about_the_next():
+    assert study.summarize(results_of(plain=(90.0,)))[0].half == math.inf
+
+
+@pytest.mark.parametrize('name', ['study.png', 'study.svg'])
+def test_the_picture(name, tmp_path):
+    path = tmp_path / name
+    results = results_of(plain=(90.0, 92.0), DBB=(91.0, 94.0))
+    study.draw_study(results, str(path))
+    before = path.read_bytes()
+    study.draw_study(results, str(path))
+    assert path.read_bytes() == before

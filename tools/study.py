@@ -1,0 +1,74 @@
+# Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
+"""Train one small network with each block and many seeds, and compare.
+
+  python tools/study.py --out study.json --plot study.svg
+
+Takes some minutes on two CPU cores. An interrupted study is taken up
+where it stopped.
+"""
+
+from pathlib import Path
+
+from mmdbb.engine.command import Parser, run_command
+
+
+def parse_args():
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument('--out', required=True, help='JSON for the results')
+    parser.add_argument('--plot', help='picture of the results')
+    parser.add_argument(
+        '--blocks', nargs='+', help='default: plain and all blocks'
+    )
+    parser.add_argument('--seeds', type=int, default=10)
+    parser.add_argument(
+        '--images', type=int, default=30, help='training images a class'
+    )
+    parser.add_argument('--epochs', type=int, default=40)
+    parser.add_argument('--batch', type=int, default=50)
+    parser.add_argument(
+        '--data-root',
+        default='data',
+        help='folder that has or gets the data set; default: data',
+    )
+    parser.add_argument('--threads', type=int, default=1)
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    import torch
+
+    from mmdbb.demo import study
+    from mmdbb.engine.measure import print_table
+
+    torch.set_num_threads(args.threads)
+    budget = study.Budget(args.images, args.epochs, args.batch)
+    results = []
+    for result in study.run_study(
+        Path(__file__).resolve().parents[1],
+        Path(args.out),
+        budget,
+        args.data_root,
+        tuple(args.blocks or study.BLOCKS),
+        args.seeds,
+    ):
+        results.append(result)
+        print(f'{result.block}, seed {result.seed}: {result.top1:.1f}')
+    if args.plot:
+        study.draw_study(results, args.plot)
+    print_table(
+        ('block', 'top-1 (%)', 'over plain, seed by seed'),
+        [
+            (
+                s.block,
+                f'{s.mean:.2f} ± {s.half:.2f}',
+                '' if s.gain is None else f'{s.gain:+.2f} ± {s.gain_half:.2f}',
+            )
+            for s in study.summarize(results)
+        ],
+        f'{args.seeds} seeds each; ± is half of a 95 % confidence interval',
+    )
+
+
+if __name__ == '__main__':
+    run_command(main)
