@@ -12,6 +12,7 @@ import os
 import re
 import runpy
 import sys
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,9 @@ from mmengine.registry import MODELS as ROOT_MODELS
 from mmengine.registry import DefaultScope
 from mmpretrain import get_model
 from mmpretrain.registry import MODELS
+from torch import nn
 
+from mmdbb import DiverseBranchBlock, RepVGGBlock_OREPA
 from mmdbb.backbones import MobileNetV1, PlainResNet, ResNetDBB
 from mmdbb.checkpoint import official
 from mmdbb.checkpoint.deploy import deploy_checkpoint, load_deployed
@@ -160,6 +163,52 @@ def test_stock_networks_need_no_mmdbb():
     assert 'custom_imports' not in official.classifier_config(network)
     head = official.classifier_config(network).model.head
     assert (head.num_classes, head.in_channels) == (1000, 512)
+
+
+def official_layer(block, args):
+    """A layer of the papers' networks, and its state under their names."""
+    if block is None:
+        layer = nn.Sequential(
+            OrderedDict(
+                conv=nn.Conv2d(*args, bias=False), bn=nn.BatchNorm2d(args[1])
+            )
+        )
+        return layer, layer.state_dict()
+    layer = OFFICIAL[block](*args, nonlinear=nn.Identity())
+    state = {}
+    for name, value in layer.state_dict().items():
+        theirs, ours = next(n for n in layer.names if name.startswith(n[1]))
+        state[theirs + name[len(ours) :]] = value
+    return layer, state
+
+
+OFFICIAL = dict(DBB=DiverseBranchBlock, OREPARepVGG=RepVGGBlock_OREPA)
+
+
+@pytest.mark.parametrize('block', [None, *OFFICIAL])
+def test_repvgg_of_each_block(block, tmp_path):
+    """RepVGG's training code has these blocks; not all files are recorded."""
+    widths = (4, 4, 4, 8, 8)
+    layers, state, inside = nn.Sequential(), {}, 3
+    for stage, count in enumerate((1, 1, 2, 1, 1)):
+        for index in range(count):
+            args = (inside, widths[stage], 3, 1 if index else 2, 1)
+            layer, entries = official_layer(block, args)
+            layers.extend([layer, nn.ReLU()])
+            name = f'stage{stage}.{index}' if stage else 'stage0'
+            state.update({f'{name}.{k}': v for k, v in entries.items()})
+            inside = widths[stage]
+    randomize(layers).eval()
+    state.update({'linear.weight': torch.eye(8), 'linear.bias': torch.ones(8)})
+    path = str(tmp_path / 'file.pth')
+    torch.save(state, path)
+    result = convert_official(path, str(tmp_path / 'out.pth'))
+    assert result.network.block == block and not result.network.merged
+    model = get_model(result.config, pretrained=result.checkpoint).eval()
+    x = torch.rand(2, 3, 70, 66)
+    with torch.no_grad():
+        expected = layers(x).mean((2, 3)) + 1
+        assert distance(model(x), expected) < TOLERANCE
 
 
 # What is written
