@@ -8,7 +8,8 @@ numpy arrays, and the buffer's own statistics methods, pickled as
 `getattr(HistoryBuffer, 'mean')`. mmengine 0.10.7 therefore cannot test with
 or resume from its own files. Exactly these are allowed here. `getattr` itself
 would open the door to everything, so a stand-in that knows four names is
-registered in its place.
+registered in its place. So is one for `HistoryBuffer`, which takes over what
+a file says of its statistics for the whole process.
 
 https://docs.pytorch.org/docs/stable/notes/serialization.html
 """
@@ -45,7 +46,7 @@ def allow_mmengine_checkpoints() -> None:
         return
     torch.serialization.add_safe_globals(
         [
-            HistoryBuffer,
+            (_ReadBuffer, f'{HistoryBuffer.__module__}.HistoryBuffer'),
             (_statistics_method, 'builtins.getattr'),
             np.ndarray,
             np.dtype,
@@ -55,13 +56,32 @@ def allow_mmengine_checkpoints() -> None:
     )
 
 
+class _ReadBuffer(HistoryBuffer):
+    """Stand in for `HistoryBuffer` while a file is read, then become it.
+
+    Raises:
+        UnpicklingError: The file's statistics are not the buffer's own.
+    """
+
+    def __setstate__(self, state: dict) -> None:
+        methods = state.get('statistics_methods', {})
+        for name, method in methods.items():
+            if method is not _statistics_method(HistoryBuffer, name):
+                raise UnpicklingError(
+                    f'the checkpoint has a HistoryBuffer whose {name!r} is '
+                    'another function'
+                )
+        super().__setstate__(state)
+        self.__class__ = HistoryBuffer
+
+
 def _statistics_method(owner: Any, name: Any) -> Callable:
     """Stand in for `getattr`: HistoryBuffer's own statistics, nothing else.
 
     Raises:
         UnpicklingError: Any other object or attribute is asked for.
     """
-    if owner is HistoryBuffer and name in STATISTICS:
+    if owner in (HistoryBuffer, _ReadBuffer) and name in STATISTICS:
         return getattr(HistoryBuffer, name)
     raise UnpicklingError(
         f'the checkpoint asks for attribute {name!r} of {owner!r}; allowed '

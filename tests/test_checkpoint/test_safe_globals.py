@@ -100,7 +100,7 @@ def test_runner_checkpoint_loads(work_dir):
     checkpoint = torch.load(work_dir / 'epoch_2.pth')
     scalars = checkpoint['message_hub']['log_scalars']
     loss = scalars['train/loss']
-    assert isinstance(loss, HistoryBuffer)
+    assert type(loss) is HistoryBuffer
     assert loss.data[0].shape == (4,)
     assert loss.statistics('mean') == pytest.approx(loss.data[0].mean())
     runtime = checkpoint['message_hub']['runtime_info']
@@ -185,6 +185,27 @@ def test_other_attributes_of_the_buffer_are_refused(tmp_path, attribute):
     )
     with pytest.raises(pickle.UnpicklingError, match=attribute):
         torch.load(path)
+
+
+@pytest.mark.parametrize(
+    'methods',
+    [dict(mean=HistoryBuffer.max), dict(mean=3), dict(more=HistoryBuffer.max)],
+)
+def test_a_file_cannot_change_the_statistics(tmp_path, methods):
+    # mmengine would take them over, for all buffers of the process.
+    state = dict(HistoryBuffer([1.0], [1]).__getstate__())
+    state['statistics_methods'] = methods
+
+    class Buffer:
+        def __reduce__(self):
+            return HistoryBuffer, (), state
+
+    pickled = pickle.dumps(dict(loot=Buffer()), protocol=2)
+    before = dict(HistoryBuffer._statistics_methods)
+    path = saved(tmp_path / 'statistics.pth', pickled)
+    with pytest.raises(pickle.UnpicklingError, match='mean|more'):
+        torch.load(path)
+    assert HistoryBuffer._statistics_methods == before
 
 
 @pytest.mark.parametrize(
