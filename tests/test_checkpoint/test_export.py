@@ -4,9 +4,7 @@ import builtins
 import copy
 import hashlib
 import json
-import os
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -571,26 +569,19 @@ def trained(tmp_path_factory):
     return config, write_checkpoint(config, folder / 'trained.pth')
 
 
-def tool(*arguments):
-    return subprocess.run(
-        [sys.executable, str(TOOL), *arguments],
-        capture_output=True,
-        text=True,
-        env=dict(os.environ, PYTHONWARNINGS='ignore'),
-    )
-
-
 SIZES = ['--image-size', *map(str, SIZE)]
 
 
-def test_command(trained, tmp_path):
+def test_command(trained, tmp_path, monkeypatch, capsys):
     out = str(tmp_path / 'net.onnx')
-    run = tool(*trained, out, '--format', 'onnx', *SIZES)
-    assert run.returncode == 0, run.stderr
-    assert 'merged 8 blocks before the export' in run.stdout
-    assert "input:   images ('batch', 3, 64, 48)" in run.stdout
-    assert "output:  logits ('batch', 3)" in run.stdout
-    assert f'onnx: {out}' in run.stdout
+    arguments = [*trained, out, '--format', 'onnx', *SIZES]
+    monkeypatch.setattr(sys, 'argv', ['reparam.py', *arguments])
+    runpy.run_path(str(TOOL), run_name='__main__')
+    text = capsys.readouterr().out
+    assert 'merged 8 blocks before the export' in text
+    assert "input:   images ('batch', 3, 64, 48)" in text
+    assert "output:  logits ('batch', 3)" in text
+    assert f'onnx: {out}' in text
     assert [path.name for path in tmp_path.iterdir()] == ['net.onnx']
     # The network that was trained, by the file alone.
     model = build_model(Config.fromfile(trained[0]))
