@@ -128,7 +128,7 @@ def deploy_checkpoint(
         UserError: If an input is wrong, or the networks differ.
     """
     outputs = output_paths(out)
-    _refuse_inputs(outputs, checkpoint, cfg.filename)
+    refuse_inputs(outputs, checkpoint, cfg.filename)
     merged = merge_checkpoint(
         cfg, checkpoint, fuse, only, skip, dtype, ema, unsafe
     )
@@ -198,7 +198,7 @@ def export_checkpoint(
             differs from the network.
     """
     file_format(format, out)  # before the work
-    _refuse_inputs([out], checkpoint, cfg.filename)
+    refuse_inputs([out], checkpoint, cfg.filename)
     merged = merge_checkpoint(
         cfg, checkpoint, fuse=True, dtype=dtype, ema=ema, unsafe=unsafe
     )
@@ -234,7 +234,16 @@ def output_paths(out: str) -> Tuple[str, str]:
     return out, out[: -len(suffix)] + '.py'
 
 
-def _refuse_inputs(outputs: Sequence[str], *inputs: Optional[str]) -> None:
+def refuse_inputs(outputs: Sequence[str], *inputs: Optional[str]) -> None:
+    """Raise if a file would be written over one that is read.
+
+    Args:
+        outputs: Paths to write.
+        inputs: Paths to read; None for what came from no file.
+
+    Raises:
+        UserError: It names the path.
+    """
     for path in outputs:
         for source in inputs:
             if source and Path(path).resolve() == Path(source).resolve():

@@ -11,7 +11,7 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 from torch import nn
 
-from mmdbb.checkpoint.deploy import output_paths
+from mmdbb.checkpoint.deploy import output_paths, refuse_inputs
 from mmdbb.checkpoint.export import export_network
 from mmdbb.checkpoint.export_modules import Detector, export_module
 from mmdbb.checkpoint.files import all_or_nothing
@@ -113,10 +113,16 @@ def prune_checkpoint(
     if not 0 < ratio < 1:
         raise UserError(f'the ratio must lie between 0 and 1, got {ratio:g}')
     if length < 0:
-        raise UserError(f'cannot train on for {length} epochs')
+        raise UserError(f'the length must be at least 0, got {length}')
+    if not lr_scale > 0:
+        raise UserError(
+            'the learning rate must be scaled by more than 0, got '
+            f'{lr_scale:g}'
+        )
     if onnx is not None and not onnx.endswith('.onnx'):
         raise UserError(f'the export must end in .onnx, got {onnx}')
     outputs = output_paths(out) + ((onnx,) if onnx else ())
+    refuse_inputs(outputs, checkpoint, cfg.filename)
     merged = merge_checkpoint(cfg, checkpoint)
     model, stock_cfg = merged.network.float(), merged.cfg
     stages = []

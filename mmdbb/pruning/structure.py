@@ -81,6 +81,10 @@ def prune_(
     pruning = require_torch_pruning()
     if not 0 < ratio < 1:
         raise UserError(f'the ratio must lie between 0 and 1, got {ratio:g}')
+    if round_to is not None and round_to < 1:
+        raise UserError(
+            f'channels can be multiples of 1 or more, got {round_to}'
+        )
     if find_blocks(model):
         raise UserError(
             f'{type(model).__name__} is not merged: filters of branches '

@@ -20,7 +20,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from mmdbb.checkpoint.deploy import output_paths
+from mmdbb.checkpoint.deploy import output_paths, refuse_inputs
 from mmdbb.checkpoint.files import all_or_nothing
 from mmdbb.checkpoint.formats import write_checkpoint
 from mmdbb.checkpoint.merge import build_model
@@ -79,6 +79,7 @@ def insert_bn_checkpoint(
         UserError: If an input is wrong, or the networks differ.
     """
     outputs = output_paths(out)
+    refuse_inputs(outputs, checkpoint, cfg.filename)
     model = load_network(build_model(cfg), checkpoint)
     blocks = find_blocks(model)
     if not blocks:
@@ -101,7 +102,9 @@ def insert_bn_checkpoint(
                 f'{difference.largest:.2e} of the largest magnitude (in '
                 f'{difference.output}); nothing written'
             )
-        new_cfg.load_from = outputs[0]
+        # Where the first training wrote, this one would replace its files.
+        new_cfg.pop('work_dir', None)
+        new_cfg.update(load_from=outputs[0], resume=False)
         new_cfg.dump(drafts[1])
         meta = dict(
             mmdbb=dict(

@@ -15,6 +15,7 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 from torch import Tensor
 
+from mmdbb.checkpoint.deploy import refuse_inputs
 from mmdbb.checkpoint.export import export_network
 from mmdbb.checkpoint.export_formats import METADATA
 from mmdbb.checkpoint.export_modules import Detector, export_module
@@ -23,7 +24,11 @@ from mmdbb.engine.measure import interleaved_latency
 from mmdbb.errors import UserError
 from mmdbb.quantization.calibration import calibration_images
 from mmdbb.quantization.evaluate import Figure, evaluate, quiet_runner
-from mmdbb.quantization.fake import quantizers, remove_quantizers_
+from mmdbb.quantization.fake import (
+    WeightQuantizer,
+    quantizers,
+    remove_quantizers_,
+)
 from mmdbb.quantization.network import load_network
 from mmdbb.quantization.onnx_static import Layers, check_float, quantize_onnx
 from mmdbb.quantization.packages import require_packages
@@ -131,9 +136,7 @@ def quantize_checkpoint(
     options = options or Options()
     if not out.endswith('.onnx'):
         raise UserError(f'the output must end in .onnx, got {out}')
-    for source in (checkpoint, cfg.filename):
-        if source and Path(out).resolve() == Path(source).resolve():
-            raise UserError(f'output {out} is also an input')
+    refuse_inputs([out], checkpoint, cfg.filename)
     with all_or_nothing(out, overwrite=overwrite) as (draft,):
         folder = Path(draft).parent
         with quiet_runner(cfg) as runner:
@@ -148,7 +151,7 @@ def quantize_checkpoint(
                 f'{first.points:.2f} to {last.points:.2f}, more than '
                 f'--max-drop {max_drop:g}; nothing written'
             )
-        _note(draft, options, count, stages)
+        _note(draft, options, count, stages, work.trained_per_channel())
     return Quantized(out, stages, layers, count, work.size, drop)
 
 
@@ -170,6 +173,11 @@ class _Work:
             self._take_file(checkpoint)
             self.trained = None
             self.size = OnnxNetwork(self.merged).size
+            if size not in (None, self.size):
+                raise UserError(
+                    f'{checkpoint} takes images of {self.size} pixels, got '
+                    f'--image-size {size}'
+                )
             return
         self.trained = runner.model = load_network(runner.model, checkpoint)
         self.size = size or self._images(1, 'test').shape[-2:]
@@ -194,6 +202,12 @@ class _Work:
         check_float(model, path)
         onnx.save(model, self.merged)
 
+    def trained_per_channel(self) -> Optional[bool]:
+        """Whether weights were trained with a scale a channel, if so."""
+        found = quantizers(self.trained) if self.trained is not None else ()
+        weights = [q for q in found if isinstance(q, WeightQuantizer)]
+        return weights[0].per_channel if weights else None
+
     def _images(self, count: int, split: str) -> Tensor:
         size = getattr(self, 'size', None)
         return calibration_images(
@@ -201,6 +215,7 @@ class _Work:
         )
 
     def quantize(self, draft: str, options: Options) -> Tuple[Layers, int]:
+        """Write the INT8 file; say how many images that took."""
         if self.trained is not None and quantizers(self.trained):
             return write_qdq(self.merged, draft, self.trained), 0
         images = self._images(options.count, options.split)
@@ -218,6 +233,7 @@ class _Work:
     def stages(
         self, draft: str, metric: Optional[str], evaluated: bool
     ) -> List[Stage]:
+        """Evaluate and measure what there is, the INT8 file last."""
         networks = dict(
             merged=OnnxNetwork(self.merged), int8=OnnxNetwork(draft)
         )
@@ -267,7 +283,11 @@ def _drop(stages: List[Stage]) -> Optional[float]:
 
 
 def _note(
-    draft: str, options: Options, count: int, stages: List[Stage]
+    draft: str,
+    options: Options,
+    count: int,
+    stages: List[Stage],
+    trained_per_channel: Optional[bool],
 ) -> None:
     """Write into the file what is known of it."""
     import onnx
@@ -279,7 +299,11 @@ def _note(
     own['quantization'] = dict(
         method=options.method if count else 'trained',
         images=count,
-        per_channel=options.per_channel or not count,
+        per_channel=(
+            options.per_channel
+            if trained_per_channel is None
+            else trained_per_channel
+        ),
         points={s.name: s.figure.points for s in stages if s.figure},
     )
     props[METADATA] = json.dumps(own)

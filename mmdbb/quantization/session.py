@@ -35,7 +35,8 @@ class OnnxNetwork:
         names: Of the outputs.
 
     Raises:
-        UserError: If ONNX Runtime cannot run the file.
+        UserError: If ONNX Runtime cannot run the file, or it takes something
+            else than images of one size.
     """
 
     def __init__(
@@ -58,10 +59,16 @@ class OnnxNetwork:
             raise UserError(
                 f'ONNX Runtime cannot run {path}: {reason}'
             ) from error
-        (image,) = self._session.get_inputs()
-        self._input = image.name
+        inputs = {i.name: i.shape for i in self._session.get_inputs()}
+        self._input, shape = next(iter(inputs.items()), ('', []))
+        sizes = [isinstance(n, int) for n in shape]
+        if len(inputs) != 1 or sizes[1:] != [True] * 3:
+            raise UserError(
+                f'{path} must take images of shape (N, C, H, W), all but N '
+                f'known, and nothing else; it takes: {inputs}'
+            )
         self.path = path
-        self.size = tuple(image.shape[2:])
+        self.size = tuple(shape[2:])
         self.names = [output.name for output in self._session.get_outputs()]
 
     def __call__(self, images: Tensor) -> List[Tensor]:

@@ -191,6 +191,26 @@ def test_before_it_is_trained_on_the_network_is_the_merged_one(
     assert model.head.fc.out_features == 10
     with pytest.raises(UserError, match='output exists'):
         prune_checkpoint(cfg, checkpoint, out, ratio=0.1, count=8)
+    for mine in (checkpoint, cfg.filename[: -len('.py')] + '.pth'):
+        with pytest.raises(UserError, match='is also an input'):
+            prune_checkpoint(cfg, checkpoint, mine, overwrite=True)
+
+
+@pytest.mark.parametrize(
+    'arguments, message',
+    [
+        (dict(length=-1), 'the length must be at least 0, got -1'),
+        (dict(length=1, lr_scale=0), 'scaled by more than 0, got 0'),
+        (dict(onnx='out.pt'), 'the export must end in .onnx, got out.pt'),
+    ],
+)
+def test_wrong_numbers(arguments, message, tmp_path):
+    pytest.importorskip('torch_pruning')
+    out = str(tmp_path / 'o.pth')
+    with pytest.raises(UserError, match=message):
+        prune_checkpoint(None, 'none.pth', out, **arguments)
+    with pytest.raises(UserError, match='multiples of 1 or more, got 0'):
+        prune_(small(), 0.5, (8, 8), round_to=0)
 
 
 def test_a_missing_package(trained, tmp_path, monkeypatch):

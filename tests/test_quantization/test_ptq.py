@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,9 +15,11 @@ pytest.importorskip('onnxruntime')
 import onnx
 from mmengine.config import Config
 from onnx import TensorProto, helper, numpy_helper
+from torch.nn.modules.batchnorm import _BatchNorm
 
 import mmdbb
 from mmdbb.checkpoint.deploy import deploy_checkpoint
+from mmdbb.checkpoint.merge import build_model
 from mmdbb.errors import UserError
 from mmdbb.quantization.calibration import (
     calibration_images,
@@ -24,9 +27,11 @@ from mmdbb.quantization.calibration import (
     pad_to,
 )
 from mmdbb.quantization.evaluate import evaluate, quiet_runner
+from mmdbb.quantization.fake import quantizers, set_quantizing_
 from mmdbb.quantization.network import load_network
 from mmdbb.quantization.onnx_static import METHODS, quantize_onnx
 from mmdbb.quantization.ptq import Options, quantize_checkpoint
+from mmdbb.quantization.qat import prepare_qat_
 from mmdbb.quantization.session import OnnxNetwork, running_instead
 from mmdbb.quantization.tables import print_quantized
 
@@ -90,7 +95,6 @@ def test_evaluator_sees_what_the_file_computes(trained, quiet):
 def exported(trained, tmp_path_factory):
     """A float file and images to calibrate with."""
     from mmdbb.checkpoint.export import export_network
-    from mmdbb.checkpoint.merge import build_model
 
     cfg, checkpoint = trained('classification')
     model = load_network(build_model(cfg), checkpoint)
@@ -155,6 +159,43 @@ def test_padding_to_the_files_size():
     assert padded.shape == (1, 3, 4, 5) and padded.sum() == 18
     with pytest.raises(UserError, match='6 x 3 pixels does not fit'):
         pad_to(torch.ones(1, 3, 6, 3), (4, 5))
+
+
+def test_a_checkpoint_trained_for_seven_bits(trained, tmp_path, quiet):
+    """Its ranges and its one scale a weight are those of the file."""
+    cfg, checkpoint = trained('classification')
+    model = load_network(build_model(cfg), checkpoint)
+    images = calibration_images(cfg, model, 8)
+    prepare_qat_(model, (32, 32), per_channel=False, reduce_range=True)
+    set_quantizing_(model)
+    model.train()
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.eval()
+    for quantizer in quantizers(model):
+        quantizer.train()  # some stand in norms
+    with torch.no_grad():
+        model(images)
+    qat, out = str(tmp_path / 'qat.pth'), str(tmp_path / 'int8.onnx')
+    torch.save(dict(state_dict=model.state_dict()), qat)
+    result = quantize_checkpoint(cfg, qat, out, max_drop=None)
+    assert result.images == 0 and result.layers.quantized >= 11
+    file = onnx.load(out)
+    weights = {
+        i.name: numpy_helper.to_array(i)
+        for i in file.graph.initializer
+        if 'weight' in i.name
+    }
+    scales = [v for n, v in weights.items() if n.endswith('_scale')]
+    assert scales and all(scale.shape == () for scale in scales)
+    integers = [v for n, v in weights.items() if n.endswith('_quantized')]
+    assert max(abs(v.astype(int)).max() for v in integers) == 63
+    scale = model.backbone.conv1.input_quantizer.scale.item()
+    written = [numpy_helper.to_array(i) for i in file.graph.initializer]
+    assert any(v.shape == () and v == np.float32(scale) for v in written)
+    note = {p.key: p.value for p in file.metadata_props}['mmdbb']
+    note = json.loads(note)['quantization']
+    assert note['method'] == 'trained' and note['per_channel'] is False
 
 
 # Mistakes
@@ -223,15 +264,21 @@ def test_merged_files(trained, tmp_path, quiet):
 
 def test_float_onnx_files(trained, exported, tmp_path, quiet):
     cfg, _ = trained('classification')
-    result = quantize_checkpoint(
-        cfg, exported[0], str(tmp_path / 'o.onnx'), FEW, max_drop=None
+    out = str(tmp_path / 'o.onnx')
+    expect(
+        r'takes images of \(32, 32\) pixels, got --image-size \(64, 32\)',
+        tmp_path,
+        lambda: quantize_checkpoint(
+            cfg, exported[0], out, FEW, image_size=(64, 32)
+        ),
     )
+    result = quantize_checkpoint(cfg, exported[0], out, FEW, max_drop=None)
     assert [stage.name for stage in result.stages] == ['merged', 'int8']
 
 
-def network_of(*nodes, weights=()):
+def network_of(*nodes, weights=(), height=8):
     """A file that maps images of 8 x 8 pixels to ``y``."""
-    shape = ['batch', 3, 8, 8]
+    shape = ['batch', 3, height, 8]
     graph = helper.make_graph(
         list(nodes),
         'network',
@@ -244,8 +291,6 @@ def network_of(*nodes, weights=()):
 
 
 def test_operators_that_cannot_be_quantized(exported, tmp_path):
-    import numpy as np
-
     path, images = exported
     out = str(tmp_path / 'int8.onnx')
     expect(
@@ -281,6 +326,16 @@ def test_operators_that_cannot_be_quantized(exported, tmp_path):
         onnx.save(model, file)
         with pytest.raises(UserError, match=message):
             quantize_onnx(file, out, torch.rand(2, 3, 8, 8), op_types=op_types)
+
+
+def test_a_file_that_takes_any_size(tmp_path):
+    node = helper.make_node('Exp', ['images'], ['y'])
+    path = str(tmp_path / 'any.onnx')
+    onnx.save(network_of(node, height='height'), path)
+    with pytest.raises(UserError, match='must take images of shape'):
+        OnnxNetwork(path)
+    onnx.save(network_of(node), path)
+    assert OnnxNetwork(path).size == (8, 8)
 
 
 @pytest.mark.parametrize('package', ['onnxruntime', 'onnxscript'])
@@ -325,7 +380,6 @@ def test_a_detector_of_two_stages_keeps_its_second(tmp_path, quiet):
     from networks import write_config
 
     from mmdbb.checkpoint.export import export_network
-    from mmdbb.checkpoint.merge import build_model
 
     config = write_config(tmp_path, 'detector')
     model = build_model(Config.fromfile(config))

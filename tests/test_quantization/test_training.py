@@ -15,13 +15,19 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mmdbb import ACB, DBB, QARepVGGConv, RepVGGConv
 from mmdbb.blocks import ConvBN
 from mmdbb.checkpoint.deploy import deploy_checkpoint
+from mmdbb.checkpoint.export import export_network
 from mmdbb.checkpoint.merge import build_model
 from mmdbb.errors import UserError
-from mmdbb.quantization.fake import is_quantizing, quantizable_layers
+from mmdbb.quantization.fake import (
+    is_quantizing,
+    quantizable_layers,
+    remove_quantizers_,
+)
 from mmdbb.quantization.insert_bn import conv_bn_config, insert_bn_checkpoint
 from mmdbb.quantization.network import load_network
 from mmdbb.quantization.norms import calibrate_norms_
 from mmdbb.quantization.qat import QATHook
+from mmdbb.quantization.qdq import write_qdq
 from mmdbb.quantization.ranges import (
     branch_kernels,
     kernel_ranges,
@@ -103,6 +109,18 @@ def test_such_a_checkpoint_is_loaded_with_its_quantizers(run):
     assert 0 < distance(quantized, plain(x)) < 0.5
 
 
+def test_a_checkpoint_from_before_has_no_ranges(run, tmp_path):
+    pytest.importorskip('onnx')
+    cfg, folder = run
+    model = load_network(build_model(cfg), str(folder / 'epoch_1.pth'))
+    path = str(tmp_path / 'float.onnx')
+    float_model = copy.deepcopy(model)
+    remove_quantizers_(float_model)
+    export_network(float_model, path, image_size=(32, 32))
+    with pytest.raises(UserError, match='input_quantizer has seen no data'):
+        write_qdq(path, str(tmp_path / 'int8.onnx'), model)
+
+
 def test_a_run_is_resumed_with_its_ranges(run, tmp_path):
     cfg, folder = run
     again = qat_config(tmp_path / 'again', begin=1, freeze=2)
@@ -141,6 +159,8 @@ def test_bad_times(arguments):
 @pytest.fixture(scope='module')
 def inserted(trained, tmp_path_factory):
     cfg, checkpoint = trained('classification')
+    cfg = copy.deepcopy(cfg)
+    cfg.update(work_dir='first', resume=True)
     out = str(tmp_path_factory.mktemp('inserted') / 'bn.pth')
     return cfg, checkpoint, insert_bn_checkpoint(cfg, checkpoint, out, 16)
 
@@ -150,6 +170,8 @@ def test_inserted_norms_change_nothing(inserted):
     assert result.blocks == 8 and result.difference.largest < 1e-5
     new = Config.fromfile(result.config)
     assert new.load_from == result.checkpoint
+    # It starts anew, and elsewhere than the training that it follows.
+    assert not new.resume and 'work_dir' not in new
     network = load_network(build_model(new), result.checkpoint)
     assert {type(b) for b in find_blocks(network).values()} == {ConvBN}
     trained = load_network(build_model(cfg), checkpoint)
@@ -158,6 +180,12 @@ def test_inserted_norms_change_nothing(inserted):
     # In training mode hardly more, because the norms know the data.
     norm = network.backbone.layer1[0].conv1.branches['kxk'].norm
     assert (norm.running_var - 1).abs().min() > 1e-3
+
+
+def test_inserting_norms_replaces_no_input(trained):
+    cfg, checkpoint = trained('classification')
+    with pytest.raises(UserError, match='is also an input'):
+        insert_bn_checkpoint(cfg, checkpoint, checkpoint, 4, overwrite=True)
 
 
 def test_inserted_norms_are_folded_again(inserted, tmp_path):
