@@ -29,12 +29,14 @@ from mmdbb.quantization.tables import print_quantized
 
 def parse_args():
     parser = Parser(description='Quantize a trained network to INT8')
-    add_config_arguments(parser)
+    add_config_arguments(parser, work_dir=False)
     parser.add_argument(
         'checkpoint',
         help='path of the trained checkpoint, or of the network as ONNX',
     )
-    parser.add_argument('out', help='file to write, *.onnx')
+    parser.add_argument(
+        'out', help='file to write: *.onnx, with --insert-bn *.pth'
+    )
     parser.add_argument(
         '--calib',
         type=int,

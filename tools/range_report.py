@@ -19,7 +19,7 @@ from mmdbb.quantization.tables import plot_ranges, print_ranges
 
 def parse_args():
     parser = Parser(description="Ranges of a network's merged kernels")
-    add_config_arguments(parser)
+    add_config_arguments(parser, work_dir=False)
     parser.add_argument('checkpoint', help='path of the trained checkpoint')
     parser.add_argument(
         '--plot', metavar='FILE', help='draw them too, as *.png or *.svg'

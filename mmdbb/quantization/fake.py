@@ -76,6 +76,7 @@ class WeightQuantizer(FakeQuantize):
         self.register_buffer('limit', torch.tensor(limit))
 
     def forward(self, kernel: Tensor) -> Tensor:
+        """The kernel rounded, with the range that it has now."""
         self.activation_post_process.reset_min_max_vals()
         return super().forward(kernel)
 
@@ -106,6 +107,7 @@ class ActivationQuantizer(FakeQuantize):
         self.relu = relu
 
     def forward(self, x: Tensor) -> Tensor:
+        """Note the range, and round where that is turned on."""
         if self.observing:
             seen = x.detach()
             self.activation_post_process(seen.relu() if self.relu else seen)
@@ -128,6 +130,7 @@ class _Quantized:
     """Mixin for a layer with quantizers; the layer's own class follows."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """As the layer's own, rounded where that is turned on."""
         weight_quantizer = self._modules.get(WEIGHT)
         if weight_quantizer is None or not is_quantizing(self):
             return super().forward(x)
@@ -197,7 +200,7 @@ def quantizable_layers(model: nn.Module) -> Dict[str, nn.Module]:
     """
     layers, inside = {}, set()
     for name, module in model.named_modules():
-        if module in inside or isinstance(module, nn.ConvTranspose2d):
+        if module in inside:
             continue
         if isinstance(module, ReparamConv2d):
             inside.update(module.modules())

@@ -130,6 +130,7 @@ class _Watch(TorchFunctionMode):
             ]
 
     def remove(self) -> None:
+        """Take the hooks off the layers."""
         for hook in self._hooks:
             hook.remove()
 

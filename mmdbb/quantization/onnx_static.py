@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence
 
 from torch import Tensor
 
@@ -232,12 +232,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
-
-
-def weight_names(model) -> Tuple[str, ...]:
-    """Names of the float weights of a file's convolutions and products."""
-    return tuple(
-        node.input[1]
-        for node in model.graph.node
-        if node.op_type in ('Conv', 'Gemm', 'MatMul')
-    )
