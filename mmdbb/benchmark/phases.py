@@ -147,6 +147,9 @@ def composing_bound(network: str, block: str, images: Tensor) -> float:
         for block in model.modules()
         if hasattr(block, 'generator')
     ]
+    if not kernels:
+        return 1.0
+    plain.eval()  # norms in training mode refuse a single pixel
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         plain.to(images.device)(images)
         without = counter.get_total_flops()
@@ -176,7 +179,7 @@ def _block_variants(
 
         def step():
             forward().mean().backward()
-            model.zero_grad()
+            net.zero_grad()
 
         def evaluate():
             with torch.no_grad():
