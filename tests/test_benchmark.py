@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from argparse import ArgumentTypeError
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from helpers import distance, randomize
 
 from mmdbb import DBB, benchmark
 from mmdbb.benchmark import papers
+from mmdbb.engine.command import at_least_one
 from mmdbb.kernels import GeneratedKernel
 
 TOOL = Path(__file__).resolve().parents[1] / 'tools/benchmark.py'
@@ -118,3 +120,10 @@ def test_command(tmp_path):
     )
     assert wrong.returncode == 2 and 'allowed are' in wrong.stderr
     assert len(wrong.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize('text', ['0', '-1', 'many', '1.5'])
+def test_numbers_of_things(text):
+    with pytest.raises(ArgumentTypeError, match='whole number from 1 on'):
+        at_least_one(text)
+    assert at_least_one('3') == 3

@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 
 from mmdbb import benchmark
-from mmdbb.engine.command import Parser, run_command
+from mmdbb.checkpoint.files import all_or_nothing
+from mmdbb.engine.command import Parser, at_least_one, run_command
 from mmdbb.errors import UserError
 
 
@@ -36,21 +37,30 @@ def parse_args():
         choices=benchmark.PHASES,
         default=list(benchmark.PHASES),
     )
-    parser.add_argument('--batch', type=int, default=16, help='images')
+    parser.add_argument(
+        '--batch', type=at_least_one, default=16, help='images'
+    )
     parser.add_argument(
         '--image-size',
-        type=int,
+        type=at_least_one,
         nargs=2,
         default=(224, 224),
         metavar=('HEIGHT', 'WIDTH'),
         help='pixels',
     )
-    parser.add_argument('--threads', type=int, help='threads of torch')
+    parser.add_argument(
+        '--threads', type=at_least_one, help='threads of torch'
+    )
     parser.add_argument('--device', default='cpu')
     parser.add_argument(
         '--compile', action='store_true', help='run under torch.compile'
     )
-    parser.add_argument('--repeats', type=int, default=5)
+    parser.add_argument(
+        '--repeats',
+        type=at_least_one,
+        default=5,
+        help='times that each variant runs; default: %(default)s',
+    )
     parser.add_argument('--out', help='write the rows to this JSON file')
     parser.add_argument('--plot', help='draw the growth of one block here')
     return parser.parse_args()
@@ -92,7 +102,8 @@ def main():
         report['growth'] = [point._asdict() for point in points]
         draw_growth(points, args.plot)
     if args.out:
-        Path(args.out).write_text(json.dumps(report, indent=1) + '\n')
+        with all_or_nothing(args.out, overwrite=True) as (draft,):
+            Path(draft).write_text(json.dumps(report, indent=1) + '\n')
 
 
 def check_block(name):
@@ -163,7 +174,8 @@ def draw_growth(points, path):
     axes[1, 0].set_ylabel('kept for backward (MB)')
     axes[0, 0].legend()
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    with all_or_nothing(path, overwrite=True) as (draft,):
+        figure.savefig(draft, dpi=120)
 
 
 if __name__ == '__main__':

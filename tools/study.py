@@ -9,7 +9,7 @@ where it stopped.
 
 from pathlib import Path
 
-from mmdbb.engine.command import Parser, run_command
+from mmdbb.engine.command import Parser, at_least_one, run_command
 
 
 def parse_args():
@@ -19,18 +19,41 @@ def parse_args():
     parser.add_argument(
         '--blocks', nargs='+', help='default: plain and all blocks'
     )
-    parser.add_argument('--seeds', type=int, default=10)
     parser.add_argument(
-        '--images', type=int, default=30, help='training images a class'
+        '--seeds',
+        type=int,
+        default=10,
+        help='trainings of each block; default: %(default)s',
     )
-    parser.add_argument('--epochs', type=int, default=40)
-    parser.add_argument('--batch', type=int, default=50)
+    parser.add_argument(
+        '--images',
+        type=int,
+        default=30,
+        help='training images a class; default: %(default)s',
+    )
+    parser.add_argument(
+        '--epochs',
+        type=int,
+        default=40,
+        help='passes over them; default: %(default)s',
+    )
+    parser.add_argument(
+        '--batch',
+        type=int,
+        default=50,
+        help='images in a step; default: %(default)s',
+    )
     parser.add_argument(
         '--data-root',
         default='data',
         help='folder that has or gets the data set; default: data',
     )
-    parser.add_argument('--threads', type=int, default=1)
+    parser.add_argument(
+        '--threads',
+        type=at_least_one,
+        default=1,
+        help='threads of torch; default: %(default)s',
+    )
     return parser.parse_args()
 
 

@@ -266,7 +266,15 @@ def _write(out: Path, budget: Budget, results: List[Result]) -> None:
 
 
 def draw_study(results: List[Result], path: str) -> None:
-    """Draw every training as a point, and means with their intervals."""
+    """Draw every training as a point, and means with their intervals.
+
+    Args:
+        results: From :func:`run_study`.
+        path: The picture, ``*.png`` or ``*.svg``; replaced if it exists.
+
+    Raises:
+        UserError: If matplotlib does not know the format.
+    """
     import matplotlib
 
     matplotlib.use('Agg')
@@ -285,9 +293,13 @@ def draw_study(results: List[Result], path: str) -> None:
     # Without dates and random names the same results give the same file.
     metadata = dict(Date=None) if path.endswith('.svg') else None
     matplotlib.rcParams['svg.hashsalt'] = 'study'
-    with all_or_nothing(path, overwrite=True) as drafts:
-        figure.savefig(drafts[0], metadata=metadata)
-    plt.close(figure)
+    try:
+        with all_or_nothing(path, overwrite=True) as drafts:
+            figure.savefig(drafts[0], metadata=metadata)
+    except ValueError as error:  # a format that matplotlib does not know
+        raise UserError(f'cannot draw {path}: {error}') from error
+    finally:
+        plt.close(figure)
 
 
 def _check(blocks: Tuple[str, ...], seeds: int, budget: Budget) -> None:

@@ -62,6 +62,23 @@ def run_command(main: Callable[[], None]) -> None:
         sys.exit(130)
 
 
+def at_least_one(text: str) -> int:
+    """The type of arguments that count something.
+
+    Raises:
+        argparse.ArgumentTypeError: If it is no whole number from 1 on.
+    """
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(
+            f'must be a whole number from 1 on, got {text!r}'
+        )
+    return number
+
+
 def add_config_arguments(
     parser: argparse.ArgumentParser, work_dir: bool = True
 ) -> None:

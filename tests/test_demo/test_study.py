@@ -130,3 +130,5 @@ def test_the_picture(name, tmp_path):
     before = path.read_bytes()
     study.draw_study(results, str(path))
     assert path.read_bytes() == before
+    with pytest.raises(UserError, match='cannot draw'):
+        study.draw_study(results, str(tmp_path / 'study.txt2'))
