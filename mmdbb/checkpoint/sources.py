@@ -190,7 +190,7 @@ def check_values(state: dict, path: str, limit: float = float('inf')) -> None:
         for name, value in floating.items()
         # An observer that has seen nothing: from infinity to minus that.
         if '.activation_post_process.' not in name
-        and not value.isfinite().all()
+        and not _all_finite(value)
     ]
     if bad:
         raise UserError(f'{path} has values that are not finite: {some(bad)}')
@@ -201,6 +201,12 @@ def check_values(state: dict, path: str, limit: float = float('inf')) -> None:
     ]
     if bad:
         raise UserError(f'{path} has a negative variance: {some(bad)}')
+
+
+def _all_finite(value: Tensor) -> bool:
+    # A sum is finite only if all of its terms are, and cheaper to ask; where
+    # it overflows, each number is asked.
+    return bool(value.sum().isfinite() or value.isfinite().all())
 
 
 def _strange(value: Tensor, limit: float) -> str:

@@ -50,6 +50,11 @@ def test_forms(tmp_path, content):
     assert found.get('epoch') == (3 if 'epoch' in content else None)
 
 
+def test_large_values_are_values(tmp_path):
+    found = read_checkpoint(write(tmp_path / 'a.pth', LARGE))
+    assert torch.equal(found['state_dict']['weight'], LARGE['weight'])
+
+
 def test_meta_is_kept(tmp_path):
     content = dict(state_dict=STATE, meta=dict(seed=1))
     found = read_checkpoint(write(tmp_path / 'a.pth', content))
@@ -69,6 +74,9 @@ def truncated(path):
 
 INT8 = torch.qint8
 NAN = dict(STATE, weight=torch.tensor([[1.0, float('nan')]]))
+# Finite, though their sum is not.
+LARGE = dict(STATE, weight=torch.full((1, 2), 3e38))
+BOTH = dict(STATE, weight=torch.tensor([[float('inf'), float('-inf')]]))
 INF = {f'w{i}': torch.tensor([float('-inf')]) for i in range(5)}
 BAD = {
     'missing': (None, 'checkpoint not found: '),
@@ -145,6 +153,10 @@ BAD = {
         r'differences to other weights \(model_delta\), not weights',
     ),
     'nan': (lambda p: write(p, NAN), 'values that are not finite: weight'),
+    'both infinities': (
+        lambda p: write(p, BOTH),
+        'values that are not finite: weight',
+    ),
     'inf': (
         lambda p: write(p, INF),
         'not finite: w0, w1, w2 and 2 more',
