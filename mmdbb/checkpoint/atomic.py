@@ -44,6 +44,10 @@ def all_or_nothing(
                 f'output exists: {output}; choose another name or pass --force'
             )
     folder = os.path.dirname(os.path.abspath(outputs[0]))
+    for output in outputs[1:]:
+        other = os.path.dirname(os.path.abspath(output))
+        if other != folder and not os.path.isdir(other):
+            raise UserError(f'no such folder: {other}, for {output}')
     made = _missing_folders(folder)
     scratch, done = None, False
     try:

@@ -85,8 +85,13 @@ def test_merged_is_equal(block):
         outputs = list(zip(merged(x), model(x)))
     assert len(outputs) == 6
     assert outputs[-1][0].shape == (2, 5)
-    for found, expected in outputs:
+    model.switch_to_deploy()
+    model.switch_to_deploy()
+    with torch.no_grad():
+        switched = model(x)
+    for (found, expected), again in zip(outputs, switched):
         assert distance(found, expected) < EXACT
+        assert torch.equal(again, found)
 
 
 def test_merges_to_the_plain_network():

@@ -73,8 +73,13 @@ def test_merged_is_equal(block):
     assert [tuple(found.shape[1:]) for found, _ in outputs] == [
         (channels, *size) for channels, size in zip(CHANNELS, sizes)
     ]
-    for found, expected in outputs:
+    model.switch_to_deploy()
+    model.switch_to_deploy()
+    with torch.no_grad():
+        switched = model(x)
+    for (found, expected), again in zip(outputs, switched):
         assert distance(found, expected) < EXACT
+        assert torch.equal(again, found)
 
 
 def test_merges_to_the_plain_network():

@@ -1,5 +1,7 @@
 """VGG with blocks merges into mmpretrain's VGG."""
 
+import copy
+
 import pytest
 import torch
 from helpers import EXACT, distance, image, randomize
@@ -92,6 +94,10 @@ def test_merged_is_the_stock_network(networks):
     x = image(2, 3, 24, 16)
     with torch.no_grad():
         merged = reparameterize(model.backbone)(x)
+        switched = copy.deepcopy(model.backbone)
+        switched.switch_to_deploy()
+        switched.switch_to_deploy()
+        assert all(map(torch.equal, switched(x), merged))
         outputs = zip(merged, stock.backbone(x), model.backbone(x))
         for found, in_stock, expected in outputs:
             assert distance(found, expected) < EXACT

@@ -99,6 +99,14 @@ def test_killed(tmp_path):
     assert numbers(tmp_path) == (7, 7)
 
 
+def test_a_folder_that_is_missing_shows_at_once(tmp_path):
+    outputs = str(tmp_path / 'new' / 'a.pth'), str(tmp_path / 'b' / 'a.onnx')
+    with pytest.raises(UserError, match='no such folder: .*b, for .*onnx'):
+        with all_or_nothing(*outputs):
+            raise AssertionError('too late')
+    assert not list(tmp_path.iterdir())
+
+
 def test_interrupted(tmp_path):
     write_pair(tmp_path, 0)
     seen = set()

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from mmcv.cnn import is_norm
 from mmengine.config import Config
 
 from mmdbb.engine.model_zoo import (
@@ -55,6 +56,31 @@ def test_every_config_builds_with_the_parameters_listed(models, part):
         model = build_empty(Config.fromfile(path))
         listed = models[path.stem]['Metadata']['Training Parameters']
         assert count_parameters(model) == listed, path.stem
+
+
+def test_merged_networks_cost_what_plain_ones_do(models):
+    plain, compared = {}, 0
+    for name, model in models.items():
+        network, block, *_, dataset = name.split('_')
+        if block == 'plain':
+            data = model['Metadata']
+            plain[network, dataset] = [data['FLOPs'], data['Parameters']]
+            if network.startswith('repvgg'):
+                # Its norms have a weight that the merged one does without.
+                built = build_empty(Config.fromfile(ROOT / model['Config']))
+                plain[network, dataset][1] -= sum(
+                    len(module.weight)
+                    for module in built.modules()
+                    if is_norm(module)
+                )
+    for name, model in models.items():
+        network, block, *_, dataset = name.split('_')
+        data = model['Metadata']
+        if block != 'plain' and (network, dataset) in plain:
+            found = [data['FLOPs'], data['Parameters']]
+            assert found == plain[network, dataset], name
+            compared += 1
+    assert compared >= 30
 
 
 def test_docs_and_metafile_agree(models):
