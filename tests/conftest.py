@@ -12,6 +12,7 @@ import mmengine.config.utils
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from mmengine.config import Config
 from mmengine.registry import DefaultScope
 
 settings.register_profile(
@@ -51,3 +52,30 @@ def quiet():
     logging.disable(logging.WARNING)
     yield
     logging.disable(before)
+
+
+@pytest.fixture(scope='session')
+def trained(tmp_path_factory):
+    """From a task to its config and the path of a checkpoint."""
+    pytest.importorskip('mlxtend')
+    pytest.importorskip('sklearn')
+    from tiny_demo import tiny_checkpoint, tiny_config
+
+    root = tmp_path_factory.mktemp('trained')
+
+    @functools.cache
+    def make(task):
+        cfg = tiny_config(task, root)
+        cfg.dump(root / f'{task}.py')
+        cfg = Config.fromfile(root / f'{task}.py')
+        return cfg, tiny_checkpoint(cfg, root / f'{task}.pth')
+
+    return make
+
+
+@pytest.fixture(scope='session')
+def sizes():
+    """By task, height and width of the images in pixels."""
+    from tiny_demo import TASKS
+
+    return {task: size for task, (_, _, size) in TASKS.items()}
