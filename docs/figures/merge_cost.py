@@ -54,7 +54,8 @@ def main(config):
         worked = time.process_time() - worked
     print(
         f'{result.blocks} blocks, {torch.get_num_threads()} threads: '
-        f'{seconds:.1f} s ({worked:.1f} s of processor time); checkpoint {size:.0f} MB, memory {added:.0f} MB, '
+        f'{seconds:.1f} s ({worked:.1f} s of processor time); '
+        f'checkpoint {size:.0f} MB, memory {added:.0f} MB, '
         f'{added / size:.2f} times the checkpoint'
     )
 
