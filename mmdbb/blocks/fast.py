@@ -261,10 +261,22 @@ def _training_branch(
         if spec.padding_mode == 'zeros':
             return _again_in_backward(_shifted_avg, branch, x)
     if isinstance(branch, Pointwise) and branch.norm is not None:
-        reads_x = spec.stride == (1, 1) and not any(spec.pads_of((1, 1)))
-        if moments is not None and reads_x and not spec.is_depthwise:
+        pixels = _pixels_of(spec, x)
+        if pixels is x and moments is not None and not spec.is_depthwise:
             return _pointwise(branch, x, moments)
+        # A covariance of few channels costs less than a norm of many.
+        if 4 * spec.in_channels <= spec.out_channels:
+            return _pointwise(branch, pixels, moments_of(pixels, spec.groups))
     return branch(x)
+
+
+def _pixels_of(spec: ConvSpec, x: Tensor) -> Tensor:
+    """The pixels that a 1x1 reads: x itself where those are all."""
+    pixels = pad2d(x, spec.pads_of((1, 1)), spec.padding_mode)
+    if spec.stride != (1, 1):
+        down, right = spec.stride
+        pixels = pixels[..., ::down, ::right].contiguous()
+    return pixels
 
 
 def _pointwise(branch: Pointwise, x: Tensor, moments: Moments) -> Tensor:
@@ -436,7 +448,7 @@ class _MomentsOf(torch.autograd.Function):
         weight = weight.reshape(x.shape[1], -1, 1, 1)
         shift = shift.reshape(-1, 1, 1)
         if weight.shape[1] == 1:  # a channel each
-            return torch.addcmul(shift, x, weight[:, 0]), None
+            return (x * weight[:, 0]).add_(shift), None
         # Not as the convolution's bias, which torch.compile cannot lower.
         return F.conv2d(x, weight, groups=ctx.groups).add_(shift), None
 
