@@ -296,10 +296,6 @@ def compose_1x1_kxk(first: Tensor, second: Tensor, groups: int = 1) -> Tensor:
     Returns:
         Tensor: Shape (out, in / groups, kH, kW).
     """
-    if groups == 1 and second.dtype != torch.float64:
-        # The second kernel as images, which are not copied for that. In
-        # double a CPU convolves several times slower than it multiplies.
-        return torch.nn.functional.conv2d(second, first.transpose(0, 1))
     mid, inside = first.shape[:2]
     out, _, *size = second.shape
     # One product a group, with the taps among the rows.
