@@ -189,8 +189,7 @@ def check_values(state: dict, path: str, limit: float = float('inf')) -> None:
         name
         for name, value in floating.items()
         # An observer that has seen nothing: from infinity to minus that.
-        if '.activation_post_process.' not in name
-        and not _all_finite(value)
+        if '.activation_post_process.' not in name and not _all_finite(value)
     ]
     if bad:
         raise UserError(f'{path} has values that are not finite: {some(bad)}')
