@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import tempfile
+import threading
 from typing import Iterator, List, Optional, Sequence
 
 from mmdbb.errors import UserError
@@ -51,7 +52,7 @@ def all_or_nothing(
     made = _missing_folders(folder)
     scratch, done = None, False
     try:
-        with _uninterrupted():
+        with uninterrupted():
             scratch = _scratch_folder(folder)
         drafts = [os.path.join(scratch, os.path.basename(o)) for o in outputs]
         yield drafts
@@ -59,7 +60,7 @@ def all_or_nothing(
             # A full disk may show only now.
             with open(draft, 'rb') as file:
                 os.fsync(file.fileno())
-        with _uninterrupted():
+        with uninterrupted():
             _move_all(drafts, outputs, overwrite)
             done = True
     except OSError as error:
@@ -69,11 +70,18 @@ def all_or_nothing(
             f'cannot write to {folder}: {error.strerror}'
         ) from error
     finally:
-        with _uninterrupted():
-            if scratch:
-                shutil.rmtree(scratch, ignore_errors=True)
-            if not done:
-                _remove_empty(made)
+        try:
+            _clean(scratch, [] if done else made)
+        except KeyboardInterrupt:  # just before it had to wait
+            _clean(scratch, [] if done else made)
+            raise
+
+
+def _clean(scratch: Optional[str], made: Sequence[str]) -> None:
+    with uninterrupted():
+        if scratch:
+            shutil.rmtree(scratch, ignore_errors=True)
+        _remove_empty(made)
 
 
 def _scratch_folder(folder: str) -> str:
@@ -85,16 +93,25 @@ def _scratch_folder(folder: str) -> str:
 
 
 @contextlib.contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Within the context Ctrl-C waits."""
-    if not hasattr(signal, 'pthread_sigmask'):  # Windows
+def uninterrupted() -> Iterator[None]:
+    """Within the context Ctrl-C waits.
+
+    The handler is replaced, because a signal that one thread blocks reaches
+    another.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or not callable(before):
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    waiting = []
+    signal.signal(signal.SIGINT, lambda *args: waiting.append(args))
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.signal(signal.SIGINT, before)
+        if waiting:
+            before(*waiting[0])
 
 
 def _move_all(

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmdbb.checkpoint.atomic import uninterrupted
 from mmdbb.errors import UserError
 
 SAFETENSORS = '.safetensors'
@@ -81,7 +82,8 @@ def write_checkpoint(path: str, state: Dict[str, Tensor], meta: dict) -> None:
                 file.write(content)
         else:
             # Into a file of Python's, which says why it cannot be written.
-            with open(path, 'wb') as file:
+            # An interrupt inside of torch's writer would abort the process.
+            with open(path, 'wb') as file, uninterrupted():
                 torch.save(dict(state_dict=state, meta=meta), file)
     except (OSError, RuntimeError) as error:
         # torch, closing its file, hides what came before.

@@ -67,10 +67,28 @@ def signalled(folder, number, after):
     os.close(started)
     assert os.read(read, 1), 'it failed at once'
     time.sleep(after)
-    os.kill(pid, number)
-    status = os.waitpid(pid, 0)[1]
+    # Again after a second: Python drops an interrupt that it raises while an
+    # object is finalised. A process that does not end must not hang the tests.
+    for _ in range(30):
+        os.kill(pid, number)
+        ended, status = ended_within(pid, seconds=1)
+        if ended:
+            break
+    else:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        raise AssertionError(f'signal {number} did not end the process')
     os.close(read)
     return -os.WTERMSIG(status) if os.WIFSIGNALED(status) else status >> 8
+
+
+def ended_within(pid, seconds):
+    deadline = time.monotonic() + seconds
+    while True:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended or time.monotonic() > deadline:
+            return ended, status
+        time.sleep(0.002)
 
 
 def keep_writing(folder, started):
@@ -110,7 +128,7 @@ def test_a_folder_that_is_missing_shows_at_once(tmp_path):
 def test_interrupted(tmp_path):
     write_pair(tmp_path, 0)
     seen = set()
-    for after in MOMENTS:
+    for after in MOMENTS[::2]:
         assert signalled(tmp_path, signal.SIGINT, after) == 130
         pair = numbers(tmp_path)
         assert pair[0] == pair[1]
