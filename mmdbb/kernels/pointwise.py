@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mmdbb.geometry import ConvSpec, pad2d
 from mmdbb.kernels.base import GeneratedKernel
-from mmdbb.transforms import compose_1x1_kxk
+from mmdbb.transforms import compose_1x1_kxk, identity_kernel
 
 
 class PointwiseKernel(GeneratedKernel):
@@ -30,13 +30,15 @@ class PointwiseKernel(GeneratedKernel):
         each = out // spec.groups
         self.origin = self._kernel(out, inside, 1, 1, a=1.0)
         if each > inside:
-            eye = torch.eye(inside).repeat(spec.groups, 1)
-            self.inner1 = nn.Parameter(eye.reshape(*eye.shape, 1, 1))
+            self.inner1 = nn.Parameter(
+                identity_kernel(spec.in_channels, spec.groups)
+            )
             self.inner2 = self._kernel(out, inside, 1, 1, a=1.0)
         else:
             self.inner1 = self._kernel(out, inside, 1, 1, a=1.0)
-            eye = torch.eye(each).repeat(spec.groups, 1)
-            self.inner2 = nn.Parameter(eye.reshape(*eye.shape, 1, 1))
+            self.inner2 = nn.Parameter(
+                identity_kernel(spec.out_channels, spec.groups)
+            )
         self.scale = nn.Parameter(
             torch.tensor(self.scales)[:, None].repeat(1, out)
         )
