@@ -1,0 +1,20 @@
+# What both papers' codes share on ImageNet: the defaults of `train.py` of
+# github.com/DingXiaoH/DiverseBranchBlock, from which OREPA's is made. What
+# the recipes add stands in imagenet_dbb.py and imagenet_orepa.py.
+_base_ = [
+    'mmpretrain::_base_/datasets/imagenet_bs32.py',
+    'mmpretrain::_base_/default_runtime.py',
+]
+custom_imports = dict(imports=['mmdbb.backbones'], allow_failed_imports=False)
+
+optim_wrapper = dict(
+    optimizer=dict(type='SGD', lr=0.1, momentum=0.9, weight_decay=1e-4),
+    constructor='ReparamOptimWrapperConstructor',
+    # sgd_optimizer: 'bias' in its name, those of norms too
+    paramwise_cfg=dict(bias_lr_mult=2.0),
+)
+train_cfg = dict(by_epoch=True, max_epochs=120, val_interval=1)
+val_cfg = dict()
+test_cfg = dict()
+# 256 images a step: the base's 32 on each of 8 GPUs
+auto_scale_lr = dict(base_batch_size=256)
