@@ -28,7 +28,7 @@ from mmdbb.blocks import (
     RepVGGBlock_OREPA,
     RepVGGConv,
 )
-from mmdbb.checkpoint.deploy import load_deployed
+from mmdbb.checkpoint.load import load_deployed
 from mmdbb.checkpoint.official_init import OfficialPretrainedInit
 from mmdbb.checkpoint.plain import load_plain_weights_
 from mmdbb.checkpoint.plain_init import PlainPretrainedInit

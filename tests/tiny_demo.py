@@ -8,7 +8,7 @@ from mmengine.config import Config
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import mmdbb
-from mmdbb.checkpoint.deploy import build_model
+from mmdbb.checkpoint.load import build_model
 from mmdbb.demo.prepare import prepare
 
 CONFIGS = Path(mmdbb.__file__).parents[1] / 'configs' / 'demo'

@@ -4,7 +4,7 @@
   python tools/prune.py CONFIG CHECKPOINT OUT.pth --ratio 0.3 --length 3
 
 Best after a training with KernelPenaltyHook, which makes filters short that
-are to go. Load the result with mmdbb.pruning.structure.load_pruned.
+are to go. tools/test.py evaluates the result, mmdbb.load_deployed loads it.
 """
 
 from mmdbb.engine.command import (

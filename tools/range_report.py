@@ -5,7 +5,7 @@ python tools/range_report.py CONFIG CHECKPOINT [--plot ranges.png]
 """
 
 from mmdbb.checkpoint.files import all_or_nothing
-from mmdbb.checkpoint.merge import build_model
+from mmdbb.checkpoint.load import build_model
 from mmdbb.engine.command import (
     Parser,
     add_config_arguments,

@@ -19,7 +19,7 @@ MAKE = """
 import sys
 import torch
 from mmengine.config import Config
-from mmdbb.checkpoint.deploy import build_model
+from mmdbb.checkpoint.load import build_model
 
 model = build_model(Config.fromfile(sys.argv[1]))
 torch.save(dict(state_dict=model.state_dict()), sys.argv[2])

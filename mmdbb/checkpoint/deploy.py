@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import NamedTuple, Optional, Sequence, Tuple
 
 import torch
-from mmcv.cnn import fuse_conv_bn
 from mmengine.config import Config
 from torch import nn
 
@@ -15,17 +14,11 @@ from mmdbb.checkpoint.export import Exported, export_network
 from mmdbb.checkpoint.export_formats import file_format
 from mmdbb.checkpoint.files import (
     all_or_nothing,
-    load_strictly,
     read_checkpoint,
 )
 from mmdbb.checkpoint.formats import SUFFIXES, write_checkpoint
-from mmdbb.checkpoint.merge import (
-    build_model,
-    input_batches,
-    merge_checkpoint,
-    prove_equal,
-    written_structure,
-)
+from mmdbb.checkpoint.load import load_deployed
+from mmdbb.checkpoint.merge import input_batches, merge_checkpoint, prove_equal
 from mmdbb.checkpoint.verify import Difference
 from mmdbb.errors import UserError
 
@@ -54,32 +47,6 @@ class Deployed(NamedTuple):
     structure: str
     left: int
     weights: str
-
-
-def load_deployed(config: str, checkpoint: str) -> nn.Module:
-    """Build a network that ``tools/reparam.py`` wrote, of any structure.
-
-    Args:
-        config: The config beside the checkpoint.
-        checkpoint: The checkpoint.
-
-    Returns:
-        nn.Module: In eval mode, on the CPU.
-
-    Raises:
-        UserError: If the two do not fit each other.
-    """
-    loaded = read_checkpoint(checkpoint)
-    model = build_model(Config.fromfile(config))
-    if is_fused(loaded):
-        model = fuse_conv_bn(model)
-    load_strictly(model, loaded['state_dict'], checkpoint)
-    return model
-
-
-def is_fused(checkpoint: dict) -> bool:
-    """Whether a checkpoint is of a network whose norms are folded too."""
-    return written_structure(checkpoint) == 'fused'
 
 
 def deploy_checkpoint(

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import mmcv
@@ -11,11 +10,11 @@ import numpy as np
 import torch
 from mmcv.cnn import fuse_conv_bn
 from mmengine.config import Config
-from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
 
 from mmdbb.blocks.base import ReparamConv2d
 from mmdbb.checkpoint.files import load_strictly, read_checkpoint, sha256, some
+from mmdbb.checkpoint.load import build_model, written_structure
 from mmdbb.checkpoint.partial import (
     merge_some_,
     partial_config,
@@ -66,26 +65,6 @@ class Merged(NamedTuple):
             TOLERANCES.get(p.dtype, TOLERANCE)
             for p in self.network.parameters()
         )
-
-
-def build_model(cfg: Config) -> nn.Module:
-    """Build a config's model in eval mode, with random weights.
-
-    Raises:
-        UserError: If the config has no model, or it cannot be built.
-    """
-    if cfg.get('model') is None:
-        raise UserError('the config has no model')
-    init_default_scope(cfg.get('default_scope', 'mmengine'))
-    try:
-        # Building must not change what the config says.
-        model = MODELS.build(copy.deepcopy(cfg.model))
-    except (KeyError, TypeError, ValueError, ImportError) as error:
-        raise UserError(
-            f'cannot build the model of the config: {error}'
-        ) from error
-    model.train(False)
-    return model
 
 
 def merge_checkpoint(
@@ -170,20 +149,6 @@ def merge_checkpoint(
         len(left) - len(merged),
         taken,
     )
-
-
-def written_structure(checkpoint: dict) -> Optional[str]:
-    """What mmdbb noted of a checkpoint that it wrote.
-
-    Args:
-        checkpoint: From :func:`read_checkpoint`.
-
-    Returns:
-        str: ``train``, ``stock``, ``fused`` or ``partial``; None for others'
-        files.
-    """
-    own = checkpoint['meta'].get('mmdbb')
-    return own.get('structure') if isinstance(own, dict) else None
 
 
 def _refuse_merged(model: nn.Module, state: Dict, path: str) -> None:

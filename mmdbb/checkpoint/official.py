@@ -16,7 +16,7 @@ from mmengine.config import Config
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmdbb.checkpoint.deploy import build_model, load_deployed, output_paths
+from mmdbb.checkpoint.deploy import output_paths
 from mmdbb.checkpoint.files import (
     all_or_nothing,
     in_mmengine_form,
@@ -26,6 +26,7 @@ from mmdbb.checkpoint.files import (
     some,
 )
 from mmdbb.checkpoint.formats import write_checkpoint
+from mmdbb.checkpoint.load import build_model, load_deployed
 from mmdbb.checkpoint.official_names import OfficialNetwork, recognise
 from mmdbb.checkpoint.stock import norm_that_adds
 from mmdbb.errors import UserError

@@ -12,8 +12,8 @@ from mmengine.dataset import pseudo_collate
 from mmengine.registry import DATASETS
 from torch import Tensor, nn
 
-from mmdbb.checkpoint.deploy import build_model, load_deployed
 from mmdbb.checkpoint.files import load_strictly, read_checkpoint
+from mmdbb.checkpoint.load import build_model, load_deployed
 from mmdbb.checkpoint.verify import compare_networks, network_outputs
 from mmdbb.engine.measure import interleaved_latency, print_table
 from mmdbb.errors import UserError

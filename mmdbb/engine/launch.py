@@ -11,16 +11,15 @@ import argparse
 import copy
 from typing import NamedTuple
 
-from mmcv.cnn import fuse_conv_bn
 from mmengine.config import Config, ConfigDict
 from mmengine.device import get_device
 from mmengine.registry import METRICS, RUNNERS
 from mmengine.runner import Runner
 from torch import nn
 
-from mmdbb.checkpoint.deploy import is_fused
 from mmdbb.checkpoint.files import load_strictly, read_checkpoint
 from mmdbb.checkpoint.formats import is_safetensors
+from mmdbb.checkpoint.load import give_structure_
 from mmdbb.engine.command import UserError, check_file
 
 
@@ -128,25 +127,26 @@ def test(config: Config, args: argparse.Namespace) -> dict:
     if args.tta:
         _enable_tta(config)
     local = '://' not in args.checkpoint
-    fused = local and is_fused(read_checkpoint(args.checkpoint))
     own_form = local and is_safetensors(args.checkpoint)
     if own_form:  # mmengine does not read it
         config.load_from = None
     runner = build_runner(config)
-    if fused:  # tools/reparam.py --fuse: its norms are in its convolutions
-        fuse_conv_bn(runner.model)
-    if own_form:
-        _load_safetensors(runner.model, args.checkpoint)
+    if local:
+        loaded = read_checkpoint(args.checkpoint)
+        model = give_structure_(_unwrapped(runner.model), loaded)
+        if own_form:
+            load_strictly(model, loaded['state_dict'], args.checkpoint)
     if args.out:
         dump = dict(type=_task(config).dump, out_file_path=args.out)
         runner.test_evaluator.metrics.append(METRICS.build(dump))
     return runner.test()
 
 
-def _load_safetensors(model: nn.Module, path: str) -> None:
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The network in what several GPUs and augmentation put around it."""
     while isinstance(getattr(model, 'module', None), nn.Module):
-        model = model.module  # of a wrapper: several GPUs, augmentation
-    load_strictly(model, read_checkpoint(path)['state_dict'], path)
+        model = model.module
+    return model
 
 
 def build_runner(config: Config) -> Runner:

@@ -1,9 +1,9 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""Networks with fewer filters: pruning them, saving them, loading them.
+"""Networks with fewer filters: pruning them, and what they cost.
 
 No config says how many filters a pruned network has in each layer; its
 weights do. So what is written is the stock network's config and the pruned
-weights, and loading takes the sizes from their shapes.
+weights, and `mmdbb.load_deployed` takes the sizes from their shapes.
 """
 
 from __future__ import annotations
@@ -12,9 +12,7 @@ import warnings
 from typing import Dict, List, NamedTuple, Optional, Tuple
 
 import torch
-from mmengine.config import Config
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmdbb.checkpoint.export_modules import (
@@ -22,8 +20,6 @@ from mmdbb.checkpoint.export_modules import (
     Detector,
     export_module,
 )
-from mmdbb.checkpoint.files import load_strictly, read_checkpoint
-from mmdbb.checkpoint.merge import build_model, written_structure
 from mmdbb.checkpoint.verify import DENSE_HEADS
 from mmdbb.errors import UserError
 from mmdbb.reparam import find_blocks
@@ -141,64 +137,6 @@ def prune_(
             'the layers, or all of them belong to heads'
         )
     return changed
-
-
-def load_pruned(config: str, checkpoint: str) -> nn.Module:
-    """Build a network that ``tools/prune.py`` wrote.
-
-    Args:
-        config: The config beside the checkpoint.
-        checkpoint: The checkpoint.
-
-    Returns:
-        nn.Module: In eval mode, on the CPU.
-
-    Raises:
-        UserError: If the two do not fit each other.
-    """
-    loaded = read_checkpoint(checkpoint)
-    if written_structure(loaded) != STRUCTURE:
-        raise UserError(f'{checkpoint} is not of a pruned network')
-    model = build_model(Config.fromfile(config))
-    resize_(model, loaded['state_dict'])
-    load_strictly(model, loaded['state_dict'], checkpoint)
-    return model
-
-
-def resize_(model: nn.Module, state: Dict[str, Tensor]) -> None:
-    """Give layers the sizes that a state dict has, with values of no meaning.
-
-    Args:
-        model: The network before it was pruned.
-        state: The pruned one's entries.
-    """
-    for name, module in model.named_modules():
-        weight = state.get(f'{name}.weight')
-        if weight is None:
-            continue
-        if isinstance(module, nn.Conv2d):
-            depthwise = module.groups == module.in_channels > 1
-            module.out_channels = weight.shape[0]
-            if depthwise:
-                module.groups = weight.shape[0]
-            module.in_channels = weight.shape[1] * module.groups
-        elif isinstance(module, nn.Linear):
-            module.out_features, module.in_features = weight.shape
-        elif isinstance(module, _BatchNorm):
-            module.num_features = len(weight)
-        elif isinstance(module, nn.GroupNorm):
-            module.num_channels = len(weight)
-        else:
-            continue
-        for kind in (module._parameters, module._buffers):
-            for entry, value in kind.items():
-                full = state.get(f'{name}.{entry}')
-                if value is None or full is None:
-                    continue
-                new = torch.empty_like(full, device=value.device)
-                if isinstance(value, nn.Parameter):
-                    new = nn.Parameter(new, value.requires_grad)
-                kind[entry] = new
 
 
 class Cost(NamedTuple):

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from mmdbb.checkpoint.deploy import output_paths, refuse_inputs
 from mmdbb.checkpoint.files import all_or_nothing
 from mmdbb.checkpoint.formats import write_checkpoint
-from mmdbb.checkpoint.merge import build_model
+from mmdbb.checkpoint.load import build_model
 from mmdbb.checkpoint.stock import STOCK_BACKBONES, without_own_starts
 from mmdbb.checkpoint.verify import Difference, compare_networks
 from mmdbb.errors import UserError

@@ -3,11 +3,10 @@
 
 from __future__ import annotations
 
-from mmcv.cnn import fuse_conv_bn
 from torch import nn
 
 from mmdbb.checkpoint.files import load_strictly, read_checkpoint
-from mmdbb.checkpoint.merge import written_structure
+from mmdbb.checkpoint.load import give_structure_
 from mmdbb.errors import UserError
 from mmdbb.quantization.fake import (
     REDUCED_LIMIT,
@@ -35,8 +34,7 @@ def load_network(model: nn.Module, checkpoint: str) -> nn.Module:
     """
     loaded = read_checkpoint(checkpoint)
     state = loaded['state_dict']
-    if written_structure(loaded) == 'fused':
-        model = fuse_conv_bn(model)
+    give_structure_(model, loaded)
     has_branches = any('.branches.' in name for name in state)
     if has_branches and not find_blocks(model):
         raise UserError(

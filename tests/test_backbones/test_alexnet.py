@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmdbb.backbones import AlexNetDBB, PlainAlexNet
-from mmdbb.checkpoint.deploy import build_model
+from mmdbb.checkpoint.load import build_model
 from mmdbb.checkpoint.stock import stock_config, stock_state
 from mmdbb.reparam import find_blocks, literal_forward, reparameterize
 

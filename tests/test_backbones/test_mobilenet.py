@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmdbb.backbones import MobileNetV1, MobileNetV1DBB
 from mmdbb.blocks import ACB, DBB
-from mmdbb.checkpoint.deploy import build_model
+from mmdbb.checkpoint.load import build_model
 from mmdbb.checkpoint.stock import stock_config, stock_state
 from mmdbb.reparam import find_blocks, literal_forward, reparameterize
 

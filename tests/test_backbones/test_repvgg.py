@@ -13,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mmdbb.backbones import PlainRepVGG, ReparamRepVGG
 from mmdbb.blocks import DBB, RepVGGConv
-from mmdbb.checkpoint.deploy import build_model, deploy_checkpoint
+from mmdbb.checkpoint.deploy import deploy_checkpoint
+from mmdbb.checkpoint.load import build_model
 from mmdbb.checkpoint.stock import stock_config, stock_state
 from mmdbb.reparam import find_blocks, literal_forward, reparameterize
 

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mmdbb.backbones import VGGDBB
 from mmdbb.blocks import DBB
-from mmdbb.checkpoint.deploy import build_model
+from mmdbb.checkpoint.load import build_model
 from mmdbb.checkpoint.stock import stock_config, stock_state
 from mmdbb.reparam import find_blocks, reparameterize
 

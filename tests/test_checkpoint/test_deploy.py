@@ -17,7 +17,8 @@ from networks import CONFIGS, SIZE, write_checkpoint, write_config
 
 from mmdbb import load_deployed
 from mmdbb.checkpoint import merge
-from mmdbb.checkpoint.deploy import build_model, deploy_checkpoint, is_fused
+from mmdbb.checkpoint.deploy import deploy_checkpoint
+from mmdbb.checkpoint.load import build_model
 from mmdbb.errors import UserError
 
 pytestmark = pytest.mark.usefixtures('quiet')
@@ -91,11 +92,12 @@ def test_meta(trained, tmp_path):
     own = meta['mmdbb']
     source = (trained['classifier'] / 'trained.pth').read_bytes()
     assert own['source_sha256'] == hashlib.sha256(source).hexdigest()
-    assert own['structure'] == 'stock' and not is_fused(loaded)
+    assert own['structure'] == 'stock'
     assert own['max_error'] == result.difference.largest
     assert own['tolerance'] == 1e-4
     fused = run(trained, tmp_path / 'fused.pth', fuse=True)
-    assert is_fused(torch.load(fused.checkpoint))
+    meta = torch.load(fused.checkpoint)['meta']
+    assert meta['mmdbb']['structure'] == 'fused'
 
 
 def test_inputs_are_not_changed(trained, tmp_path):

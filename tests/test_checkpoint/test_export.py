@@ -28,10 +28,11 @@ from torch import nn
 import mmdbb
 from mmdbb import DBB, reparameterize
 from mmdbb.blocks import OREPAConv, OREPARepVGG
-from mmdbb.checkpoint.deploy import build_model, export_checkpoint
+from mmdbb.checkpoint.deploy import export_checkpoint
 from mmdbb.checkpoint.export import export_network, exportable
 from mmdbb.checkpoint.export_formats import FORMATS, ONNX_OPSET
 from mmdbb.checkpoint.export_modules import export_module, preprocessing
+from mmdbb.checkpoint.load import build_model
 from mmdbb.errors import UserError
 
 pytestmark = [

@@ -11,10 +11,11 @@ from mmengine.config import Config
 from networks import write_checkpoint, write_config
 
 from mmdbb import load_deployed
-from mmdbb.checkpoint.deploy import build_model, deploy_checkpoint
+from mmdbb.checkpoint.deploy import deploy_checkpoint
 from mmdbb.checkpoint.files import read_checkpoint
 from mmdbb.checkpoint.formats import is_safetensors
 from mmdbb.checkpoint.formats import write_checkpoint as write
+from mmdbb.checkpoint.load import build_model
 from mmdbb.errors import UserError
 
 pytestmark = pytest.mark.usefixtures('quiet')

@@ -18,14 +18,14 @@ from mmengine.logging import HistoryBuffer
 from torch import nn
 
 from mmdbb import DBB, load_deployed
-from mmdbb.checkpoint.deploy import build_model, deploy_checkpoint
+from mmdbb.checkpoint.deploy import deploy_checkpoint
 from mmdbb.checkpoint.files import (
     in_mmengine_form,
     load_strictly,
     read_checkpoint,
 )
 from mmdbb.checkpoint.formats import write_checkpoint
-from mmdbb.checkpoint.merge import written_structure
+from mmdbb.checkpoint.load import build_model, written_structure
 from mmdbb.errors import UserError
 
 pytestmark = pytest.mark.usefixtures('quiet')

@@ -29,7 +29,8 @@ from torch import nn
 from mmdbb import DiverseBranchBlock, RepVGGBlock_OREPA
 from mmdbb.backbones import MobileNetV1, PlainResNet, ResNetDBB
 from mmdbb.checkpoint import official
-from mmdbb.checkpoint.deploy import deploy_checkpoint, load_deployed
+from mmdbb.checkpoint.deploy import deploy_checkpoint
+from mmdbb.checkpoint.load import load_deployed
 from mmdbb.checkpoint.official import (
     backbone_state,
     convert_official,

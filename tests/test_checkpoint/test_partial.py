@@ -14,8 +14,9 @@ from networks import CONFIGS, write_checkpoint, write_config
 
 import mmdbb  # noqa: F401
 from mmdbb import load_deployed
-from mmdbb.checkpoint.deploy import build_model, deploy_checkpoint, is_fused
+from mmdbb.checkpoint.deploy import deploy_checkpoint
 from mmdbb.checkpoint.files import read_checkpoint
+from mmdbb.checkpoint.load import build_model
 from mmdbb.checkpoint.partial import (
     merge_some_,
     partial_config,
@@ -81,7 +82,7 @@ def test_only(trained, tmp_path, task):
     assert before > after
     loaded = read_checkpoint(str(out))
     assert loaded['meta']['mmdbb']['merged'] == names
-    assert not is_fused(loaded)
+    assert loaded['meta']['mmdbb']['structure'] == 'partial'
     # By our loader and by the host's own, which knows nothing of it.
     for load in (load_deployed, LOADERS[task]):
         found = load(result.config, result.checkpoint)

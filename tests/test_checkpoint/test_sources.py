@@ -9,8 +9,9 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from mmdbb import load_deployed
-from mmdbb.checkpoint.deploy import build_model, deploy_checkpoint
+from mmdbb.checkpoint.deploy import deploy_checkpoint
 from mmdbb.checkpoint.files import read_checkpoint
+from mmdbb.checkpoint.load import build_model
 from mmdbb.checkpoint.sources import choose_weights, without_prefixes
 from mmdbb.errors import UserError
 

@@ -14,7 +14,8 @@ from networks import CONFIGS, write_checkpoint, write_config
 from torch import nn
 
 from mmdbb.blocks import DBB
-from mmdbb.checkpoint.deploy import build_model, deploy_checkpoint
+from mmdbb.checkpoint.deploy import deploy_checkpoint
+from mmdbb.checkpoint.load import build_model
 from mmdbb.checkpoint.stock import STOCK_BACKBONES, stock_config, stock_state
 from mmdbb.errors import UserError
 from mmdbb.host_norms import norm_names

@@ -8,7 +8,7 @@ from networks import CONFIGS
 from torch import nn
 
 from mmdbb import DBB, reparameterize
-from mmdbb.checkpoint.deploy import build_model
+from mmdbb.checkpoint.load import build_model
 from mmdbb.checkpoint.stock import stock_config, stock_state
 from mmdbb.checkpoint.verify import (
     compare_networks,

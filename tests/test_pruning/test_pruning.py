@@ -5,17 +5,20 @@ import json
 import re
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import distance, image, randomize
+from mmengine.config import Config
 from runs import run_config, train
 from torch import nn
 
 import mmdbb
-from mmdbb import DBB, RepVGGConv
+from mmdbb import DBB, RepVGGConv, load_deployed
 from mmdbb.blocks import OREPAConv
+from mmdbb.engine import launch
 from mmdbb.errors import UserError
 from mmdbb.pruning.penalty import (
     KernelPenaltyHook,
@@ -26,7 +29,7 @@ from mmdbb.pruning.penalty import (
     penalized_blocks,
 )
 from mmdbb.pruning.pipeline import print_pruned, prune_checkpoint
-from mmdbb.pruning.structure import cost_of, load_pruned, prune_
+from mmdbb.pruning.structure import cost_of, prune_
 
 ROOT = Path(mmdbb.__file__).parents[1]
 
@@ -168,13 +171,13 @@ def test_pipeline(task, trained, sizes, tmp_path, quiet, capsys):
     first, second, third = (stage.cost for stage in result.stages)
     assert second.parameters < first.parameters and second.flops < first.flops
     assert third == second
-    model = load_pruned(result.config, result.checkpoint)
+    model = load_deployed(result.config, result.checkpoint)
     assert cost_of(model, sizes[task]) == third
     assert (tmp_path / 'pruned.onnx').exists()
     print_pruned(result)
     assert 'MFLOPs' in capsys.readouterr().out
-    with pytest.raises(UserError, match='is not of a pruned network'):
-        load_pruned(result.config, checkpoint)
+    with pytest.raises(UserError, match='does not fit'):
+        load_deployed(result.config, checkpoint)
 
 
 def test_before_it_is_trained_on_the_network_is_the_merged_one(
@@ -184,7 +187,7 @@ def test_before_it_is_trained_on_the_network_is_the_merged_one(
     cfg, checkpoint = trained('classification')
     out = str(tmp_path / 'pruned.pth')
     result = prune_checkpoint(cfg, checkpoint, out, ratio=0.1, count=8)
-    model = load_pruned(result.config, out)
+    model = load_deployed(result.config, out)
     state = torch.load(out, weights_only=True)
     assert state['meta']['mmdbb']['structure'] == 'pruned'
     assert result.filters[1] < result.filters[0]
@@ -243,3 +246,17 @@ def test_the_commands(trained, tmp_path):
     assert done.returncode == 0, done.stderr
     assert re.search('DBB', done.stdout)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_pruned_network_is_evaluated(trained, tmp_path, quiet):
+    """As tools/test.py does, to the figure that pruning printed."""
+    pytest.importorskip('torch_pruning')
+    cfg, checkpoint = trained('classification')
+    out = str(tmp_path / 'pruned.pth')
+    result = prune_checkpoint(cfg, checkpoint, out, ratio=0.4, count=8)
+    pruned = Config.fromfile(result.config)
+    pruned.update(work_dir=str(tmp_path), experiment_name='pruned')
+    arguments = dict.fromkeys(('out', 'show', 'show_dir', 'tta'))
+    found = launch.test(pruned, Namespace(checkpoint=out, **arguments))
+    figure = result.stages[-1].figure
+    assert found[figure.name] == figure.points

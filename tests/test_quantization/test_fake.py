@@ -14,9 +14,9 @@ from torch import nn
 
 from mmdbb import ACB, DBB, OREPARepVGG, QARepVGGConv, RepVGGConv
 from mmdbb.blocks import OREPAConv
-from mmdbb.checkpoint.deploy import build_model
 from mmdbb.checkpoint.export import export_network
 from mmdbb.checkpoint.export_modules import export_module
+from mmdbb.checkpoint.load import build_model
 from mmdbb.errors import UserError
 from mmdbb.quantization.fake import (
     ActivationQuantizer,

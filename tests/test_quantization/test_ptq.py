@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import mmdbb
 from mmdbb.checkpoint.deploy import deploy_checkpoint
-from mmdbb.checkpoint.merge import build_model
+from mmdbb.checkpoint.load import build_model
 from mmdbb.errors import UserError
 from mmdbb.quantization.calibration import (
     calibration_images,

@@ -16,7 +16,7 @@ from mmdbb import ACB, DBB, QARepVGGConv, RepVGGConv
 from mmdbb.blocks import ConvBN
 from mmdbb.checkpoint.deploy import deploy_checkpoint
 from mmdbb.checkpoint.export import export_network
-from mmdbb.checkpoint.merge import build_model
+from mmdbb.checkpoint.load import build_model
 from mmdbb.errors import UserError
 from mmdbb.quantization.fake import (
     is_quantizing,

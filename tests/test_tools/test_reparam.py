@@ -15,8 +15,8 @@ from runs import run_config
 from torch import nn
 
 from mmdbb import load_deployed
-from mmdbb.checkpoint.deploy import build_model
 from mmdbb.checkpoint.files import read_checkpoint
+from mmdbb.checkpoint.load import build_model
 from mmdbb.engine import launch
 from mmdbb.reparam import find_blocks
 
@@ -162,12 +162,8 @@ def test_safetensors_are_tested(run, tmp_path, options):
     assert backbone.type == 'mmpretrain.ResNet'
 
 
-def test_safetensors_are_loaded_into_a_wrapped_network(run, tmp_path):
-    pytest.importorskip('safetensors')
-    out = tmp_path / 'plain.safetensors'
-    assert reparam(run, out) == 0
-    model = build_model(Config.fromfile(out.with_suffix('.py')))
-    launch._load_safetensors(nn.DataParallel(nn.DataParallel(model)), str(out))
-    expected = read_checkpoint(str(out))['state_dict']
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, expected[name])
+def test_a_network_is_found_in_its_wrappers():
+    model = nn.Conv2d(3, 4, 1)
+    wrapped = nn.DataParallel(nn.DataParallel(model))
+    assert launch._unwrapped(wrapped) is model
+    assert launch._unwrapped(model) is model
