@@ -50,12 +50,27 @@ DATASETS = {
 }
 #: Block in a config's name -> its paper, which is its collection.
 COLLECTIONS = {
-    'dbb': ('DBB', 'https://arxiv.org/abs/2103.13425'),
-    'dbbconv': ('DBB', 'https://arxiv.org/abs/2103.13425'),
-    'acb': ('ACNet', 'https://arxiv.org/abs/1908.03930'),
-    'repvgg': ('RepVGG', 'https://arxiv.org/abs/2101.03697'),
-    'orepa': ('OREPA', 'https://arxiv.org/abs/2204.00826'),
-    'plain': ('Baselines', ''),
+    'dbb': 'DBB',
+    'dbbconv': 'DBB',
+    'acb': 'ACNet',
+    'repvgg': 'RepVGG',
+    'orepa': 'OREPA',
+    'plain': 'Baselines',
+}
+#: Collection -> number at arXiv, and title, of its paper.
+PAPERS = {
+    'DBB': (
+        '2103.13425',
+        'Diverse Branch Block: Building a Convolution as an Inception-like '
+        'Unit',
+    ),
+    'ACNet': (
+        '1908.03930',
+        'ACNet: Strengthening the Kernel Skeletons for Powerful CNN via '
+        'Asymmetric Convolution Blocks',
+    ),
+    'RepVGG': ('2101.03697', 'RepVGG: Making VGG-style ConvNets Great Again'),
+    'OREPA': ('2204.00826', 'Online Convolutional Re-parameterization'),
 }
 
 
@@ -168,9 +183,14 @@ def read_reported(root: Path) -> Dict[str, dict]:
 def metafile(entries: List[Entry], reported: Dict[str, dict]) -> dict:
     """OpenMMLab's index of models."""
     collections = [
-        dict(Name=name, Paper=dict(URL=url)) if url else dict(Name=name)
-        for name, url in dict(COLLECTIONS.values()).items()
+        dict(Name=name) for name in dict.fromkeys(COLLECTIONS.values())
     ]
+    for collection in collections:
+        if collection['Name'] in PAPERS:
+            number, title = PAPERS[collection['Name']]
+            collection['Paper'] = dict(
+                URL=f'https://arxiv.org/abs/{number}', Title=title
+            )
     models = []
     for entry in entries:
         model = dict(
@@ -181,7 +201,7 @@ def metafile(entries: List[Entry], reported: Dict[str, dict]) -> dict:
                 Parameters=entry.parameters[1],
             ),
         )
-        model['In Collection'] = COLLECTIONS[entry.block][0]
+        model['In Collection'] = COLLECTIONS[entry.block]
         model['Metadata']['Training Data'] = entry.dataset.name
         model['Metadata']['Training Parameters'] = entry.parameters[0]
         result = reported.get(entry.name)
@@ -223,10 +243,15 @@ def row_of(entry: Entry, result: Optional[dict]) -> str:
     training, merged = (number / 1e6 for number in entry.parameters)
     metrics, source = '', ''
     if result:
-        metrics = ', '.join(f'{k} {v}' for k, v in result['metrics'].items())
+        metrics = ', '.join(_metric(*m) for m in result['metrics'].items())
         source = result['source']
     return (
         f'| [{entry.name}](../configs/{entry.name}.py) | {training:.2f} | '
         f'{merged:.2f} | {entry.multiplications / 1e9:.2f} | {metrics} | '
         f'{source} |'
     )
+
+
+def _metric(name: str, value: float) -> str:
+    """A gain shows its sign."""
+    return f'{name} {value:+.2f}' if 'over' in name else f'{name} {value:.2f}'

@@ -98,7 +98,7 @@ def test_docs_and_metafile_agree(models):
         )
         result = reported.get(name)
         assert row_of(entry, result) in rows(), name
-        assert model['In Collection'] == COLLECTIONS[entry.block][0]
+        assert model['In Collection'] == COLLECTIONS[entry.block]
         if result:
             assert model['Results'][0]['Metrics'] == result['metrics']
             assert model['Reported By'] == result['source']
