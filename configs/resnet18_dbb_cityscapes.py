@@ -1,6 +1,7 @@
 # PSPNet on Cityscapes with a ResNet-18-DBB backbone: the segmentor that the
-# DBB paper (arXiv:2103.13425) shows generalization with, in mmseg's recipe
-# (which has 80k iterations for ResNet-18).
+# DBB paper (arXiv:2103.13425) shows generalization with, in mmseg's recipe.
+# Both start from 0.01 and follow a polynomial of power 0.9; mmseg's 80k
+# iterations of 8 images are 215 epochs, the paper trains for 200.
 _base_ = 'mmseg::pspnet/pspnet_r18-d8_4xb2-80k_cityscapes-512x1024.py'
 custom_imports = dict(imports=['mmdbb.backbones'], allow_failed_imports=False)
 
