@@ -4,13 +4,10 @@
 # mmpretrain's).
 _base_ = './imagenet.py'
 
-# train.py, sgd_optimizer: 'bias', 'bn' and 'prior' in its name
+# train.py, sgd_optimizer: 'bias' and 'bn' in its name. What has 'prior' in
+# its name is not decayed either, but that is the fixed filter, a buffer.
 optim_wrapper = dict(
-    paramwise_cfg=dict(
-        bias_decay_mult=0.0,
-        norm_decay_mult=0.0,
-        custom_keys=dict(prior=dict(decay_mult=0.0)),
-    ),
+    paramwise_cfg=dict(bias_decay_mult=0.0, norm_decay_mult=0.0),
 )
 param_scheduler = [
     # Five epochs, as the paper says; its code's scheduler counts iterations,
