@@ -33,7 +33,8 @@ class RepVGGConv(BranchSumConv2d):
 
         The squares of the KxK kernel's outer taps, and of the centre of the
         equivalent kernel in units that weight decay would have there. As in
-        the paper's code the norms' scales are constants here.
+        the paper's code the norms' scales are constants here. A channel of
+        which both are zero has no such units, and no centre to count.
 
         Returns:
             Tensor: A number, differentiable in both kernels; the training
@@ -60,6 +61,8 @@ class RepVGGConv(BranchSumConv2d):
             scale = _scale_of(pointwise)
             equivalent = equivalent + pointwise.conv.weight * scale
             units = units + scale.square()
+        # Where they are zero the equivalent centre is zero too.
+        units = units.masked_fill(units == 0, 1)
         return outer + (equivalent.square() / units).sum()
 
     def _kernel_of(self, dense: Branch) -> Tensor:

@@ -202,19 +202,22 @@ def test_large_forms_take_odd_squares():
 # RepVGG
 
 
-def custom_l2_of_the_paper(block, kernel):
+def custom_l2_of_the_paper(block, kernel, channels=slice(None)):
     """RepVGG paper's code: block.get_custom_L2(), for 3x3 kernels."""
 
     def scale(norm):
         std = (norm.running_var + norm.eps).sqrt()
-        return (norm.weight / std).reshape(-1, 1, 1, 1).detach()
+        return (norm.weight / std).reshape(-1, 1, 1, 1).detach()[channels]
 
     branches = block.branches
     dense = branches[block.dense_branch]
     t3, t1 = scale(dense.norm), scale(branches['1x1'].norm)
+    kernel, pointwise = (
+        k[channels] for k in (kernel, branches['1x1'].conv.weight)
+    )
     centre = kernel[:, :, 1:2, 1:2]
     circle = (kernel**2).sum() - (centre**2).sum()
-    equivalent = centre * t3 + branches['1x1'].conv.weight * t1
+    equivalent = centre * t3 + pointwise * t1
     return (equivalent**2 / (t3**2 + t1**2)).sum() + circle
 
 
@@ -228,6 +231,25 @@ def test_custom_l2(kind):
     block.get_custom_L2().backward()
     assert block.branches['1x1'].conv.weight.grad.abs().max() > 0
     assert dense.norm.weight.grad is None
+
+
+@pytest.mark.parametrize('kind', [RepVGGConv, OREPARepVGG])
+def test_custom_l2_counts_no_centre_where_both_gammas_are_zero(kind):
+    """As zero_init_residual leaves the last block of each residual path."""
+    block = randomize(kind(4, 6, 3, padding=1).double())
+    dense = block.branches[block.dense_branch]
+    for norm in (dense.norm, block.branches['1x1'].norm):
+        norm.weight.data[2:4] = 0
+    kernel = dense.generator() if kind is OREPARepVGG else dense.conv.weight
+    expected = custom_l2_of_the_paper(block, kernel, channels=[0, 1, 4, 5])
+    outer = kernel[2:4].square().sum() - kernel[2:4, :, 1, 1].square().sum()
+    found = block.get_custom_L2()
+    assert distance(found, expected + outer) < EXACT
+    found.backward()
+    gradients = [p.grad for p in block.parameters() if p.grad is not None]
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    grad = block.branches['1x1'].conv.weight.grad
+    assert not grad[2:4].any() and grad[[0, 1, 4, 5]].abs().min() > 0
 
 
 def test_custom_l2_of_the_papers_classes():
