@@ -49,6 +49,9 @@ _KXK_NAMES = (
 #: Largest stack whose names are known: kernels of 31x31.
 _LAYERS = 15
 
+#: Stands for a ReLU of each block's own; None stands for none.
+_RELU = nn.ReLU()
+
 
 def _kxk_names(theirs: str, ours: str, kind: str = 'orepa') -> Names:
     return tuple((theirs + t.format(kind), ours + o) for t, o in _KXK_NAMES)
@@ -323,8 +326,8 @@ class RepVGGBlock_OREPA(RepVGGBlock):
     Arguments as :class:`RepVGGBlock`, and:
 
     Args:
-        args: As :class:`RepVGGBlock`, keywords too.
-        nonlinear: Module that follows, ``nn.ReLU()`` by default.
+        nonlinear: Module that follows, ``nn.ReLU()`` by default; nothing if
+            None.
     """
 
     names = (
@@ -338,11 +341,33 @@ class RepVGGBlock_OREPA(RepVGGBlock):
     block_type = OREPARepVGG
 
     def __init__(
-        self, *args, nonlinear: Optional[nn.Module] = None, **kwargs
+        self,
+        in_channels,
+        out_channels,
+        kernel_size,
+        stride=1,
+        padding=0,
+        dilation=1,
+        groups=1,
+        padding_mode: str = 'zeros',
+        deploy: bool = False,
+        use_se: bool = False,
+        nonlinear: Optional[nn.Module] = _RELU,
     ) -> None:
-        super().__init__(*args, **kwargs)
-        if nonlinear is not None:
-            self.nonlinear = nonlinear
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            padding_mode,
+            deploy,
+            use_se,
+        )
+        if nonlinear is not _RELU:
+            self.nonlinear = nn.Identity() if nonlinear is None else nonlinear
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         name = f'{prefix}rbr_dense.vector'

@@ -126,6 +126,11 @@ SIGNATURES = {
         'in_channels, out_channels, kernel_size, stride=1, padding=0, '
         'dilation=1, groups=1, deploy=False, nonlinear=None, flip=False'
     ),
+    RepVGGBlock_OREPA: (
+        'in_channels, out_channels, kernel_size, stride=1, padding=0, '
+        "dilation=1, groups=1, padding_mode='zeros', deploy=False, "
+        'use_se=False, nonlinear=ReLU()'
+    ),
 }
 
 
@@ -197,6 +202,21 @@ def test_kernel_size_of_the_1x1_form():
 def test_large_forms_take_odd_squares():
     with pytest.raises(ValueError, match='odd side'):
         OREPA_LargeConv(4, 6, 6)
+
+
+@pytest.mark.parametrize('name', CLASSES)
+@pytest.mark.parametrize('deploy', [True, False])
+def test_nonlinear(name, deploy):
+    """As in the paper's code None is none, by default RepVGG's is a ReLU."""
+    own = nn.Hardtanh()
+    assert build(name, deploy=deploy, nonlinear=own).nonlinear is own
+    none = build(name, deploy=deploy, nonlinear=None)
+    assert type(none.nonlinear) is nn.Identity
+    assert none(image(2, 4, 9, 11)).min() < 0
+    one, other = (build(name, deploy=deploy).nonlinear for _ in range(2))
+    is_repvgg = name == 'RepVGGBlock_OREPA'
+    assert type(one) is (nn.ReLU if is_repvgg else nn.Identity)
+    assert one is not other
 
 
 # RepVGG
