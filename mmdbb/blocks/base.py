@@ -244,6 +244,14 @@ class ReparamConv2d(BaseModule):
         return text
 
 
+def refuse_merged(block: nn.Module, missing: str) -> None:
+    """Raise a ValueError if a block is merged and so has no ``missing``."""
+    if block.deploy:
+        raise ValueError(
+            f'{type(block).__name__} is merged: it has no {missing}'
+        )
+
+
 @contextlib.contextmanager
 def _cast(
     module: nn.Module, device: Union[str, torch.device], dtype: torch.dtype

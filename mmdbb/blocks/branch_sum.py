@@ -8,7 +8,7 @@ from typing import Optional, Sequence, Tuple, Union
 import torch
 from torch import Tensor, nn
 
-from mmdbb.blocks.base import ReparamConv2d
+from mmdbb.blocks.base import ReparamConv2d, refuse_merged
 from mmdbb.blocks.fast import fast_forward
 from mmdbb.branches.base import (
     Branch,
@@ -204,8 +204,9 @@ class BranchSumConv2d(ReparamConv2d):
 
         Raises:
             ValueError: If such a norm is missing or has no weight
-                (``affine=False``).
+                (``affine=False``), or the block is merged.
         """
+        refuse_merged(self, 'gammas to initialise')
         if self.norm is not None:
             norms = {'the sum': self.norm}
         else:
@@ -228,7 +229,12 @@ class BranchSumConv2d(ReparamConv2d):
 
     @torch.no_grad()
     def single_init(self) -> None:
-        """Start as the first branch alone: gammas 1, 0, 0, ..."""
+        """Start as the first branch alone: gammas 1, 0, 0, ...
+
+        Raises:
+            ValueError: As :meth:`init_gamma`.
+        """
+        refuse_merged(self, 'gammas to initialise')
         names = {f'branch {k!r}': b for k, b in self.branches.items()}
         self._set_gammas({k: b.last_norm for k, b in names.items()}, 0.0)
         next(iter(self.branches.values())).last_norm.weight.fill_(1.0)

@@ -12,7 +12,7 @@ from typing import Callable
 import torch
 from torch import Tensor, nn
 
-from mmdbb.blocks.base import ReparamConv2d
+from mmdbb.blocks.base import ReparamConv2d, refuse_merged
 from mmdbb.blocks.kept import kept_kernel
 from mmdbb.branches.norm import is_recording
 from mmdbb.geometry import ConvSpec, convolve
@@ -88,9 +88,19 @@ class GeneratedKernelConv2d(ReparamConv2d):
         return KernelBias(kernel, bias)
 
     def init_gamma(self, value: float) -> None:
-        """Set all scales of the kernel's branches."""
+        """Set all scales of the kernel's branches.
+
+        Raises:
+            ValueError: If the block is merged.
+        """
+        refuse_merged(self, 'gammas to initialise')
         self.generator.init_gamma(value)
 
     def single_init(self) -> None:
-        """Start as the original kernel alone."""
+        """Start as the original kernel alone.
+
+        Raises:
+            ValueError: If the block is merged.
+        """
+        refuse_merged(self, 'gammas to initialise')
         self.generator.single_init()

@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmdbb.blocks.acb import ACB
-from mmdbb.blocks.base import ReparamConv2d
+from mmdbb.blocks.base import ReparamConv2d, refuse_merged
 from mmdbb.blocks.dbb import DBB
 from mmdbb.blocks.repvgg import RepVGGConv
+from mmdbb.blocks.start_sum import dense_branch
 from mmdbb.geometry import ConvSpec
 from mmdbb.transforms import KernelBias
 
@@ -61,13 +62,23 @@ class OfficialBlock(nn.Module):
             self.block = self.block.to_conv()
 
     def init_gamma(self, gamma_value: float) -> None:
-        """Set the weight of each branch's last norm."""
+        """Set the weight of each branch's last norm, or scale.
+
+        Raises:
+            ValueError: If the block is merged.
+        """
+        refuse_merged(self, 'gammas to initialise')
         self.block.init_gamma(gamma_value)
 
     def single_init(self) -> None:
-        """Start as the original convolution alone."""
-        self.block.init_gamma(0.0)
-        nn.init.ones_(self.block.branches['kxk'].last_norm.weight)
+        """Start as the original convolution alone.
+
+        Raises:
+            ValueError: If the block is merged.
+        """
+        self.init_gamma(0.0)
+        dense = self.block.branches[dense_branch(self.block)]
+        nn.init.ones_(dense.last_norm.weight)
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         for key in [k for k in state_dict if k.startswith(prefix)]:
@@ -289,6 +300,7 @@ class RepVGGBlock(OfficialBlock):
 
     def get_custom_L2(self) -> Tensor:
         """See :meth:`RepVGGConv.get_custom_L2`."""
+        refuse_merged(self, 'custom L2')
         return self.block.get_custom_L2()
 
 

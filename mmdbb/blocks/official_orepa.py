@@ -15,6 +15,7 @@ from typing import Callable, Optional, Tuple
 import torch
 from torch import Tensor, nn
 
+from mmdbb.blocks.base import refuse_merged
 from mmdbb.blocks.generated import GeneratedKernelConv2d
 from mmdbb.blocks.official import OfficialBlock, RepVGGBlock
 from mmdbb.blocks.orepa import OREPARepVGG
@@ -108,15 +109,21 @@ class OfficialGenerated(OfficialBlock):
         self.block, self.bn = conv, None
 
     def weight_gen(self) -> Tensor:
-        """The composed kernel, (out, in / groups, kH, kW)."""
+        """The composed kernel, (out, in / groups, kH, kW).
+
+        Raises:
+            ValueError: If the block is merged.
+        """
+        refuse_merged(self, 'kernel to compose')
         return self.block.generator()
 
-    def init_gamma(self, gamma_value: float) -> None:
-        """Set all scales of the kernel's branches."""
-        self.block.init_gamma(gamma_value)
-
     def single_init(self) -> None:
-        """Start as the original kernel alone."""
+        """Start as the original kernel alone.
+
+        Raises:
+            ValueError: If the block is merged.
+        """
+        refuse_merged(self, 'gammas to initialise')
         self.block.single_init()
 
 

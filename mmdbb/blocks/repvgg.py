@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from mmdbb.blocks.base import refuse_merged
 from mmdbb.blocks.branch_sum import BranchSumConv2d
 from mmdbb.blocks.build import register_conv_layer
 from mmdbb.branches.base import Branch
@@ -43,11 +44,12 @@ class RepVGGConv(BranchSumConv2d):
         Raises:
             ValueError: If the block is merged, or has no KxK branch.
         """
-        branches = {} if self.deploy else self.branches
+        refuse_merged(self, 'custom L2')
+        branches = self.branches
         if self.dense_branch not in branches:
             raise ValueError(
                 f'custom L2 needs the branch {self.dense_branch!r}, got '
-                f'{"a merged block" if self.deploy else list(branches)}'
+                f'{list(branches)}'
             )
         dense = branches[self.dense_branch]
         kernel = self._kernel_of(dense)

@@ -189,6 +189,18 @@ def test_equivalent_kernel_is_differentiable():
     assert all(p.grad is not None for p in block.parameters())
 
 
+@KINDS
+@pytest.mark.parametrize('name', ['init_gamma', 'single_init'])
+@pytest.mark.parametrize('deploy', [True, False])
+def test_merged_there_is_nothing_to_initialise(kind, name, deploy):
+    block = kind(4, 4, 3, deploy=deploy)
+    block.switch_to_deploy()
+    arguments = [0.5] if name == 'init_gamma' else []
+    message = f'{kind.__name__} is merged: it has no gammas to initialise'
+    with pytest.raises(ValueError, match=message):
+        getattr(block, name)(*arguments)
+
+
 def test_equivalent_kernel_of_a_merged_block():
     block = build()
     expected = block.get_equivalent_kernel_bias()

@@ -7,7 +7,13 @@ import torch
 from helpers import EXACT, distance, image, randomize
 from torch import nn
 
-from mmdbb import ACBlock, DiverseBranchBlock, RepVGGBlock
+from mmdbb import (
+    OREPA,
+    ACBlock,
+    DiverseBranchBlock,
+    RepVGGBlock,
+    RepVGGBlock_OREPA,
+)
 from mmdbb.blocks import ReparamConv2d
 
 CLASSES = (DiverseBranchBlock, ACBlock, RepVGGBlock)
@@ -165,13 +171,35 @@ def test_init_gamma_and_single_init_methods():
     module.init_gamma(0.5)
     gammas = [b.last_norm.weight for b in module.block.branches.values()]
     assert all((g == 0.5).all() for g in gammas)
-    module = RepVGGBlock(4, 4, 3)
+
+
+@pytest.mark.parametrize(
+    'block, dense', [(RepVGGBlock, 'kxk'), (RepVGGBlock_OREPA, 'orepa')]
+)
+def test_single_init_leaves_the_dense_branch(block, dense):
+    module = block(4, 4, 3)
     module.single_init()
     weights = {
         n: b.last_norm.weight.unique().item()
         for n, b in module.block.branches.items()
     }
-    assert weights == {'identity': 0, 'kxk': 1, '1x1': 0}
+    assert weights == {'identity': 0, dense: 1, '1x1': 0}
+
+
+@pytest.mark.parametrize('built', [True, False])
+@pytest.mark.parametrize('name', ['init_gamma', 'single_init'])
+@pytest.mark.parametrize(
+    'block', [*CLASSES, OREPA, RepVGGBlock_OREPA], ids=lambda c: c.__name__
+)
+def test_merged_there_is_nothing_to_initialise(block, name, built):
+    module = block(4, 4, 3, deploy=built)
+    module.switch_to_deploy()
+    arguments = [0.5] if name == 'init_gamma' else []
+    weight = module.block.weight.clone()
+    message = f'{block.__name__} is merged: it has no gammas to initialise'
+    with pytest.raises(ValueError, match=message):
+        getattr(module, name)(*arguments)
+    assert torch.equal(module.block.weight, weight)
 
 
 def test_internal_channels():

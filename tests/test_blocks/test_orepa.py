@@ -192,6 +192,9 @@ def test_weight_only():
     block = OREPA(4, 6, 3, weight_only=True)
     assert block.bn is None
     assert torch.equal(block(), block.weight_gen())
+    block.switch_to_deploy()
+    with pytest.raises(ValueError, match='OREPA is merged: .* no kernel to'):
+        block.weight_gen()
 
 
 def test_kernel_size_of_the_1x1_form():
@@ -284,3 +287,5 @@ def test_custom_l2_says_what_it_needs():
         RepVGGConv(4, 6, 3, branches=['1x1']).get_custom_L2()
     with pytest.raises(ValueError, match='merged'):
         RepVGGConv(4, 6, 3, deploy=True).get_custom_L2()
+    with pytest.raises(ValueError, match='RepVGGBlock is merged'):
+        RepVGGBlock(4, 6, 3, deploy=True).get_custom_L2()
