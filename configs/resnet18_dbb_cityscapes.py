@@ -16,6 +16,7 @@ model = dict(
         # mmseg's geometry for an output stride of 8 pixels
         strides=(1, 2, 1, 1),
         dilations=(1, 1, 2, 4),
+        contract_dilation=True,
         norm_cfg=dict(type='SyncBN', requires_grad=True),
         # From scratch, and none of it frozen. To start from an ImageNet
         # checkpoint of ours instead (resnet18_dbb_imagenet.py with the

@@ -19,7 +19,7 @@ from mmdbb.blocks.from_plain import (
     plain_start,
 )
 from mmdbb.checkpoint.files import load_strictly
-from mmdbb.checkpoint.stock import stock_state
+from mmdbb.checkpoint.stock_weights import stock_state
 from mmdbb.tracing import sole_readers
 from mmdbb.transforms import KernelBias
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torchvision
 from mmengine.config import Config
+from mmengine.hub import get_config
 from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, PARAM_SCHEDULERS, DefaultScope
@@ -324,6 +325,32 @@ def test_orepa_optimizer_is_the_papers(name):
         free = any(word in code for word in ('bias', 'bn', 'prior'))
         lr = 0.2 if 'bias' in code else 0.1
         assert values == (lr, 0 if free else 1e-4), key
+
+
+@pytest.mark.parametrize(
+    'name', [n for n in CONFIGS if n.endswith('cityscapes.py')]
+)
+def test_segmentors_are_dilated_as_their_base(name):
+    if name.startswith('demo'):
+        return
+
+    def dilations(config):
+        with DefaultScope.overwrite_default_scope('mmseg'):
+            backbone = MODELS.build(config.model.backbone)
+        stages = backbone.res_layers
+        return {
+            name: layer.dilation
+            for name, layer in backbone.named_modules()
+            if name.startswith(tuple(stages)) and hasattr(layer, 'dilation')
+        }
+
+    text = (ROOT / name).read_text()
+    while 'mmseg::' not in text:
+        text = (ROOT / re.search(r"_base_ = '\./(.*)'", text)[1]).read_text()
+    base = get_config(re.search(r"'(mmseg::.*)'", text)[1])
+    found = dilations(Config.fromfile(ROOT / name))
+    expected = dilations(base)
+    assert {k: found[k] for k in expected} == expected
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from typing import Optional, Sequence
 
+from torch import nn
+
 from mmdbb.backbones.absorbed import BlocksForConvNorm
 from mmdbb.blocks import BranchSumConv2d
 from mmdbb.host_norms import conv_norm_pairs
@@ -26,6 +28,44 @@ from mmpretrain.models import (  # noqa: E402
     ResNeXt,
 )
 from mmpretrain.registry import MODELS  # noqa: E402
+
+
+class ContractedDilation:
+    """Mixin for mmpretrain's ResNets: a first residual block dilated less.
+
+    So mmseg's ResNets are dilated, which mmpretrain's cannot be.
+
+    Args:
+        args: As of the stock network, keywords too.
+        contract_dilation: Whether the first residual block of a stage has
+            half of the stage's dilation, as in mmseg.
+    """
+
+    def __init__(
+        self, *args, contract_dilation: bool = False, **kwargs
+    ) -> None:
+        self.contract_dilation = contract_dilation
+        super().__init__(*args, **kwargs)
+
+    def make_res_layer(self, **kwargs) -> nn.Sequential:
+        """Build a stage; see mmpretrain's ``ResLayer`` for the arguments."""
+        dilation, count = kwargs['dilation'], kwargs['num_blocks']
+        if not self.contract_dilation or dilation == 1:
+            return super().make_res_layer(**kwargs)
+        rates = kwargs.pop('drop_path_rate')
+        first = dict(
+            num_blocks=1, dilation=dilation // 2, drop_path_rate=rates[:1]
+        )
+        stage = super().make_res_layer(**kwargs | first)
+        if count > 1:
+            others = dict(
+                num_blocks=count - 1,
+                in_channels=kwargs['out_channels'],
+                stride=1,
+                drop_path_rate=rates[1:],
+            )
+            stage.extend(super().make_res_layer(**kwargs | others))
+        return stage
 
 
 class StageBlocks:
@@ -97,8 +137,11 @@ class ResNetBlocks(BlocksForConvNorm):
 
 
 @MODELS.register_module()
-class ResNetDBB(ResNetBlocks, StageBlocks, ResNet):
-    """ResNet with blocks, see :class:`ResNetBlocks`, :class:`StageBlocks`.
+class ResNetDBB(ResNetBlocks, StageBlocks, ContractedDilation, ResNet):
+    """ResNet with blocks.
+
+    See :class:`ResNetBlocks`, :class:`StageBlocks` and
+    :class:`ContractedDilation`.
 
     Examples:
         >>> import torch
@@ -109,25 +152,28 @@ class ResNetDBB(ResNetBlocks, StageBlocks, ResNet):
 
 
 @MODELS.register_module()
-class ResNetV1cDBB(ResNetBlocks, ResNetV1c):
-    """ResNetV1c (deep stem) with blocks, see :class:`ResNetBlocks`."""
+class ResNetV1cDBB(ResNetBlocks, ContractedDilation, ResNetV1c):
+    """ResNetV1c (deep stem) with blocks, see :class:`ResNetDBB`."""
 
 
 @MODELS.register_module()
 class ResNetV1dDBB(ResNetBlocks, ResNetV1d):
-    """ResNetV1d (deep stem, pooled shortcuts) with blocks."""
+    """ResNetV1d (deep stem, pooled shortcuts) with blocks.
+
+    See :class:`ResNetBlocks`.
+    """
 
 
 @MODELS.register_module()
-class ResNeXtDBB(ResNetBlocks, StageBlocks, ResNeXt):
-    """ResNeXt with blocks, see :class:`ResNetBlocks`, :class:`StageBlocks`."""
+class ResNeXtDBB(ResNetBlocks, StageBlocks, ContractedDilation, ResNeXt):
+    """ResNeXt with blocks, see :class:`ResNetDBB`."""
 
 
 @MODELS.register_module()
-class PlainResNet(StageBlocks, ResNet):
+class PlainResNet(StageBlocks, ContractedDilation, ResNet):
     """ResNet of any ``stage_blocks``, which mmpretrain does not have."""
 
 
 @MODELS.register_module()
-class PlainResNeXt(StageBlocks, ResNeXt):
+class PlainResNeXt(StageBlocks, ContractedDilation, ResNeXt):
     """ResNeXt of any ``stage_blocks``, which mmpretrain does not have."""

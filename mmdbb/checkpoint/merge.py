@@ -21,7 +21,8 @@ from mmdbb.checkpoint.partial import (
     select_blocks,
     whole_config,
 )
-from mmdbb.checkpoint.stock import stock_config, stock_state
+from mmdbb.checkpoint.stock import stock_config
+from mmdbb.checkpoint.stock_weights import stock_state
 from mmdbb.checkpoint.verify import Difference, compare_networks
 from mmdbb.errors import UserError
 from mmdbb.reparam import find_blocks

@@ -28,7 +28,7 @@ from mmdbb.checkpoint.files import (
 from mmdbb.checkpoint.formats import write_checkpoint
 from mmdbb.checkpoint.load import build_model, load_deployed
 from mmdbb.checkpoint.official_names import OfficialNetwork, recognise
-from mmdbb.checkpoint.stock import norm_that_adds
+from mmdbb.checkpoint.stock_weights import norm_that_adds
 from mmdbb.errors import UserError
 from mmdbb.hosts import require
 from mmdbb.reparam import find_blocks

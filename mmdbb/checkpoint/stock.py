@@ -1,29 +1,19 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""From a network with blocks to the stock network that equals it.
+"""From the config of a network with blocks to that of the stock network.
 
 The stock network is what the host package itself builds: no ``conv_cfg``, no
-backbone of mmdbb unless the host has no such network. Its convolutions have
-no bias where a norm follows, so the merged bias folds into that norm: ``mean
--= bias``. Where the block had taken the norm's place, a norm with weight 1,
-bias b, mean 0 and variance 1 - eps comes back, which adds b and changes
-nothing else.
+backbone of mmdbb unless the host has no such network.
 """
 
 from __future__ import annotations
 
-from typing import Dict, Optional
+from typing import Optional, Tuple
 
-import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, WEIGHT_INITIALIZERS
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmdbb.blocks.branch_sum import BranchSumConv2d
 from mmdbb.checkpoint.last_init import LoadedLast
-from mmdbb.errors import UserError
-from mmdbb.host_norms import norm_names
-from mmdbb.reparam import find_blocks, reparameterize
 
 #: Backbones of mmdbb -> what they are once merged.
 STOCK_BACKBONES = {
@@ -102,11 +92,9 @@ def _without_blocks(node):
     scope, _, name = _type_name(node.get('type')).rpartition('.')
     if name in STOCK_BACKBONES:
         stock = STOCK_BACKBONES[name]
-        if node.get('stage_blocks') is None:
-            node.pop('stage_blocks', None)
-        else:
-            stock = f'Plain{stock}'
         block = node.pop('block', None)
+        if 'ResNe' in name:
+            scope, stock = _merged_resnet(node, scope, stock)
         node.pop('deploy', None)
         if name == 'VGGDBB' and node.get('norm_cfg') is None:
             node['norm_cfg'] = dict(type='BN', requires_grad=True)
@@ -114,6 +102,24 @@ def _without_blocks(node):
             stock = _merged_repvgg(node, block)
         node['type'] = f'{scope or "mmpretrain"}.{stock}'
     return node
+
+
+def _merged_resnet(node: dict, scope: str, stock: str) -> Tuple[str, str]:
+    """Say whose network a ResNet is once merged, and which."""
+    if node.get('stage_blocks') is not None:
+        return scope, f'Plain{stock}'
+    node.pop('stage_blocks', None)
+    if not node.pop('contract_dilation', False):
+        return scope, stock
+    # mmpretrain's cannot be dilated so. mmseg's can; it names widths in its
+    # own way, has other defaults, and no drop path, which only training has.
+    node.update(contract_dilation=True)
+    node.setdefault('out_indices', (3,))
+    node.pop('drop_path_rate', None)
+    if stock == 'ResNeXt':
+        node.setdefault('groups', 32)
+        node['base_width'] = node.pop('width_per_group', 4)
+    return 'mmseg', stock
 
 
 def _merged_repvgg(node: dict, block: Optional[dict]) -> str:
@@ -164,90 +170,3 @@ def _type_name(type_) -> str:
 def _is_block(type_) -> bool:
     layer = MODELS.get(_type_name(type_).rpartition('.')[2])
     return hasattr(layer, 'block')
-
-
-@torch.no_grad()
-def stock_state(
-    model: nn.Module,
-    stock: nn.Module,
-    pairs: Optional[Dict[str, str]] = None,
-    dtype: torch.dtype = torch.float64,
-) -> Dict[str, Tensor]:
-    """Weights for the stock network.
-
-    Args:
-        model: The network with blocks; unchanged.
-        stock: The stock network, to know what it expects.
-        pairs: Names of convolutions -> names of the norms behind them; by
-            default those that the OpenMMLab packages' conventions give.
-        dtype: What kernels are composed in, see ``reparameterize``.
-
-    Returns:
-        dict: A state dict that ``stock`` loads strictly.
-
-    Raises:
-        UserError: If a merged bias has no place in the stock network.
-        ValueError: If the model has no blocks.
-    """
-    merged = reparameterize(model, dtype=dtype)
-    expected = stock.state_dict()
-    stock_modules = dict(stock.named_modules())
-    modules = dict(merged.named_modules())
-    pairs = norm_names(merged) if pairs is None else pairs
-    state = merged.state_dict()
-    for name in find_blocks(model):
-        norm_name = pairs.get(name)
-        norm = stock_modules.get(norm_name)
-        if f'{name}.bias' in expected:
-            # A bias *and* a norm, as in VGG: one that was absorbed comes
-            # back, and changes nothing.
-            absorbed = isinstance(modules.get(norm_name), nn.Identity)
-            if absorbed and isinstance(norm, _BatchNorm):
-                nothing = torch.zeros_like(state[f'{name}.bias'])
-                state.update(norm_that_adds(nothing, norm, norm_name))
-            continue
-        bias = state.pop(f'{name}.bias')
-        if not isinstance(norm, _BatchNorm) or not norm.track_running_stats:
-            if not bias.any():  # OREPA's, of a convolution without one
-                continue
-            raise UserError(
-                f'the bias of the merged {name} has no place in the stock '
-                'network: its convolution has none, and no batch norm with '
-                'running statistics is known to follow'
-            )
-        mean = f'{norm_name}.running_mean'
-        if mean in state:
-            exact = state[mean].to(dtype) - bias.to(dtype)
-            state[mean] = exact.to(state[mean].dtype)
-        else:
-            state.update(norm_that_adds(bias, norm, norm_name))
-    return state
-
-
-def norm_that_adds(
-    bias: Tensor, norm: _BatchNorm, name: str
-) -> Dict[str, Tensor]:
-    """The state of a norm that in eval mode adds a bias, and nothing else.
-
-    Args:
-        bias: Shape (channels,).
-        norm: The norm.
-        name: Its name, which the entries get.
-
-    Raises:
-        UserError: If the norm has no weight and bias.
-    """
-    if not norm.affine:
-        raise UserError(
-            f'the stock network has no place for the bias before {name}: '
-            'that norm has affine=False'
-        )
-    return {
-        f'{name}.weight': torch.ones_like(bias),
-        f'{name}.bias': bias,
-        f'{name}.running_mean': torch.zeros_like(bias),
-        f'{name}.running_var': torch.full_like(bias, 1 - norm.eps),
-        f'{name}.num_batches_tracked': torch.zeros_like(
-            norm.num_batches_tracked
-        ),
-    }

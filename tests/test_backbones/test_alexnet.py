@@ -11,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mmdbb.backbones import AlexNetDBB, PlainAlexNet
 from mmdbb.checkpoint.load import build_model
-from mmdbb.checkpoint.stock import stock_config, stock_state
+from mmdbb.checkpoint.stock import stock_config
+from mmdbb.checkpoint.stock_weights import stock_state
 from mmdbb.reparam import find_blocks, literal_forward, reparameterize
 
 SMALL = dict(channels=(4, 6, 8, 8, 4), hidden_channels=8, num_classes=5)

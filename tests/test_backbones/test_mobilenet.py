@@ -11,7 +11,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mmdbb.backbones import MobileNetV1, MobileNetV1DBB
 from mmdbb.blocks import ACB, DBB
 from mmdbb.checkpoint.load import build_model
-from mmdbb.checkpoint.stock import stock_config, stock_state
+from mmdbb.checkpoint.stock import stock_config
+from mmdbb.checkpoint.stock_weights import stock_state
 from mmdbb.reparam import find_blocks, literal_forward, reparameterize
 
 CHANNELS = (4, 8, 4, 8, 8, 16)

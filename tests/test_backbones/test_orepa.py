@@ -9,7 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import mmdbb.backbones  # noqa: F401
 from mmdbb import OREPAConv
-from mmdbb.checkpoint.stock import stock_state
+from mmdbb.checkpoint.stock_weights import stock_state
 from mmdbb.kernels import StackedKernel
 
 NARROW = dict(base_channels=8, stem_channels=8)

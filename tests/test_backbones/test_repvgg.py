@@ -15,7 +15,8 @@ from mmdbb.backbones import PlainRepVGG, ReparamRepVGG
 from mmdbb.blocks import DBB, RepVGGConv
 from mmdbb.checkpoint.deploy import deploy_checkpoint
 from mmdbb.checkpoint.load import build_model
-from mmdbb.checkpoint.stock import stock_config, stock_state
+from mmdbb.checkpoint.stock import stock_config
+from mmdbb.checkpoint.stock_weights import stock_state
 from mmdbb.reparam import find_blocks, literal_forward, reparameterize
 
 # The table of the RepVGG and OREPA code: depths, widths (times 64, 128, 256,

@@ -22,7 +22,7 @@ from mmdbb.backbones import (
     ResNeXtDBB,
 )
 from mmdbb.blocks import ACB, DBB
-from mmdbb.checkpoint.stock import stock_state
+from mmdbb.checkpoint.stock_weights import stock_state
 
 pytestmark = pytest.mark.usefixtures('quiet')
 

@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from mmdbb.backbones import VGGDBB
 from mmdbb.blocks import DBB
 from mmdbb.checkpoint.load import build_model
-from mmdbb.checkpoint.stock import stock_config, stock_state
+from mmdbb.checkpoint.stock import stock_config
+from mmdbb.checkpoint.stock_weights import stock_state
 from mmdbb.reparam import find_blocks, reparameterize
 
 BN = dict(type='BN', requires_grad=True)

@@ -17,7 +17,8 @@ import mmdbb.backbones
 from mmdbb import ACB, DBB, RepVGGConv, load_plain_weights_
 from mmdbb.blocks import OREPAConv, OREPARepVGG
 from mmdbb.blocks.from_plain import NormValues, copy_entries_, plain_start
-from mmdbb.checkpoint.stock import stock_config, stock_state
+from mmdbb.checkpoint.stock import stock_config
+from mmdbb.checkpoint.stock_weights import stock_state
 from mmdbb.errors import UserError
 from mmdbb.reparam import literal_forward
 from mmdbb.transforms import KernelBias

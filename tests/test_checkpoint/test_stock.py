@@ -16,7 +16,8 @@ from torch import nn
 from mmdbb.blocks import DBB
 from mmdbb.checkpoint.deploy import deploy_checkpoint
 from mmdbb.checkpoint.load import build_model
-from mmdbb.checkpoint.stock import STOCK_BACKBONES, stock_config, stock_state
+from mmdbb.checkpoint.stock import STOCK_BACKBONES, stock_config
+from mmdbb.checkpoint.stock_weights import stock_state
 from mmdbb.errors import UserError
 from mmdbb.host_norms import norm_names
 
@@ -64,6 +65,44 @@ def test_backbones_become_stock(name):
         ReparamRepVGG=dict(deploy=True),
     )
     assert found == dict(type=found.type, arch='A0', **added.get(name, {}))
+
+
+@pytest.mark.parametrize(
+    'name, options',
+    [
+        ('ResNetDBB', dict(depth=18)),
+        ('ResNetDBB', dict(depth=50, block=dict(type='OREPA'))),
+        ('ResNetV1cDBB', dict(depth=50, drop_path_rate=0.1)),
+        ('ResNetV1cDBB', dict(depth=18, out_indices=(2, 3))),
+        ('ResNeXtDBB', dict(depth=50, groups=4)),
+        ('ResNetDBB', dict(depth=18, stage_blocks=(1, 2, 1, 2))),
+    ],
+)
+def test_dilated_as_in_mmseg(name, options):
+    """Their first blocks are dilated less, which mmpretrain's never are."""
+    backbone = dict(
+        type=f'mmpretrain.{name}',
+        base_channels=8,
+        stem_channels=8,
+        strides=(1, 2, 1, 1),
+        dilations=(1, 1, 2, 4),
+        contract_dilation=True,
+        **options,
+    )
+    cfg = Config(dict(default_scope='mmseg', model=backbone))
+    ours = randomize(build_model(cfg).double())
+    merged = stock_config(cfg)
+    stock = build_model(merged).double()
+    if 'stage_blocks' in options:
+        assert merged.model.type == 'mmpretrain.PlainResNet'
+    else:
+        assert type(stock).__module__.startswith('mmseg.')
+    stock.load_state_dict(stock_state(ours, stock))
+    x = image(2, 3, 37, 41)
+    found, expected = stock(x), ours(x)
+    assert len(found) == len(expected) == len(options.get('out_indices', '3'))
+    for a, b in zip(found, expected):
+        assert distance(a, b) < EXACT
 
 
 def test_own_optimizer_rules_go():

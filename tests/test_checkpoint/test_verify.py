@@ -9,7 +9,8 @@ from torch import nn
 
 from mmdbb import DBB, reparameterize
 from mmdbb.checkpoint.load import build_model
-from mmdbb.checkpoint.stock import stock_config, stock_state
+from mmdbb.checkpoint.stock import stock_config
+from mmdbb.checkpoint.stock_weights import stock_state
 from mmdbb.checkpoint.verify import (
     compare_networks,
     network_outputs,

@@ -1,0 +1,132 @@
+# Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
+"""The weights with which the stock network equals a network with blocks.
+
+The stock network's convolutions have no bias where a norm follows, so the
+merged bias folds into that norm: ``mean -= bias``. Where the block had taken
+the norm's place, a norm with weight 1, bias b, mean 0 and variance 1 - eps
+comes back, which adds b and changes nothing else.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+from typing import Callable, Dict, Optional
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from mmdbb.errors import UserError
+from mmdbb.host_norms import norm_names
+from mmdbb.reparam import find_blocks, reparameterize
+
+
+@torch.no_grad()
+def stock_state(
+    model: nn.Module,
+    stock: nn.Module,
+    pairs: Optional[Dict[str, str]] = None,
+    dtype: torch.dtype = torch.float64,
+) -> Dict[str, Tensor]:
+    """Weights for the stock network.
+
+    Args:
+        model: The network with blocks; unchanged.
+        stock: The stock network, to know what it expects.
+        pairs: Names of convolutions -> names of the norms behind them; by
+            default those that the OpenMMLab packages' conventions give.
+        dtype: What kernels are composed in, see ``reparameterize``.
+
+    Returns:
+        dict: A state dict that ``stock`` loads strictly.
+
+    Raises:
+        UserError: If a merged bias has no place in the stock network.
+        ValueError: If the model has no blocks.
+    """
+    merged = reparameterize(model, dtype=dtype)
+    expected = stock.state_dict()
+    stock_modules = dict(stock.named_modules())
+    pairs = norm_names(merged) if pairs is None else pairs
+    renamed = _names_in(stock_modules, merged)
+    modules = {renamed(n): m for n, m in merged.named_modules()}
+    state = {renamed(n): v for n, v in merged.state_dict().items()}
+    pairs = {renamed(conv): renamed(norm) for conv, norm in pairs.items()}
+    for name in map(renamed, find_blocks(model)):
+        norm_name = pairs.get(name)
+        norm = stock_modules.get(norm_name)
+        if f'{name}.bias' in expected:
+            # A bias *and* a norm, as in VGG: one that was absorbed comes
+            # back, and changes nothing.
+            absorbed = isinstance(modules.get(norm_name), nn.Identity)
+            if absorbed and isinstance(norm, _BatchNorm):
+                nothing = torch.zeros_like(state[f'{name}.bias'])
+                state.update(norm_that_adds(nothing, norm, norm_name))
+            continue
+        bias = state.pop(f'{name}.bias')
+        if not isinstance(norm, _BatchNorm) or not norm.track_running_stats:
+            if not bias.any():  # OREPA's, of a convolution without one
+                continue
+            raise UserError(
+                f'the bias of the merged {name} has no place in the stock '
+                'network: its convolution has none, and no batch norm with '
+                'running statistics is known to follow'
+            )
+        mean = f'{norm_name}.running_mean'
+        if mean in state:
+            exact = state[mean].to(dtype) - bias.to(dtype)
+            state[mean] = exact.to(state[mean].dtype)
+        else:
+            state.update(norm_that_adds(bias, norm, norm_name))
+    return state
+
+
+def _names_in(
+    stock: Dict[str, nn.Module], model: nn.Module
+) -> Callable[[str], str]:
+    """How the stock network calls what the model has.
+
+    By the same names, but for the deep stem of mmpretrain's ResNets: three
+    convolutions with norm and activation, which mmseg's hold in one row.
+    """
+    stems = [n for n, _ in model.named_modules() if n.endswith('stem.2.conv')]
+    stems = [n[: -len('.2.conv')] for n in stems if n not in stock]
+    if not stems:
+        return str
+
+    def numbered(found: re.Match) -> str:
+        stem, index, part = found.groups()
+        return f'{stem}.{3 * int(index) + (part == "bn")}'
+
+    start = '|'.join(map(re.escape, stems))
+    return partial(re.sub, rf'^({start})\.([0-2])\.(conv|bn)\b', numbered)
+
+
+def norm_that_adds(
+    bias: Tensor, norm: _BatchNorm, name: str
+) -> Dict[str, Tensor]:
+    """The state of a norm that in eval mode adds a bias, and nothing else.
+
+    Args:
+        bias: Shape (channels,).
+        norm: The norm.
+        name: Its name, which the entries get.
+
+    Raises:
+        UserError: If the norm has no weight and bias.
+    """
+    if not norm.affine:
+        raise UserError(
+            f'the stock network has no place for the bias before {name}: '
+            'that norm has affine=False'
+        )
+    return {
+        f'{name}.weight': torch.ones_like(bias),
+        f'{name}.bias': bias,
+        f'{name}.running_mean': torch.zeros_like(bias),
+        f'{name}.running_var': torch.full_like(bias, 1 - norm.eps),
+        f'{name}.num_batches_tracked': torch.zeros_like(
+            norm.num_batches_tracked
+        ),
+    }
