@@ -42,7 +42,8 @@ def kept_kernel(block: nn.Module) -> KernelBias:
             for a, b in zip(kept.tensors, tensors)
         )
     ):
-        with torch.no_grad():
+        # What inference mode makes no backward pass could use later.
+        with torch.inference_mode(False), torch.no_grad():
             copies = [t.detach().clone() for t in tensors]
             merged = block.get_equivalent_kernel_bias()
             kept = block._kept_kernel = KeptKernel(copies, merged)

@@ -291,6 +291,22 @@ def test_meta_device(kind):
     block.to_empty(device='cpu')
 
 
+@KINDS
+def test_a_kernel_kept_in_inference_mode_serves_gradients(kind):
+    """Tensors made in that mode cannot be saved for a backward pass."""
+    block = build(kind).requires_grad_(False)
+    x = image(2, 4, 5, 6)
+    with torch.inference_mode():
+        block(x)
+    kept = block._kept_kernel
+    assert not any(t.is_inference() for t in [*kept.tensors, *kept.merged])
+    x.requires_grad_()
+    block(x).square().sum().backward()
+    other = x.detach().requires_grad_()
+    block.forward_branches(other).square().sum().backward()
+    assert distance(x.grad, other.grad) < EXACT
+
+
 # Precision
 
 
