@@ -161,7 +161,10 @@ class ReparamConv2d(BaseModule):
             )
             # A sum is finite if all of its terms are; in double it cannot
             # overflow. Far cheaper than asking each number.
-            if not value.cpu().sum(dtype=torch.float64).isfinite():
+            if not (
+                value.is_meta
+                or value.cpu().sum(dtype=torch.float64).isfinite()
+            ):
                 raise ValueError(
                     'the merged kernel is not finite: a parameter or a '
                     'running statistic of the block is NaN, infinite, or a '

@@ -288,6 +288,11 @@ def test_meta_device(kind):
     assert all(p.is_meta for p in block.parameters())
     x = torch.empty(2, 4, 5, 6, device='meta')
     assert block(x).shape == (2, 4, 5, 6)
+    conv = block.to_conv()
+    assert all(p.is_meta for p in conv.parameters())
+    assert conv(x).shape == (2, 4, 5, 6)
+    block.switch_to_deploy()
+    assert block(x).shape == (2, 4, 5, 6)
     block.to_empty(device='cpu')
 
 
