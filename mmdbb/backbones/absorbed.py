@@ -7,7 +7,7 @@ that the host would build behind it gives way to ``nn.Identity``.
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import Dict, Optional
 
 from mmengine.registry import MODELS as ROOT
 from torch import nn
@@ -31,7 +31,8 @@ class BlocksForConvNorm:
         deploy: Whether to build the merged network, to load merged weights.
 
     Raises:
-        TypeError: If ``conv_cfg`` is given; ``block`` takes its place.
+        TypeError: If ``conv_cfg`` is given, whose place ``block`` takes, or
+            ``block`` is not a dict.
         ValueError: If ``block`` is not a block of mmdbb.
     """
 
@@ -48,9 +49,16 @@ class BlocksForConvNorm:
                 f"{type(self).__name__} takes block=dict(type='DBB'), not "
                 'conv_cfg; for conv_cfg use the stock backbone'
             )
+        if block is not None and not isinstance(block, dict):
+            raise TypeError(
+                "block must be a config such as dict(type='DBB'), got "
+                f'{block!r}'
+            )
         block = dict(block or dict(type='DBB'))
         norm_cfg = norm_cfg or dict(type='BN', requires_grad=True)
         block_type = _block_type(block)
+        # By name it is built where the kernel's size asks for one only.
+        block['type'] = _layer_names().get(block_type, block['type'])
         if block_type is nn.Conv2d:
             block = None
         elif issubclass(block_type, BranchSumConv2d):
@@ -82,11 +90,17 @@ def _block_type(block: dict) -> type:
         block_type, (ReparamConv2d, nn.Conv2d)
     )
     if not is_block:
-        blocks = sorted(
-            n for n, m in ROOT.module_dict.items() if hasattr(m, 'block')
-        )
         raise ValueError(
-            f'block must name a block, got type={name!r}; allowed: {blocks}, '
-            "and 'Conv2d' for none"
+            f'block must name a block, got type={name!r}; allowed: '
+            f"{sorted(_layer_names().values())}, and 'Conv2d' for none"
         )
     return block_type
+
+
+def _layer_names() -> Dict[type, str]:
+    """Classes of blocks -> the names that configs know them by."""
+    return {
+        layer.block: name
+        for name, layer in ROOT.module_dict.items()
+        if hasattr(layer, 'block')
+    }

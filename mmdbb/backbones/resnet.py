@@ -77,6 +77,9 @@ class StageBlocks:
         args: As of the stock network, keywords too.
         stage_blocks: How many residual blocks each stage has; by default
             what ``depth`` says.
+
+    Raises:
+        ValueError: If ``stage_blocks`` is not one number for each stage.
     """
 
     def __init__(
@@ -87,6 +90,13 @@ class StageBlocks:
         **kwargs,
     ) -> None:
         if stage_blocks is not None:
+            if len(stage_blocks) != kwargs.get('num_stages', 4) or any(
+                not isinstance(n, int) or n < 1 for n in stage_blocks
+            ):
+                raise ValueError(
+                    'stage_blocks must give each stage a number of residual '
+                    f'blocks from 1 on, got {stage_blocks}'
+                )
             block = self.arch_settings[depth][0]
             self.arch_settings = {depth: (block, tuple(stage_blocks))}
         super().__init__(depth, *args, **kwargs)
@@ -101,6 +111,9 @@ class ResNetBlocks(BlocksForConvNorm):
             identity. False by default, as in the paper's code.
         block: Config of the block, ``dict(type='DBB')`` by default.
         kwargs: As of the stock network and :class:`BlocksForConvNorm`.
+
+    Raises:
+        ValueError: If there is no such depth.
     """
 
     def __init__(
@@ -110,6 +123,11 @@ class ResNetBlocks(BlocksForConvNorm):
         block: Optional[dict] = None,
         **kwargs,
     ) -> None:
+        if depth not in self.arch_settings:
+            raise ValueError(
+                f'depth must be one of {list(self.arch_settings)}, got '
+                f'{depth!r}'
+            )
         if depth < 50 and block is not None:
             # The only 1x1 convolutions are shortcuts, plain in both papers.
             block = dict(min_kernel_size=2) | dict(block)

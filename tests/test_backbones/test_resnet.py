@@ -21,7 +21,7 @@ from mmdbb.backbones import (
     ResNetV1dDBB,
     ResNeXtDBB,
 )
-from mmdbb.blocks import ACB, DBB
+from mmdbb.blocks import ACB, DBB, OREPAConv
 from mmdbb.checkpoint.stock_weights import stock_state
 
 pytestmark = pytest.mark.usefixtures('quiet')
@@ -193,6 +193,28 @@ def test_what_is_no_block(block):
     message = "block must name a block, got type='.*'; allowed: .'ACB',"
     with pytest.raises(ValueError, match=message):
         ResNetDBB(18, block=block)
+
+
+@pytest.mark.parametrize('block', [DBB, OREPAConv])
+def test_a_class_builds_what_its_name_does(block):
+    name = 'OREPA' if block is OREPAConv else block.__name__
+    by_name = ResNetDBB(50, block=dict(type=name), **NARROW)
+    by_class = ResNetDBB(50, block=dict(type=block), **NARROW)
+    assert repr(by_class) == repr(by_name)
+
+
+@pytest.mark.parametrize(
+    'options, error, message',
+    [
+        (dict(block='DBB'), TypeError, "such as dict.type='DBB'., got 'DBB'"),
+        (dict(depth='18'), ValueError, "one of .18, .*152.*, got '18'"),
+        (dict(stage_blocks=(1, 1)), ValueError, r'from 1 on, got \(1, 1\)'),
+        (dict(stage_blocks=(1, 0, 1, 1)), ValueError, r'got \(1, 0, 1, 1\)'),
+    ],
+)
+def test_wrong_arguments(options, error, message):
+    with pytest.raises(error, match=message):
+        ResNetDBB(**dict(dict(depth=18), **options))
 
 
 @pytest.mark.parametrize('kind', [ResNetDBB, MobileNetV1DBB])
