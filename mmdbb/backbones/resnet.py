@@ -128,9 +128,9 @@ class ResNetBlocks(BlocksForConvNorm):
                 f'depth must be one of {list(self.arch_settings)}, got '
                 f'{depth!r}'
             )
-        if depth < 50 and block is not None:
+        if depth < 50 and isinstance(block, dict):
             # The only 1x1 convolutions are shortcuts, plain in both papers.
-            block = dict(min_kernel_size=2) | dict(block)
+            block = dict(min_kernel_size=2) | block
         super().__init__(
             depth=depth,
             zero_init_residual=zero_init_residual,
