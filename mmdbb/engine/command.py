@@ -8,10 +8,11 @@ with one and the shell's code for it. A bug keeps its traceback.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from pathlib import Path
-from typing import Callable, NoReturn
+from typing import Callable, NoReturn, Optional, Tuple
 
 from mmengine.config import Config, DictAction
 from mmengine.utils import import_modules_from_strings
@@ -77,6 +78,83 @@ def at_least_one(text: str) -> int:
             f'must be a whole number from 1 on, got {text!r}'
         )
     return number
+
+
+def at_least_zero(text: str) -> float:
+    """The type of arguments that limit or scale something.
+
+    Raises:
+        argparse.ArgumentTypeError: If it is no finite number from 0 on.
+    """
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(
+            f'must be a finite number from 0 on, got {text!r}'
+        )
+    return number
+
+
+def seed(text: str) -> int:
+    """The type of seeds: what numpy's generators take.
+
+    Raises:
+        argparse.ArgumentTypeError: If it is no whole number of 32 bits.
+    """
+    try:
+        number = int(text)
+    except ValueError:
+        number = -1
+    if not 0 <= number < 2**32:
+        raise argparse.ArgumentTypeError(
+            f'must be a whole number from 0 to 2**32 - 1, got {text!r}'
+        )
+    return number
+
+
+def add_image_size_argument(
+    parser: argparse.ArgumentParser,
+    help: str,
+    default: Optional[Tuple[int, int]] = None,
+) -> None:
+    """Add the size of images, in pixels."""
+    parser.add_argument(
+        '--image-size',
+        nargs=2,
+        type=at_least_one,
+        default=default,
+        metavar=('HEIGHT', 'WIDTH'),
+        help=help,
+    )
+
+
+def add_image_choice_arguments(
+    parser: argparse.ArgumentParser, calib: str
+) -> None:
+    """Add which of the config's images a network is fitted and tested on.
+
+    Args:
+        parser: The command's parser.
+        calib: What the images are for.
+    """
+    parser.add_argument(
+        '--calib',
+        type=at_least_one,
+        default=128,
+        metavar='N',
+        help=f'images {calib}; default: %(default)s',
+    )
+    parser.add_argument(
+        '--metric', help='figure of the evaluator; default: its main one'
+    )
+    parser.add_argument(
+        '--seed',
+        type=seed,
+        default=0,
+        help='of the choice of images; default: 0',
+    )
 
 
 def add_config_arguments(
