@@ -12,7 +12,7 @@ from mmengine.model import BaseModule, initialize
 from torch import Tensor, nn
 
 from mmdbb.blocks.fusing import refuse_wrong_fusion
-from mmdbb.branches.base import leaf_dtype
+from mmdbb.branches.base import leaf_dtype, zero_bias
 from mmdbb.geometry import ConvSpec, IntPair
 from mmdbb.transforms import KernelBias
 
@@ -82,7 +82,14 @@ class ReparamConv2d(BaseModule):
         self._kept_kernel = None
         self._wants_bias = bias
         if deploy:
-            self.reparam_conv = nn.Conv2d(**self.spec.conv_args)
+            self.reparam_conv = nn.Conv2d(
+                **self.spec.conv_args, bias=self._has_shift
+            )
+
+    @property
+    def _has_shift(self) -> bool:
+        """Whether the merged convolution needs a bias."""
+        return True
 
     @property
     def deploy(self) -> bool:
@@ -111,7 +118,9 @@ class ReparamConv2d(BaseModule):
             differentiable in the block's parameters.
         """
         if self.deploy:
-            return KernelBias(self.reparam_conv.weight, self.reparam_conv.bias)
+            kernel, bias = self.reparam_conv.weight, self.reparam_conv.bias
+            bias = zero_bias(kernel) if bias is None else bias
+            return KernelBias(kernel, bias)
         return self._compose()
 
     def _compose(self) -> KernelBias:
@@ -131,7 +140,8 @@ class ReparamConv2d(BaseModule):
         """The plain convolution that computes what the block does in eval.
 
         It has the block's dtype, device and mode; its parameters require a
-        gradient.
+        gradient. It has no bias where the block can have no shift, which is a
+        composed kernel with ``bias=False``.
 
         Args:
             dtype: What it is composed in, ``torch.float64`` or
@@ -150,8 +160,11 @@ class ReparamConv2d(BaseModule):
         # Apple's GPUs have no float64.
         with _cast(self, 'cpu' if device.type == 'mps' else device, dtype):
             composed = self.get_equivalent_kernel_bias()
-        conv = nn.Conv2d(**self.spec.conv_args, device='meta')
-        for name, value in zip(('weight', 'bias'), composed):
+        conv = nn.Conv2d(
+            **self.spec.conv_args, bias=self._has_shift, device='meta'
+        )
+        names = ('weight', 'bias') if self._has_shift else ('weight',)
+        for name, value in zip(names, composed):
             # A copy, as a merged block gives its own parameters.
             value = value.to(
                 device,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mmdbb.blocks.base import ReparamConv2d, refuse_merged
 from mmdbb.blocks.kept import kept_kernel
+from mmdbb.branches.base import zero_bias
 from mmdbb.branches.norm import is_recording
 from mmdbb.geometry import ConvSpec, convolve
 from mmdbb.kernels import GeneratedKernel
@@ -58,6 +59,10 @@ class GeneratedKernelConv2d(ReparamConv2d):
         if single_init:
             self.single_init()
 
+    @property
+    def _has_shift(self) -> bool:
+        return self._wants_bias
+
     def forward_train(self, x: Tensor) -> Tensor:
         """One convolution with the kernel composed now."""
         needs_grad = torch.is_grad_enabled() and any(
@@ -84,7 +89,7 @@ class GeneratedKernelConv2d(ReparamConv2d):
     def _compose(self) -> KernelBias:
         kernel, bias = self.generator(), self.bias
         if bias is None:
-            bias = kernel.new_zeros(self.out_channels)
+            bias = zero_bias(kernel)
         return KernelBias(kernel, bias)
 
     def init_gamma(self, value: float) -> None:

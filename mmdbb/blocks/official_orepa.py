@@ -19,6 +19,7 @@ from mmdbb.blocks.base import refuse_merged
 from mmdbb.blocks.generated import GeneratedKernelConv2d
 from mmdbb.blocks.official import OfficialBlock, RepVGGBlock
 from mmdbb.blocks.orepa import OREPARepVGG
+from mmdbb.branches.base import zero_bias
 from mmdbb.branches.norm import norm_scale_shift
 from mmdbb.geometry import ConvSpec
 from mmdbb.kernels import (
@@ -77,8 +78,9 @@ class OfficialGenerated(OfficialBlock):
         nonlinear: Optional[nn.Module],
         norm: bool = True,
     ) -> None:
+        # Merged, its bias is that of the norm.
         block = GeneratedKernelConv2d(
-            generator, *conv_args, bias=False, deploy=deploy
+            generator, *conv_args, bias=deploy, deploy=deploy
         )
         super().__init__(block, nonlinear)
         has_norm = norm and not deploy
@@ -104,6 +106,7 @@ class OfficialGenerated(OfficialBlock):
         if self.deploy:
             return
         conv = self.block.to_conv()
+        conv.bias = nn.Parameter(zero_bias(conv.weight))
         if self.bn is not None:
             fold_norm_(conv, self.bn)
         self.block, self.bn = conv, None

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from mmdbb.branches.base import zero_bias
 from mmdbb.errors import UserError
 from mmdbb.host_norms import norm_names
 from mmdbb.reparam import find_blocks, reparameterize
@@ -56,6 +57,8 @@ def stock_state(
     for name in map(renamed, find_blocks(model)):
         norm_name = pairs.get(name)
         norm = stock_modules.get(norm_name)
+        # One of no bias, OREPA's of a convolution without one, has a zero.
+        state.setdefault(f'{name}.bias', zero_bias(state[f'{name}.weight']))
         if f'{name}.bias' in expected:
             # A bias *and* a norm, as in VGG: one that was absorbed comes
             # back, and changes nothing.
@@ -66,7 +69,7 @@ def stock_state(
             continue
         bias = state.pop(f'{name}.bias')
         if not isinstance(norm, _BatchNorm) or not norm.track_running_stats:
-            if not bias.any():  # OREPA's, of a convolution without one
+            if not bias.any():
                 continue
             raise UserError(
                 f'the bias of the merged {name} has no place in the stock '

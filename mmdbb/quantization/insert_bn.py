@@ -20,6 +20,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
+from mmdbb.branches.base import zero_bias
 from mmdbb.checkpoint.deploy import output_paths, refuse_inputs
 from mmdbb.checkpoint.files import all_or_nothing
 from mmdbb.checkpoint.formats import write_checkpoint
@@ -191,10 +192,11 @@ def insert_bn_(network: nn.Module, model: nn.Module, images: Tensor) -> None:
                 'norm_cfg says affine=False'
             )
         conv = block.to_conv()
+        bias = zero_bias(conv.weight) if conv.bias is None else conv.bias
         # Where no image comes along, any statistics do.
-        mean, var = moments.get(name, (conv.bias, torch.ones_like(conv.bias)))
+        mean, var = moments.get(name, (bias, torch.ones_like(bias)))
         branch.conv.weight.copy_(conv.weight)
-        norm.running_mean.copy_(mean - conv.bias.double())
+        norm.running_mean.copy_(mean - bias.double())
         norm.running_var.copy_(var)
         norm.weight.copy_((norm.running_var.double() + norm.eps).sqrt())
         norm.bias.copy_(mean)

@@ -44,6 +44,10 @@ def norms(model):
     return [n for n, m in model.named_modules() if isinstance(m, _BatchNorm)]
 
 
+def entries(model):
+    return {name: value.shape for name, value in model.state_dict().items()}
+
+
 @EACH
 def test_which_convolutions_are_blocks(name):
     model, plain = ours(name), stock(name)
@@ -76,6 +80,8 @@ def test_trains_and_merges_into_the_stock_network(name):
         model.switch_to_deploy()
         assert distance(tensors(model(x))[-1], expected[-1]) < EXACT
     assert not blocks_of(model)
+    # A convolution without bias stays one: its parameters are all of them.
+    assert entries(model) == entries(plain)
     fresh = ours(name, deploy=True).double().eval()
     fresh.load_state_dict(model.state_dict())
     with torch.no_grad():

@@ -75,7 +75,21 @@ def test_bias(bias):
     x = image(2, 4, 7, 8)
     expected = block.forward_branches(x)
     assert distance(block(x), expected) < EXACT
-    assert distance(block.to_conv()(x), expected) < EXACT
+    conv = block.to_conv()
+    assert distance(conv(x), expected) < EXACT
+    plain = nn.Conv2d(4, 6, 3, bias=bias)
+    assert list(conv.state_dict()) == list(plain.state_dict())
+    assert repr(conv) == repr(plain)
+    before = block.get_equivalent_kernel_bias()
+    block.switch_to_deploy()
+    assert distance(block(x), expected) < EXACT
+    after = block.get_equivalent_kernel_bias()
+    assert distance(after.kernel, before.kernel) < EXACT
+    assert torch.equal(after.bias, before.bias)
+    built = OREPAConv(4, 6, 3, bias=bias, deploy=True).double()
+    built.load_state_dict(block.state_dict())
+    assert torch.equal(built(x), block(x))
+    assert repr(block.to_conv()) == repr(plain)
 
 
 @torch.no_grad()
@@ -193,6 +207,8 @@ def test_weight_only():
     assert block.bn is None
     assert torch.equal(block(), block.weight_gen())
     block.switch_to_deploy()
+    built = OREPA(4, 6, 3, weight_only=True, deploy=True)
+    assert list(built.state_dict()) == list(block.state_dict())
     with pytest.raises(ValueError, match='OREPA is merged: .* no kernel to'):
         block.weight_gen()
 

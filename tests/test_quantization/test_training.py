@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmdbb import ACB, DBB, QARepVGGConv, RepVGGConv
-from mmdbb.blocks import ConvBN
+from mmdbb.blocks import ConvBN, OREPAConv
 from mmdbb.checkpoint.deploy import deploy_checkpoint
 from mmdbb.checkpoint.export import export_network
 from mmdbb.checkpoint.load import build_model
@@ -23,7 +23,11 @@ from mmdbb.quantization.fake import (
     quantizable_layers,
     remove_quantizers_,
 )
-from mmdbb.quantization.insert_bn import conv_bn_config, insert_bn_checkpoint
+from mmdbb.quantization.insert_bn import (
+    conv_bn_config,
+    insert_bn_,
+    insert_bn_checkpoint,
+)
 from mmdbb.quantization.network import load_network
 from mmdbb.quantization.norms import calibrate_norms_
 from mmdbb.quantization.qat import QATHook
@@ -226,6 +230,16 @@ def test_the_same_kernels_get_norms():
     assert found.conv_cfg.max_kernel_size < math.inf
     backbone = dict(type='mmpretrain.ResNetDBB', depth=18)
     assert conv_bn_config(Config(backbone)).block.type == 'ConvBN'
+
+
+@pytest.mark.parametrize('bias', [True, False])
+def test_a_norm_behind_a_kernel_with_or_without_bias(bias):
+    model = nn.Sequential(OREPAConv(3, 4, 3, bias=bias)).double().eval()
+    network = nn.Sequential(ConvBN(3, 4, 3)).double().eval()
+    x = image(6, 3, 8, 9)
+    randomize(model)
+    insert_bn_(network, model, x)
+    assert distance(network(x), model(x)) < EXACT
 
 
 def test_calibrated_norms_change_nothing():
