@@ -10,7 +10,7 @@ import shutil
 import signal
 import tempfile
 import threading
-from typing import Iterator, List, Optional, Sequence
+from typing import Dict, Iterable, Iterator, List, Optional, Sequence
 
 from mmdbb.errors import UserError
 
@@ -29,8 +29,8 @@ def all_or_nothing(
         overwrite: Whether existing files may be replaced.
 
     Yields:
-        list: As many temporary paths, with the same file names, in a folder
-        beside the outputs. They are moved into place if the block ends
+        list: As many temporary paths, with the same file names, each in a
+        folder beside its output. They are moved into place if the block ends
         without an exception, and removed in any case.
 
     Raises:
@@ -44,17 +44,22 @@ def all_or_nothing(
             raise UserError(
                 f'output exists: {output}; choose another name or pass --force'
             )
-    folder = os.path.dirname(os.path.abspath(outputs[0]))
-    for output in outputs[1:]:
-        other = os.path.dirname(os.path.abspath(output))
-        if other != folder and not os.path.isdir(other):
-            raise UserError(f'no such folder: {other}, for {output}')
-    made = _missing_folders(folder)
-    scratch, done = None, False
+    folders = [os.path.dirname(os.path.abspath(path)) for path in outputs]
+    for folder, output in zip(folders, outputs):
+        if folder != folders[0] and not os.path.isdir(folder):
+            raise UserError(f'no such folder: {folder}, for {output}')
+    made = _missing_folders(folders[0])
+    # Folder -> one in it, on the same file system.
+    scratch: Dict[str, str] = {}
+    done = False
     try:
-        with uninterrupted():
-            scratch = _scratch_folder(folder)
-        drafts = [os.path.join(scratch, os.path.basename(o)) for o in outputs]
+        for folder in dict.fromkeys(folders):
+            with uninterrupted():
+                scratch[folder] = _scratch_folder(folder)
+        drafts = [
+            os.path.join(scratch[folder], os.path.basename(output))
+            for folder, output in zip(folders, outputs)
+        ]
         yield drafts
         for draft in drafts:
             # A full disk may show only now.
@@ -67,20 +72,21 @@ def all_or_nothing(
         if error.errno not in DISK_FULL:
             raise
         raise UserError(
-            f'cannot write to {folder}: {error.strerror}'
+            f'cannot write to {" or ".join(dict.fromkeys(folders))}: '
+            f'{error.strerror}'
         ) from error
     finally:
         try:
-            _clean(scratch, [] if done else made)
+            _clean(scratch.values(), [] if done else made)
         except KeyboardInterrupt:  # just before it had to wait
-            _clean(scratch, [] if done else made)
+            _clean(scratch.values(), [] if done else made)
             raise
 
 
-def _clean(scratch: Optional[str], made: Sequence[str]) -> None:
+def _clean(scratch: Iterable[str], made: Sequence[str]) -> None:
     with uninterrupted():
-        if scratch:
-            shutil.rmtree(scratch, ignore_errors=True)
+        for folder in scratch:
+            shutil.rmtree(folder, ignore_errors=True)
         _remove_empty(made)
 
 

@@ -115,6 +115,50 @@ def in_mmengine_form(
     )
 
 
+def describe_misfit(
+    state: Dict[str, Tensor], expected: Dict[str, Tensor]
+) -> str:
+    """Say how two state dicts differ, by some of their entries.
+
+    Args:
+        state: That of a file.
+        expected: That of the network.
+
+    Returns:
+        str: The differences in names, shapes and kinds of numbers; empty if
+        there are none.
+    """
+    common = {n: v for n, v in expected.items() if n in state}
+    shapes = [
+        f'{name} ({tuple(state[name].shape)} in the file, '
+        f'{tuple(value.shape)} in the network)'
+        for name, value in common.items()
+        if state[name].shape != value.shape
+    ]
+    types = [
+        f'{name} ({_dtype(state[name])} in the file, {_dtype(value)} in the '
+        'network)'
+        for name, value in common.items()
+        # A count may be a float: averaging makes it one.
+        if value.is_floating_point() and not state[name].is_floating_point()
+    ]
+    theirs, ours = _parts(state), _parts(expected)
+    others = [n for n in theirs if n not in ours]
+    own = [n for n in ours if n not in theirs]
+    parts = f'{some(others, 5)} in the file, {some(own, 5)} in the network'
+    return '; '.join(
+        f'{what}: {some(names)}'
+        for what, names in (
+            ('other parts', [parts] if others and own else []),
+            ('missing', [n for n in expected if n not in state]),
+            ('unexpected', [n for n in state if n not in expected]),
+            ('of another shape', shapes),
+            ('of another type', types),
+        )
+        if names
+    )
+
+
 def load_strictly(
     model: nn.Module,
     state: Dict[str, Tensor],
@@ -135,39 +179,10 @@ def load_strictly(
             shows some.
     """
     expected = model.state_dict()
-    common = {n: v for n, v in expected.items() if n in state}
-    shapes = [
-        f'{name} ({tuple(state[name].shape)} in the file, '
-        f'{tuple(value.shape)} in the network)'
-        for name, value in common.items()
-        if state[name].shape != value.shape
-    ]
-    types = [
-        f'{name} ({_dtype(state[name])} in the file, {_dtype(value)} in the '
-        'network)'
-        for name, value in common.items()
-        # A count may be a float: averaging makes it one.
-        if value.is_floating_point() and not state[name].is_floating_point()
-    ]
-    theirs, ours = _parts(state), _parts(expected)
-    others = [n for n in theirs if n not in ours]
-    own = [n for n in ours if n not in theirs]
-    parts = f'{some(others, 5)} in the file, {some(own, 5)} in the network'
-    complaints = [
-        f'{what}: {some(names)}'
-        for what, names in (
-            ('other parts', [parts] if others and own else []),
-            ('missing', [n for n in expected if n not in state]),
-            ('unexpected', [n for n in state if n not in expected]),
-            ('of another shape', shapes),
-            ('of another type', types),
-        )
-        if names
-    ]
-    if complaints:
+    misfit = describe_misfit(state, expected)
+    if misfit:
         raise UserError(
-            f'{path} does not fit the network of the config; '
-            f'{"; ".join(complaints)}'
+            f'{path} does not fit the network of the config; {misfit}'
         )
     if keep_dtype:
         state = {

@@ -11,6 +11,8 @@ import argparse
 import math
 import os
 import sys
+import traceback
+import warnings
 from pathlib import Path
 from typing import Callable, NoReturn, Optional, Tuple
 
@@ -18,6 +20,15 @@ from mmengine.config import Config, DictAction
 from mmengine.utils import import_modules_from_strings
 
 from mmdbb.errors import UserError
+
+#: What constructors raise of arguments that are wrong.
+BAD_ARGUMENTS = (
+    AssertionError,
+    ImportError,
+    KeyError,
+    TypeError,
+    ValueError,
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -49,18 +60,48 @@ class CfgOptions(DictAction):
 def run_command(main: Callable[[], None]) -> None:
     """Run a tool's `main`; a `UserError` ends it with exit code 2.
 
-    A file that is missing is the user's mistake too: data sets and weights
-    are named in configs, and the error names the file.
+    What else is the user's: a file that the system refuses, which the error
+    names, and what cannot be built as the config says.
     """
+    # mmengine's, of its own use of setuptools.
+    warnings.filterwarnings('ignore', message='pkg_resources is deprecated')
     try:
         main()
-    except (UserError, FileNotFoundError) as error:
-        line = ' '.join(str(error).split())
-        print(f'{Path(sys.argv[0]).name}: {line}', file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
         print(f'{Path(sys.argv[0]).name}: interrupted', file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        text = _explained(error)
+        if text is None or os.environ.get('MMDBB_TRACEBACK'):
+            raise
+        line = ' '.join(text.split())
+        print(f'{Path(sys.argv[0]).name}: {line}', file=sys.stderr)
+        sys.exit(2)
+
+
+def _explained(error: Exception) -> Optional[str]:
+    """What to say of a user's mistake; None for a bug."""
+    if isinstance(error, UserError) or getattr(error, 'filename', None):
+        return str(error)
+    if _is_of_config(error):
+        return (
+            f'cannot build what the config says: {type(error).__name__}: '
+            f'{error} (MMDBB_TRACEBACK=1 shows where)'
+        )
+    return None
+
+
+def _is_of_config(error: Exception) -> bool:
+    """Whether a part of the config could not be built as it says."""
+    if not isinstance(error, BAD_ARGUMENTS):
+        return False
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        place = frame.f_globals.get('__name__'), frame.f_code.co_name
+        if place[0] == 'mmengine.runner.runner' and place[1].startswith(
+            'build_'
+        ):
+            return True
+    return False
 
 
 def at_least_one(text: str) -> int:

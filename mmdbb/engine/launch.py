@@ -9,15 +9,22 @@ from __future__ import annotations
 
 import argparse
 import copy
+import os
+import re
 from typing import NamedTuple
 
 from mmengine.config import Config, ConfigDict
 from mmengine.device import get_device
+from mmengine.hooks import Hook
 from mmengine.registry import METRICS, RUNNERS
 from mmengine.runner import Runner
 from torch import nn
 
-from mmdbb.checkpoint.files import load_strictly, read_checkpoint
+from mmdbb.checkpoint.files import (
+    describe_misfit,
+    load_strictly,
+    read_checkpoint,
+)
 from mmdbb.checkpoint.formats import is_safetensors
 from mmdbb.checkpoint.load import give_structure_
 from mmdbb.engine.command import UserError, check_file
@@ -64,6 +71,12 @@ TASKS = {
         tta_meta=('flip', 'flip_direction'),
     ),
     'mmseg': Task(draw='draw', show_dir='visualizer.save_dir'),
+}
+#: Launcher -> a variable that it sets for its processes.
+LAUNCHED = {
+    'pytorch': 'RANK',
+    'slurm': 'SLURM_PROCID',
+    'mpi': 'OMPI_COMM_WORLD_LOCAL_RANK',
 }
 # Another package of the family: what most of them do.
 OTHERS = Task(draw='draw', show_dir='visualizer.save_dir')
@@ -131,6 +144,7 @@ def test(config: Config, args: argparse.Namespace) -> dict:
     if own_form:  # mmengine does not read it
         config.load_from = None
     runner = build_runner(config)
+    runner.register_hook(FittingCheckpointHook(args.checkpoint), 'LOWEST')
     if local:
         loaded = read_checkpoint(args.checkpoint)
         model = give_structure_(_unwrapped(runner.model), loaded)
@@ -140,6 +154,38 @@ def test(config: Config, args: argparse.Namespace) -> dict:
         dump = dict(type=_task(config).dump, out_file_path=args.out)
         runner.test_evaluator.metrics.append(METRICS.build(dump))
     return runner.test()
+
+
+class FittingCheckpointHook(Hook):
+    """Refuses a checkpoint that lacks parameters of the network.
+
+    mmengine warns of them in the log, and evaluates them as they were made.
+
+    Args:
+        path: Path of the checkpoint, for the message.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Compare names and shapes before the weights are copied.
+
+        Raises:
+            UserError: If a parameter is missing or has another shape.
+        """
+        state = {
+            re.sub('^module[.]', '', name): value
+            for name, value in checkpoint.get('state_dict', checkpoint).items()
+        }
+        model = _unwrapped(runner.model)
+        for name, parameter in model.named_parameters():
+            if name not in state or state[name].shape != parameter.shape:
+                misfit = describe_misfit(state, model.state_dict())
+                raise UserError(
+                    f'{self.path} does not fit the network of the config; '
+                    f'{misfit}'
+                )
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
@@ -161,8 +207,14 @@ def build_runner(config: Config) -> Runner:
             for key, value in _task(config).dataloader.items():
                 loader.setdefault(key, value)
     launcher = config.get('launcher', 'none')
-    if launcher in ('pytorch', 'slurm') and get_device() == 'cpu':
+    if launcher != 'none' and get_device() == 'cpu':
         raise UserError(f'--launcher {launcher} needs GPUs; none was found')
+    started = LAUNCHED.get(launcher)
+    if started and started not in os.environ:
+        raise UserError(
+            f'--launcher {launcher} needs the environment of its processes; '
+            f'{started} is not set'
+        )
     if 'runner_type' in config:
         return RUNNERS.build(config)
     return Runner.from_cfg(config)

@@ -3,7 +3,9 @@
 import itertools
 import os
 import resource
+import shutil
 import signal
+import tempfile
 import time
 
 import pytest
@@ -123,6 +125,28 @@ def test_a_folder_that_is_missing_shows_at_once(tmp_path):
         with all_or_nothing(*outputs):
             raise AssertionError('too late')
     assert not list(tmp_path.iterdir())
+
+
+def test_outputs_on_two_file_systems(tmp_path):
+    if not os.path.isdir('/dev/shm'):
+        pytest.skip('no second file system')
+    other = tempfile.mkdtemp(dir='/dev/shm')
+    try:
+        if os.stat(other).st_dev == os.stat(tmp_path).st_dev:
+            pytest.skip('no second file system')
+        # The same file name in both: they must not meet on the way.
+        outputs = [str(tmp_path / 'a.pth'), os.path.join(other, 'a.pth')]
+        for number in range(4):
+            with all_or_nothing(*outputs, overwrite=number > 0) as drafts:
+                for draft, output in zip(drafts, outputs):
+                    with open(draft, 'w') as file:
+                        file.write(f'{number} {output}')
+            for output in outputs:
+                with open(output) as file:
+                    assert file.read() == f'{number} {output}'
+                assert os.listdir(os.path.dirname(output)) == ['a.pth']
+    finally:
+        shutil.rmtree(other)
 
 
 def test_interrupted(tmp_path):

@@ -10,6 +10,7 @@ from pathlib import Path
 import mmcv
 import numpy as np
 import pytest
+import torch
 
 NUMBERS = itertools.count()
 ROOT = Path(__file__).resolve().parents[2]
@@ -157,6 +158,8 @@ def test_work_dir_is_named_after_the_config(folder, monkeypatch, tmp_path):
     assert (tmp_path / 'work_dirs/config/epoch_1.pth').is_file()
 
 
+#: Makes the run's name its own.
+OWN = ('--work-dir', 'work')
 MISTAKES = {
     'no arguments': ('train', [], 'required: config'),
     'no config': ('train', ['none.py'], 'no such config: none.py'),
@@ -190,6 +193,37 @@ MISTAKES = {
         'nowhere',
     ),
     'unknown argument': ('train', ['config.py', '--resum-e'], '--resum-e'),
+    'unknown key of the loop': (
+        'train',
+        ['config.py', *OWN, '--cfg-options', 'train_cfg.max_epoch=1'],
+        'TypeError: EpochBasedTrainLoop.__init__() got an unexpected keyword '
+        "argument 'max_epoch' (MMDBB_TRACEBACK=1 shows where)",
+    ),
+    'unknown depth': (
+        'train',
+        ['config.py', *OWN, '--cfg-options', 'model.backbone.depth=17'],
+        'cannot build what the config says: ValueError: depth must be one of',
+    ),
+    'no images in a batch': (
+        'train',
+        [
+            'config.py',
+            *OWN,
+            '--cfg-options',
+            'train_dataloader.batch_size=0',
+        ],
+        'cannot build what the config says: ValueError: batch_size should be',
+    ),
+    'a file in the place of the work folder': (
+        'train',
+        ['config.py', '--work-dir', 'plain.py'],
+        "File exists: '",
+    ),
+    'weights of another network': (
+        'test',
+        ['config.py', 'other.pth', *OWN],
+        'other.pth does not fit the network of the config; missing: backbone.',
+    ),
     'no checkpoint': (
         'test',
         ['config.py', 'none.pth'],
@@ -216,6 +250,8 @@ def test_mistake_takes_one_line(case, folder, monkeypatch, tmp_path, capfd):
         'imports.py': "custom_imports = dict(imports=['no_such_module'])",
     }.items():
         Path(file).write_text(content)
+    if 'other.pth' in arguments:
+        torch.save(dict(state_dict=dict(neck=torch.ones(2))), 'other.pth')
     with pytest.raises(SystemExit) as end:
         tool(name, *arguments)
     assert end.value.code == 2
@@ -223,19 +259,19 @@ def test_mistake_takes_one_line(case, folder, monkeypatch, tmp_path, capfd):
     line = error.strip().splitlines()[-1]
     assert line.startswith(f'{name}.py: ') and message in line
     assert 'Traceback' not in error
-    assert not list(Path('.').glob('**/*.pth'))
+    assert not list(Path('.').glob('**/epoch_*.pth'))
 
 
 def test_bug_keeps_its_traceback(folder):
     # Something fails deep inside a host package.
-    with pytest.raises(KeyError, match='invalid depth 17'):
+    with pytest.raises(RuntimeError, match='shapes cannot be multiplied'):
         tool(
             'train',
             folder / 'config.py',
             '--work-dir',
             folder / 'bug',
             '--cfg-options',
-            'model.backbone.depth=17',
+            'model.head.in_channels=17',
         )
 
 
