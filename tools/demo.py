@@ -7,7 +7,7 @@ Takes some minutes on two CPU cores. A failed stage ends with exit code 1.
 from pathlib import Path
 
 from mmdbb.demo.run import TASKS, run_demo
-from mmdbb.engine.command import Parser, run_command
+from mmdbb.engine.command import Parser, run_command, seed
 
 
 def main() -> None:
@@ -26,7 +26,7 @@ def main() -> None:
         help='folder that has or gets the data set; default: data',
     )
     parser.add_argument(
-        '--seed', type=int, default=0, help='of the training; default: 0'
+        '--seed', type=seed, default=0, help='of the training; default: 0'
     )
     args = parser.parse_args()
     home = Path(__file__).resolve().parents[1]

@@ -14,6 +14,10 @@ fi
 config=$1
 checkpoint=$2
 gpus=$3
+if ! [[ $gpus =~ ^[1-9][0-9]*$ ]]; then
+  echo "$0: GPUS_PER_MACHINE must be a whole number from 1 on, got '$gpus'" >&2
+  exit 2
+fi
 
 exec "${PYTHON:-python}" -m torch.distributed.run \
   --nnodes="${NNODES:-1}" \

@@ -12,6 +12,10 @@ if [ $# -lt 2 ]; then
 fi
 config=$1
 gpus=$2
+if ! [[ $gpus =~ ^[1-9][0-9]*$ ]]; then
+  echo "$0: GPUS_PER_MACHINE must be a whole number from 1 on, got '$gpus'" >&2
+  exit 2
+fi
 
 exec "${PYTHON:-python}" -m torch.distributed.run \
   --nnodes="${NNODES:-1}" \

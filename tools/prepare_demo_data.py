@@ -7,7 +7,7 @@ alone, an interrupted one completed.
 
 from mmdbb.demo.layouts import LAYOUTS
 from mmdbb.demo.prepare import prepare
-from mmdbb.engine.command import Parser, run_command
+from mmdbb.engine.command import Parser, at_least_one, run_command, seed
 
 
 def main() -> None:
@@ -22,15 +22,18 @@ def main() -> None:
     parser.add_argument(
         '--root', default='data', help='folder to write into; default: data'
     )
-    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--seed', type=seed, default=0)
     parser.add_argument(
         '--train',
-        type=int,
+        type=at_least_one,
         metavar='N',
         help="images to train on; default: each data set's own number",
     )
     parser.add_argument(
-        '--val', type=int, metavar='N', help='images to validate on, likewise'
+        '--val',
+        type=at_least_one,
+        metavar='N',
+        help='images to validate on, likewise',
     )
     args = parser.parse_args()
     for task in args.task:

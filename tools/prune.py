@@ -10,6 +10,10 @@ are to go. tools/test.py evaluates the result, mmdbb.load_deployed loads it.
 from mmdbb.engine.command import (
     Parser,
     add_config_arguments,
+    add_image_choice_arguments,
+    add_image_size_argument,
+    at_least_one,
+    at_least_zero,
     load_config,
     run_command,
 )
@@ -41,7 +45,7 @@ def parse_args():
     )
     parser.add_argument(
         '--round-to',
-        type=int,
+        type=at_least_one,
         metavar='N',
         help='make the numbers of channels multiples of N',
     )
@@ -55,35 +59,16 @@ def parse_args():
     )
     parser.add_argument(
         '--lr-scale',
-        type=float,
+        type=at_least_zero,
         default=0.1,
         help="share of the config's learning rate; default: %(default)s",
     )
     parser.add_argument(
         '--onnx', metavar='FILE.onnx', help='export the result as well'
     )
-    parser.add_argument(
-        '--calib',
-        type=int,
-        default=128,
-        metavar='N',
-        help='images for the statistics of norms; default: %(default)s',
-    )
-    parser.add_argument(
-        '--image-size',
-        nargs=2,
-        type=int,
-        metavar=('HEIGHT', 'WIDTH'),
-        help='pixels of an image; default: those of the test set',
-    )
-    parser.add_argument(
-        '--metric', help='figure of the evaluator; default: its main one'
-    )
-    parser.add_argument(
-        '--seed',
-        type=int,
-        default=0,
-        help='of the choice of images; default: 0',
+    add_image_choice_arguments(parser, 'for the statistics of norms')
+    add_image_size_argument(
+        parser, 'pixels of an image; default: those of the test set'
     )
     parser.add_argument(
         '--force', action='store_true', help='replace outputs that exist'

@@ -17,6 +17,9 @@ one convolution with a batch norm that at first changes nothing.
 from mmdbb.engine.command import (
     Parser,
     add_config_arguments,
+    add_image_choice_arguments,
+    add_image_size_argument,
+    at_least_zero,
     load_config,
     run_command,
 )
@@ -37,13 +40,7 @@ def parse_args():
     parser.add_argument(
         'out', help='file to write: *.onnx, with --insert-bn *.pth'
     )
-    parser.add_argument(
-        '--calib',
-        type=int,
-        default=128,
-        metavar='N',
-        help='images to calibrate with; default: %(default)s',
-    )
+    add_image_choice_arguments(parser, 'to calibrate with')
     parser.add_argument(
         '--calib-split',
         choices=SPLITS,
@@ -72,19 +69,12 @@ def parse_args():
         metavar='OPERATOR',
         help='ONNX operators to quantize; default: all that can be',
     )
-    parser.add_argument(
-        '--image-size',
-        nargs=2,
-        type=int,
-        metavar=('HEIGHT', 'WIDTH'),
-        help='pixels that the file takes; default: those of the test set',
-    )
-    parser.add_argument(
-        '--metric', help='figure of the evaluator; default: its main one'
+    add_image_size_argument(
+        parser, 'pixels that the file takes; default: those of the test set'
     )
     parser.add_argument(
         '--max-drop',
-        type=float,
+        type=at_least_zero,
         default=1.0,
         metavar='POINTS',
         help='largest fall of the metric, in hundredths; default: 1',
@@ -96,12 +86,6 @@ def parse_args():
         '--insert-bn',
         action='store_true',
         help='write OUT.pth and OUT.py to train on, instead of an INT8 file',
-    )
-    parser.add_argument(
-        '--seed',
-        type=int,
-        default=0,
-        help='of the choice of images; default: 0',
     )
     parser.add_argument(
         '--force', action='store_true', help='replace OUT if it exists'

@@ -18,7 +18,9 @@ from mmdbb.checkpoint.export_formats import FORMATS, INPUT
 from mmdbb.engine.command import (
     Parser,
     add_config_arguments,
+    add_image_size_argument,
     add_unsafe_argument,
+    at_least_zero,
     load_config,
     run_command,
 )
@@ -87,17 +89,12 @@ def parse_args():
         default=[],
         help='images to compare the networks on, besides random ones',
     )
-    parser.add_argument(
-        '--image-size',
-        nargs=2,
-        type=int,
-        default=(224, 224),
-        metavar=('HEIGHT', 'WIDTH'),
-        help='pixels, for the comparison; default: %(default)s',
+    add_image_size_argument(
+        parser, 'pixels, for the comparison; default: %(default)s', (224, 224)
     )
     parser.add_argument(
         '--tolerance',
-        type=float,
+        type=at_least_zero,
         help='largest difference allowed, relative to the largest magnitude '
         'of an output; default: 1e-4, of half precision 1e-2, of bfloat16 0.1',
     )

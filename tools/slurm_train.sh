@@ -12,6 +12,13 @@ partition=$1
 job_name=$2
 gpus=${GPUS:-8}
 gpus_per_node=${GPUS_PER_NODE:-8}
+cpus_per_task=${CPUS_PER_TASK:-5}
+for name in gpus gpus_per_node cpus_per_task; do
+  if ! [[ ${!name} =~ ^[1-9][0-9]*$ ]]; then
+    echo "$0: ${name^^} must be a whole number from 1 on, got '${!name}'" >&2
+    exit 2
+  fi
+done
 if ((gpus < gpus_per_node)); then
   gpus_per_node=$gpus
 fi
@@ -26,7 +33,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 exec srun --partition="$partition" --job-name="$job_name" \
   --gres="gpu:$gpus_per_node" --nodes=$((gpus / gpus_per_node)) \
   --ntasks-per-node=1 \
-  --cpus-per-task=$((${CPUS_PER_TASK:-5} * gpus_per_node)) \
+  --cpus-per-task=$((cpus_per_task * gpus_per_node)) \
   --kill-on-bad-exit=1 ${SRUN_ARGS:-} \
   bash -c '
     first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)

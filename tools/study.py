@@ -21,25 +21,25 @@ def parse_args():
     )
     parser.add_argument(
         '--seeds',
-        type=int,
+        type=at_least_one,
         default=10,
         help='trainings of each block; default: %(default)s',
     )
     parser.add_argument(
         '--images',
-        type=int,
+        type=at_least_one,
         default=30,
         help='training images a class; default: %(default)s',
     )
     parser.add_argument(
         '--epochs',
-        type=int,
+        type=at_least_one,
         default=40,
         help='passes over them; default: %(default)s',
     )
     parser.add_argument(
         '--batch',
-        type=int,
+        type=at_least_one,
         default=50,
         help='images in a step; default: %(default)s',
     )

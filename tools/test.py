@@ -5,6 +5,8 @@ from mmdbb.engine.command import (
     Parser,
     add_config_arguments,
     add_launcher_arguments,
+    at_least_one,
+    at_least_zero,
     load_config,
     run_command,
 )
@@ -26,13 +28,13 @@ def parse_args():
     )
     parser.add_argument(
         '--interval',
-        type=int,
+        type=at_least_one,
         default=1,
         help='draw every so many batches (classification: images)',
     )
     parser.add_argument(
         '--wait-time',
-        type=float,
+        type=at_least_zero,
         default=2,
         help='seconds that an image is shown',
     )

@@ -1,0 +1,105 @@
+"""Arguments that no tool can use, refused before any work."""
+
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TOOLS = Path(__file__).resolve().parents[2] / 'tools'
+FILES = ('config.py', 'in.pth', 'out.pth')
+ONE = 'must be a whole number from 1 on'
+ZERO = 'must be a finite number from 0 on'
+SEED = 'must be a whole number from 0 to 2**32 - 1'
+
+
+def tool(name, *arguments):
+    """Run a tool in this process; its exit code."""
+    argv, sys.argv = sys.argv, [f'{name}.py', *map(str, arguments)]
+    try:
+        runpy.run_path(str(TOOLS / f'{name}.py'), run_name='__main__')
+    except SystemExit as end:
+        return end.code
+    finally:
+        sys.argv = argv
+    return 0
+
+
+NUMBERS = [
+    *(
+        (name, files, ('--image-size', *size), ONE)
+        for name, files in (
+            ('reparam', FILES),
+            ('quantize', FILES),
+            ('prune', FILES),
+            ('benchmark', ()),
+        )
+        for size in ((-1, 32), (32, 0))
+    ),
+    *(
+        (name, FILES, (option, number), ZERO)
+        for name, option in (
+            ('reparam', '--tolerance'),
+            ('quantize', '--max-drop'),
+            ('prune', '--lr-scale'),
+        )
+        for number in ('-1', 'nan', 'inf', 'much')
+    ),
+    ('test', FILES[:2], ('--wait-time', '-1'), ZERO),
+    ('test', FILES[:2], ('--interval', '0'), ONE),
+    ('quantize', FILES, ('--calib', '0'), ONE),
+    ('prune', FILES, ('--calib', '0'), ONE),
+    ('prune', FILES, ('--round-to', '0'), ONE),
+    *(
+        ('study', ('--out', 'out.json'), (option, '0'), ONE)
+        for option in ('--seeds', '--images', '--epochs', '--batch')
+    ),
+    ('prepare_demo_data', (), ('--train', '0'), ONE),
+    ('prepare_demo_data', (), ('--val', '0'), ONE),
+    *(
+        (name, files, ('--seed', number), SEED)
+        for name, files in (
+            ('demo', ()),
+            ('prepare_demo_data', ()),
+            ('prune', FILES),
+            ('quantize', FILES),
+        )
+        for number in ('-1', 2**32, '1.5')
+    ),
+]
+
+
+@pytest.mark.parametrize('name, files, option, message', NUMBERS)
+def test_numbers(name, files, option, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert tool(name, *files, *option) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f'{name}.py: argument {option[0]}: {message}, got')
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('number', ['0', '-1', 'two', '1.5'])
+@pytest.mark.parametrize(
+    'script, variable',
+    [
+        ('dist_train', None),
+        ('dist_test', None),
+        ('slurm_train', 'GPUS'),
+        ('slurm_test', 'GPUS_PER_NODE'),
+        ('slurm_test', 'CPUS_PER_TASK'),
+    ],
+)
+def test_numbers_of_gpus(script, variable, number):
+    path = str(TOOLS / f'{script}.sh')
+    files = FILES[:1] if script.endswith('train') else FILES[:2]
+    command = [path, 'partition', 'job', *files]
+    env = {'PYTHON': 'false', 'PATH': '/usr/bin:/bin'}
+    if variable is None:
+        command = [path, *files, number]
+    else:
+        env[variable] = number
+    run = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert run.returncode == 2
+    name = variable or 'GPUS_PER_MACHINE'
+    assert run.stderr == f'{path}: {name} {ONE}, got {number!r}\n'
