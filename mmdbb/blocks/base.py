@@ -48,6 +48,9 @@ class ReparamConv2d(BaseModule):
     #: make a block, unless they say otherwise.
     kernel_sizes: Tuple[int, float] = (2, 6)
 
+    #: Whether a block with ``bias=False`` merges into one with a bias.
+    _has_shift = True
+
     transposed = False
     output_padding = (0, 0)
 
@@ -83,13 +86,8 @@ class ReparamConv2d(BaseModule):
         self._wants_bias = bias
         if deploy:
             self.reparam_conv = nn.Conv2d(
-                **self.spec.conv_args, bias=self._has_shift
+                **self.spec.conv_args, bias=bias or self._has_shift
             )
-
-    @property
-    def _has_shift(self) -> bool:
-        """Whether the merged convolution needs a bias."""
-        return True
 
     @property
     def deploy(self) -> bool:
@@ -160,10 +158,10 @@ class ReparamConv2d(BaseModule):
         # Apple's GPUs have no float64.
         with _cast(self, 'cpu' if device.type == 'mps' else device, dtype):
             composed = self.get_equivalent_kernel_bias()
-        conv = nn.Conv2d(
-            **self.spec.conv_args, bias=self._has_shift, device='meta'
-        )
-        names = ('weight', 'bias') if self._has_shift else ('weight',)
+        owner = self.reparam_conv if self.deploy else self
+        has_bias = self._has_shift or owner.bias is not None
+        conv = nn.Conv2d(**self.spec.conv_args, bias=has_bias, device='meta')
+        names = ('weight', 'bias') if has_bias else ('weight',)
         for name, value in zip(names, composed):
             # A copy, as a merged block gives its own parameters.
             value = value.to(

@@ -37,6 +37,8 @@ class GeneratedKernelConv2d(ReparamConv2d):
         - Output: (N, out_channels, H', W') as of ``nn.Conv2d``
     """
 
+    _has_shift = False
+
     def __init__(
         self,
         generator: Callable[[ConvSpec], GeneratedKernel],
@@ -58,10 +60,6 @@ class GeneratedKernelConv2d(ReparamConv2d):
         self._apply_init_cfg()
         if single_init:
             self.single_init()
-
-    @property
-    def _has_shift(self) -> bool:
-        return self._wants_bias
 
     def forward_train(self, x: Tensor) -> Tensor:
         """One convolution with the kernel composed now."""

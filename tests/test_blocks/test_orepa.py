@@ -90,6 +90,9 @@ def test_bias(bias):
     built.load_state_dict(block.state_dict())
     assert torch.equal(built(x), block(x))
     assert repr(block.to_conv()) == repr(plain)
+    # What others have added since, as when folding a norm, is kept.
+    block.reparam_conv.bias = nn.Parameter(torch.ones(6).double())
+    assert distance(block.to_conv()(x), block(x)) < EXACT
 
 
 @torch.no_grad()
