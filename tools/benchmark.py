@@ -17,6 +17,7 @@ import torch
 from mmdbb import benchmark
 from mmdbb.checkpoint.files import all_or_nothing
 from mmdbb.engine.command import Parser, at_least_one, run_command
+from mmdbb.engine.measure import print_table
 from mmdbb.errors import UserError
 
 
@@ -84,7 +85,7 @@ def main():
                 phase, network, args.block, images, args.repeats, args.compile
             )
             rows += [dict(network=network, **as_dict(row)) for row in found]
-            print_table(f'{network}, {args.block}, {phase}', found)
+            print_rows(f'{network}, {args.block}, {phase}', found)
         bound = benchmark.composing_bound(network, args.block, images)
         if bound > 1:
             print(f'composing multiplies at least to {bound:.3f} of plain')
@@ -118,19 +119,13 @@ def as_dict(row):
     return dict(row._asdict(), time=row.time._asdict())
 
 
-def print_table(title, rows):
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title)
+def print_rows(title, rows):
     first = rows[0]
-    for column in ('variant', 'ms', 'spread', f'/ {first.variant}'):
-        table.add_column(column, justify='right')
     literal = next((r for r in rows if r.variant == 'literal'), None)
-    for column in ('/ literal', 'kept MB', '/ literal', 'peak MB'):
-        table.add_column(column, justify='right')
-    for row in rows:
-        table.add_row(
+    header = ('variant', 'ms', 'spread', f'/ {first.variant}')
+    header += ('/ literal', 'kept MB', '/ literal', 'peak MB')
+    cells = [
+        (
             row.variant,
             f'{row.time.median:.1f}',
             f'{row.time.fastest:.1f}-{row.time.slowest:.1f}',
@@ -140,7 +135,9 @@ def print_table(title, rows):
             ratio(row.kept_mb, literal and literal.kept_mb),
             '' if row.peak_mb is None else f'{row.peak_mb:.1f}',
         )
-    Console().print(table)
+        for row in rows
+    ]
+    print_table(header, cells, title=title)
 
 
 def ratio(value, base):

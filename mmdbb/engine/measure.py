@@ -5,9 +5,12 @@ from __future__ import annotations
 
 import statistics
 import time
-from typing import Callable, List, Tuple
+from typing import Callable, List, Optional, Tuple
 
 import torch
+
+#: Characters in a line of the widest table.
+WIDEST = 10_000
 
 
 @torch.no_grad()
@@ -35,21 +38,36 @@ def interleaved_latency(
 
 
 def print_table(
-    header: Tuple[str, ...], rows: List[Tuple[str, ...]], caption: str
+    header: Tuple[str, ...],
+    rows: List[Tuple[str, ...]],
+    caption: Optional[str] = None,
+    title: Optional[str] = None,
 ) -> None:
     """Print rows of text as a table, numbers to the right.
+
+    Into a file or a pipe it is as wide as it needs to be; on a terminal that
+    is too narrow, cells take more lines, and lose nothing.
 
     Args:
         header: A title for each column.
         rows: As many cells each.
         caption: Stands below the table.
+        title: Stands above it.
     """
     from rich.console import Console
+    from rich.measure import Measurement
     from rich.table import Table
 
-    table = Table(*header, caption=caption, caption_justify='left')
-    for column in table.columns[1:]:
-        column.justify = 'right'
+    table = Table(title=title, caption=caption, caption_justify='left')
+    for place, name in enumerate(header):
+        justify = 'right' if place else 'left'
+        table.add_column(name, justify=justify, overflow='fold')
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    console = Console()
+    whole = console.options.update(width=WIDEST)
+    width = Measurement.get(console, whole, table).maximum
+    if not console.file.isatty():
+        console.width = width
+    table.show_lines = console.width < width
+    console.print(table)
