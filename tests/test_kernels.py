@@ -95,6 +95,8 @@ def test_internal_channels():
     for wrong in (0, 12.0, 3):
         with pytest.raises(ValueError, match='multiple of groups=8'):
             KxKKernel(spec, wrong)
+    with pytest.raises(ValueError, match='multiple of groups=1, got True'):
+        KxKKernel(ConvSpec(8, 8, 3), True)
 
 
 @pytest.mark.parametrize('groups', [1, 2])

@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mmdbb.branches.base import Branch, fuse_kernel_norm
 from mmdbb.branches.norm import norm_then_pad, run_norm
 from mmdbb.geometry import ConvSpec
+from mmdbb.kernels.base import check_internal_channels
 from mmdbb.registry import BRANCHES
 from mmdbb.transforms import (
     KernelBias,
@@ -48,15 +49,7 @@ class PointwiseKxK(Branch):
         super().__init__(spec, norm_cfg)
         if internal_channels is None:
             internal_channels = spec.in_channels * (1 + spec.is_depthwise)
-        if (
-            not isinstance(internal_channels, int)
-            or internal_channels < 1
-            or internal_channels % spec.groups
-        ):
-            raise ValueError(
-                'internal_channels must be a positive multiple of groups='
-                f'{spec.groups}, got {internal_channels!r}'
-            )
+        check_internal_channels(internal_channels, spec)
         self.norm1 = self._norm(internal_channels)
         self.norm2 = self._norm(spec.out_channels)
         if internal_channels == spec.in_channels:

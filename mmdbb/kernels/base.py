@@ -62,3 +62,21 @@ class GeneratedKernel(nn.Module):
         kernel = nn.Parameter(torch.empty(*shape))
         nn.init.kaiming_uniform_(kernel, a=a)
         return kernel
+
+
+def check_internal_channels(internal_channels: int, spec: ConvSpec) -> None:
+    """Check the width between a 1x1 and a KxK kernel.
+
+    Raises:
+        ValueError: If it is not a positive multiple of the groups.
+    """
+    if (
+        not isinstance(internal_channels, int)
+        or isinstance(internal_channels, bool)
+        or internal_channels < 1
+        or internal_channels % spec.groups
+    ):
+        raise ValueError(
+            'internal_channels must be a positive multiple of groups='
+            f'{spec.groups}, got {internal_channels!r}'
+        )

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmdbb.geometry import ConvSpec, pad2d
-from mmdbb.kernels.base import GeneratedKernel
+from mmdbb.kernels.base import GeneratedKernel, check_internal_channels
 from mmdbb.transforms import (
     add_patterns,
     compose_1x1_kxk,
@@ -56,15 +56,7 @@ class KxKKernel(GeneratedKernel):
         super().__init__(spec)
         if internal_channels is None:
             internal_channels = spec.in_channels * (1 + (spec.groups > 4))
-        if (
-            not isinstance(internal_channels, int)
-            or internal_channels < 1
-            or internal_channels % spec.groups
-        ):
-            raise ValueError(
-                'internal_channels must be a positive multiple of groups='
-                f'{spec.groups}, got {internal_channels!r}'
-            )
+        check_internal_channels(internal_channels, spec)
         out, inside, *size = spec.kernel_shape
         # RepVGG's blocks start with smaller kernels in the paper's code.
         a = 0.0 if with_1x1 else 1.0

@@ -212,6 +212,8 @@ def test_identity_kernel_is_no_conv2d():
 def test_bad_internal_channels(width):
     with pytest.raises(ValueError, match='positive multiple of groups=2'):
         PointwiseKxK(ConvSpec(4, 4, 3, groups=2), internal_channels=width)
+    with pytest.raises(ValueError, match='multiple of groups=1, got True'):
+        PointwiseKxK(ConvSpec(4, 4, 3), internal_channels=True)
 
 
 @pytest.mark.parametrize('width', [2, 4, 6, 10])
