@@ -25,6 +25,7 @@ from mmdbb.kernels import (
     PointwiseKernel,
     StackedKernel,
 )
+from mmdbb.kernels.stack import check_flip
 
 
 @register_conv_layer('OREPA', min_kernel_size=1, max_kernel_size=math.inf)
@@ -45,6 +46,9 @@ class OREPAConv(GeneratedKernelConv2d):
         single_init: Whether only the original kernel starts with a scale
             other than zero.
 
+    Raises:
+        TypeError: If ``flip`` is not a bool.
+
     Examples:
         >>> import torch
         >>> conv = OREPAConv(4, 8, 3, padding=1)
@@ -60,6 +64,7 @@ class OREPAConv(GeneratedKernelConv2d):
         single_init: bool = False,
         **kwargs,
     ) -> None:
+        check_flip(flip)
         super().__init__(
             partial(_form, internal_channels=internal_channels, flip=flip),
             *args,

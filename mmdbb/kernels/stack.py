@@ -30,6 +30,7 @@ class StackedKernel(GeneratedKernel):
             its checkpoints ask for False.
 
     Raises:
+        TypeError: If ``flip`` is not a bool.
         ValueError: If the kernel is no stack of 3x3 kernels.
     """
 
@@ -37,6 +38,7 @@ class StackedKernel(GeneratedKernel):
         self, spec: ConvSpec, generated: bool = True, flip: bool = False
     ) -> None:
         super().__init__(spec)
+        check_flip(flip)
         self.flip = flip
         if not self.serves(spec.kernel_size):
             raise ValueError(
@@ -120,3 +122,9 @@ class PlainKernel(GeneratedKernel):
 
     def single_init(self) -> None:
         """Nothing: it is the original kernel alone."""
+
+
+def check_flip(flip: bool) -> None:
+    """Raise a TypeError if ``flip`` is neither True nor False."""
+    if not isinstance(flip, bool):
+        raise TypeError(f'flip must be True or False, got {flip!r}')

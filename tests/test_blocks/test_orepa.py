@@ -61,6 +61,12 @@ def test_options_of_the_config():
     assert block.generator.inner1.shape == (8, 4, 1, 1)
     assert distance(block.generator(), block.generator.origin) < 1e-6
     assert build_conv_layer(dict(type='OREPA', flip=True), 4, 6, 7)
+    for size in (1, 3, 7):
+        cfg = dict(type='OREPA', flip='no')
+        with pytest.raises(TypeError, match="flip must be .*, got 'no'"):
+            build_conv_layer(cfg, 4, 6, size)
+    with pytest.raises(TypeError, match='flip must be True or False, got 1'):
+        OREPA_LargeConv(4, 6, 7, flip=1)
     with pytest.raises(TypeError, match='unknown keys .*branches'):
         build_conv_layer(dict(type='OREPA', branches=['kxk']), 4, 6, 3)
     plain = dict(type='OREPA', max_kernel_size=3)
