@@ -73,7 +73,8 @@ def build_conv(
             ``max_kernel_size`` of the layer's config.
 
     Raises:
-        TypeError: If there are unknown keys; the message lists the allowed.
+        TypeError: If there are unknown keys, the message lists the allowed;
+            or a kernel size is no number.
         ValueError: If a value is not allowed.
     """
     allowed = block_arguments(block)
@@ -88,6 +89,9 @@ def build_conv(
     bias = conv_args.pop('bias', True)
     spec = ConvSpec(**conv_args)
     low, high = kernel_sizes
+    for name, size in (('min_kernel_size', low), ('max_kernel_size', high)):
+        if not isinstance(size, (int, float)) or isinstance(size, bool):
+            raise TypeError(f'{name} must be a number of pixels, got {size!r}')
     if low <= max(spec.kernel_size) <= high:
         return block(*args, **kwargs)
     return nn.Conv2d(**spec.conv_args, bias=bias)

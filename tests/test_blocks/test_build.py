@@ -68,6 +68,16 @@ def test_the_rule_is_an_argument():
         DBB(4, 8, 3, min_kernel_size=1)
 
 
+@pytest.mark.parametrize('name', ['min_kernel_size', 'max_kernel_size'])
+@pytest.mark.parametrize('value', ['a', None, True, (3, 3)])
+def test_the_rule_is_a_number(name, value):
+    cfg = {'type': 'DBB', name: value}
+    with pytest.raises(TypeError) as error:
+        build_conv_layer(cfg, 4, 8, 3)
+    message = f'{name} must be a number of pixels, got {value!r}'
+    assert str(error.value).endswith(message)
+
+
 @pytest.mark.parametrize('kernel', [1, 3, 7])
 @pytest.mark.parametrize('name', BLOCKS)
 def test_unknown_keys_are_errors_at_any_size(name, kernel):
