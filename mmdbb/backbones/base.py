@@ -80,16 +80,26 @@ def check_stages(
     """Check what a backbone of so many stages is built with.
 
     Raises:
+        TypeError: If ``channels`` or ``out_indices`` is no list of ints.
         ValueError: If ``channels``, ``out_indices`` or ``frozen_stages`` is
             out of range; the message says what is allowed.
     """
+    last = count - 1
+    which = f'some of 0 to {last}'
+    for name, allowed, values in (
+        ('channels', what, channels),
+        ('out_indices', which, out_indices),
+    ):
+        if not isinstance(values, Sequence) or not all(
+            isinstance(value, int) for value in values
+        ):
+            raise TypeError(
+                f'{name} must be {allowed}, in a list, got {values!r}'
+            )
     if len(channels) != count or min(channels) < 1:
         raise ValueError(f'channels must be {what}, got {channels}')
-    last = count - 1
     if not out_indices or any(i not in range(count) for i in out_indices):
-        raise ValueError(
-            f'out_indices must be some of 0 to {last}, got {out_indices}'
-        )
+        raise ValueError(f'out_indices must be {which}, got {out_indices}')
     if frozen_stages not in range(-1, count):
         raise ValueError(
             f'frozen_stages must be one of -1 to {last}, got {frozen_stages}'

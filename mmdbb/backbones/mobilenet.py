@@ -52,6 +52,7 @@ class MobileNetV1(StagedBackbone):
           in ``out_indices``
 
     Raises:
+        TypeError: If ``channels`` or ``out_indices`` is no list of ints.
         ValueError: If ``channels``, ``out_indices`` or ``frozen_stages`` is
             out of range; the message says what is allowed.
 
@@ -78,7 +79,6 @@ class MobileNetV1(StagedBackbone):
         norm_eval: bool = False,
         init_cfg: Union[dict, list, None] = None,
     ) -> None:
-        super().__init__(out_indices, frozen_stages, norm_eval, init_cfg)
         if channels is None:
             channels = [base_channels * 2**i for i in range(6)]
         check_stages(
@@ -88,6 +88,7 @@ class MobileNetV1(StagedBackbone):
             frozen_stages,
             'six positive numbers, of the stem and of five stages',
         )
+        super().__init__(out_indices, frozen_stages, norm_eval, init_cfg)
         self.channels = tuple(channels)
         layer_args = dict(
             padding=1,

@@ -181,6 +181,23 @@ def test_wrong_arguments(kwargs, message):
         MobileNetV1(**kwargs)
 
 
+@pytest.mark.parametrize('cls', [MobileNetV1, MobileNetV1DBB])
+@pytest.mark.parametrize(
+    'kwargs, message',
+    [
+        (dict(out_indices=5), 'out_indices must be some of 0 to 5, .* got 5'),
+        (dict(out_indices='5'), "out_indices must be some of .* got '5'"),
+        (dict(out_indices=(1.5,)), r'out_indices must be .* got \(1.5,\)'),
+        (dict(channels=8), 'channels must be six positive .* got 8'),
+        (dict(channels=(8.0,) * 6), r'channels must be six .* got \(8.0, '),
+        (dict(base_channels='a'), 'channels must be six positive'),
+    ],
+)
+def test_arguments_of_wrong_types(cls, kwargs, message):
+    with pytest.raises(TypeError, match=message):
+        cls(**kwargs)
+
+
 def test_conv_cfg_is_refused():
     with pytest.raises(TypeError, match='takes block='):
         MobileNetV1DBB(conv_cfg=dict(type='DBB'))
