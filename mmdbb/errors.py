@@ -1,9 +1,32 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
 """Mistakes of the user's, as opposed to mistakes of ours."""
 
+import importlib
+
 
 class UserError(Exception):
     """Something that the user can put right: a path, a config, a file.
 
     The message is one line that names what was given and what is allowed.
     """
+
+
+def require_packages(what: str, extra: str, *modules: str) -> None:
+    """Raise early if a package is missing that only a part of mmdbb needs.
+
+    Args:
+        what: Needs them.
+        extra: Name of the extra that brings them.
+        modules: What is imported.
+
+    Raises:
+        UserError: It names the package and how to install it.
+    """
+    for name in modules:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise UserError(
+                f'{what} needs {name} ({error}); in the checkout of mmdbb: '
+                f'pip install -e ".[{extra}]"'
+            ) from error

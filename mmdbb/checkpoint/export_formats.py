@@ -9,7 +9,6 @@ ONNX among the model's properties, in the others as the extra file
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
 import warnings
 from typing import Callable, Dict, Iterator, List, NamedTuple, Tuple
@@ -17,7 +16,7 @@ from typing import Callable, Dict, Iterator, List, NamedTuple, Tuple
 import torch
 from torch import Tensor, nn
 
-from mmdbb.errors import UserError
+from mmdbb.errors import UserError, require_packages
 
 #: Under this name each file carries what is known of it, as JSON.
 METADATA = 'mmdbb'
@@ -62,14 +61,7 @@ def file_format(name: str, out: str) -> Format:
         raise UserError(
             f'the output of format {name} must end in {kind.suffix}, got {out}'
         )
-    for package in kind.packages:
-        try:
-            importlib.import_module(package)
-        except ImportError as error:
-            raise UserError(
-                f'format {name} needs the package {error.name or package}: '
-                'pip install "mmdbb[formats]"'
-            ) from error
+    require_packages(f'format {name}', 'formats', *kind.packages)
     return kind
 
 

@@ -16,23 +16,6 @@ from mmdbb.checkpoint.files import load_strictly, read_checkpoint
 from mmdbb.checkpoint.load import build_model, load_deployed
 from mmdbb.checkpoint.verify import compare_networks, network_outputs
 from mmdbb.engine.measure import interleaved_latency, print_table
-from mmdbb.errors import UserError
-
-
-def check_packages() -> None:
-    """Raise early if what the report needs is missing.
-
-    Raises:
-        UserError: It names the package and how to install it.
-    """
-    for name in ('rich', 'matplotlib'):
-        try:
-            __import__(name)
-        except ImportError as error:
-            raise UserError(
-                f'the demo needs {name} ({error}); install it with: '
-                "pip install 'mmdbb[demo]'"
-            ) from None
 
 
 def report(

@@ -21,7 +21,7 @@ from mmengine.config import Config
 from mmdbb.demo.layouts import LAYOUTS
 from mmdbb.demo.prepare import prepare
 from mmdbb.demo.progress import Progress
-from mmdbb.errors import UserError
+from mmdbb.errors import UserError, require_packages
 
 # Written into the work folder by all stages, and the sign that it is ours.
 LOG = 'demo.log'
@@ -105,9 +105,9 @@ def run_demo(
         UserError: Something that the user can put right.
         SystemExit: A stage failed, or the two networks differ.
     """
-    from mmdbb.demo.report import check_packages, report
+    from mmdbb.demo.report import report
 
-    check_packages()
+    require_packages('the demo', 'demo', 'rich', 'matplotlib')
     spec = TASKS[task]
     work = _claim(Path(work_dir or f'work_dirs/demo_{task}'))
     config = home / 'configs' / 'demo' / spec.config

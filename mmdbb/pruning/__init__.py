@@ -2,5 +2,5 @@
 """Fewer filters: penalties on merged kernels, and structural pruning.
 
 Imported on its own, by the tools or by ``custom_imports`` of a config that
-uses its hook. Pruning needs ``pip install 'mmdbb[pruning]'``.
+uses its hook. Pruning needs the extra ``pruning``.
 """

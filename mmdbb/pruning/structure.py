@@ -21,7 +21,7 @@ from mmdbb.checkpoint.export_modules import (
     export_module,
 )
 from mmdbb.checkpoint.verify import DENSE_HEADS
-from mmdbb.errors import UserError
+from mmdbb.errors import UserError, require_packages
 from mmdbb.reparam import find_blocks
 
 #: What a checkpoint of a pruned network notes of itself.
@@ -34,13 +34,9 @@ def require_torch_pruning():
     Raises:
         UserError: If it is missing.
     """
-    try:
-        import torch_pruning
-    except ImportError as error:
-        raise UserError(
-            f'pruning needs {error.name or "torch_pruning"}; install it '
-            "with: pip install 'mmdbb[pruning]'"
-        ) from error
+    require_packages('pruning', 'pruning', 'torch_pruning')
+    import torch_pruning
+
     return torch_pruning
 
 

@@ -2,6 +2,6 @@
 """Networks in eight bits: after training, while training, and what to expect.
 
 Imported on its own, by the tools or by ``custom_imports`` of a config that
-uses its hooks. Writing INT8 files needs ``pip install 'mmdbb[quantization]'``;
-training for them needs torch only.
+uses its hooks. Writing INT8 files needs the extra ``quantization``; training
+for them needs torch only.
 """

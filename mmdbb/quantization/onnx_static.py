@@ -14,10 +14,11 @@ from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence
 
 from torch import Tensor
 
-from mmdbb.errors import UserError
+from mmdbb.errors import UserError, require_packages
 from mmdbb.quantization.calibration import check_calibration
-from mmdbb.quantization.packages import require_packages
 
+#: What writing and running INT8 files imports.
+PACKAGES = ('onnx', 'onnxruntime', 'onnxscript')
 METHODS = ('minmax', 'entropy', 'percentile')
 #: Nodes that only a quantized file has.
 QUANTIZED = (
@@ -86,7 +87,7 @@ def quantize_onnx(
         UserError: If an argument is wrong, the file is quantized already, or
             ONNX Runtime cannot quantize it.
     """
-    require_packages()
+    require_packages('quantization', 'quantization', *PACKAGES)
     import onnx
     from onnxruntime import quantization as ort
 

@@ -21,7 +21,7 @@ from mmdbb.checkpoint.export_formats import METADATA
 from mmdbb.checkpoint.export_modules import Detector, export_module
 from mmdbb.checkpoint.files import all_or_nothing
 from mmdbb.engine.measure import interleaved_latency
-from mmdbb.errors import UserError
+from mmdbb.errors import UserError, require_packages
 from mmdbb.quantization.calibration import calibration_images
 from mmdbb.quantization.evaluate import Figure, evaluate, quiet_runner
 from mmdbb.quantization.fake import (
@@ -30,8 +30,12 @@ from mmdbb.quantization.fake import (
     remove_quantizers_,
 )
 from mmdbb.quantization.network import load_network
-from mmdbb.quantization.onnx_static import Layers, check_float, quantize_onnx
-from mmdbb.quantization.packages import require_packages
+from mmdbb.quantization.onnx_static import (
+    PACKAGES,
+    Layers,
+    check_float,
+    quantize_onnx,
+)
 from mmdbb.quantization.qdq import write_qdq
 from mmdbb.quantization.session import OnnxNetwork
 from mmdbb.version import __version__
@@ -132,7 +136,7 @@ def quantize_checkpoint(
         UserError: If an input is wrong, the network cannot be quantized, or
             the figure falls by more than ``max_drop``. Nothing is written.
     """
-    require_packages()
+    require_packages('quantization', 'quantization', *PACKAGES)
     options = options or Options()
     if not out.endswith('.onnx'):
         raise UserError(f'the output must end in .onnx, got {out}')

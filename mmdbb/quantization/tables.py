@@ -7,7 +7,7 @@ import math
 from typing import List
 
 from mmdbb.engine.measure import print_table
-from mmdbb.errors import UserError
+from mmdbb.errors import UserError, require_packages
 from mmdbb.quantization.ptq import Quantized
 from mmdbb.quantization.ranges import OUTLIER, KernelRange
 
@@ -106,13 +106,9 @@ def plot_ranges(ranges: List[KernelRange], path: str) -> None:
     Raises:
         UserError: If matplotlib is missing or does not know the format.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError(
-            f'a plot needs matplotlib ({error}); install it with: '
-            "pip install 'mmdbb[demo]'"
-        ) from error
+    require_packages('a plot', 'demo', 'matplotlib')
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(max(6, 0.32 * len(ranges) + 2), 6))
     above, below = figure.subplots(2, 1, sharex=True)
     places = range(len(ranges))

@@ -219,7 +219,7 @@ def test_wrong_numbers(arguments, message, tmp_path):
 def test_a_missing_package(trained, tmp_path, monkeypatch):
     cfg, checkpoint = trained('classification')
     monkeypatch.setitem(sys.modules, 'torch_pruning', None)
-    with pytest.raises(UserError, match=r"pip install 'mmdbb\[pruning\]'"):
+    with pytest.raises(UserError, match=r'pip install -e "\.\[pruning\]"$'):
         prune_checkpoint(cfg, checkpoint, str(tmp_path / 'o.pth'))
     assert not list(tmp_path.iterdir())
 
