@@ -150,7 +150,8 @@ class ResNetBlocks(BlocksForConvNorm):
         for parent, conv, _ in conv_norm_pairs(self):
             last = getattr(parent, conv)
             ends_residual = conv == 'conv2' and not hasattr(parent, 'conv3')
-            if isinstance(last, BranchSumConv2d) and ends_residual:
+            has_gammas = isinstance(last, BranchSumConv2d) and not last.deploy
+            if has_gammas and ends_residual:
                 last.init_gamma(0.0)
 
 

@@ -217,6 +217,13 @@ def test_wrong_arguments(options, error, message):
         ResNetDBB(**dict(dict(depth=18), **options))
 
 
+def test_merged_blocks_are_left_as_they_are_made():
+    block = dict(type='DBB', deploy=True)
+    model = ResNetDBB(18, zero_init_residual=True, block=block, **NARROW)
+    model.init_weights()
+    assert model.layer1[0].conv2.reparam_conv.weight.any()
+
+
 @pytest.mark.parametrize('kind', [ResNetDBB, MobileNetV1DBB])
 def test_plain_convolutions(kind):
     args = dict(base_channels=8)
