@@ -39,6 +39,9 @@ OWN_BACKBONES = (
 #: Constructors of optimizers that only mmdbb knows.
 OWN_CONSTRUCTORS = ('ReparamOptimWrapperConstructor',)
 
+#: Hooks of mmdbb, which have nothing to do where no block is left.
+OWN_HOOKS = ('KernelPenaltyHook', 'QATHook', 'ReparamHook')
+
 
 def stock_config(cfg: Config) -> Config:
     """The config of the stock network, for use without mmdbb.
@@ -47,16 +50,20 @@ def stock_config(cfg: Config) -> Config:
         cfg: Any config of the mm family.
 
     Returns:
-        Config: A copy without mmdbb's layers, backbones, optimizer rules and
-        imports, and without a checkpoint to start from. Where the plain
-        network is mmdbb's own (:data:`OWN_BACKBONES`), ``mmdbb.backbones`` is
-        imported.
+        Config: A copy without mmdbb's layers, backbones, optimizer rules,
+        hooks and imports, and without a checkpoint to start from. Where the
+        plain network is mmdbb's own (:data:`OWN_BACKBONES`),
+        ``mmdbb.backbones`` is imported.
     """
     fields = _without_blocks(without_own_starts(cfg.to_dict()))
     rules = fields.get('optim_wrapper') or {}
     if rules.get('constructor') in OWN_CONSTRUCTORS:
         del rules['constructor']
         rules.pop('paramwise_cfg', None)
+    hooks = fields.pop('custom_hooks', None) or []
+    hooks = [hook for hook in hooks if not _is_own_hook(hook)]
+    if hooks:
+        fields['custom_hooks'] = hooks
     imports = fields.pop('custom_imports', None) or dict(
         imports=[], allow_failed_imports=False
     )
@@ -69,6 +76,11 @@ def stock_config(cfg: Config) -> Config:
         fields['custom_imports'] = dict(imports, imports=kept)
     fields.update(load_from=None, resume=False)
     return Config(fields)
+
+
+def _is_own_hook(hook) -> bool:
+    kind = hook.get('type') if isinstance(hook, dict) else None
+    return _type_name(kind).rpartition('.')[2] in OWN_HOOKS
 
 
 def _has_own_backbone(node) -> bool:

@@ -10,24 +10,22 @@ from __future__ import annotations
 import argparse
 import copy
 import os
-import re
 from typing import NamedTuple
 
 from mmengine.config import Config, ConfigDict
 from mmengine.device import get_device
-from mmengine.hooks import Hook
 from mmengine.registry import METRICS, RUNNERS
-from mmengine.runner import Runner
-from torch import nn
+from mmengine.runner import Runner, find_latest_checkpoint
 
-from mmdbb.checkpoint.files import (
-    describe_misfit,
-    load_strictly,
-    read_checkpoint,
-)
+from mmdbb.checkpoint.files import load_strictly, read_checkpoint
 from mmdbb.checkpoint.formats import is_safetensors
 from mmdbb.checkpoint.load import give_structure_
 from mmdbb.engine.command import UserError, check_file
+from mmdbb.engine.fitting import (
+    FittingCheckpointHook,
+    StartingCheckpointHook,
+    unwrapped,
+)
 
 
 class Task(NamedTuple):
@@ -104,14 +102,18 @@ def train(config: Config, args: argparse.Namespace) -> None:
             )
         config.auto_scale_lr.enable = True
     if args.resume:
-        config.resume = True
-        # None: the latest checkpoint of the work folder.
-        config.load_from = (
-            None
+        path = (
+            find_latest_checkpoint(config.work_dir)
             if args.resume == 'auto'
             else check_file(args.resume, 'checkpoint to resume from')
         )
-    build_runner(config).train()
+        # A first start has nothing to resume, but weights to start from.
+        config.resume = path is not None
+        config.load_from = path or config.get('load_from')
+    runner = build_runner(config)
+    if config.get('load_from'):
+        runner.register_hook(StartingCheckpointHook(config), 'LOWEST')
+    runner.train()
 
 
 def test(config: Config, args: argparse.Namespace) -> dict:
@@ -147,52 +149,13 @@ def test(config: Config, args: argparse.Namespace) -> dict:
     runner.register_hook(FittingCheckpointHook(args.checkpoint), 'LOWEST')
     if local:
         loaded = read_checkpoint(args.checkpoint)
-        model = give_structure_(_unwrapped(runner.model), loaded)
+        model = give_structure_(unwrapped(runner.model), loaded)
         if own_form:
             load_strictly(model, loaded['state_dict'], args.checkpoint)
     if args.out:
         dump = dict(type=_task(config).dump, out_file_path=args.out)
         runner.test_evaluator.metrics.append(METRICS.build(dump))
     return runner.test()
-
-
-class FittingCheckpointHook(Hook):
-    """Refuses a checkpoint that lacks parameters of the network.
-
-    mmengine warns of them in the log, and evaluates them as they were made.
-
-    Args:
-        path: Path of the checkpoint, for the message.
-    """
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-
-    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Compare names and shapes before the weights are copied.
-
-        Raises:
-            UserError: If a parameter is missing or has another shape.
-        """
-        state = {
-            re.sub('^module[.]', '', name): value
-            for name, value in checkpoint.get('state_dict', checkpoint).items()
-        }
-        model = _unwrapped(runner.model)
-        for name, parameter in model.named_parameters():
-            if name not in state or state[name].shape != parameter.shape:
-                misfit = describe_misfit(state, model.state_dict())
-                raise UserError(
-                    f'{self.path} does not fit the network of the config; '
-                    f'{misfit}'
-                )
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The network in what several GPUs and augmentation put around it."""
-    while isinstance(getattr(model, 'module', None), nn.Module):
-        model = model.module
-    return model
 
 
 def build_runner(config: Config) -> Runner:

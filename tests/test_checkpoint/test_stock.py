@@ -9,17 +9,22 @@ import torch
 from helpers import EXACT, blocks_of, distance, image, randomize
 from mmcv.cnn import ConvModule
 from mmengine.config import Config
-from mmengine.registry import MODELS
+from mmengine.registry import HOOKS, MODELS
 from networks import CONFIGS, write_checkpoint, write_config
 from torch import nn
 
 from mmdbb.blocks import DBB
 from mmdbb.checkpoint.deploy import deploy_checkpoint
 from mmdbb.checkpoint.load import build_model
-from mmdbb.checkpoint.stock import STOCK_BACKBONES, stock_config
+from mmdbb.checkpoint.stock import (
+    OWN_HOOKS,
+    STOCK_BACKBONES,
+    stock_config,
+)
 from mmdbb.checkpoint.stock_weights import stock_state
 from mmdbb.errors import UserError
 from mmdbb.host_norms import norm_names
+from mmdbb.pruning.penalty import KernelPenaltyHook
 
 pytestmark = pytest.mark.usefixtures('quiet')
 
@@ -117,6 +122,30 @@ def test_own_optimizer_rules_go():
     rules['constructor'] = 'Mine'
     found = stock_config(Config(dict(optim_wrapper=rules)))
     assert found.optim_wrapper == rules
+
+
+def test_own_hooks_go():
+    own = [dict(type='ReparamHook'), dict(type='mmengine.QATHook', begin=8)]
+    own.append(dict(type=KernelPenaltyHook, weight=1e-5))
+    assert 'custom_hooks' not in stock_config(Config(dict(custom_hooks=own)))
+    others = [dict(type='EMAHook'), *own, dict(type='mine.ReparamHooks')]
+    found = stock_config(Config(dict(custom_hooks=others)))
+    assert [hook.type for hook in found.custom_hooks] == [
+        'EMAHook',
+        'mine.ReparamHooks',
+    ]
+
+
+def test_every_hook_of_ours_is_known():
+    from mmdbb.pruning import penalty  # noqa: F401
+    from mmdbb.quantization import qat  # noqa: F401
+
+    ours = [
+        name
+        for name, hook in HOOKS.module_dict.items()
+        if hook.__module__.startswith('mmdbb.')
+    ]
+    assert sorted(ours) == sorted(OWN_HOOKS)
 
 
 def test_only_our_convolutions_go():

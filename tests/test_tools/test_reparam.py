@@ -17,7 +17,7 @@ from torch import nn
 from mmdbb import load_deployed
 from mmdbb.checkpoint.files import read_checkpoint
 from mmdbb.checkpoint.load import build_model
-from mmdbb.engine import launch
+from mmdbb.engine.fitting import unwrapped
 from mmdbb.reparam import find_blocks
 
 pytestmark = pytest.mark.usefixtures('quiet')
@@ -165,5 +165,5 @@ def test_safetensors_are_tested(run, tmp_path, options):
 def test_a_network_is_found_in_its_wrappers():
     model = nn.Conv2d(3, 4, 1)
     wrapped = nn.DataParallel(nn.DataParallel(model))
-    assert launch._unwrapped(wrapped) is model
-    assert launch._unwrapped(model) is model
+    assert unwrapped(wrapped) is model
+    assert unwrapped(model) is model

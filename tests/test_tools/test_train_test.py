@@ -11,6 +11,9 @@ import mmcv
 import numpy as np
 import pytest
 import torch
+from mmengine.config import Config
+
+from mmdbb.checkpoint.deploy import deploy_checkpoint
 
 NUMBERS = itertools.count()
 ROOT = Path(__file__).resolve().parents[2]
@@ -119,6 +122,69 @@ def test_resume_from_a_path(folder, trained, tmp_path):
     assert 'resumed epoch: 1, iter: 2' in text
     assert 'accuracy/top1' not in text
     assert 'Scaling the original LR by 0.5' in text
+
+
+def test_a_first_start_resumes_nothing_and_loads_weights(
+    folder, trained, tmp_path
+):
+    tool(
+        'train',
+        folder / 'config.py',
+        '--work-dir',
+        tmp_path,
+        '--resume',
+        '--no-validate',
+        '--cfg-options',
+        f'load_from={trained / "epoch_1.pth"}',
+    )
+    text = logs(tmp_path)
+    assert f'Load checkpoint from {trained / "epoch_1.pth"}' in text
+    assert 'resumed epoch' not in text
+
+
+@pytest.mark.parametrize('resume', [True, False])
+def test_a_training_cannot_start_from_a_merged_file(
+    folder, trained, tmp_path, resume, capfd
+):
+    merged = tmp_path / 'merged.pth'
+    cfg = Config.fromfile(folder / 'config.py')
+    deploy_checkpoint(cfg, str(trained / 'epoch_1.pth'), str(merged))
+    options = ('--resume', merged)
+    if not resume:
+        options = ('--cfg-options', f'load_from={merged}')
+    with pytest.raises(SystemExit) as end:
+        tool(
+            'train',
+            folder / 'config.py',
+            '--work-dir',
+            tmp_path / 'work',
+            *options,
+        )
+    assert end.value.code == 2
+    line = capfd.readouterr().err.strip().splitlines()[-1]
+    reason = 'weights and no state' if resume else 'PlainPretrained'
+    assert str(merged) in line and reason in line
+
+
+def test_weights_of_the_rest_come_beside_a_start_of_the_blocks(
+    folder, trained, tmp_path
+):
+    merged = tmp_path / 'merged.pth'
+    cfg = Config.fromfile(folder / 'config.py')
+    deploy_checkpoint(cfg, str(trained / 'epoch_1.pth'), str(merged))
+    tool(
+        'train',
+        folder / 'config.py',
+        '--work-dir',
+        tmp_path / 'work',
+        '--no-validate',
+        '--cfg-options',
+        f'load_from={merged}',
+        'model.backbone.init_cfg.type=PlainPretrained',
+        f'model.backbone.init_cfg.checkpoint={merged}',
+        'model.backbone.init_cfg.prefix=backbone.',
+    )
+    assert (tmp_path / 'work/epoch_1.pth').is_file()
 
 
 def test_test_writes_predictions_and_images(folder, trained, tmp_path):
