@@ -75,6 +75,7 @@ def registries():
 
 
 @for_pages('python')
+@pytest.mark.usefixtures('quiet')  # mmengine logs to stdout
 def test_snippets_run(page, registries, monkeypatch):
     monkeypatch.chdir(ROOT)
     torch.manual_seed(0)
