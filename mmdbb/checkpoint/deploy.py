@@ -18,8 +18,8 @@ from mmdbb.checkpoint.files import (
 )
 from mmdbb.checkpoint.formats import SUFFIXES, write_checkpoint
 from mmdbb.checkpoint.load import load_deployed
-from mmdbb.checkpoint.merge import input_batches, merge_checkpoint, prove_equal
-from mmdbb.checkpoint.verify import Difference
+from mmdbb.checkpoint.merge import merge_checkpoint
+from mmdbb.checkpoint.verify import Difference, input_batches, prove_equal
 from mmdbb.errors import UserError
 
 

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Dict, Iterator, List, NamedTuple, Tuple
+from typing import Dict, Iterator, List, NamedTuple, Sequence, Tuple
 
+import mmcv
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -31,6 +33,12 @@ DENSE_HEADS = (
 )
 
 
+#: How far a merged network may be from the one that was trained, relative to
+#: the largest magnitude, by what its weights are rounded to.
+TOLERANCES = {torch.float16: 1e-2, torch.bfloat16: 1e-1}
+TOLERANCE = 1e-4
+
+
 class Difference(NamedTuple):
     """How far two networks are apart.
 
@@ -47,6 +55,45 @@ class Difference(NamedTuple):
 
 
 @torch.no_grad()
+def prove_equal(
+    trained: nn.Module,
+    network: nn.Module,
+    images: Sequence[str] = (),
+    image_size: Tuple[int, int] = (224, 224),
+    tolerance: float = TOLERANCE,
+    seed: int = 0,
+) -> Difference:
+    """Compare a network with the one that was trained.
+
+    Args:
+        trained: The network that was trained; in float32 afterwards.
+        network: The network to prove, in float32: what was merged, or what
+            was read from a file.
+        images: Paths of images to compare on, besides random ones.
+        image_size: Height and width in pixels to compare at.
+        tolerance: Largest difference allowed, relative to the largest
+            magnitude of an output.
+        seed: For the random images.
+
+    Returns:
+        Difference: The largest one.
+
+    Raises:
+        UserError: If an image cannot be read, the network cannot be run, or
+            the difference is larger.
+    """
+    trained = trained.float()
+    batches = input_batches(trained, images, image_size, seed)
+    difference = compare_networks(trained, network, batches)
+    if not difference.largest <= tolerance:
+        raise UserError(
+            f'the merged network differs by {difference.largest:.2e} of '
+            f'the largest magnitude, more than the tolerance '
+            f'{tolerance:.0e} (in {difference.output}); nothing written'
+        )
+    return difference
+
+
 def compare_networks(
     model: nn.Module, merged: nn.Module, batches: List[Tensor]
 ) -> Difference:
@@ -166,3 +213,49 @@ def _input_for(block: nn.Module) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, spec.in_channels, *size, generator=generator)
     return x.to(parameter)
+
+
+def input_batches(
+    model: nn.Module,
+    images: Sequence[str],
+    size: Tuple[int, int],
+    seed: int,
+) -> List[Tensor]:
+    """Random and given images, as the model's preprocessor leaves them.
+
+    Args:
+        model: The model.
+        images: Paths of images.
+        size: Height and width in pixels that they are brought to.
+        seed: For the random ones.
+
+    Raises:
+        UserError: If an image cannot be read.
+    """
+    generator = np.random.default_rng(seed)
+    batches = [
+        [
+            generator.integers(0, 256, (*size, 3), dtype=np.uint8)
+            for _ in range(2)
+        ]
+    ]
+    for path in images:
+        try:
+            image = mmcv.imread(path)
+        except (FileNotFoundError, OSError) as error:
+            raise UserError(f'cannot read image {path}: {error}') from error
+        if image is None:
+            raise UserError(f'not an image: {path}')
+        batches.append([mmcv.imresize(image, size[::-1])])
+    return [_preprocessed(model, batch) for batch in batches]
+
+
+def _preprocessed(model: nn.Module, images: List[np.ndarray]) -> Tensor:
+    tensors = [
+        torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+        for image in images
+    ]
+    preprocessor = getattr(model, 'data_preprocessor', None)
+    if preprocessor is None:
+        return torch.stack(tensors).float() / 255
+    return preprocessor(dict(inputs=tensors))['inputs']
