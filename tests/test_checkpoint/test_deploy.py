@@ -16,7 +16,7 @@ from mmengine.config import Config
 from networks import CONFIGS, SIZE, write_checkpoint, write_config
 
 from mmdbb import load_deployed
-from mmdbb.checkpoint import merge
+from mmdbb.checkpoint import deploy, merge
 from mmdbb.checkpoint.deploy import deploy_checkpoint
 from mmdbb.checkpoint.load import build_model
 from mmdbb.errors import UserError
@@ -368,10 +368,10 @@ def test_wrong_merge_leaves_nothing(trained, nothing_left, monkeypatch, task):
 
 
 def test_an_interruption_leaves_nothing(trained, nothing_left, monkeypatch):
-    def interrupted(*_):
+    def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(merge, 'compare_networks', interrupted)
+    monkeypatch.setattr(deploy, 'prove_equal', interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(trained, nothing_left / 'new' / 'out.pth')
 
