@@ -35,4 +35,4 @@ lint:
 
 bench:
 	@$(IN_ENV) tools/benchmark.py --network resnet18 resnet50 mobilenet \
-	  --threads 2 --out benchmark.json --plot benchmark.png
+	  --threads 2 --out benchmark.json --plot benchmark.png --force

@@ -115,6 +115,8 @@ def test_command(tmp_path):
         'literal',
         'default',
     ]
+    forced = subprocess.run([*command, *options, '--force'])
+    assert forced.returncode == 0
     wrong = subprocess.run(
         [*command, '--block', 'Conv2d'], capture_output=True, text=True
     )

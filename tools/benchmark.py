@@ -15,9 +15,8 @@ from pathlib import Path
 import torch
 
 from mmdbb import benchmark
-from mmdbb.checkpoint.files import all_or_nothing
 from mmdbb.engine.command import Parser, at_least_one, run_command
-from mmdbb.engine.measure import print_table
+from mmdbb.engine.measure import check_picture, print_table, report_files
 from mmdbb.errors import UserError
 
 
@@ -64,20 +63,36 @@ def parse_args():
     )
     parser.add_argument('--out', help='write the rows to this JSON file')
     parser.add_argument('--plot', help='draw the growth of one block here')
+    parser.add_argument(
+        '--force', action='store_true', help='replace files that exist'
+    )
     return parser.parse_args()
 
 
 def main():
     args = parse_args()
-    logging.disable(logging.INFO)
     try:
         device = torch.device(args.device)
         images = torch.randn(args.batch, 3, *args.image_size, device=device)
     except RuntimeError as error:
         raise UserError(f'--device {args.device}: {error}') from error
     check_block(args.block)
+    check_picture(args.plot)
     if args.threads:
         torch.set_num_threads(args.threads)
+    files = report_files(args.out, args.plot, overwrite=args.force)
+    with files as (out, plot):
+        report = measure(args, images)
+        if plot:
+            points = list(benchmark.growth(args.block, device, args.repeats))
+            report['growth'] = [point._asdict() for point in points]
+            draw_growth(points, plot)
+        if out:
+            Path(out).write_text(json.dumps(report, indent=1) + '\n')
+
+
+def measure(args, images):
+    logging.disable(logging.INFO)
     rows = []
     for network in args.network:
         for phase in args.phase:
@@ -89,7 +104,7 @@ def main():
         bound = benchmark.composing_bound(network, args.block, images)
         if bound > 1:
             print(f'composing multiplies at least to {bound:.3f} of plain')
-    report = dict(
+    return dict(
         settings=vars(args),
         machine=dict(
             processor=platform.processor() or platform.machine(),
@@ -98,13 +113,6 @@ def main():
         ),
         rows=rows,
     )
-    if args.plot:
-        points = list(benchmark.growth(args.block, device, args.repeats))
-        report['growth'] = [point._asdict() for point in points]
-        draw_growth(points, args.plot)
-    if args.out:
-        with all_or_nothing(args.out, overwrite=True) as (draft,):
-            Path(draft).write_text(json.dumps(report, indent=1) + '\n')
 
 
 def check_block(name):
@@ -171,8 +179,7 @@ def draw_growth(points, path):
     axes[1, 0].set_ylabel('kept for backward (MB)')
     axes[0, 0].legend()
     figure.tight_layout()
-    with all_or_nothing(path, overwrite=True) as (draft,):
-        figure.savefig(draft, dpi=120)
+    figure.savefig(path, dpi=120)
 
 
 if __name__ == '__main__':

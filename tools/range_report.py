@@ -4,7 +4,6 @@
 python tools/range_report.py CONFIG CHECKPOINT [--plot ranges.png]
 """
 
-from mmdbb.checkpoint.files import all_or_nothing
 from mmdbb.checkpoint.load import build_model
 from mmdbb.engine.command import (
     Parser,
@@ -12,6 +11,7 @@ from mmdbb.engine.command import (
     load_config,
     run_command,
 )
+from mmdbb.engine.measure import check_picture, report_files
 from mmdbb.quantization.network import load_network
 from mmdbb.quantization.ranges import kernel_ranges
 from mmdbb.quantization.tables import plot_ranges, print_ranges
@@ -32,12 +32,14 @@ def parse_args():
 
 def main():
     args = parse_args()
-    model = load_network(build_model(load_config(args)), args.checkpoint)
-    ranges = kernel_ranges(model)
-    print_ranges(ranges)
+    check_picture(args.plot)
+    with report_files(args.plot, overwrite=args.force) as (plot,):
+        model = load_network(build_model(load_config(args)), args.checkpoint)
+        ranges = kernel_ranges(model)
+        print_ranges(ranges)
+        if plot:
+            plot_ranges(ranges, plot)
     if args.plot:
-        with all_or_nothing(args.plot, overwrite=args.force) as (draft,):
-            plot_ranges(ranges, draft)
         print(f'plot: {args.plot}')
 
 

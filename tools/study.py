@@ -54,6 +54,12 @@ def parse_args():
         default=1,
         help='threads of torch; default: %(default)s',
     )
+    parser.add_argument(
+        '--force',
+        action='store_true',
+        help='replace files that exist; a study of the same settings is taken '
+        'up all the same',
+    )
     return parser.parse_args()
 
 
@@ -62,35 +68,27 @@ def main():
     import torch
 
     from mmdbb.demo import study
-    from mmdbb.engine.measure import print_table
+    from mmdbb.engine.measure import check_picture, report_files
 
-    torch.set_num_threads(args.threads)
     budget = study.Budget(args.images, args.epochs, args.batch)
+    check_picture(args.plot)
     results = []
-    for result in study.run_study(
-        Path(__file__).resolve().parents[1],
-        Path(args.out),
-        budget,
-        args.data_root,
-        tuple(args.blocks or study.BLOCKS),
-        args.seeds,
-    ):
-        results.append(result)
-        print(f'{result.block}, seed {result.seed}: {result.top1:.1f}')
-    if args.plot:
-        study.draw_study(results, args.plot)
-    print_table(
-        ('block', 'top-1 (%)', 'over plain, seed by seed'),
-        [
-            (
-                s.block,
-                f'{s.mean:.2f} ± {s.half:.2f}',
-                '' if s.gain is None else f'{s.gain:+.2f} ± {s.gain_half:.2f}',
-            )
-            for s in study.summarize(results)
-        ],
-        f'{args.seeds} seeds each; ± is half of a 95 % confidence interval',
-    )
+    with report_files(args.plot, overwrite=args.force) as (plot,):
+        torch.set_num_threads(args.threads)
+        for result in study.run_study(
+            Path(__file__).resolve().parents[1],
+            Path(args.out),
+            budget,
+            args.data_root,
+            tuple(args.blocks or study.BLOCKS),
+            args.seeds,
+            overwrite=args.force,
+        ):
+            results.append(result)
+            print(f'{result.block}, seed {result.seed}: {result.top1:.1f}')
+        if plot:
+            study.draw_study(results, plot)
+    study.print_study(results)
 
 
 if __name__ == '__main__':

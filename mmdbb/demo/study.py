@@ -28,6 +28,7 @@ from mmengine.runner import Runner
 
 from mmdbb.checkpoint.files import all_or_nothing
 from mmdbb.demo.prepare import prepare
+from mmdbb.engine.measure import check_picture, print_table
 from mmdbb.errors import UserError
 
 #: Name in tables -> the backbone's fields.
@@ -99,6 +100,7 @@ def run_study(
     seeds: int = 10,
     work_dir: str = 'work_dirs/study',
     images: Sequence[Optional[int]] = (None, None),
+    overwrite: bool = False,
 ) -> Iterator[Result]:
     """Train what is missing in ``out``, and write each result there at once.
 
@@ -113,16 +115,19 @@ def run_study(
         work_dir: For logs.
         images: In the data set, to train and to validate on, if not the
             usual numbers.
+        overwrite: Whether ``out`` is replaced if it is no study of this
+            budget. One that is, is taken up all the same.
 
     Yields:
         Result: Each training, those read from ``out`` too.
 
     Raises:
-        UserError: If ``out`` holds results of another budget, or a number is
-            out of range.
+        UserError: If ``out`` holds something else, or cannot be written, or
+            a number is out of range.
     """
     _check(blocks, seeds, budget)
-    done = read_results(out, budget) if out.exists() else []
+    done = _taken_up(out, budget, overwrite)
+    _write(out, budget, done)  # what cannot be written shows now
     folder = prepare('classification', data_root, 0, *images)
     known = {(r.block, r.seed): r for r in done}
     for seed in range(seeds):
@@ -243,26 +248,77 @@ def read_results(out: Path, budget: Budget) -> List[Result]:
     Raises:
         UserError: If the file is of another budget, or of something else.
     """
+    hint = 'choose another name or pass --force'
     try:
         report = json.loads(out.read_text())
         found = Budget(**report['budget'])
         results = [Result(**r) for r in report['results']]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f'{out} holds no results of a study') from error
-    if found != budget:
+        ours = report == _report(found, results)
+    except (ValueError, KeyError, TypeError):
+        ours = False
+    if not ours:
+        raise UserError(f'{out} holds no results of a study; {hint}')
+    if found != budget and results:
         raise UserError(
-            f'{out} holds results of another budget: {found}; choose another '
-            'name, or delete it'
+            f'{out} holds results of another budget: {found}; {hint}'
         )
     return results
 
 
-def _write(out: Path, budget: Budget, results: List[Result]) -> None:
-    report = dict(
+def _taken_up(out: Path, budget: Budget, overwrite: bool) -> List[Result]:
+    """What of a study is done."""
+    if not out.exists() or out.is_dir():  # writing refuses folders
+        return []
+    try:
+        return read_results(out, budget)
+    except UserError:
+        if not overwrite:
+            raise
+        return []
+
+
+def _report(budget: Budget, results: List[Result]) -> dict:
+    return dict(
         budget=budget._asdict(), results=[r._asdict() for r in results]
     )
+
+
+def _write(out: Path, budget: Budget, results: List[Result]) -> None:
+    text = json.dumps(_report(budget, results), indent=1)
     with all_or_nothing(str(out), overwrite=True) as drafts:
-        Path(drafts[0]).write_text(json.dumps(report, indent=1) + '\n')
+        Path(drafts[0]).write_text(f'{text}\n')
+
+
+def print_study(results: List[Result]) -> None:
+    """Print a row for each block: its mean, and its gain over plain.
+
+    Args:
+        results: From :func:`run_study`.
+    """
+
+    def with_half(mean: float, half: float, sign: str = '') -> str:
+        text = f'{mean:{sign}.2f}'
+        return f'{text} ± {half:.2f}' if math.isfinite(half) else text
+
+    summaries = summarize(results)
+    seeds = len({result.seed for result in results})
+    caption = (
+        f'{seeds} seeds each; ± is half of a 95 % confidence interval'
+        if seeds > 1
+        else 'one seed each, which gives no confidence interval'
+    )
+    print_table(
+        ('block', 'top-1 (%)', 'over plain, seed by seed'),
+        [
+            (
+                s.block,
+                with_half(s.mean, s.half),
+                '' if s.gain is None else with_half(s.gain, s.gain_half, '+'),
+            )
+            for s in summaries
+        ],
+        caption,
+    )
 
 
 def draw_study(results: List[Result], path: str) -> None:
@@ -270,11 +326,12 @@ def draw_study(results: List[Result], path: str) -> None:
 
     Args:
         results: From :func:`run_study`.
-        path: The picture, ``*.png`` or ``*.svg``; replaced if it exists.
+        path: The picture to write, in a format that matplotlib knows.
 
     Raises:
-        UserError: If matplotlib does not know the format.
+        UserError: If matplotlib is missing or does not know the format.
     """
+    check_picture(path)
     import matplotlib
 
     matplotlib.use('Agg')
@@ -293,13 +350,8 @@ def draw_study(results: List[Result], path: str) -> None:
     # Without dates and random names the same results give the same file.
     metadata = dict(Date=None) if path.endswith('.svg') else None
     matplotlib.rcParams['svg.hashsalt'] = 'study'
-    try:
-        with all_or_nothing(path, overwrite=True) as drafts:
-            figure.savefig(drafts[0], metadata=metadata)
-    except ValueError as error:  # a format that matplotlib does not know
-        raise UserError(f'cannot draw {path}: {error}') from error
-    finally:
-        plt.close(figure)
+    figure.savefig(path, metadata=metadata)
+    plt.close(figure)
 
 
 def _check(blocks: Tuple[str, ...], seeds: int, budget: Budget) -> None:

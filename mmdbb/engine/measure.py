@@ -1,13 +1,18 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""What tools measure and print: latency in turns, tables."""
+"""What tools measure and report: latency in turns, tables, files."""
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
-from typing import Callable, List, Optional, Tuple
+from pathlib import Path
+from typing import Callable, Iterator, List, Optional, Tuple
 
 import torch
+
+from mmdbb.checkpoint.atomic import all_or_nothing
+from mmdbb.errors import UserError, require_packages
 
 #: Characters in a line of the widest table.
 WIDEST = 10_000
@@ -71,3 +76,51 @@ def print_table(
         console.width = width
     table.show_lines = console.width < width
     console.print(table)
+
+
+@contextlib.contextmanager
+def report_files(
+    *paths: Optional[str], overwrite: bool = False
+) -> Iterator[List[Optional[str]]]:
+    """`all_or_nothing` for files of which some were not asked for.
+
+    Args:
+        paths: The files to write, None for one that is not.
+        overwrite: Whether existing files may be replaced.
+
+    Yields:
+        list: A temporary path for each file, None for None.
+
+    Raises:
+        UserError: As of :func:`~mmdbb.checkpoint.atomic.all_or_nothing`,
+            before any work.
+    """
+    asked_for = [path for path in paths if path is not None]
+    with contextlib.ExitStack() as stack:
+        drafts = iter(())
+        if asked_for:
+            written = all_or_nothing(*asked_for, overwrite=overwrite)
+            drafts = iter(stack.enter_context(written))
+        yield [None if path is None else next(drafts) for path in paths]
+
+
+def check_picture(path: Optional[str]) -> None:
+    """Raise early if a picture cannot be drawn.
+
+    Args:
+        path: The file to write; None for none.
+
+    Raises:
+        UserError: If matplotlib is missing, or does not know the format.
+    """
+    if path is None:
+        return
+    require_packages('a plot', 'demo', 'matplotlib')
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    formats = FigureCanvasBase.get_supported_filetypes()
+    if Path(path).suffix[1:].lower() not in formats:
+        raise UserError(
+            f'cannot draw {path}: the name of a picture must end in one of '
+            f'{", ".join(f".{name}" for name in sorted(formats))}'
+        )

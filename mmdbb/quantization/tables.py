@@ -6,8 +6,7 @@ from __future__ import annotations
 import math
 from typing import List
 
-from mmdbb.engine.measure import print_table
-from mmdbb.errors import UserError, require_packages
+from mmdbb.engine.measure import check_picture, print_table
 from mmdbb.quantization.ptq import Quantized
 from mmdbb.quantization.ranges import OUTLIER, KernelRange
 
@@ -106,7 +105,7 @@ def plot_ranges(ranges: List[KernelRange], path: str) -> None:
     Raises:
         UserError: If matplotlib is missing or does not know the format.
     """
-    require_packages('a plot', 'demo', 'matplotlib')
+    check_picture(path)
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(max(6, 0.32 * len(ranges) + 2), 6))
@@ -134,7 +133,4 @@ def plot_ranges(ranges: List[KernelRange], path: str) -> None:
     )
     below.legend()
     figure.tight_layout()
-    try:
-        figure.savefig(path)
-    except ValueError as error:
-        raise UserError(f'cannot draw {path}: {error}') from error
+    figure.savefig(path)

@@ -48,10 +48,25 @@ def test_a_seed_chooses_images_for_all_blocks_alike(tiny_data):
         study.chosen_images(folder, 5, 0)
 
 
-def run(tiny_data, tmp_path, seeds=1, budget=SMALL, blocks=('plain', 'DBB')):
+def run(
+    tiny_data,
+    tmp_path,
+    seeds=1,
+    budget=SMALL,
+    blocks=('plain', 'DBB'),
+    overwrite=False,
+):
     out = tmp_path / 'out.json'
     results = study.run_study(
-        HOME, out, budget, tiny_data, blocks, seeds, tmp_path / 'w', SIZES
+        HOME,
+        out,
+        budget,
+        tiny_data,
+        blocks,
+        seeds,
+        tmp_path / 'w',
+        SIZES,
+        overwrite,
     )
     return list(results), out
 
@@ -81,9 +96,43 @@ def test_results_of_another_budget_are_kept(tiny_data, tmp_path):
     with pytest.raises(UserError, match='results of another budget'):
         run(tiny_data, tmp_path, budget=SMALL._replace(epochs=3))
     assert out.read_text() == before
-    out.write_text('{}')
-    with pytest.raises(UserError, match='no results of a study'):
-        run(tiny_data, tmp_path)
+    results = [dict(block='DBB', seed=0, top1=90.0)]
+    for text in (
+        'text',
+        '{}',
+        json.dumps(dict(budget={}, results=results)),
+        json.dumps(dict(budget=SMALL._asdict(), results=[], mine=1)),
+    ):
+        out.write_text(text)
+        with pytest.raises(UserError, match='no results of a.*pass --force'):
+            run(tiny_data, tmp_path)
+        assert out.read_text() == text
+
+
+def test_overwriting_keeps_what_can_be_taken_up(
+    tiny_data, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(study, 'train', lambda cfg: 50.0)
+    out = tmp_path / 'out.json'
+    mine = study.Result('plain', 0, 90.0)
+    study._write(out, SMALL, [mine])
+    results, _ = run(tiny_data, tmp_path, overwrite=True)
+    assert results == [mine, study.Result('DBB', 0, 50.0)]
+    longer = SMALL._replace(epochs=3)
+    results, _ = run(tiny_data, tmp_path, budget=longer, overwrite=True)
+    assert [r.top1 for r in results] == [50.0, 50.0]
+    assert json.loads(out.read_text())['budget'] == longer._asdict()
+    out.write_text('text')
+    run(tiny_data, tmp_path, overwrite=True)
+    assert len(study.read_results(out, SMALL)) == 2
+
+
+def test_what_cannot_be_written_shows_first(tiny_data, tmp_path, monkeypatch):
+    monkeypatch.setattr(study, 'train', lambda cfg: 1 / 0)
+    (tmp_path / 'file').write_text('mine')
+    for out in (tmp_path, tmp_path / 'file' / 'out.json'):
+        with pytest.raises(UserError, match='is a folder|cannot write'):
+            next(study.run_study(HOME, out, SMALL, tiny_data))
 
 
 @pytest.mark.parametrize(
@@ -118,8 +167,17 @@ def test_summary_exact():
     assert dbb.gain_half == pytest.approx(4.30265 / math.sqrt(3), rel=1e-5)
 
 
-def test_one_seed_says_nothing_about_the_next():
-    assert study.summarize(results_of(plain=(90.0,)))[0].half == math.inf
+def test_one_seed_says_nothing_about_the_next(tmp_path, capsys):
+    results = results_of(plain=(90.0,), DBB=(91.0,))
+    assert study.summarize(results)[0].half == math.inf
+    study.print_study(results)
+    said = capsys.readouterr().out
+    assert '90.00' in said and '+1.00' in said and 'no confidence' in said
+    assert 'inf' not in said and '±' not in said
+    study.draw_study(results, str(tmp_path / 'study.png'))
+    study.print_study(results_of(plain=(90.0, 92.0), DBB=(91.0, 93.0)))
+    said = capsys.readouterr().out
+    assert '± 12.71' in said and '+1.00 ± 0.00' in said and '2 seeds' in said
 
 
 @pytest.mark.parametrize('name', ['study.png', 'study.svg'])

@@ -2,10 +2,12 @@
 """What tools measure and print."""
 
 import io
+from pathlib import Path
 
 import pytest
 
-from mmdbb.engine.measure import print_table
+from mmdbb.engine.measure import check_picture, print_table, report_files
+from mmdbb.errors import UserError
 
 NAMES = [f'backbone.layer{i}.0.a_long_name.conv1' for i in (1, 2)]
 SHARES = 'kxk 80, 1x1 10, 1x1_kxk 8, 1x1_avg 2'
@@ -45,3 +47,26 @@ def test_tables_lose_nothing(terminal, monkeypatch):
             assert SHARES in line
         (line,) = (line for line in lines if 'layer ' in line)
         assert all(title in line for title in header)
+
+
+def test_files_that_were_not_asked_for(tmp_path):
+    with report_files(None, None) as drafts:
+        assert drafts == [None, None]
+    path = tmp_path / 'a.json'
+    with report_files(None, str(path), None) as drafts:
+        assert drafts[::2] == [None, None]
+        Path(drafts[1]).write_text('text')
+        assert not path.exists()
+    assert path.read_text() == 'text'
+    with pytest.raises(UserError, match='output exists'):
+        with report_files(None, str(path)):
+            pytest.fail('began to work')
+
+
+def test_formats_of_pictures():
+    pytest.importorskip('matplotlib')
+    for path in (None, 'a.png', 'a.b/c.SVG'):
+        check_picture(path)
+    for path in ('a.foo', 'a', 'a.png/b', '.png'):
+        with pytest.raises(UserError, match=f'cannot draw {path}: .*, .svg'):
+            check_picture(path)

@@ -79,6 +79,44 @@ def test_numbers(name, files, option, message, tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.iterdir())
 
 
+PICTURES = [
+    ('range_report', ('no.py', 'no.pth')),
+    ('study', ('--out', 'new.json')),
+    ('benchmark', ()),
+]
+
+
+@pytest.mark.parametrize('name, files', PICTURES)
+def test_pictures(name, files, tmp_path, monkeypatch, capsys):
+    pytest.importorskip('matplotlib')
+    monkeypatch.chdir(tmp_path)
+    for plot, message in {
+        'old.svg': 'output exists: old.svg; choose another name or pass --f',
+        'new.foo': 'cannot draw new.foo: the name of a picture must end in o',
+        'new': 'cannot draw new: the name of a picture must end in one of ',
+        'old.svg/new.svg': 'cannot write to ',
+    }.items():
+        Path('old.svg').write_text('mine')
+        assert tool(name, *files, '--plot', plot) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f'{name}.py: {message}')
+        assert [p.name for p in tmp_path.iterdir()] == ['old.svg']
+        assert Path('old.svg').read_text() == 'mine'
+
+
+def test_rows_of_the_benchmark(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path('old.json').write_text('mine')
+    for out, message in {
+        'old.json': 'output exists: old.json; choose another name or pass --f',
+        'old.json/new.json': 'cannot write to ',
+    }.items():
+        assert tool('benchmark', '--out', out) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f'benchmark.py: {message}')
+    assert Path('old.json').read_text() == 'mine'
+
+
 @pytest.mark.parametrize('number', ['0', '-1', 'two', '1.5'])
 @pytest.mark.parametrize(
     'script, variable',
