@@ -63,7 +63,7 @@ def _read_torch(path: str, unsafe: bool) -> object:
         return torch.load(path, map_location='cpu', weights_only=not unsafe)
     except Exception as error:
         # The unpickler fails in as many ways as a file can be damaged.
-        reason = str(error) or type(error).__name__
+        reason = f'{type(error).__name__}: {error}'
         forbidden = re.search(r'(?:GLOBAL|Unsupported class) (\S+)', reason)
         if isinstance(error, pickle.UnpicklingError) and forbidden:
             raise UserError(

@@ -86,6 +86,10 @@ BAD = {
         lambda p: p.write_text('model = dict()\n' * 9),
         'a.pth is not a checkpoint, or is truncated: no pickle of tensors',
     ),
+    'text that begins as a pickle does': (
+        lambda p: p.write_text('hi, this is text'),
+        'a.pth is not a checkpoint, or is truncated: KeyError: 105',
+    ),
     'truncated': (
         lambda p: (write(p, STATE), truncated(p)),
         'a.pth is not a checkpoint, or is truncated: ',
