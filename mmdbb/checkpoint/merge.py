@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
@@ -25,6 +26,9 @@ from mmdbb.checkpoint.verify import TOLERANCE, TOLERANCES
 from mmdbb.errors import UserError
 from mmdbb.reparam import find_blocks
 from mmdbb.version import __version__
+
+#: In the names of entries of blocks that are not merged.
+_OF_A_BRANCH = re.compile(r'\b(branches|generator)\.')
 
 
 class Merged(NamedTuple):
@@ -155,7 +159,9 @@ def _refuse_merged(model: nn.Module, state: Dict, path: str) -> None:
         for name in model.state_dict()
         if name.startswith(inside) and name not in common
     ]
-    if not any(name in state for name in own):
+    # Another network's branches are no reason to call a file merged.
+    has_branches = any(map(_OF_A_BRANCH.search, state))
+    if not has_branches and not any(name in state for name in own):
         raise UserError(
             f'{path} is merged already, or is of a plain network: none of '
             f'its entries is of a branch, where '

@@ -150,6 +150,11 @@ def variance(state):
     state[name][0] = -1
 
 
+def other_names(state):
+    for name in list(state):
+        state[f'net.{name}'] = state.pop(name)
+
+
 def overflow(state):
     for name in (LIVE, LIVE.replace('conv.weight', 'norm.weight')):
         state[name].fill_(1e30)
@@ -195,6 +200,10 @@ CHECKPOINTS = {
     'plain network': (
         changed(lambda s: [s.pop(k) for k in list(s) if '.branches.' in k]),
         'is merged already, or is of a plain network',
+    ),
+    'another network': (
+        changed(other_names),
+        'does not fit .*other parts: net in the file, backbone',
     ),
     'overflow': (
         changed(overflow),
