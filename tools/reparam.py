@@ -36,7 +36,8 @@ def parse_args():
         help='file to write: *.pth or *.safetensors; *.onnx, *.pt or *.pt2 '
         'with the formats onnx, torchscript and torch.export',
     )
-    parser.add_argument(
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument(
         '--format',
         choices=['stock', 'fused', *FORMATS],
         default='stock',
@@ -44,7 +45,7 @@ def parse_args():
         'into the convolutions too, to be loaded with mmdbb.load_deployed; '
         'the others: see docs/deploy_formats.md; default: %(default)s',
     )
-    parser.add_argument(
+    kind.add_argument(
         '--fuse',
         dest='format',
         action='store_const',

@@ -112,6 +112,8 @@ def test_part(run, tmp_path, capsys):
         (('--work-dir', 'x'), 'unrecognized arguments: --work-dir'),
         (('--dtype', 'float16'), "invalid choice: 'float16'"),
         (('--tolerance', '0'), 'more than the tolerance 0e+00'),
+        (('--fuse', '--format', 'onnx'), 'not allowed with argument --fuse'),
+        (('--format', 'onnx', '--fuse'), 'not allowed with argument --format'),
     ],
 )
 def test_refused(run, tmp_path, capsys, options, message):
