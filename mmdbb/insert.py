@@ -18,8 +18,10 @@ from mmdbb.blocks.from_plain import (
     copy_entries_,
     plain_start,
 )
-from mmdbb.checkpoint.files import load_strictly
+from mmdbb.checkpoint.files import load_strictly, some
 from mmdbb.checkpoint.stock_weights import stock_state
+from mmdbb.errors import UserError
+from mmdbb.reparam import find_blocks
 from mmdbb.tracing import sole_readers
 from mmdbb.transforms import KernelBias
 
@@ -59,10 +61,11 @@ def insert_blocks_(
     Returns:
         list: Names of the convolutions that are blocks now. Convolutions that
         a run of the model in eval mode does not reach, subclasses of
-        ``nn.Conv2d`` and ones with hooks stay as they are.
+        ``nn.Conv2d``, ones with hooks and ones inside blocks stay as they
+        are.
 
     Raises:
-        TypeError: If the block's config has unknown keys.
+        TypeError: If ``block`` is not a dict, or has unknown keys.
         ValueError: If nothing was found to replace, the block is not one or
             cannot take a plain kernel, or the model cannot be traced. The
             model is then unchanged.
@@ -76,7 +79,12 @@ def insert_blocks_(
         ['DBB', 'Identity', 'ReLU']
     """
     block_type, args, sizes = _block_config(block)
+    rule = 'where()'
     if where is None:
+        rule = (
+            f'the default rule (kernels of {sizes[0]} to {sizes[1]} pixels '
+            f'that {block_type.__name__} can start as; where= gives another)'
+        )
 
         def where(name: str, conv: nn.Conv2d) -> bool:
             size = conv.kernel_size
@@ -84,10 +92,14 @@ def insert_blocks_(
             return fits and block_type.starts_plain(size)
 
     readers = sole_readers(model, example)
+    blocks = find_blocks(model)
+    inside = tuple(f'{name}.' for name in blocks)
     new: Dict[nn.Module, nn.Module] = {}
     names, candidates = [], []
     for name, conv in model.named_modules():
         if not name or conv not in readers or not _is_plain(conv):
+            continue
+        if name.startswith(inside):
             continue
         candidates.append(name)
         if not where(name, conv):
@@ -107,12 +119,13 @@ def insert_blocks_(
             new[norm] = nn.Identity()
         names.append(name)
     if not names:
+        has = f'; it has blocks already: {some([*blocks])}' if blocks else ''
         raise ValueError(
-            f'nothing to replace in {type(model).__name__}: where() chose '
-            f'none of its {len(candidates)} plain convolutions inside'
+            f'nothing to replace in {type(model).__name__}: {rule} chose '
+            f'none of its {len(candidates)} plain convolutions inside{has}'
             if candidates
             else f'{type(model).__name__} has no plain nn.Conv2d inside that '
-            'a run reaches'
+            f'a run reaches{has}'
         )
     places = [
         (parent, attribute, new[child])
@@ -144,8 +157,9 @@ def merge_into_(
         nn.Module: ``plain``. In eval mode it computes what ``model`` does.
 
     Raises:
-        UserError: If the two do not fit, or a merged bias has no place: the
-            convolution has none, and no batch norm alone reads its output.
+        UserError: If the two are not the same network, or a merged bias has
+            no place: the convolution has none, and no batch norm alone reads
+            its output.
         ValueError: If the model has no blocks, or cannot be traced.
 
     Examples:
@@ -157,6 +171,7 @@ def merge_into_(
         >>> [type(layer).__name__ for layer in merge_into_(plain, model)]
         ['Conv2d', 'BatchNorm2d']
     """
+    _check_same_network(plain, model)
     names = {module: name for name, module in plain.named_modules()}
     pairs = {
         names[conv]: names[norm]
@@ -168,7 +183,39 @@ def merge_into_(
     return plain
 
 
+def _check_same_network(plain: nn.Module, model: nn.Module) -> None:
+    """Raise unless they have the same names, but for what blocks absorbed."""
+    expected = plain.state_dict()
+    blocks = find_blocks(model)
+    inside = tuple(f'{name}.' for name in blocks)
+    own = [n for n in model.state_dict() if not n.startswith(inside)]
+    own += [f'{name}.weight' for name in blocks]
+    biases = [f'{name}.bias' for name in blocks]
+    absorbed = tuple(
+        f'{name}.'
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Identity)
+    )
+    differences = {
+        'the plain one': [
+            name
+            for name in expected
+            if name not in (*own, *biases) and not name.startswith(absorbed)
+        ],
+        'the one with blocks': [name for name in own if name not in expected],
+    }
+    found = [f'{some(n)} only in {who}' for who, n in differences.items() if n]
+    if found:
+        raise UserError(
+            f'the model was not made of this network: {", ".join(found)}'
+        )
+
+
 def _block_config(block: Optional[dict]) -> Tuple[type, dict, tuple]:
+    if block is not None and not isinstance(block, dict):
+        raise TypeError(
+            f"block must be a config such as dict(type='DBB'), got {block!r}"
+        )
     args = dict(block or dict(type='DBB'))
     name = args.pop('type', None)
     block_type = getattr(MODELS.get(str(name)), 'block', name)

@@ -113,6 +113,17 @@ def test_there_and_back(name, watched):
         assert distance(plain(x), expected) < EXACT
 
 
+def test_convolutions_with_biases_there_and_back():
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    plain.append(nn.Conv2d(4, 4, 3))
+    randomize(plain).double().eval()
+    model = copy.deepcopy(plain)
+    assert insert_blocks_(model) == ['0', '2']
+    randomize(model, 1)
+    x = image(1, 3, 9, 8)
+    assert distance(merge_into_(plain, model)(x), model(x)) < EXACT
+
+
 def test_every_branch_learns():
     model = build('torchvision mobilenet_v3')
     names = insert_blocks_(model)
@@ -361,6 +372,32 @@ def test_norms_and_convs_with_hooks_stay():
     assert insert_blocks_(parametrized) == ['conv2']
 
 
+@pytest.mark.parametrize('watched', [False, True])
+def test_a_second_time_there_is_nothing_to_replace(watched):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1))
+    assert insert_blocks_(model) == ['0']
+    example = torch.rand(1, 3, 9, 8) if watched else None
+    before = entries(model)
+    for where, rule in (
+        (
+            None,
+            r'the default rule \(kernels of 2 to 6 pixels that DBB can start '
+            r'as; where= gives another\)',
+        ),
+        (lambda *_: False, r'where\(\)'),
+    ):
+        with pytest.raises(
+            ValueError,
+            match=f'{rule} chose none of its 1 plain convolutions inside; it '
+            'has blocks already: 0$',
+        ):
+            insert_blocks_(model, where=where, example=example)
+    assert entries(model) == before
+    # What is inside a block is not asked for either.
+    everything = insert_blocks_(model, where=lambda *_: True, example=example)
+    assert everything == ['1']
+
+
 @pytest.mark.parametrize(
     ('model', 'block', 'error', 'message'),
     [
@@ -369,6 +406,7 @@ def test_norms_and_convs_with_hooks_stay():
         (Misleading(), dict(type='Conv2d'), ValueError, "'DBB'"),
         (Misleading(), dict(type='No'), ValueError, "'DBB'"),
         (Misleading(), dict(type='DBB', size=3), TypeError, 'size'),
+        (Misleading(), 'DBB', TypeError, r"dict\(type='DBB'\), got 'DBB'"),
         (
             Misleading(),
             dict(type='DBB', branches=['1x1']),
@@ -382,6 +420,21 @@ def test_refuses(model, block, error, message):
     with pytest.raises(error, match=message):
         insert_blocks_(model, block)
     assert [type(m) for m in model.modules()] == before
+
+
+def test_another_network_is_named():
+    model = Misleading()
+    insert_blocks_(model)
+    randomize(model)
+    other = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(4, 4))
+    with pytest.raises(UserError) as error:
+        merge_into_(other, model, torch.rand(1, 3, 8, 8))
+    assert str(error.value) == (
+        'the model was not made of this network: 0.weight, 0.bias, 1.weight '
+        'and 1 more only in the plain one, norm_of_nothing.weight, '
+        'norm_of_nothing.bias, norm_of_nothing.running_mean and 4 more only '
+        'in the one with blocks'
+    )
 
 
 def test_a_bias_without_a_place_is_refused():
