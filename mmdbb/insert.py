@@ -6,12 +6,11 @@ from __future__ import annotations
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import torch
-from mmengine.registry import MODELS
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmdbb.blocks.base import ReparamConv2d
 from mmdbb.blocks.branch_sum import BranchSumConv2d
+from mmdbb.blocks.build import block_of
 from mmdbb.blocks.from_plain import (
     BRANCH_SCALE,
     NormValues,
@@ -212,22 +211,8 @@ def _check_same_network(plain: nn.Module, model: nn.Module) -> None:
 
 
 def _block_config(block: Optional[dict]) -> Tuple[type, dict, tuple]:
-    if block is not None and not isinstance(block, dict):
-        raise TypeError(
-            f"block must be a config such as dict(type='DBB'), got {block!r}"
-        )
-    args = dict(block or dict(type='DBB'))
-    name = args.pop('type', None)
-    block_type = getattr(MODELS.get(str(name)), 'block', name)
-    if not isinstance(block_type, type) or not issubclass(
-        block_type, ReparamConv2d
-    ):
-        blocks = sorted(
-            n for n, m in MODELS.module_dict.items() if hasattr(m, 'block')
-        )
-        raise ValueError(
-            f'block must name a block, got type={name!r}; allowed: {blocks}'
-        )
+    block_type, args = block_of(block)
+    del args['type']
     low, high = block_type.kernel_sizes
     low = args.pop('min_kernel_size', low)
     high = args.pop('max_kernel_size', high)

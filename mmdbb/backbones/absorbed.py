@@ -7,12 +7,12 @@ that the host would build behind it gives way to ``nn.Identity``.
 
 from __future__ import annotations
 
-from typing import Dict, Optional
+from typing import Optional
 
-from mmengine.registry import MODELS as ROOT
 from torch import nn
 
-from mmdbb.blocks import BranchSumConv2d, ReparamConv2d
+from mmdbb.blocks import BranchSumConv2d
+from mmdbb.blocks.build import block_of
 from mmdbb.host_norms import conv_norm_pairs
 from mmdbb.reparam import find_blocks, reparameterize
 
@@ -49,16 +49,8 @@ class BlocksForConvNorm:
                 f"{type(self).__name__} takes block=dict(type='DBB'), not "
                 'conv_cfg; for conv_cfg use the stock backbone'
             )
-        if block is not None and not isinstance(block, dict):
-            raise TypeError(
-                "block must be a config such as dict(type='DBB'), got "
-                f'{block!r}'
-            )
-        block = dict(block or dict(type='DBB'))
         norm_cfg = norm_cfg or dict(type='BN', requires_grad=True)
-        block_type = _block_type(block)
-        # By name it is built where the kernel's size asks for one only.
-        block['type'] = _layer_names().get(block_type, block['type'])
+        block_type, block = block_of(block, plain=True)
         if block_type is nn.Conv2d:
             block = None
         elif issubclass(block_type, BranchSumConv2d):
@@ -80,27 +72,3 @@ class BlocksForConvNorm:
         """Replace all blocks by plain convolutions. Idempotent."""
         if find_blocks(self):
             reparameterize(self, inplace=True)
-
-
-def _block_type(block: dict) -> type:
-    name = block.get('type')
-    layer = name if isinstance(name, type) else ROOT.get(str(name))
-    block_type = getattr(layer, 'block', layer)
-    is_block = isinstance(block_type, type) and issubclass(
-        block_type, (ReparamConv2d, nn.Conv2d)
-    )
-    if not is_block:
-        raise ValueError(
-            f'block must name a block, got type={name!r}; allowed: '
-            f"{sorted(_layer_names().values())}, and 'Conv2d' for none"
-        )
-    return block_type
-
-
-def _layer_names() -> Dict[type, str]:
-    """Classes of blocks -> the names that configs know them by."""
-    return {
-        layer.block: name
-        for name, layer in ROOT.module_dict.items()
-        if hasattr(layer, 'block')
-    }

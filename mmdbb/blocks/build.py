@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import Callable, Tuple, Type
+from typing import Callable, Optional, Tuple, Type
 
 from mmengine.registry import MODELS
 from torch import nn
@@ -50,6 +50,49 @@ def register_conv_layer(
         return block
 
     return register
+
+
+def block_of(
+    config: Optional[dict], plain: bool = False
+) -> Tuple[Type[nn.Module], dict]:
+    """Look up the block that a config names.
+
+    Args:
+        config: Such as ``dict(type='DBB')``, which None stands for. The type
+            may be the class itself.
+        plain: Whether ``Conv2d`` is allowed.
+
+    Returns:
+        tuple: The class, and a copy of the config with the class's name in
+        configs as its type: by name a block is built where the kernel's size
+        asks for one only.
+
+    Raises:
+        TypeError: If it is not a dict.
+        ValueError: If it names no block.
+    """
+    if config is not None and not isinstance(config, dict):
+        raise TypeError(
+            f"block must be a config such as dict(type='DBB'), got {config!r}"
+        )
+    config = dict(config or dict(type='DBB'))
+    name = config.get('type')
+    layer = name if isinstance(name, type) else MODELS.get(str(name))
+    block = getattr(layer, 'block', layer)
+    kinds = (ReparamConv2d, nn.Conv2d) if plain else ReparamConv2d
+    names = {
+        layer.block: name
+        for name, layer in MODELS.module_dict.items()
+        if hasattr(layer, 'block')
+    }
+    if not isinstance(block, type) or not issubclass(block, kinds):
+        raise ValueError(
+            f'block must name a block, got type={name!r}; allowed: '
+            f'{sorted(names.values())}'
+            + (", and 'Conv2d' for none" if plain else '')
+        )
+    config['type'] = names.get(block, name)
+    return block, config
 
 
 def build_conv(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mmdbb.checkpoint.atomic import uninterrupted
-from mmdbb.errors import UserError
+from mmdbb.errors import UserError, require_packages
 
 SAFETENSORS = '.safetensors'
 SUFFIXES = ('.pth', SAFETENSORS)
@@ -117,14 +117,9 @@ def _as_safetensors(path: str, state: Dict[str, Tensor], meta: dict) -> bytes:
 
 
 def _package(path: str) -> Any:
-    try:
-        import safetensors
-        import safetensors.torch
-    except ImportError as error:
-        raise UserError(
-            f'{os.path.basename(path)} needs the package safetensors: '
-            "pip install safetensors, or mmdbb's extra 'formats'"
-        ) from error
+    require_packages(os.path.basename(path), 'formats', 'safetensors')
+    import safetensors.torch
+
     return safetensors
 
 

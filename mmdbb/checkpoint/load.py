@@ -8,6 +8,7 @@ left. The checkpoint notes the first and shows the second.
 from __future__ import annotations
 
 import copy
+import re
 from typing import Dict, Optional
 
 import torch
@@ -19,6 +20,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmdbb.checkpoint.files import load_strictly, read_checkpoint
 from mmdbb.errors import UserError
+from mmdbb.reparam import find_blocks
+
+#: In the names of what blocks of mmdbb have that are not merged.
+_OF_A_BLOCK = re.compile(r'\b(branches|generator)\.')
 
 
 def build_model(cfg: Config) -> nn.Module:
@@ -92,6 +97,24 @@ def written_structure(checkpoint: dict) -> Optional[str]:
     """
     own = checkpoint['meta'].get('mmdbb')
     return own.get('structure') if isinstance(own, dict) else None
+
+
+def holds_blocks(state: Dict[str, Tensor], model: nn.Module) -> bool:
+    """Whether weights are of a network with blocks that are not merged.
+
+    Args:
+        state: Names to tensors.
+        model: The network that they are for; of another one with blocks they
+            may be as well.
+    """
+    own = {
+        f'{name}.{entry}'
+        for name, block in find_blocks(model).items()
+        if not block.deploy
+        for entry in block.state_dict()
+        if entry not in ('weight', 'bias')  # a merged block's too
+    }
+    return any(name in own or _OF_A_BLOCK.search(name) for name in state)
 
 
 def _resize_(model: nn.Module, state: Dict[str, Tensor]) -> None:

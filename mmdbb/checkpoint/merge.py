@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
@@ -13,7 +12,11 @@ from torch import nn
 
 from mmdbb.blocks.base import ReparamConv2d
 from mmdbb.checkpoint.files import load_strictly, read_checkpoint, sha256, some
-from mmdbb.checkpoint.load import build_model, written_structure
+from mmdbb.checkpoint.load import (
+    build_model,
+    holds_blocks,
+    written_structure,
+)
 from mmdbb.checkpoint.partial import (
     merge_some_,
     partial_config,
@@ -26,9 +29,6 @@ from mmdbb.checkpoint.verify import TOLERANCE, TOLERANCES
 from mmdbb.errors import UserError
 from mmdbb.reparam import find_blocks
 from mmdbb.version import __version__
-
-#: In the names of entries of blocks that are not merged.
-_OF_A_BRANCH = re.compile(r'\b(branches|generator)\.')
 
 
 class Merged(NamedTuple):
@@ -150,22 +150,13 @@ def merge_checkpoint(
 
 
 def _refuse_merged(model: nn.Module, state: Dict, path: str) -> None:
-    blocks = [n for n, block in find_blocks(model).items() if not block.deploy]
-    # A merged block has these two as well.
-    common = {f'{b}.{e}' for b in blocks for e in ('weight', 'bias')}
-    inside = tuple(f'{name}.' for name in blocks)
-    own = [
-        name
-        for name in model.state_dict()
-        if name.startswith(inside) and name not in common
-    ]
-    # Another network's branches are no reason to call a file merged.
-    has_branches = any(map(_OF_A_BRANCH.search, state))
-    if not has_branches and not any(name in state for name in own):
+    blocks = find_blocks(model)
+    left = [name for name, block in blocks.items() if not block.deploy]
+    if not holds_blocks(state, model):
         raise UserError(
             f'{path} is merged already, or is of a plain network: none of '
-            f'its entries is of a branch, where '
-            f'{some(blocks or list(find_blocks(model)))} should have some'
+            f'its entries is of a branch, where {some(left or [*blocks])} '
+            'should have some'
         )
 
 

@@ -14,6 +14,7 @@ from mmengine.runner import Runner
 from torch import nn
 
 from mmdbb.checkpoint.files import describe_misfit
+from mmdbb.checkpoint.load import holds_blocks
 from mmdbb.errors import UserError
 from mmdbb.reparam import find_blocks
 
@@ -43,18 +44,12 @@ class StartingCheckpointHook(Hook):
             )
         if self.blocks_have_weights:
             return
-        blocks = find_blocks(unwrapped(runner.model))
-        own = {
-            f'{name}.{entry}'
-            for name, block in blocks.items()
-            if not block.deploy
-            for entry in block.state_dict()
-            if '.' in entry  # weight and bias are a plain one's too
-        }
-        if own and own.isdisjoint(_state_of(checkpoint)):
+        model = unwrapped(runner.model)
+        left = [b for b in find_blocks(model).values() if not b.deploy]
+        if left and not holds_blocks(_state_of(checkpoint), model):
             raise UserError(
                 f'{self.path} is of a plain or merged network: it has '
-                f'nothing for the {len(blocks)} blocks of this one, which '
+                f'nothing for the {len(left)} blocks of this one, which '
                 'would start at random; plain weights are given to blocks '
                 "by init_cfg=dict(type='PlainPretrained', ...), see "
                 'docs/plain_weights.md'

@@ -6,7 +6,7 @@ from __future__ import annotations
 from torch import nn
 
 from mmdbb.checkpoint.files import load_strictly, read_checkpoint
-from mmdbb.checkpoint.load import give_structure_
+from mmdbb.checkpoint.load import give_structure_, holds_blocks
 from mmdbb.errors import UserError
 from mmdbb.quantization.fake import (
     REDUCED_LIMIT,
@@ -35,8 +35,7 @@ def load_network(model: nn.Module, checkpoint: str) -> nn.Module:
     loaded = read_checkpoint(checkpoint)
     state = loaded['state_dict']
     give_structure_(model, loaded)
-    has_branches = any('.branches.' in name for name in state)
-    if has_branches and not find_blocks(model):
+    if holds_blocks(state, model) and not find_blocks(model):
         raise UserError(
             f'{checkpoint} is not merged, and its config is of a merged '
             'network; give the config that it was trained with'

@@ -163,8 +163,9 @@ def test_package_is_missing(tmp_path, safetensors):
         check=True,
     )
     assert found.stdout.splitlines() == [
-        f'{name}.safetensors needs the package safetensors: pip install '
-        "safetensors, or mmdbb's extra 'formats'"
+        f'{name}.safetensors needs safetensors (import of safetensors halted; '
+        'None in sys.modules); in the checkout of mmdbb: pip install -e '
+        '".[formats]"'
         for name in 'ab'
     ]
     assert os.listdir(tmp_path) == ['a.safetensors']
