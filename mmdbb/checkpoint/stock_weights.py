@@ -50,7 +50,7 @@ def stock_state(
     expected = stock.state_dict()
     stock_modules = dict(stock.named_modules())
     pairs = norm_names(merged) if pairs is None else pairs
-    renamed = _names_in(stock_modules, merged)
+    renamed = names_in(stock, merged)
     modules = {renamed(n): m for n, m in merged.named_modules()}
     state = {renamed(n): v for n, v in merged.state_dict().items()}
     pairs = {renamed(conv): renamed(norm) for conv, norm in pairs.items()}
@@ -85,16 +85,23 @@ def stock_state(
     return state
 
 
-def _names_in(
-    stock: Dict[str, nn.Module], model: nn.Module
-) -> Callable[[str], str]:
+def names_in(stock: nn.Module, model: nn.Module) -> Callable[[str], str]:
     """How the stock network calls what the model has.
 
     By the same names, but for the deep stem of mmpretrain's ResNets: three
     convolutions with norm and activation, which mmseg's hold in one row.
+
+    Args:
+        stock: The stock network.
+        model: The network with blocks, or after merging.
+
+    Returns:
+        Callable: From a name of a module or an entry of the model to that of
+        the stock network.
     """
+    known = dict(stock.named_modules())
     stems = [n for n, _ in model.named_modules() if n.endswith('stem.2.conv')]
-    stems = [n[: -len('.2.conv')] for n in stems if n not in stock]
+    stems = [n[: -len('.2.conv')] for n in stems if n not in known]
     if not stems:
         return str
 

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Dict, Iterator, List, NamedTuple, Sequence, Tuple
+from typing import Dict, Iterable, Iterator, List, NamedTuple, Sequence, Tuple
 
 import mmcv
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mmdbb.checkpoint.stock_weights import names_in
 from mmdbb.errors import UserError
 from mmdbb.host_norms import norm_names
 from mmdbb.reparam import find_blocks, literal_forward
@@ -190,14 +191,16 @@ def _blocks_of_both(
     model: nn.Module, merged: nn.Module
 ) -> Iterator[Tuple[str, Tensor, Tensor]]:
     norms = norm_names(model)
+    renamed = names_in(merged, model)
     for name, block in find_blocks(model).items():
         # The norm behind it may hold the merged bias.
         x = _input_for(block)
         layers = [name, norms[name]] if name in norms else [name]
-        yield name, _run(model, layers, x), _run(merged, layers, x)
+        found = _run(merged, map(renamed, layers), x)
+        yield name, _run(model, layers, x), found
 
 
-def _run(model: nn.Module, layers: List[str], x: Tensor) -> Tensor:
+def _run(model: nn.Module, layers: Iterable[str], x: Tensor) -> Tensor:
     for name in layers:
         x = model.get_submodule(name)(x)
     return x

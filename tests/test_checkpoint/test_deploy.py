@@ -100,6 +100,36 @@ def test_meta(trained, tmp_path):
     assert meta['mmdbb']['structure'] == 'fused'
 
 
+@pytest.mark.parametrize('fuse', [False, True])
+def test_a_deep_stem_becomes_that_of_mmseg(tmp_path, fuse):
+    cfg = Config.fromstring(CONFIGS['segmentor'], '.py')
+    cfg.custom_imports.imports = ['mmdbb.backbones']
+    cfg.model.backbone = dict(
+        type='mmpretrain.ResNetV1cDBB',
+        depth=18,
+        num_stages=2,
+        strides=(1, 2),
+        dilations=(1, 2),
+        out_indices=(0, 1),
+        base_channels=8,
+        stem_channels=8,
+        contract_dilation=True,
+    )
+    cfg.dump(tmp_path / 'config.py')
+    checkpoint = write_checkpoint(tmp_path / 'config.py', tmp_path / 't.pth')
+    result = deploy_checkpoint(
+        Config.fromfile(tmp_path / 'config.py'),
+        checkpoint,
+        str(tmp_path / 'out.pth'),
+        fuse=fuse,
+        image_size=(48, 64),
+    )
+    backbone = load_deployed(result.config, result.checkpoint).backbone
+    assert type(backbone).__module__.startswith('mmseg.')
+    assert backbone.stem[3].weight.any()
+    assert 0 < result.difference.largest < 1e-4
+
+
 def test_inputs_are_not_changed(trained, tmp_path):
     folder = trained['classifier']
     before = {p: p.read_bytes() for p in folder.iterdir()}
