@@ -33,7 +33,8 @@ class BlocksForConvNorm:
     Raises:
         TypeError: If ``conv_cfg`` is given, whose place ``block`` takes, or
             ``block`` is not a dict.
-        ValueError: If ``block`` is not a block of mmdbb.
+        ValueError: If ``block`` is not a block of mmdbb, or is a class that
+            is not registered.
     """
 
     def __init__(
@@ -51,6 +52,12 @@ class BlocksForConvNorm:
             )
         norm_cfg = norm_cfg or dict(type='BN', requires_grad=True)
         block_type, block = block_of(block, plain=True)
+        if block['type'] is block_type and block_type is not nn.Conv2d:
+            raise ValueError(
+                f'{block_type.__name__} has no name in configs, which a '
+                'backbone builds its blocks by: register_conv_layer gives it '
+                'one'
+            )
         if block_type is nn.Conv2d:
             block = None
         elif issubclass(block_type, BranchSumConv2d):

@@ -162,6 +162,11 @@ class ReparamConv2d(BaseModule):
         has_bias = self._has_shift or owner.bias is not None
         conv = nn.Conv2d(**self.spec.conv_args, bias=has_bias, device='meta')
         names = ('weight', 'bias') if has_bias else ('weight',)
+        if not has_bias and not composed.bias.is_meta and composed.bias.any():
+            raise ValueError(
+                f'{type(self).__name__} composes a bias, but says by '
+                '_has_shift that without bias=True it has none'
+            )
         for name, value in zip(names, composed):
             # A copy, as a merged block gives its own parameters.
             value = value.to(

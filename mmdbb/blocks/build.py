@@ -91,7 +91,8 @@ def block_of(
             f'{sorted(names.values())}'
             + (", and 'Conv2d' for none" if plain else '')
         )
-    config['type'] = names.get(block, name)
+    if isinstance(name, type):
+        config['type'] = names.get(block, block)
     return block, config
 
 

@@ -44,6 +44,9 @@ def all_or_nothing(
             raise UserError(
                 f'output exists: {output}; choose another name or pass --force'
             )
+    places = [os.path.abspath(path) for path in outputs]
+    if len(set(places)) < len(places):
+        raise UserError(f'two outputs of one name: {", ".join(outputs)}')
     folders = [os.path.dirname(os.path.abspath(path)) for path in outputs]
     for folder, output in zip(folders, outputs):
         if folder != folders[0] and not os.path.isdir(folder):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
-from typing import Dict, Optional
+from typing import Dict, List, Optional
 
 import torch
 from mmcv.cnn import fuse_conv_bn
@@ -18,12 +18,16 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from mmdbb.blocks.base import ReparamConv2d
 from mmdbb.checkpoint.files import load_strictly, read_checkpoint
 from mmdbb.errors import UserError
 from mmdbb.reparam import find_blocks
 
 #: In the names of what blocks of mmdbb have that are not merged.
-_OF_A_BLOCK = re.compile(r'\b(branches|generator)\.')
+_OF_A_BLOCK = re.compile(
+    r'\bbranches\.(?!\d+\.)\w+\.'  # HRNet's branches have numbers
+    r'|\bgenerator\.(layers\.\d+\.)?(origin|scale)$'
+)
 
 
 def build_model(cfg: Config) -> nn.Module:
@@ -111,10 +115,14 @@ def holds_blocks(state: Dict[str, Tensor], model: nn.Module) -> bool:
         f'{name}.{entry}'
         for name, block in find_blocks(model).items()
         if not block.deploy
-        for entry in block.state_dict()
-        if entry not in ('weight', 'bias')  # a merged block's too
+        for entry in own_of(block)
     }
     return any(name in own or _OF_A_BLOCK.search(name) for name in state)
+
+
+def own_of(block: ReparamConv2d) -> List[str]:
+    """Names of the entries of a block that no plain convolution has."""
+    return [n for n in block.state_dict() if n not in ('weight', 'bias')]
 
 
 def _resize_(model: nn.Module, state: Dict[str, Tensor]) -> None:

@@ -96,6 +96,14 @@ def partial_config(cfg: Config, merged: Sequence[str]) -> Config:
     model.update(
         type=TYPE, network_type=network_type, merged=sorted(set(merged))
     )
+    imports = fields.get('custom_imports') or dict(
+        imports=[], allow_failed_imports=False
+    )
+    names = imports['imports']
+    names = [names] if isinstance(names, str) else list(names)
+    if not any(name.split('.')[0] == 'mmdbb' for name in names):
+        imports = dict(imports, imports=[*names, 'mmdbb'])
+        fields['custom_imports'] = imports
     fields.update(load_from=None, resume=False)
     return Config(fields)
 

@@ -57,13 +57,16 @@ def stock_config(cfg: Config) -> Config:
     """
     fields = _without_blocks(without_own_starts(cfg.to_dict()))
     rules = fields.get('optim_wrapper') or {}
-    if rules.get('constructor') in OWN_CONSTRUCTORS:
+    if _name_of(rules.get('constructor')) in OWN_CONSTRUCTORS:
         del rules['constructor']
         rules.pop('paramwise_cfg', None)
     hooks = fields.pop('custom_hooks', None) or []
     hooks = [hook for hook in hooks if not _is_own_hook(hook)]
     if hooks:
         fields['custom_hooks'] = hooks
+    hooks = fields.get('default_hooks') or {}
+    for name in [n for n, hook in hooks.items() if _is_own_hook(hook)]:
+        del hooks[name]
     imports = fields.pop('custom_imports', None) or dict(
         imports=[], allow_failed_imports=False
     )
@@ -79,8 +82,7 @@ def stock_config(cfg: Config) -> Config:
 
 
 def _is_own_hook(hook) -> bool:
-    kind = hook.get('type') if isinstance(hook, dict) else None
-    return _type_name(kind).rpartition('.')[2] in OWN_HOOKS
+    return isinstance(hook, dict) and _name_of(hook.get('type')) in OWN_HOOKS
 
 
 def _has_own_backbone(node) -> bool:
@@ -88,7 +90,7 @@ def _has_own_backbone(node) -> bool:
         return any(_has_own_backbone(item) for item in node)
     if not isinstance(node, dict):
         return False
-    name = _type_name(node.get('type')).rpartition('.')[2]
+    name = _name_of(node.get('type'))
     return name in OWN_BACKBONES or _has_own_backbone(list(node.values()))
 
 
@@ -104,6 +106,8 @@ def _without_blocks(node):
     scope, _, name = _type_name(node.get('type')).rpartition('.')
     if name in STOCK_BACKBONES:
         stock = STOCK_BACKBONES[name]
+        if scope.startswith('mmdbb'):  # a class, by where it is defined
+            scope = ''
         block = node.pop('block', None)
         if 'ResNe' in name:
             scope, stock = _merged_resnet(node, scope, stock)
@@ -179,6 +183,15 @@ def _type_name(type_) -> str:
     return type_.__name__ if isinstance(type_, type) else str(type_ or '')
 
 
+def _name_of(type_) -> str:
+    """A type's name without what stands before it."""
+    return _type_name(type_).rpartition('.')[2]
+
+
 def _is_block(type_) -> bool:
-    layer = MODELS.get(_type_name(type_).rpartition('.')[2])
-    return hasattr(layer, 'block')
+    blocks = {
+        name: layer.block.__name__
+        for name, layer in MODELS.module_dict.items()
+        if hasattr(layer, 'block')
+    }
+    return _name_of(type_) in (*blocks, *blocks.values())

@@ -13,8 +13,9 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from torch import nn
 
-from mmdbb.checkpoint.files import describe_misfit
-from mmdbb.checkpoint.load import holds_blocks
+from mmdbb.checkpoint.files import describe_misfit, some
+from mmdbb.checkpoint.load import own_of
+from mmdbb.checkpoint.stock import without_own_starts
 from mmdbb.errors import UserError
 from mmdbb.reparam import find_blocks
 
@@ -28,30 +29,38 @@ class StartingCheckpointHook(Hook):
 
     def __init__(self, config: Config) -> None:
         self.path, self.resume = config.load_from, config.get('resume')
-        self.blocks_have_weights = _starts_from_file(config.model)
+        model = config.model.to_dict()
+        self.starts_plain = without_own_starts(model) != model
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Look for what a training needs.
 
         Raises:
-            UserError: If it has nothing to resume from, or nothing for any
-                block.
+            UserError: If it has nothing to resume from, or weights of plain
+                convolutions where the network has blocks, which do not start
+                from a file of their own.
         """
         if self.resume and 'message_hub' not in checkpoint:
             raise UserError(
                 f'cannot resume from {self.path}: it holds weights and no '
                 'state of a training'
             )
-        if self.blocks_have_weights:
+        if self.starts_plain:
             return
-        model = unwrapped(runner.model)
-        left = [b for b in find_blocks(model).values() if not b.deploy]
-        if left and not holds_blocks(_state_of(checkpoint), model):
+        state = _state_of(checkpoint)
+        lost = [
+            name
+            for name, block in find_blocks(unwrapped(runner.model)).items()
+            if not block.deploy
+            and f'{name}.weight' in state
+            and not any(f'{name}.{entry}' in state for entry in own_of(block))
+        ]
+        if lost:
             raise UserError(
-                f'{self.path} is of a plain or merged network: it has '
-                f'nothing for the {len(left)} blocks of this one, which '
-                'would start at random; plain weights are given to blocks '
-                "by init_cfg=dict(type='PlainPretrained', ...), see "
+                f'{self.path} is of a plain or merged network: it has plain '
+                f'weights for {some(lost)}, which are blocks here and would '
+                'start at random; plain weights are given to blocks by '
+                "init_cfg=dict(type='PlainPretrained', ...), see "
                 'docs/plain_weights.md'
             )
 
@@ -67,33 +76,22 @@ class FittingCheckpointHook(Hook):
         self.path = path
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Compare names and shapes before the weights are copied.
+        """Try whether it fits, by the loading code of the model's own layers.
 
         Raises:
             UserError: If a parameter is missing or has another shape.
         """
         state = _state_of(checkpoint)
         model = unwrapped(runner.model)
-        for name, parameter in model.named_parameters():
-            if name not in state or state[name].shape != parameter.shape:
-                misfit = describe_misfit(state, model.state_dict())
-                raise UserError(
-                    f'{self.path} does not fit the network of the config; '
-                    f'{misfit}'
-                )
-
-
-def _starts_from_file(node) -> bool:
-    """Whether an ``init_cfg`` in a model's config names a checkpoint."""
-    if isinstance(node, (list, tuple)):
-        return any(map(_starts_from_file, node))
-    if not isinstance(node, dict):
-        return False
-    rules = node.get('init_cfg') or []
-    rules = [rules] if isinstance(rules, dict) else rules
-    return any('checkpoint' in rule for rule in rules) or _starts_from_file(
-        list(node.values())
-    )
+        try:
+            missing, _ = model.load_state_dict(state, strict=False)
+        except RuntimeError:  # of shapes
+            missing = list(model.state_dict())
+        if any(name in missing for name, _ in model.named_parameters()):
+            misfit = describe_misfit(state, model.state_dict())
+            raise UserError(
+                f'{self.path} does not fit the network of the config; {misfit}'
+            )
 
 
 def _state_of(checkpoint: dict) -> dict:

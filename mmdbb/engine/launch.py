@@ -110,6 +110,8 @@ def train(config: Config, args: argparse.Namespace) -> None:
         # A first start has nothing to resume, but weights to start from.
         config.resume = path is not None
         config.load_from = path or config.get('load_from')
+    if config.get('load_from'):
+        check_file(config.load_from, 'checkpoint to start from')
     runner = build_runner(config)
     if config.get('load_from'):
         runner.register_hook(StartingCheckpointHook(config), 'LOWEST')

@@ -224,6 +224,14 @@ def test_merged_blocks_are_left_as_they_are_made():
     assert model.layer1[0].conv2.reparam_conv.weight.any()
 
 
+def test_a_class_without_a_name():
+    class Mine(DBB):
+        pass
+
+    with pytest.raises(ValueError, match='Mine has no name in configs'):
+        ResNetDBB(18, block=dict(type=Mine))
+
+
 @pytest.mark.parametrize('kind', [ResNetDBB, MobileNetV1DBB])
 def test_plain_convolutions(kind):
     args = dict(base_channels=8)

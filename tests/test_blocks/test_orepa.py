@@ -22,6 +22,7 @@ from mmdbb import (
     RepVGGConv,
 )
 from mmdbb.kernels import KxKKernel, PointwiseKernel, StackedKernel
+from mmdbb.transforms import KernelBias
 
 FORMS = {
     1: PointwiseKernel,
@@ -314,3 +315,14 @@ def test_custom_l2_says_what_it_needs():
         RepVGGConv(4, 6, 3, deploy=True).get_custom_L2()
     with pytest.raises(ValueError, match='RepVGGBlock is merged'):
         RepVGGBlock(4, 6, 3, deploy=True).get_custom_L2()
+
+
+def test_a_shift_is_not_lost():
+    class Shifted(OREPAConv):
+        def get_equivalent_kernel_bias(self):
+            kernel, bias = super().get_equivalent_kernel_bias()
+            return KernelBias(kernel, bias + 1)
+
+    assert Shifted(4, 4, 3, bias=True).to_conv().bias.any()
+    with pytest.raises(ValueError, match='Shifted composes a bias, but says'):
+        Shifted(4, 4, 3, bias=False).to_conv()

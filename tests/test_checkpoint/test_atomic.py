@@ -149,6 +149,14 @@ def test_outputs_on_two_file_systems(tmp_path):
         shutil.rmtree(other)
 
 
+def test_one_output_twice(tmp_path):
+    names = [str(tmp_path / 'a'), str(tmp_path / 'b' / '..' / 'a')]
+    with pytest.raises(UserError, match='two outputs of one name: '):
+        with all_or_nothing(*names, overwrite=True):
+            pytest.fail('too late')
+    assert not list(tmp_path.iterdir())
+
+
 def test_interrupted(tmp_path):
     write_pair(tmp_path, 0)
     seen = set()

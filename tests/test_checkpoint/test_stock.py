@@ -136,6 +136,53 @@ def test_own_hooks_go():
     ]
 
 
+def test_own_default_hooks_go():
+    hooks = dict(deploy=dict(type='ReparamHook'), timer=dict(type='T'))
+    found = stock_config(Config(dict(default_hooks=hooks)))
+    assert list(found.default_hooks) == ['timer']
+
+
+LAZY = """
+from mmengine.config import read_base
+from mmpretrain.models import (
+    GlobalAveragePooling, ImageClassifier, LinearClsHead, ResNet)
+from mmdbb.backbones import ResNetDBB
+from mmdbb.blocks import OREPAConv
+from mmdbb.engine.optim import ReparamOptimWrapperConstructor
+
+default_scope = 'mmpretrain'
+model = dict(
+    type=ImageClassifier,
+    backbone=BACKBONE,
+    neck=dict(type=GlobalAveragePooling),
+    head=dict(type=LinearClsHead, num_classes=3, in_channels=64))
+optim_wrapper = dict(
+    optimizer=dict(type='SGD', lr=0.1),
+    constructor=ReparamOptimWrapperConstructor)
+"""
+
+
+@pytest.mark.parametrize(
+    'backbone',
+    [
+        'dict(type=ResNetDBB, depth=18, base_channels=8, stem_channels=8)',
+        'dict(type=ResNet, depth=18, base_channels=8, stem_channels=8, '
+        'conv_cfg=dict(type=OREPAConv))',
+    ],
+)
+def test_a_config_of_classes(backbone, tmp_path):
+    path = tmp_path / 'lazy.py'
+    path.write_text(LAZY.replace('BACKBONE', backbone))
+    found = stock_config(Config.fromfile(path))
+    assert not mentions_ours(found.pretty_text)
+    assert not blocks_of(build_model(found))
+    checkpoint = write_checkpoint(path, tmp_path / 'trained.pth')
+    result = deploy_checkpoint(
+        Config.fromfile(path), checkpoint, str(tmp_path / 'out.pth')
+    )
+    assert 0 < result.difference.largest < 1e-4
+
+
 def test_every_hook_of_ours_is_known():
     from mmdbb.pruning import penalty  # noqa: F401
     from mmdbb.quantization import qat  # noqa: F401

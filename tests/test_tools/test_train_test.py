@@ -180,11 +180,15 @@ def test_weights_of_the_rest_come_beside_a_start_of_the_blocks(
         '--no-validate',
         '--cfg-options',
         f'load_from={merged}',
+        'optim_wrapper.optimizer.lr=0.0',
         'model.backbone.init_cfg.type=PlainPretrained',
         f'model.backbone.init_cfg.checkpoint={merged}',
         'model.backbone.init_cfg.prefix=backbone.',
     )
-    assert (tmp_path / 'work/epoch_1.pth').is_file()
+    found = torch.load(tmp_path / 'work/epoch_1.pth', weights_only=False)
+    head = 'head.fc.weight'
+    expected = torch.load(merged, weights_only=False)['state_dict'][head]
+    assert torch.equal(found['state_dict'][head], expected)
 
 
 def test_test_writes_predictions_and_images(folder, trained, tmp_path):
@@ -243,6 +247,11 @@ MISTAKES = {
         'train',
         ['config.py', '--resume', 'none.pth'],
         'no such checkpoint to resume from: none.pth',
+    ),
+    'no such start': (
+        'train',
+        ['config.py', '--cfg-options', 'load_from=none.pth'],
+        'no such checkpoint to start from: none.pth',
     ),
     'no batch size to scale by': (
         'train',

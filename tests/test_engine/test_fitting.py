@@ -1,0 +1,153 @@
+"""Which checkpoints a training or a test refuses before they are loaded."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, DefaultScope
+from torch import nn
+
+from mmdbb import DiverseBranchBlock
+from mmdbb.checkpoint.load import holds_blocks
+from mmdbb.engine.fitting import FittingCheckpointHook, StartingCheckpointHook
+from mmdbb.errors import UserError
+
+pytestmark = pytest.mark.usefixtures('quiet')
+
+
+def build(**config):
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        return MODELS.build(config)
+
+
+def runner(model):
+    return SimpleNamespace(model=model)
+
+
+def start(model, state, config=None):
+    config = Config(dict(load_from='a.pth', model=config or dict()))
+    hook = StartingCheckpointHook(config)
+    hook.after_load_checkpoint(runner(model), dict(state_dict=state))
+
+
+def fit(model, state):
+    hook = FittingCheckpointHook('a.pth')
+    hook.after_load_checkpoint(runner(model), dict(state_dict=state))
+
+
+HRNET = dict(
+    type='HRNet',
+    extra=dict(
+        stage1=dict(
+            num_modules=1,
+            num_branches=1,
+            block='BOTTLENECK',
+            num_blocks=(1,),
+            num_channels=(8,),
+        ),
+        stage2=dict(
+            num_modules=1,
+            num_branches=2,
+            block='BASIC',
+            num_blocks=(1, 1),
+            num_channels=(8, 16),
+        ),
+        stage3=dict(
+            num_modules=1,
+            num_branches=3,
+            block='BASIC',
+            num_blocks=(1, 1, 1),
+            num_channels=(8, 16, 32),
+        ),
+        stage4=dict(
+            num_modules=1,
+            num_branches=4,
+            block='BASIC',
+            num_blocks=(1, 1, 1, 1),
+            num_channels=(8, 16, 32, 64),
+        ),
+    ),
+)
+
+
+def test_hrnets_branches_are_no_blocks():
+    plain = build(**HRNET)
+    blocks = build(**HRNET, conv_cfg=dict(type='DBB'))
+    assert any('branches.' in name for name in plain.state_dict())
+    for model in (plain, blocks):
+        assert not holds_blocks(plain.state_dict(), model)
+        assert holds_blocks(blocks.state_dict(), model)
+    with pytest.raises(
+        UserError, match='plain weights for conv1, conv2, transition1.0.0'
+    ):
+        start(blocks, plain.state_dict())
+    start(blocks, blocks.state_dict())
+
+
+def test_other_networks_blocks_are_blocks():
+    for block in ('DBB', 'ACB', 'RepVGGConv', 'OREPA', 'OREPARepVGG'):
+        model = build(type='ResNet', depth=18, conv_cfg=dict(type=block))
+        assert holds_blocks(model.state_dict(), nn.Conv2d(3, 4, 1)), block
+
+
+def test_a_start_without_weights_for_blocks():
+    """They have none to lose: those of the rest come in."""
+    model = nn.ModuleDict(
+        dict(backbone=nn.Conv2d(3, 4, 3), neck=build(type='DBB', **CONV))
+    )
+    plain = dict(model, neck=nn.Conv2d(**CONV))
+    state = nn.ModuleDict(plain).state_dict()
+    with pytest.raises(UserError, match='plain weights for neck, which are'):
+        start(model, state)
+    del state['neck.weight'], state['neck.bias']
+    start(model, state)
+
+
+CONV = dict(in_channels=4, out_channels=4, kernel_size=3)
+
+
+@pytest.mark.parametrize('kind', ['Pretrained', 'PlainPretrained'])
+def test_a_start_of_the_blocks_own(kind):
+    model = build(type='DBB', **CONV)
+    wrapped = nn.ModuleDict(dict(neck=model))
+    state = {'neck.weight': torch.ones(4, 4, 3, 3)}
+    rule = dict(type=kind, checkpoint='plain.pth')
+    config = dict(neck=dict(init_cfg=rule))
+    if kind == 'PlainPretrained':  # mmengine's gives blocks nothing
+        start(wrapped, state, config)
+    else:
+        with pytest.raises(UserError, match='PlainPretrained'):
+            start(wrapped, state, config)
+
+
+def test_layers_that_load_in_their_own_way():
+    vit = dict(
+        type='VisionTransformer',
+        arch=dict(
+            embed_dims=8, num_layers=1, num_heads=2, feedforward_channels=8
+        ),
+        patch_size=16,
+    )
+    small, large = build(**vit, img_size=32), build(**vit, img_size=64)
+    assert small.pos_embed.shape != large.pos_embed.shape
+    fit(large, small.state_dict())  # it resizes them
+    block = DiverseBranchBlock(4, 4, 3, padding=1)
+    names = {ours: theirs for theirs, ours in block.names[:-1]}
+    state = {}
+    for name, value in block.state_dict().items():
+        ours = next(n for n in names if name.startswith(n))
+        state[names[ours] + name[len(ours) :]] = value
+    assert 'dbb_origin.conv.weight' in state
+    fit(block, state)
+    del state['dbb_origin.conv.weight']
+    with pytest.raises(UserError, match='a.pth does not fit the network'):
+        fit(block, state)
+
+
+def test_a_shape_that_differs():
+    state = nn.Conv2d(3, 4, 3).state_dict()
+    with pytest.raises(UserError, match='of another shape: weight'):
+        fit(nn.Conv2d(3, 4, 1), state)
+    with pytest.raises(UserError, match='missing: running_mean|weight'):
+        fit(nn.BatchNorm2d(4), {})
