@@ -85,8 +85,12 @@ class FittingCheckpointHook(Hook):
         model = unwrapped(runner.model)
         try:
             missing, _ = model.load_state_dict(state, strict=False)
-        except RuntimeError:  # of shapes
-            missing = list(model.state_dict())
+        except RuntimeError:  # of shapes, which for buffers are the host's
+            missing = [
+                name
+                for name, value in model.state_dict().items()
+                if name not in state or state[name].shape != value.shape
+            ]
         if any(name in missing for name, _ in model.named_parameters()):
             misfit = describe_misfit(state, model.state_dict())
             raise UserError(
