@@ -55,7 +55,6 @@ class Difference(NamedTuple):
     compared: Tuple[str, ...]
 
 
-@torch.no_grad()
 def prove_equal(
     trained: nn.Module,
     network: nn.Module,
@@ -95,6 +94,7 @@ def prove_equal(
     return difference
 
 
+@torch.no_grad()
 def compare_networks(
     model: nn.Module, merged: nn.Module, batches: List[Tensor]
 ) -> Difference:

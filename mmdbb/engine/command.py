@@ -60,8 +60,9 @@ class CfgOptions(DictAction):
 def run_command(main: Callable[[], None]) -> None:
     """Run a tool's `main`; a `UserError` ends it with exit code 2.
 
-    What else is the user's: a file that the system refuses, which the error
-    names, and what cannot be built as the config says.
+    What else is the user's: a file that is missing or that the system
+    refuses, which the error names, and what cannot be built as the config
+    says.
     """
     # mmengine's, of its own use of setuptools.
     warnings.filterwarnings('ignore', message='pkg_resources is deprecated')
@@ -81,7 +82,9 @@ def run_command(main: Callable[[], None]) -> None:
 
 def _explained(error: Exception) -> Optional[str]:
     """What to say of a user's mistake; None for a bug."""
-    if isinstance(error, UserError) or getattr(error, 'filename', None):
+    if isinstance(error, (UserError, FileNotFoundError)):
+        return str(error)
+    if isinstance(error, OSError) and error.filename is not None:
         return str(error)
     if _is_of_config(error):
         return (

@@ -16,6 +16,7 @@ from mmengine.config import Config, ConfigDict
 from mmengine.device import get_device
 from mmengine.registry import METRICS, RUNNERS
 from mmengine.runner import Runner, find_latest_checkpoint
+from torch import nn
 
 from mmdbb.checkpoint.files import load_strictly, read_checkpoint
 from mmdbb.checkpoint.formats import is_safetensors
@@ -150,14 +151,19 @@ def test(config: Config, args: argparse.Namespace) -> dict:
     runner = build_runner(config)
     runner.register_hook(FittingCheckpointHook(args.checkpoint), 'LOWEST')
     if local:
-        loaded = read_checkpoint(args.checkpoint)
-        model = give_structure_(unwrapped(runner.model), loaded)
-        if own_form:
-            load_strictly(model, loaded['state_dict'], args.checkpoint)
+        _take_structure_(runner.model, args.checkpoint, load=own_form)
     if args.out:
         dump = dict(type=_task(config).dump, out_file_path=args.out)
         runner.test_evaluator.metrics.append(METRICS.build(dump))
     return runner.test()
+
+
+def _take_structure_(model: nn.Module, path: str, load: bool) -> None:
+    """Give a network a checkpoint's structure, and its weights if asked."""
+    loaded = read_checkpoint(path)
+    model = give_structure_(unwrapped(model), loaded)
+    if load:
+        load_strictly(model, loaded['state_dict'], path)
 
 
 def build_runner(config: Config) -> Runner:

@@ -43,6 +43,20 @@ def test_equal_networks(networks, task):
     assert len(difference.compared) >= 2
 
 
+def test_nothing_is_kept_for_a_backward_pass(networks):
+    model, stock = networks['classifier']
+    outputs = []
+    norms = [m for m in stock.modules() if isinstance(m, nn.BatchNorm2d)]
+    hooks = [
+        norm.register_forward_hook(lambda *args: outputs.append(args[-1]))
+        for norm in norms
+    ]
+    compare_networks(model, stock, [BATCH])
+    for hook in hooks:
+        hook.remove()
+    assert outputs and not any(output.requires_grad for output in outputs)
+
+
 def test_what_is_compared(networks):
     def names(task):
         model, stock = networks[task]

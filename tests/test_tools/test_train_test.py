@@ -14,6 +14,7 @@ import torch
 from mmengine.config import Config
 
 from mmdbb.checkpoint.deploy import deploy_checkpoint
+from mmdbb.engine.command import run_command
 
 NUMBERS = itertools.count()
 ROOT = Path(__file__).resolve().parents[2]
@@ -348,6 +349,32 @@ def test_bug_keeps_its_traceback(folder):
             '--cfg-options',
             'model.head.in_channels=17',
         )
+
+
+@pytest.mark.parametrize(
+    'error',
+    [FileNotFoundError('a.pth can not be found.'), OSError(13, 'no', 'a.pth')],
+)
+def test_a_refused_file_is_no_bug(error, capsys):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as end:
+        run_command(main)
+    assert end.value.code == 2
+    assert 'a.pth' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    'error',
+    [OSError('broken'), SyntaxError('bad', ('ours.py', 1, 1, 'x ='))],
+)
+def test_other_errors_are_bugs(error):
+    def main():
+        raise error
+
+    with pytest.raises(type(error)):
+        run_command(main)
 
 
 def test_command_ends_with_code_2(tmp_path):
