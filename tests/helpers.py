@@ -1,5 +1,9 @@
 """What the tests share: random norms, a measure, random geometries."""
 
+import runpy
+import sys
+from pathlib import Path
+
 import hypothesis.strategies as st
 import torch
 import torch.nn.functional as F
@@ -151,3 +155,16 @@ def pad_with_values(x, values, pads):
     top, bottom, left, right = pads
     values = values.reshape(1, -1, 1, 1)
     return F.pad(x - values, (left, right, top, bottom)) + values
+
+
+def run_tool(name, *arguments):
+    """Run a tool in this process; its exit code."""
+    tools = Path(__file__).resolve().parents[1] / 'tools'
+    argv, sys.argv = sys.argv, [f'{name}.py', *map(str, arguments)]
+    try:
+        runpy.run_path(str(tools / f'{name}.py'), run_name='__main__')
+    except SystemExit as end:
+        return end.code
+    finally:
+        sys.argv = argv
+    return 0

@@ -15,7 +15,13 @@ from pathlib import Path
 import torch
 
 from mmdbb import benchmark
-from mmdbb.engine.command import Parser, at_least_one, run_command
+from mmdbb.blocks.build import registered_blocks
+from mmdbb.engine.command import (
+    Parser,
+    add_image_size_argument,
+    at_least_one,
+    run_command,
+)
 from mmdbb.engine.measure import check_picture, print_table, report_files
 from mmdbb.errors import UserError
 
@@ -40,14 +46,7 @@ def parse_args():
     parser.add_argument(
         '--batch', type=at_least_one, default=16, help='images'
     )
-    parser.add_argument(
-        '--image-size',
-        type=at_least_one,
-        nargs=2,
-        default=(224, 224),
-        metavar=('HEIGHT', 'WIDTH'),
-        help='pixels',
-    )
+    add_image_size_argument(parser, 'pixels', (224, 224))
     parser.add_argument(
         '--threads', type=at_least_one, help='threads of torch'
     )
@@ -116,9 +115,7 @@ def measure(args, images):
 
 
 def check_block(name):
-    from mmengine.registry import MODELS
-
-    blocks = {n for n, m in MODELS.module_dict.items() if hasattr(m, 'block')}
+    blocks = registered_blocks()
     if name not in blocks:
         raise UserError(f'--block {name}: allowed are {sorted(blocks)}')
 

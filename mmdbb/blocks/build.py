@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import Callable, Optional, Tuple, Type
+from typing import Callable, Dict, Optional, Tuple, Type
 
 from mmengine.registry import MODELS
 from torch import nn
@@ -52,6 +52,15 @@ def register_conv_layer(
     return register
 
 
+def registered_blocks() -> Dict[str, Type[ReparamConv2d]]:
+    """Names of blocks in configs -> their classes."""
+    return {
+        name: layer.block
+        for name, layer in MODELS.module_dict.items()
+        if hasattr(layer, 'block')
+    }
+
+
 def block_of(
     config: Optional[dict], plain: bool = False
 ) -> Tuple[Type[nn.Module], dict]:
@@ -80,18 +89,14 @@ def block_of(
     layer = name if isinstance(name, type) else MODELS.get(str(name))
     block = getattr(layer, 'block', layer)
     kinds = (ReparamConv2d, nn.Conv2d) if plain else ReparamConv2d
-    names = {
-        layer.block: name
-        for name, layer in MODELS.module_dict.items()
-        if hasattr(layer, 'block')
-    }
+    blocks = registered_blocks()
     if not isinstance(block, type) or not issubclass(block, kinds):
         raise ValueError(
             f'block must name a block, got type={name!r}; allowed: '
-            f'{sorted(names.values())}'
-            + (", and 'Conv2d' for none" if plain else '')
+            f'{sorted(blocks)}' + (", and 'Conv2d' for none" if plain else '')
         )
     if isinstance(name, type):
+        names = {known: name for name, known in blocks.items()}
         config['type'] = names.get(block, block)
     return block, config
 

@@ -47,7 +47,7 @@ def all_or_nothing(
     places = [os.path.abspath(path) for path in outputs]
     if len(set(places)) < len(places):
         raise UserError(f'two outputs of one name: {", ".join(outputs)}')
-    folders = [os.path.dirname(os.path.abspath(path)) for path in outputs]
+    folders = [os.path.dirname(place) for place in places]
     for folder, output in zip(folders, outputs):
         if folder != folders[0] and not os.path.isdir(folder):
             raise UserError(f'no such folder: {folder}, for {output}')

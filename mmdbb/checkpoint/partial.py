@@ -18,7 +18,7 @@ from torch import nn
 
 from mmdbb.blocks.base import ReparamConv2d
 from mmdbb.checkpoint.sources import some
-from mmdbb.checkpoint.stock import without_own_starts
+from mmdbb.checkpoint.stock import imports_of, without_own_starts
 from mmdbb.errors import UserError
 from mmdbb.reparam import find_blocks
 
@@ -96,14 +96,9 @@ def partial_config(cfg: Config, merged: Sequence[str]) -> Config:
     model.update(
         type=TYPE, network_type=network_type, merged=sorted(set(merged))
     )
-    imports = fields.get('custom_imports') or dict(
-        imports=[], allow_failed_imports=False
-    )
-    names = imports['imports']
-    names = [names] if isinstance(names, str) else list(names)
+    imports, names = imports_of(fields)
     if not any(name.split('.')[0] == 'mmdbb' for name in names):
-        imports = dict(imports, imports=[*names, 'mmdbb'])
-        fields['custom_imports'] = imports
+        fields['custom_imports'] = dict(imports, imports=[*names, 'mmdbb'])
     fields.update(load_from=None, resume=False)
     return Config(fields)
 

@@ -28,6 +28,7 @@ from mmdbb.blocks.from_plain import (
     plain_start,
 )
 from mmdbb.checkpoint.files import read_checkpoint, some
+from mmdbb.checkpoint.stock_weights import stem_in_sequence
 from mmdbb.errors import UserError
 from mmdbb.host_norms import norm_names
 from mmdbb.reparam import find_blocks
@@ -301,17 +302,8 @@ def _stem_in_modules(name: str) -> str:
     return f'{match[1]}stem.{number}.{layer}.{match[3]}'
 
 
-def _stem_in_sequence(name: str) -> str:
-    """A deep stem's names in mmpretrain -> those in mmdet and mmseg."""
-    match = re.fullmatch(r'((?:.*\.)?)stem\.([012])\.(conv|bn)\.(\w+)', name)
-    if not match:
-        return name
-    number = 3 * int(match[2]) + (match[3] == 'bn')
-    return f'{match[1]}stem.{number}.{match[4]}'
-
-
 _BACKBONES: List[Rename] = [_same, _bare, _in_classifier]
-_STEMS: List[Rename] = [_same, _stem_in_modules, _stem_in_sequence]
+_STEMS: List[Rename] = [_same, _stem_in_modules, stem_in_sequence]
 
 
 def _log(loaded: PlainLoaded, source: str) -> None:

@@ -7,12 +7,13 @@ backbone of mmdbb unless the host has no such network.
 
 from __future__ import annotations
 
-from typing import Optional, Tuple
+from typing import List, Optional, Tuple
 
 from mmengine.config import Config
 from mmengine.registry import MODELS, WEIGHT_INITIALIZERS
 
 from mmdbb.blocks.branch_sum import BranchSumConv2d
+from mmdbb.blocks.build import registered_blocks
 from mmdbb.checkpoint.last_init import LoadedLast
 
 #: Backbones of mmdbb -> what they are once merged.
@@ -67,11 +68,8 @@ def stock_config(cfg: Config) -> Config:
     hooks = fields.get('default_hooks') or {}
     for name in [n for n, hook in hooks.items() if _is_own_hook(hook)]:
         del hooks[name]
-    imports = fields.pop('custom_imports', None) or dict(
-        imports=[], allow_failed_imports=False
-    )
-    names = imports['imports']
-    names = [names] if isinstance(names, str) else names
+    imports, names = imports_of(fields)
+    fields.pop('custom_imports', None)
     kept = [name for name in names if name.split('.')[0] != 'mmdbb']
     if _has_own_backbone(fields):
         kept.append('mmdbb.backbones')
@@ -79,6 +77,15 @@ def stock_config(cfg: Config) -> Config:
         fields['custom_imports'] = dict(imports, imports=kept)
     fields.update(load_from=None, resume=False)
     return Config(fields)
+
+
+def imports_of(fields: dict) -> Tuple[dict, List[str]]:
+    """A config's ``custom_imports``, by default none, and the names in it."""
+    imports = fields.get('custom_imports') or dict(
+        imports=[], allow_failed_imports=False
+    )
+    names = imports['imports']
+    return imports, [names] if isinstance(names, str) else list(names)
 
 
 def _is_own_hook(hook) -> bool:
@@ -125,11 +132,11 @@ def _merged_resnet(node: dict, scope: str, stock: str) -> Tuple[str, str]:
     if node.get('stage_blocks') is not None:
         return scope, f'Plain{stock}'
     node.pop('stage_blocks', None)
-    if not node.pop('contract_dilation', False):
+    if not node.get('contract_dilation'):
+        node.pop('contract_dilation', None)
         return scope, stock
     # mmpretrain's cannot be dilated so. mmseg's can; it names widths in its
     # own way, has other defaults, and no drop path, which only training has.
-    node.update(contract_dilation=True)
     node.setdefault('out_indices', (3,))
     node.pop('drop_path_rate', None)
     if stock == 'ResNeXt':
@@ -189,9 +196,6 @@ def _name_of(type_) -> str:
 
 
 def _is_block(type_) -> bool:
-    blocks = {
-        name: layer.block.__name__
-        for name, layer in MODELS.module_dict.items()
-        if hasattr(layer, 'block')
-    }
-    return _name_of(type_) in (*blocks, *blocks.values())
+    blocks = registered_blocks()
+    classes = [block.__name__ for block in blocks.values()]
+    return _name_of(type_) in (*blocks, *classes)

@@ -10,7 +10,6 @@ comes back, which adds b and changes nothing else.
 from __future__ import annotations
 
 import re
-from functools import partial
 from typing import Callable, Dict, Optional
 
 import torch
@@ -99,18 +98,26 @@ def names_in(stock: nn.Module, model: nn.Module) -> Callable[[str], str]:
         Callable: From a name of a module or an entry of the model to that of
         the stock network.
     """
-    known = dict(stock.named_modules())
-    stems = [n for n, _ in model.named_modules() if n.endswith('stem.2.conv')]
-    stems = [n[: -len('.2.conv')] for n in stems if n not in known]
-    if not stems:
-        return str
+    known = {name for name, _ in stock.named_modules()}
+    others = tuple(
+        name[: -len('2.conv')]
+        for name, _ in model.named_modules()
+        if name.endswith('stem.2.conv') and name not in known
+    )
+    return lambda n: stem_in_sequence(n) if n.startswith(others) else n
 
-    def numbered(found: re.Match) -> str:
-        stem, index, part = found.groups()
-        return f'{stem}.{3 * int(index) + (part == "bn")}'
 
-    start = '|'.join(map(re.escape, stems))
-    return partial(re.sub, rf'^({start})\.([0-2])\.(conv|bn)\b', numbered)
+def stem_in_sequence(name: str) -> str:
+    """A deep stem's names in mmpretrain -> those in mmdet and mmseg.
+
+    Args:
+        name: Of a convolution or norm, or of an entry; others stay.
+    """
+    match = re.fullmatch(r'((?:.*\.)?)stem\.([012])\.(conv|bn)(\.\w+)?', name)
+    if not match:
+        return name
+    number = 3 * int(match[2]) + (match[3] == 'bn')
+    return f'{match[1]}stem.{number}{match[4] or ""}'
 
 
 def norm_that_adds(

@@ -338,11 +338,12 @@ def draw_study(results: List[Result], path: str) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 3.5))
-    for row, summary in enumerate(summarize(results)):
+    summaries = summarize(results)
+    for row, summary in enumerate(summaries):
         tops = [r.top1 for r in results if r.block == summary.block]
         axes.plot(tops, [row] * len(tops), 'o', color='0.7', zorder=1)
         axes.errorbar(summary.mean, row, xerr=summary.half, fmt='s', capsize=4)
-    axes.set_yticks(range(row + 1), [s.block for s in summarize(results)])
+    axes.set_yticks(range(row + 1), [s.block for s in summaries])
     axes.invert_yaxis()
     axes.set_xlabel('top-1 (%): each seed, mean, 95 % confidence interval')
     axes.grid(axis='x', alpha=0.3)

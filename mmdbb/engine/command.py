@@ -113,15 +113,7 @@ def at_least_one(text: str) -> int:
     Raises:
         argparse.ArgumentTypeError: If it is no whole number from 1 on.
     """
-    try:
-        number = int(text)
-    except ValueError:
-        number = 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(
-            f'must be a whole number from 1 on, got {text!r}'
-        )
-    return number
+    return _number(int, text, 1, math.inf, 'a whole number from 1 on')
 
 
 def at_least_zero(text: str) -> float:
@@ -130,15 +122,7 @@ def at_least_zero(text: str) -> float:
     Raises:
         argparse.ArgumentTypeError: If it is no finite number from 0 on.
     """
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not 0 <= number < math.inf:
-        raise argparse.ArgumentTypeError(
-            f'must be a finite number from 0 on, got {text!r}'
-        )
-    return number
+    return _number(float, text, 0, math.inf, 'a finite number from 0 on')
 
 
 def seed(text: str) -> int:
@@ -147,14 +131,18 @@ def seed(text: str) -> int:
     Raises:
         argparse.ArgumentTypeError: If it is no whole number of 32 bits.
     """
+    what = 'a whole number from 0 to 2**32 - 1'
+    return _number(int, text, 0, 2**32, what)
+
+
+def _number(kind: type, text: str, low: float, end: float, what: str):
+    """The number that a text says, if it is from `low` on and below `end`."""
     try:
-        number = int(text)
+        number = kind(text)
     except ValueError:
-        number = -1
-    if not 0 <= number < 2**32:
-        raise argparse.ArgumentTypeError(
-            f'must be a whole number from 0 to 2**32 - 1, got {text!r}'
-        )
+        number = math.nan
+    if not low <= number < end:
+        raise argparse.ArgumentTypeError(f'must be {what}, got {text!r}')
     return number
 
 

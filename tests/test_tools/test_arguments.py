@@ -1,29 +1,16 @@
 """Arguments that no tool can use, refused before any work."""
 
-import runpy
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from helpers import run_tool
 
 TOOLS = Path(__file__).resolve().parents[2] / 'tools'
 FILES = ('config.py', 'in.pth', 'out.pth')
 ONE = 'must be a whole number from 1 on'
 ZERO = 'must be a finite number from 0 on'
 SEED = 'must be a whole number from 0 to 2**32 - 1'
-
-
-def tool(name, *arguments):
-    """Run a tool in this process; its exit code."""
-    argv, sys.argv = sys.argv, [f'{name}.py', *map(str, arguments)]
-    try:
-        runpy.run_path(str(TOOLS / f'{name}.py'), run_name='__main__')
-    except SystemExit as end:
-        return end.code
-    finally:
-        sys.argv = argv
-    return 0
 
 
 NUMBERS = [
@@ -73,7 +60,7 @@ NUMBERS = [
 @pytest.mark.parametrize('name, files, option, message', NUMBERS)
 def test_numbers(name, files, option, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert tool(name, *files, *option) == 2
+    assert run_tool(name, *files, *option) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f'{name}.py: argument {option[0]}: {message}, got')
     assert not list(tmp_path.iterdir())
@@ -97,7 +84,7 @@ def test_pictures(name, files, tmp_path, monkeypatch, capsys):
         'old.svg/new.svg': 'cannot write to ',
     }.items():
         Path('old.svg').write_text('mine')
-        assert tool(name, *files, '--plot', plot) == 2
+        assert run_tool(name, *files, '--plot', plot) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith(f'{name}.py: {message}')
         assert [p.name for p in tmp_path.iterdir()] == ['old.svg']
@@ -111,7 +98,7 @@ def test_rows_of_the_benchmark(tmp_path, monkeypatch, capsys):
         'old.json': 'output exists: old.json; choose another name or pass --f',
         'old.json/new.json': 'cannot write to ',
     }.items():
-        assert tool('benchmark', '--out', out) == 2
+        assert run_tool('benchmark', '--out', out) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith(f'benchmark.py: {message}')
     assert Path('old.json').read_text() == 'mine'

@@ -3,13 +3,11 @@
 import itertools
 import os
 import pickle
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import randomize
+from helpers import randomize, run_tool
 from mmengine.config import Config
 from runs import run_config
 from torch import nn
@@ -23,18 +21,6 @@ from mmdbb.reparam import find_blocks
 pytestmark = pytest.mark.usefixtures('quiet')
 TOOLS = Path(__file__).resolve().parents[2] / 'tools'
 NUMBERS = itertools.count()
-
-
-def tool(name, *arguments):
-    """Run a tool in this process; its exit code."""
-    argv, sys.argv = sys.argv, [f'{name}.py', *map(str, arguments)]
-    try:
-        runpy.run_path(str(TOOLS / f'{name}.py'), run_name='__main__')
-    except SystemExit as end:
-        return end.code
-    finally:
-        sys.argv = argv
-    return 0
 
 
 @pytest.fixture(scope='module')
@@ -64,7 +50,7 @@ def run(tmp_path_factory):
 
 
 def reparam(run, out, *options):
-    return tool(
+    return run_tool(
         'reparam',
         run / 'config.py',
         run / 'trained.pth',
@@ -129,10 +115,10 @@ def test_unsafe_load(run, tmp_path, capsys):
     torch.save(loaded, tmp_path / 'in.pth')
     arguments = ('reparam', run / 'config.py', tmp_path / 'in.pth')
     arguments += (tmp_path / 'a.pth', '--image-size', 32, 24)
-    assert tool(*arguments) == 2
+    assert run_tool(*arguments) == 2
     error = capsys.readouterr().err
     assert 'which is not allowed' in error and '--unsafe-load' in error
-    assert tool(*arguments, '--unsafe-load') == 0
+    assert run_tool(*arguments, '--unsafe-load') == 0
     meta = read_checkpoint(str(tmp_path / 'a.pth'))['meta']
     assert meta['epoch'] == 2 and 'path' not in meta
 
@@ -145,7 +131,7 @@ def test_safetensors_are_tested(run, tmp_path, options):
         out = tmp_path / f'plain{suffix}'
         assert reparam(run, out, '--force', *options) == 0
         predictions = tmp_path / f'{suffix}.pkl'
-        code = tool(
+        code = run_tool(
             'test',
             out.with_suffix('.py'),
             out,
