@@ -10,6 +10,7 @@ the offset of its first tap, so it pads less, or even crops.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from numbers import Integral
 from typing import Optional, Tuple, Union
 
 import torch
@@ -63,10 +64,11 @@ class ConvSpec:
         set_field = object.__setattr__
         for name in ('in_channels', 'out_channels', 'groups'):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool):
+            if not _is_int(value):
                 raise TypeError(f'{name} must be an int, got {value!r}')
             if value < 1:
                 raise ValueError(f'{name} must be at least 1, got {value}')
+            set_field(self, name, int(value))
         for name, lowest in (
             ('kernel_size', 1),
             ('stride', 1),
@@ -116,6 +118,11 @@ class ConvSpec:
             before = d * (k - 1) // 2
             pads += [before, d * (k - 1) - before]
         return tuple(pads)
+
+    @property
+    def has_border(self) -> bool:
+        """Whether images are padded with zeros."""
+        return self.padding_mode == 'zeros' and any(self.pads)
 
     @property
     def is_depthwise(self) -> bool:
@@ -232,11 +239,14 @@ def border_mask(x: Tensor, pads: Pads) -> Tensor:
     return F.pad(inside, (left, right, top, bottom), value=True)
 
 
+def _is_int(value) -> bool:
+    """Whether a value counts something; numpy's integers do."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def _pair(name: str, value, lowest: int) -> IntPair:
-    pair = (value, value) if isinstance(value, int) else value
-    if not isinstance(pair, (tuple, list)) or not all(
-        isinstance(n, int) and not isinstance(n, bool) for n in pair
-    ):
+    pair = (value, value) if _is_int(value) else value
+    if not isinstance(pair, (tuple, list)) or not all(map(_is_int, pair)):
         raise TypeError(
             f'{name} must be an int or a pair of ints, got {value!r}'
         )
@@ -245,4 +255,4 @@ def _pair(name: str, value, lowest: int) -> IntPair:
             f'{name} must be one or two numbers of at least {lowest}, got '
             f'{value!r}'
         )
-    return tuple(pair)
+    return tuple(map(int, pair))

@@ -20,6 +20,7 @@ from mmdbb.blocks.from_plain import (
 from mmdbb.checkpoint.files import load_strictly, some
 from mmdbb.checkpoint.stock_weights import stock_state
 from mmdbb.errors import UserError
+from mmdbb.modules import has_hooks
 from mmdbb.reparam import find_blocks
 from mmdbb.tracing import sole_readers
 from mmdbb.transforms import KernelBias
@@ -106,7 +107,7 @@ def insert_blocks_(
         norm = readers[conv]
         absorbed = issubclass(block_type, BranchSumConv2d)
         absorbed = absorbed and type(norm) in _ABSORBED
-        absorbed = absorbed and not _has_hooks(norm)
+        absorbed = absorbed and not has_hooks(norm)
         absorbed = absorbed and norm.track_running_stats
         try:
             new[conv] = _block_for(
@@ -258,13 +259,4 @@ def _block_for(
 
 
 def _is_plain(conv: nn.Module) -> bool:
-    return type(conv) is nn.Conv2d and not _has_hooks(conv)
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
+    return type(conv) is nn.Conv2d and not has_hooks(conv)

@@ -17,7 +17,7 @@ ROOT = Path(mmdbb.__file__).parent
 #: somewhere here.
 LAYERS = (
     ('version', 'errors', 'registry', 'hosts'),
-    ('geometry',),
+    ('geometry', 'modules', 'recompute'),
     ('transforms',),
     ('kernels',),
     ('branches',),

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import sys
 from typing import Callable, Iterator, Tuple, Union
 
@@ -12,12 +13,34 @@ from mmengine.model import BaseModule, initialize
 from torch import Tensor, nn
 
 from mmdbb.blocks.fusing import refuse_wrong_fusion
-from mmdbb.branches.base import leaf_dtype, zero_bias
+from mmdbb.branches.base import leaf_dtype, take_geometry, zero_bias
 from mmdbb.geometry import ConvSpec, IntPair
+from mmdbb.modules import cast, fresh_weights, tensors_of
+from mmdbb.recompute import without_autocast
 from mmdbb.transforms import KernelBias
 
 #: The precisions that kernels can be composed in.
 COMPOSED_IN = (torch.float64, torch.float32)
+
+
+def _geometry(name: str, fixed: bool = False) -> property:
+    """An attribute of ``nn.Conv2d`` that stands in the block's spec."""
+
+    def get(self: ReparamConv2d):
+        return getattr(self.spec, name)
+
+    def put(self: ReparamConv2d, value) -> None:
+        spec = dataclasses.replace(self.spec, **{name: value})
+        if fixed and spec != self.spec:
+            raise ValueError(
+                f'{name} of a {type(self).__name__} is fixed when it is '
+                f'built: {getattr(self.spec, name)}, got {value}; build '
+                'another block'
+            )
+        if spec != self.spec:
+            self.set_spec(spec)
+
+    return property(get, put)
 
 
 class ReparamConv2d(BaseModule):
@@ -79,8 +102,6 @@ class ReparamConv2d(BaseModule):
             groups,
             padding_mode,
         )
-        for name, value in self.spec.conv_args.items():
-            setattr(self, name, value)
         self._initializing = False
         self._kept_kernel = None
         self._wants_bias = bias
@@ -89,15 +110,61 @@ class ReparamConv2d(BaseModule):
                 **self.spec.conv_args, bias=bias or self._has_shift
             )
 
+    in_channels = _geometry('in_channels', fixed=True)
+    out_channels = _geometry('out_channels', fixed=True)
+    kernel_size = _geometry('kernel_size', fixed=True)
+    groups = _geometry('groups', fixed=True)
+    stride = _geometry('stride')
+    padding = _geometry('padding')
+    dilation = _geometry('dilation')
+    padding_mode = _geometry('padding_mode')
+
+    def set_spec(self, spec: ConvSpec) -> None:
+        """Take another geometry, as hosts do that dilate a built network.
+
+        Setting ``stride``, ``padding``, ``dilation`` or ``padding_mode`` does
+        so too.
+
+        Args:
+            spec: With the same channels, kernel size and groups.
+
+        Raises:
+            ValueError: If a branch cannot serve this geometry.
+        """
+        self.spec = spec
+        if self.deploy:
+            take_geometry(self.reparam_conv, spec.conv_args)
+
     @property
     def deploy(self) -> bool:
         """Whether the block is merged."""
         return 'reparam_conv' in self._modules
 
     def forward(self, x: Tensor) -> Tensor:
-        """From (N, in, H, W) to (N, out, H', W')."""
+        """From (N, in, H, W) to (N, out, H', W').
+
+        As ``nn.Conv2d`` it also takes one image of shape (in, H, W).
+
+        Raises:
+            TypeError: If torch.fx traces through the block.
+            ValueError: If ``x`` has another number of dimensions.
+        """
         if self.deploy:
             return self.reparam_conv(x)
+        if isinstance(x, torch.fx.Proxy):
+            raise TypeError(
+                f'torch.fx cannot trace through a {type(self).__name__}, '
+                'whose way depends on its input: merge first, by '
+                'mmdbb.reparameterize(model), or let the tracer take '
+                'mmdbb.ReparamConv2d for a leaf'
+            )
+        if x.dim() == 3:
+            return self.forward_train(x[None])[0]
+        if x.dim() != 4:
+            raise ValueError(
+                f'{type(self).__name__} takes images of shape (N, C, H, W) '
+                f'or (C, H, W), got {tuple(x.shape)}'
+            )
         return self.forward_train(x)
 
     def forward_train(self, x: Tensor) -> Tensor:
@@ -114,12 +181,19 @@ class ReparamConv2d(BaseModule):
         Returns:
             KernelBias: Kernel (out, in / groups, kH, kW) and bias (out,),
             differentiable in the block's parameters.
+
+        Raises:
+            ValueError: If a hook inside the block may change what it
+                computes.
         """
         if self.deploy:
             kernel, bias = self.reparam_conv.weight, self.reparam_conv.bias
             bias = zero_bias(kernel) if bias is None else bias
             return KernelBias(kernel, bias)
-        return self._compose()
+        tensor = next(tensors_of(self), None)
+        device = torch.device('meta') if tensor is None else tensor.device
+        with fresh_weights(self), without_autocast(device):
+            return self._compose()
 
     def _compose(self) -> KernelBias:
         raise NotImplementedError
@@ -153,10 +227,10 @@ class ReparamConv2d(BaseModule):
             raise ValueError(
                 f'dtype must be one of {COMPOSED_IN}, got {dtype!r}'
             )
-        device = next(self.parameters()).device
+        device = next(tensors_of(self)).device
         own_dtype = leaf_dtype(self)
         # Apple's GPUs have no float64.
-        with _cast(self, 'cpu' if device.type == 'mps' else device, dtype):
+        with cast(self, 'cpu' if device.type == 'mps' else device, dtype):
             composed = self.get_equivalent_kernel_bias()
         owner = self.reparam_conv if self.deploy else self
         has_bias = self._has_shift or owner.bias is not None
@@ -269,28 +343,3 @@ def refuse_merged(block: nn.Module, missing: str) -> None:
         raise ValueError(
             f'{type(block).__name__} is merged: it has no {missing}'
         )
-
-
-@contextlib.contextmanager
-def _cast(
-    module: nn.Module, device: Union[str, torch.device], dtype: torch.dtype
-) -> Iterator[None]:
-    """Within the context, a module computes with copies in another dtype.
-
-    Copying the module itself, with all that Python keeps of it, takes longer
-    than composing a kernel.
-    """
-    before = [
-        (tensors, dict(tensors))
-        for each in module.modules()
-        for tensors in (each._parameters, each._buffers)
-    ]
-    try:
-        for tensors, originals in before:
-            for name, tensor in originals.items():
-                if tensor is not None and tensor.is_floating_point():
-                    tensors[name] = tensor.to(device, dtype)
-        yield
-    finally:
-        for tensors, originals in before:
-            tensors.update(originals)

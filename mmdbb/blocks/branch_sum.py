@@ -22,6 +22,7 @@ from mmdbb.branches.norm import (
     run_norm,
 )
 from mmdbb.geometry import ConvSpec
+from mmdbb.modules import tensors_of
 from mmdbb.registry import BRANCHES
 from mmdbb.transforms import KernelBias, add_branches, fuse_conv_bn
 
@@ -146,8 +147,24 @@ class BranchSumConv2d(ReparamConv2d):
                 self.left_out.append(name)
         return served
 
+    def set_spec(self, spec: ConvSpec) -> None:
+        """See :meth:`ReparamConv2d.set_spec`."""
+        if not self.deploy:
+            for name, branch in self.branches.items():
+                if not branch.supports(spec):
+                    raise ValueError(
+                        f'branch {name!r} needs {branch.requirement}, got '
+                        f'{spec}'
+                    )
+            for branch in self.branches.values():
+                branch.set_spec(spec)
+                branch.refuse_changed_geometry()  # notes what it is now
+        super().set_spec(spec)
+
     def forward_train(self, x: Tensor) -> Tensor:
         """The sum of the branches, the fast way (:mod:`mmdbb.blocks.fast`)."""
+        for branch in self.branches.values():
+            branch.refuse_changed_geometry()
         return fast_forward(self, x)
 
     def forward_branches(self, x: Tensor) -> Tensor:
@@ -171,9 +188,10 @@ class BranchSumConv2d(ReparamConv2d):
         return y if self.norm is None else run_norm(self.norm, y)
 
     def _compose(self) -> KernelBias:
-        kernel, bias = add_branches(
-            *map(self.kernel_bias_of, self.branches.values())
-        )
+        for branch in self.branches.values():
+            branch.refuse_changed_geometry()
+        branches = [self.kernel_bias_of(b) for b in self.branches.values()]
+        kernel, bias = add_branches(*branches)
         if self.bias is not None:
             bias = bias + self.bias
         merged = KernelBias(kernel, bias)
@@ -192,10 +210,10 @@ class BranchSumConv2d(ReparamConv2d):
             the block's device and in its dtype.
         """
         merged = branch.equivalent_kernel_bias()
-        if next(branch.parameters(), None) is not None:
+        if next(tensors_of(branch), None) is not None:
             return merged
         # An identity without a norm does not know where the block is.
-        device, dtype = next(self.parameters()).device, leaf_dtype(self)
+        device, dtype = next(tensors_of(self)).device, leaf_dtype(self)
         return KernelBias(*(t.to(device, dtype) for t in merged))
 
     @torch.no_grad()

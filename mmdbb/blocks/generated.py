@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from mmdbb.blocks.base import ReparamConv2d, refuse_merged
 from mmdbb.blocks.kept import kept_kernel
 from mmdbb.branches.base import zero_bias
-from mmdbb.branches.norm import is_recording
 from mmdbb.geometry import ConvSpec, convolve
 from mmdbb.kernels import GeneratedKernel
+from mmdbb.modules import is_watched, tensors_of
+from mmdbb.recompute import is_recording, is_transformed
 from mmdbb.transforms import KernelBias
 
 
@@ -61,15 +62,28 @@ class GeneratedKernelConv2d(ReparamConv2d):
         if single_init:
             self.single_init()
 
+    def set_spec(self, spec: ConvSpec) -> None:
+        """See :meth:`ReparamConv2d.set_spec`."""
+        super().set_spec(spec)
+        if not self.deploy:
+            self.generator.spec = spec
+
     def forward_train(self, x: Tensor) -> Tensor:
         """One convolution with the kernel composed now."""
         needs_grad = torch.is_grad_enabled() and any(
-            p.requires_grad for p in self.parameters()
+            t.requires_grad for t in tensors_of(self)
         )
-        if needs_grad or x.device.type != 'cpu' or is_recording():
+        if (
+            needs_grad
+            or x.device.type != 'cpu'
+            or is_recording()
+            or is_transformed()
+            or is_watched(self)
+        ):
             kernel, bias = self.generator(), self.bias
         else:
-            kernel, bias = kept_kernel(self)
+            compose = self.get_equivalent_kernel_bias
+            kernel, bias = kept_kernel(self, compose)
         return convolve(x, kernel, bias, self.spec)
 
     def forward_branches(self, x: Tensor) -> Tensor:

@@ -3,27 +3,32 @@
 
 from __future__ import annotations
 
-from typing import List, NamedTuple
+from typing import Callable, List, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from mmdbb.modules import tensors_of
 from mmdbb.transforms import KernelBias
 
 
 class KeptKernel(NamedTuple):
-    """A composed kernel and the values it was composed of.
+    """A composed kernel and what it was composed of.
 
     Attributes:
+        structure: All but the values, see :func:`_structure_of`.
         tensors: Copies of the block's parameters and buffers.
         merged: The kernel and bias.
     """
 
+    structure: list
     tensors: List[Tensor]
     merged: KernelBias
 
 
-def kept_kernel(block: nn.Module) -> KernelBias:
+def kept_kernel(
+    block: nn.Module, compose: Callable[[], KernelBias]
+) -> KernelBias:
     """The composed kernel, kept as long as all values stay the same.
 
     Values are compared, not version counters: optimizers and averaging hooks
@@ -31,11 +36,13 @@ def kept_kernel(block: nn.Module) -> KernelBias:
 
     Args:
         block: A ``ReparamConv2d`` that is not merged.
+        compose: Composes the kernel.
     """
-    tensors = [*block.parameters(), *block.buffers()]
+    tensors, structure = list(tensors_of(block)), _structure_of(block)
     kept = block._kept_kernel
     if (
         kept is None
+        or kept.structure != structure
         or len(kept.tensors) != len(tensors)
         or not all(
             a.dtype == b.dtype and torch.equal(a, b)
@@ -45,6 +52,15 @@ def kept_kernel(block: nn.Module) -> KernelBias:
         # What inference mode makes no backward pass could use later.
         with torch.inference_mode(False), torch.no_grad():
             copies = [t.detach().clone() for t in tensors]
-            merged = block.get_equivalent_kernel_bias()
-            kept = block._kept_kernel = KeptKernel(copies, merged)
+            kept = KeptKernel(structure, copies, compose())
+            block._kept_kernel = kept
     return kept.merged
+
+
+def _structure_of(block: nn.Module) -> list:
+    """What a kernel depends on besides tensors: modules, geometry, eps."""
+    modules = block.named_modules()
+    return [
+        block.spec,
+        *((name, type(m), getattr(m, 'eps', None)) for name, m in modules),
+    ]

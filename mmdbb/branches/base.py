@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import Optional, Union
+from typing import Optional, Tuple, Union
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,8 @@ from mmdbb.branches.norm import (
     norm_scale_shift,
     run_norm,
 )
-from mmdbb.geometry import ConvSpec, IntPair, pad2d
+from mmdbb.geometry import ConvSpec, IntPair, Pads, pad2d
+from mmdbb.modules import tensors_of
 from mmdbb.registry import BRANCHES
 from mmdbb.transforms import KernelBias, fuse_conv_bn, pad_kernel
 
@@ -41,6 +42,38 @@ class Branch(nn.Module):
         super().__init__()
         self.spec = spec
         self.norm_cfg = norm_cfg
+        self._built_with = None
+
+    def set_spec(self, spec: ConvSpec) -> None:
+        """Take another stride, padding, dilation or padding mode.
+
+        Args:
+            spec: A geometry that :meth:`supports` allows, with the same
+                channels, kernel size and groups.
+        """
+        self.spec = spec
+        self._built_with = None
+
+    def refuse_changed_geometry(self) -> None:
+        """Raise a ValueError if an inner convolution was changed by itself.
+
+        Hosts set ``stride`` or ``dilation`` of each convolution that they
+        find in a built network. The block hands on what is set on itself.
+        """
+        found = [
+            (conv.stride, conv.padding, conv.dilation, conv.padding_mode)
+            for conv in self.children()
+            if isinstance(conv, nn.Conv2d)
+        ]
+        if self._built_with is None:
+            self._built_with = found
+        if found != self._built_with:
+            raise ValueError(
+                'the stride, padding, dilation or padding mode of a '
+                'convolution inside a block was changed, from '
+                f'{self._built_with} to {found}; set it on the block, which '
+                'hands it on'
+            )
 
     @classmethod
     def supports(cls, spec: ConvSpec) -> bool:
@@ -89,23 +122,34 @@ class ConvNormBranch(Branch):
         norm: bool = True,
     ) -> None:
         super().__init__(spec, norm_cfg)
-        size = self.size(spec)
-        top, bottom, left, right = pads = spec.pads_of(size)
-        own_padding = top == bottom >= 0 and left == right >= 0
-        # Pads that nn.Conv2d cannot do: uneven ones and crops.
-        self.explicit_pads = None if own_padding else pads
+        self.explicit_pads, geometry = self._own_geometry(spec)
         self.norm = self._norm(spec.out_channels) if norm else None
         self.conv = nn.Conv2d(
             spec.in_channels,
             spec.out_channels,
-            size,
-            spec.stride,
-            (top, left) if own_padding else 0,
-            spec.dilation,
-            spec.groups,
+            self.size(spec),
+            groups=spec.groups,
             bias=False,
+            **geometry,
+        )
+
+    def _own_geometry(self, spec: ConvSpec) -> Tuple[Optional[Pads], dict]:
+        top, bottom, left, right = pads = spec.pads_of(self.size(spec))
+        own_padding = top == bottom >= 0 and left == right >= 0
+        # Pads that nn.Conv2d cannot do: uneven ones and crops.
+        explicit_pads = None if own_padding else pads
+        return explicit_pads, dict(
+            stride=spec.stride,
+            padding=(top, left) if own_padding else (0, 0),
+            dilation=spec.dilation,
             padding_mode=spec.padding_mode if own_padding else 'zeros',
         )
+
+    def set_spec(self, spec: ConvSpec) -> None:
+        """See :meth:`Branch.set_spec`."""
+        super().set_spec(spec)
+        self.explicit_pads, geometry = self._own_geometry(spec)
+        take_geometry(self.conv, geometry)
 
     @staticmethod
     def size(spec: ConvSpec) -> IntPair:
@@ -127,6 +171,27 @@ class ConvNormBranch(Branch):
         spec = self.spec
         offset = spec.offset_of(self.size(spec))
         return KernelBias(pad_kernel(kernel, spec.kernel_size, offset), bias)
+
+
+def take_geometry(conv: nn.Conv2d, geometry: dict) -> None:
+    """Give a built convolution another geometry.
+
+    Args:
+        conv: The convolution; its weights stay.
+        geometry: Keyword arguments of ``nn.Conv2d``.
+    """
+    arguments = dict(
+        in_channels=conv.in_channels,
+        out_channels=conv.out_channels,
+        kernel_size=conv.kernel_size,
+        groups=conv.groups,
+    )
+    like = nn.Conv2d(**{**arguments, **geometry}, device='meta')
+    for name, value in vars(like).items():
+        if name in ('stride', 'padding', 'dilation', 'padding_mode') or (
+            name == '_reversed_padding_repeated_twice'
+        ):
+            setattr(conv, name, value)
 
 
 def fuse_kernel_norm(kernel: Tensor, norm: Optional[_BatchNorm]) -> KernelBias:
@@ -176,7 +241,9 @@ def build_branch(
             f'branch {name!r} got unknown keys {unknown}; allowed: '
             f'{["type", *allowed]}'
         )
-    return branch_type(spec, norm_cfg, **args)
+    branch = branch_type(spec, norm_cfg, **args)
+    branch.refuse_changed_geometry()  # notes what it is
+    return branch
 
 
 def split_branch_cfg(cfg: Union[str, dict]) -> tuple:
@@ -202,5 +269,5 @@ def split_branch_cfg(cfg: Union[str, dict]) -> tuple:
 
 def leaf_dtype(module: nn.Module) -> torch.dtype:
     """The dtype of a module's kernels, or of its norms if it has none."""
-    parameters = sorted(module.parameters(), key=lambda p: -p.dim())
-    return parameters[0].dtype
+    floating = [t for t in tensors_of(module) if t.is_floating_point()]
+    return sorted(floating, key=lambda t: -t.dim())[0].dtype

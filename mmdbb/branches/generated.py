@@ -46,6 +46,11 @@ class Generated(Branch):
         self.norm = self._norm(spec.out_channels)
         self.generator = KxKKernel(spec, internal_channels, with_1x1=False)
 
+    def set_spec(self, spec: ConvSpec) -> None:
+        """See :meth:`Branch.set_spec`."""
+        super().set_spec(spec)
+        self.generator.spec = spec
+
     @property
     def last_norm(self) -> _BatchNorm:
         return self.norm

@@ -4,19 +4,26 @@
 They are real ``nn.BatchNorm2d`` modules, so that hosts freeze, synchronise
 and average them as any norm. What mmdbb adds stands outside of them: which
 norms can be merged, how one is run while a checkpointed segment is computed
-again, and what one makes of a zero-padded border.
+again or on processes without GPUs, and what one makes of a zero-padded border.
 """
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import Callable, Optional
 
 import torch
 from mmcv.cnn import build_norm_layer
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from mmdbb.branches.moments import (
+    BatchStats,
+    near_dtype,
+    stats_of,
+    synchronizes,
+)
 from mmdbb.geometry import ConvSpec, border_mask, pad2d
+from mmdbb.recompute import from_forward, is_recomputing
 from mmdbb.transforms import ScaleShift, bn_scale_shift
 
 # The forward passes whose eval form is known to be a scale and a shift.
@@ -60,8 +67,9 @@ def run_norm(norm: _BatchNorm, x: Tensor) -> Tensor:
 
     Gradient checkpointing computes a segment again during the backward pass.
     A second update would count the batch twice and move the border of the
-    sequential branches, which is padded from the running statistics, so that
-    gradients would belong to another function than the loss.
+    sequential branches, which is padded from the running statistics.
+
+    torch's SyncBatchNorm refuses images on a CPU; here it takes them.
 
     Args:
         norm: The norm.
@@ -70,7 +78,9 @@ def run_norm(norm: _BatchNorm, x: Tensor) -> Tensor:
     Returns:
         Tensor: Of the same shape.
     """
-    if norm.training and _in_backward():
+    if x.device.type == 'cpu' and synchronizes(norm):
+        return _run_synchronized(norm, x)
+    if norm.training and is_recomputing():
         buffers = dict(norm._buffers)
         norm._buffers.update({k: b.clone() for k, b in buffers.items()})
         try:
@@ -80,26 +90,73 @@ def run_norm(norm: _BatchNorm, x: Tensor) -> Tensor:
     return norm(x)
 
 
+def _run_synchronized(norm: _BatchNorm, x: Tensor) -> Tensor:
+    scale, shift = batch_scale_shift(norm, stats_of(x, norm))
+    scale, shift = (
+        t.to(near_dtype(x.dtype)).reshape(-1, 1, 1) for t in (scale, shift)
+    )
+    return torch.addcmul(shift, x, scale).to(x.dtype)
+
+
+def batch_scale_shift(norm: _BatchNorm, stats: BatchStats) -> ScaleShift:
+    """A norm in training mode as scale and shift, from batch statistics.
+
+    Args:
+        norm: The norm; its running statistics see the batch.
+        stats: Of what it reads.
+
+    Returns:
+        ScaleShift: Both of shape (channels,), in the statistics' precision.
+    """
+    update_running_stats(norm, stats)
+    weight, bias = (
+        None if t is None else t.to(stats.var.dtype)
+        for t in (norm.weight, norm.bias)
+    )
+    return bn_scale_shift(stats.mean, stats.var, weight, bias, norm.eps)
+
+
 @torch.no_grad()
-def update_running_stats(
-    norm: _BatchNorm, mean: Tensor, var: Tensor, count: int
-) -> None:
+def update_running_stats(norm: _BatchNorm, stats: BatchStats) -> None:
     """Update a norm's running statistics as its own forward pass would.
 
     Args:
         norm: A norm in training mode.
-        mean: Mean of the batch, shape (channels,).
-        var: Biased variance of the batch, shape (channels,).
-        count: Values a channel that they were taken over.
+        stats: Of what it reads.
     """
-    if _in_backward():
+    if is_recomputing():
         return
     norm.num_batches_tracked.add_(1)
     momentum = norm.momentum
     if momentum is None:  # cumulative average
         momentum = 1 / norm.num_batches_tracked.item()
-    norm.running_mean.lerp_(mean, momentum)
-    norm.running_var.lerp_(var * (count / (count - 1)), momentum)
+    unbiased = stats.var * (stats.count / (stats.count - 1))
+    dtype = norm.running_mean.dtype
+    norm.running_mean.lerp_(stats.mean.to(dtype), momentum)
+    norm.running_var.lerp_(unbiased.to(dtype), momentum)
+
+
+def border_value(norm: _BatchNorm, mean: Callable[[], Tensor]) -> Tensor:
+    """What a norm makes of a zero-padded border, without a gradient.
+
+    As in the DBB paper's code that is what the running statistics give for a
+    zero; in training mode those after this step's update.
+
+    Args:
+        norm: The norm, after it has seen the batch.
+        mean: Gives the batch's mean, shape (channels,).
+
+    Returns:
+        Tensor: Shape (channels,).
+    """
+    with torch.no_grad():
+        value = norm_scale_shift(norm).shift
+        return from_forward(mean, value) if norm.training else value
+
+
+def mean_of(x: Tensor) -> Tensor:
+    """Mean of a batch, shape (channels,), without a gradient."""
+    return x.detach().mean((0, 2, 3), dtype=near_dtype(x.dtype))
 
 
 def norm_scale_shift(norm: _BatchNorm) -> ScaleShift:
@@ -109,17 +166,21 @@ def norm_scale_shift(norm: _BatchNorm) -> ScaleShift:
     )
 
 
-def norm_then_pad(norm: _BatchNorm, x: Tensor, spec: ConvSpec) -> Tensor:
+def norm_then_pad(
+    norm: _BatchNorm,
+    x: Tensor,
+    spec: ConvSpec,
+    border: Optional[Callable] = None,
+) -> Tensor:
     """Run a norm, then pad its output for the kernel that follows.
 
-    A zero-padded border is filled with what the running statistics make of a
-    zero, without a gradient, as the DBB paper's code does. In training mode
-    these are the statistics after this step's update.
+    A zero-padded border is filled with :func:`border_value`.
 
     Args:
         norm: The norm.
         x: Images of shape (N, C, H, W).
         spec: Gives the pads and the padding mode.
+        border: What to call in place of :func:`border_value`.
 
     Returns:
         Tensor: Shape (N, C, H + top + bottom, W + left + right).
@@ -130,25 +191,9 @@ def norm_then_pad(norm: _BatchNorm, x: Tensor, spec: ConvSpec) -> Tensor:
     padded = pad2d(y, spec.pads, spec.padding_mode)
     if spec.padding_mode != 'zeros':
         return padded
-    with torch.no_grad():
-        value = norm_scale_shift(norm).shift.to(y.dtype)
+    value = (border or border_value)(norm, lambda: mean_of(x))
     return torch.where(
-        border_mask(y, spec.pads), value.reshape(1, -1, 1, 1), padded
+        border_mask(y, spec.pads),
+        value.to(y.dtype).reshape(1, -1, 1, 1),
+        padded,
     )
-
-
-# torch 2.1 has no torch.compiler.is_compiling.
-is_compiling = getattr(torch.compiler, 'is_compiling', lambda: False)
-
-
-def is_recording() -> bool:
-    """Whether torch writes down the operations to run them without us.
-
-    That is compiling and exporting, and the older tracing of
-    ``torch.jit.trace``, whose shapes are no numbers.
-    """
-    return is_compiling() or torch.jit.is_tracing()
-
-
-def _in_backward() -> bool:
-    return not is_compiling() and torch._C._current_graph_task_id() != -1

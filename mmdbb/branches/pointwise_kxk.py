@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmdbb.branches.base import Branch, fuse_kernel_norm
+from mmdbb.branches.base import Branch, fuse_kernel_norm, take_geometry
 from mmdbb.branches.norm import norm_then_pad, run_norm
 from mmdbb.geometry import ConvSpec
 from mmdbb.kernels.base import check_internal_channels
@@ -73,6 +73,12 @@ class PointwiseKxK(Branch):
             bias=False,
         )
 
+    def set_spec(self, spec: ConvSpec) -> None:
+        """See :meth:`Branch.set_spec`."""
+        super().set_spec(spec)
+        geometry = dict(stride=spec.stride, dilation=spec.dilation)
+        take_geometry(self.conv2, geometry)
+
     @property
     def last_norm(self) -> _BatchNorm:
         return self.norm2
@@ -92,6 +98,26 @@ class PointwiseKxK(Branch):
         first = fuse_kernel_norm(self.kernel1, self.norm1)
         second = fuse_kernel_norm(self.conv2.weight, self.norm2)
         return fuse_1x1_kxk(first, second, self.spec.groups)
+
+
+def mask_kernel(kernel: Tensor, value: Tensor, groups: int) -> Tensor:
+    """The kernel by which a convolution reads a mask of constant channels.
+
+    Args:
+        kernel: Shape (out, in / groups, kH, kW).
+        value: What each channel is where the mask is one, shape (in,).
+        groups: Groups of the convolution.
+
+    Returns:
+        Tensor: Shape (out, 1, kH, kW).
+    """
+    inner, *size = kernel.shape[1:]
+    rows = torch.einsum(
+        'gomhw,gm->gohw',
+        kernel.reshape(groups, -1, inner, *size),
+        value.reshape(groups, inner),
+    )
+    return rows.reshape(-1, 1, *size)
 
 
 class IdentityConv1x1(nn.Module):

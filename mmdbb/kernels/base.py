@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from mmdbb.geometry import ConvSpec
+from mmdbb.modules import tensors_of
+from mmdbb.recompute import again, is_transformed, without_autocast
 
 
 class GeneratedKernel(nn.Module):
@@ -16,18 +18,24 @@ class GeneratedKernel(nn.Module):
         spec: Geometry of the convolution.
     """
 
+    # Whether composing computes more than it is worth to keep.
+    _composes_again = True
+
     def __init__(self, spec: ConvSpec) -> None:
         super().__init__()
         self.spec = spec
 
     def forward(self) -> Tensor:
-        """The kernel, differentiable, in the parameters' own precision."""
-        device = next(self.parameters()).device.type
-        if device == 'meta':  # which has no autocast
-            return self.compose()
+        """The kernel, differentiable, in the parameters' own precision.
+
+        What composing computes on the way is computed again in the backward
+        pass; the parameters alone are kept.
+        """
         # Under autocast only the convolution that reads it is in half.
-        with torch.autocast(device, enabled=False):
-            return self.compose()
+        with without_autocast(next(tensors_of(self)).device):
+            if is_transformed() or not self._composes_again:
+                return self.compose()
+            return again(self.compose, module=self)
 
     def compose(self) -> Tensor:
         """The kernel."""

@@ -34,6 +34,8 @@ class StackedKernel(GeneratedKernel):
         ValueError: If the kernel is no stack of 3x3 kernels.
     """
 
+    _composes_again = False  # its layers do
+
     def __init__(
         self, spec: ConvSpec, generated: bool = True, flip: bool = False
     ) -> None:
@@ -65,7 +67,7 @@ class StackedKernel(GeneratedKernel):
 
     def compose(self) -> Tensor:
         """The kernel, (out, in / groups, k, k)."""
-        first, *others = (layer.compose() for layer in self.layers)
+        first, *others = (layer() for layer in self.layers)
         kernel = first
         for other in others:
             kernel = compose_stack(
@@ -78,7 +80,7 @@ class StackedKernel(GeneratedKernel):
         spec = self.spec
         x = pad2d(x, spec.pads, spec.padding_mode)
         for i, layer in enumerate(self.layers):
-            kernel = layer.compose()
+            kernel = layer()
             if i and not self.flip:
                 kernel = kernel.flip(2, 3)
             last = i == len(self.layers) - 1
@@ -108,6 +110,8 @@ class PlainKernel(GeneratedKernel):
     Args:
         spec: Geometry of the convolution.
     """
+
+    _composes_again = False
 
     def __init__(self, spec: ConvSpec) -> None:
         super().__init__(spec)

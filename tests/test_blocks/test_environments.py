@@ -2,7 +2,6 @@
 
 import copy
 import json
-import logging
 import subprocess
 import sys
 
@@ -11,7 +10,6 @@ import torch
 from helpers import EXACT, distance, image, randomize
 
 from mmdbb import ACB, DBB, OREPARepVGG, RepVGGConv
-from mmdbb.blocks import fast
 
 
 @pytest.mark.parametrize('groups', [1, 4])
@@ -99,17 +97,3 @@ def test_two_processes(tmp_path):
     assert not any(p.returncode for p in processes), outputs
     found = json.loads(outputs[0][0])
     assert found['apart'] < EXACT * found['largest']
-
-
-def test_sync_bn_says_once_that_it_falls_back(caplog):
-    fast._say_once.cache_clear()
-    block = DBB(4, 4, 3, norm_cfg=dict(type='SyncBN')).eval()
-    with caplog.at_level(logging.DEBUG, logger='mmdbb'):
-        for _ in range(3):
-            block(image(2, 4, 5, 6, dtype=torch.float32))
-    assert [r.levelname for r in caplog.records] == ['DEBUG']
-    assert 'DBB with SyncBN computes its branches one' in caplog.text
-    caplog.clear()
-    with caplog.at_level(logging.DEBUG, logger='mmdbb'):
-        DBB(4, 4, 3).eval()(image(2, 4, 5, 6, dtype=torch.float32))
-    assert not caplog.records

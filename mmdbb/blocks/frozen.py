@@ -1,0 +1,118 @@
+# Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
+"""A branch sum whose norms are in eval mode: one convolution.
+
+Its kernel is composed in float32 or better, whatever the images are, so half
+precision costs the one rounding of the kernel. Where frozen norms are trained
+around, as mmdet does, the kernel is composed differentiably. The papers' code
+detaches the border value, so no gradient flows through it; the composed
+kernel would let it flow. We add ``shift.detach() - shift``, which is zero and
+cancels that gradient.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmdbb.blocks.kept import kept_kernel
+from mmdbb.branches.base import leaf_dtype
+from mmdbb.branches.moments import near_dtype, pixels_of
+from mmdbb.branches.norm import norm_scale_shift
+from mmdbb.branches.pointwise_avg import PointwiseAvg
+from mmdbb.branches.pointwise_kxk import PointwiseKxK, mask_kernel
+from mmdbb.geometry import border_mask, convolve
+from mmdbb.modules import cast, tensors_of
+from mmdbb.recompute import is_compiling, without_autocast
+from mmdbb.transforms import KernelBias
+
+
+def frozen_forward(
+    block: nn.Module, x: Tensor, dtype: torch.dtype
+) -> Optional[Tensor]:
+    """What the branches sum up to, all norms in eval mode.
+
+    Args:
+        block: A ``BranchSumConv2d`` that is not merged.
+        x: Images of shape (N, in, H, W).
+        dtype: What convolutions compute in.
+
+    Returns:
+        Tensor: Shape (N, out, H', W'); None where the branches one by one
+        are cheaper.
+    """
+    needs_grad = torch.is_grad_enabled() and any(
+        t.requires_grad for t in (x, *tensors_of(block))
+    )
+    near = near_dtype(leaf_dtype(block))
+    if not needs_grad and x.device.type == 'cpu' and not is_compiling():
+        kernel, bias = kept_kernel(block, lambda: composed(block, near))
+    elif block.spec.in_channels // block.spec.groups <= pixels_of(x):
+        # Composing a 1x1 and a KxK multiplies, per channel in the middle and
+        # channel of the input, out x taps times; it saves as much a pixel.
+        kernel, bias = composed(block, near)
+    else:
+        return None
+    y = convolve(x.to(dtype), kernel.to(dtype), bias.to(dtype), block.spec)
+    if needs_grad:
+        y = _without_border_gradient(y, block, x, near)
+    return y
+
+
+def composed(block: nn.Module, dtype: torch.dtype) -> KernelBias:
+    """A block's kernel and bias, composed in this precision or its own."""
+    in_own = contextlib.nullcontext()
+    if dtype != leaf_dtype(block):
+        in_own = cast(block, None, dtype)
+    with in_own:
+        return block.get_equivalent_kernel_bias()
+
+
+def _without_border_gradient(
+    y: Tensor, block: nn.Module, x: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Add zero, with the gradient that the detached border must not have."""
+    with without_autocast(x.device):
+        after = None if block.norm is None else norm_scale_shift(block.norm)
+        for branch in block.branches.values():
+            kernel = _border_kernel(branch)
+            if kernel is None:
+                continue
+            if after is not None:
+                kernel = kernel * after.scale.reshape(-1, 1, 1, 1)
+            spec = branch.spec
+            nothing = F.conv2d(
+                border_mask(x, spec.pads).to(dtype),
+                kernel.to(dtype),
+                stride=spec.stride,
+                dilation=spec.dilation,
+            )
+            y = y + nothing.to(y.dtype)
+    return y
+
+
+def _border_kernel(branch: nn.Module) -> Optional[Tensor]:
+    """Zeros by which a branch reads its border, (out, 1, kH, kW).
+
+    None for a branch that has no border, or whose gradient nobody needs.
+    """
+    spec, norm = branch.spec, getattr(branch, 'norm1', None)
+    if (
+        norm is None
+        or not spec.has_border
+        or not any(t.requires_grad for t in tensors_of(norm))
+    ):
+        return None
+    shift = norm_scale_shift(norm).shift
+    nothing = shift.detach() - shift
+    scale = norm_scale_shift(branch.last_norm).scale
+    if isinstance(branch, PointwiseKxK):
+        kernel = mask_kernel(branch.conv2.weight, nothing, spec.groups)
+        return kernel * scale.reshape(-1, 1, 1, 1)
+    assert isinstance(branch, PointwiseAvg)
+    area = spec.kernel_size[0] * spec.kernel_size[1]
+    kernel = (scale * nothing / area).reshape(-1, 1, 1, 1)
+    return kernel.expand(-1, -1, *spec.kernel_size)
