@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmdbb.recompute import is_compiling, is_transformed
+
 PADDING_MODES = ('zeros', 'reflect', 'replicate', 'circular')
 
 IntPair = Tuple[int, int]
@@ -215,19 +217,59 @@ def convolve(
 
     Args:
         x: Images of shape (N, in, H, W).
-        kernel: Shape (out, in / groups, kH, kW).
-        bias: Shape (out,), or None.
+        kernel: Shape (out, in / groups, kH, kW), of any precision.
+        bias: Shape (out,), in the images' precision or better, or None.
         spec: The geometry.
 
     Returns:
-        Tensor: Shape (N, out, H', W').
+        Tensor: Shape (N, out, H', W'), in the images' precision.
     """
     padding = spec.padding
     if padding == 'same' or spec.padding_mode != 'zeros':
         x, padding = pad2d(x, spec.pads, spec.padding_mode), 0
-    return F.conv2d(
-        x, kernel, bias, spec.stride, padding, spec.dilation, spec.groups
-    )
+    geometry = spec.stride, padding, spec.dilation, spec.groups
+    kernel = kernel.to(x.dtype)
+    # torch.compile cannot lower a bias that is a view of something.
+    if bias is None or (bias.dtype == x.dtype and not is_compiling()):
+        return F.conv2d(x, kernel, bias, *geometry)
+    y = F.conv2d(x, kernel, None, *geometry)
+    return add_shift(y, bias.reshape(-1, 1, 1))
+
+
+def add_shift(x: Tensor, shift: Tensor) -> Tensor:
+    """Add constants to images, in the images' own memory.
+
+    Args:
+        x: Images of shape (N, C, H, W) that nothing else reads.
+        shift: In the images' precision or better, of a shape such as
+            (C, 1, 1) or (1, C, H, W).
+
+    Returns:
+        Tensor: Of the images' shape and dtype.
+    """
+    if shift.dtype == x.dtype:
+        return x.add_(shift)
+    if is_compiling() or is_transformed():
+        return (x + shift).to(x.dtype)
+    return _AddShift.apply(x, shift)
+
+
+class _AddShift(torch.autograd.Function):
+    """Sums gradients in the shift's precision; torch rounds them to half."""
+
+    @staticmethod
+    def forward(ctx, x, shift):
+        ctx.shape, ctx.dtype = shift.shape, shift.dtype
+        ctx.mark_dirty(x)
+        return x.add_(shift)
+
+    @staticmethod
+    def backward(ctx, grad):
+        extra = grad.dim() - len(ctx.shape)
+        shape = (1,) * extra + tuple(ctx.shape)
+        over = [i for i, n in enumerate(shape) if n == 1]
+        total = grad.sum(over, keepdim=True, dtype=ctx.dtype)
+        return grad, total.reshape(ctx.shape)
 
 
 def border_mask(x: Tensor, pads: Pads) -> Tensor:

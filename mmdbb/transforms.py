@@ -304,7 +304,8 @@ def compose_1x1_kxk(first: Tensor, second: Tensor, groups: int = 1) -> Tensor:
     rows = rows.transpose(2, 3).reshape(groups, -1, mid // groups)
     kernel = torch.bmm(rows, first.reshape(groups, mid // groups, inside))
     kernel = kernel.reshape(out, taps, inside).transpose(1, 2)
-    return kernel.reshape(out, inside, *size)
+    # Not a view, from whose strides a convolution would take its layout.
+    return kernel.contiguous().reshape(out, inside, *size)
 
 
 def compose_separable(

@@ -67,7 +67,13 @@ from mmdbb.branches.norm import (
 from mmdbb.branches.pointwise import Pointwise
 from mmdbb.branches.pointwise_avg import PointwiseAvg
 from mmdbb.branches.pointwise_kxk import PointwiseKxK, mask_kernel
-from mmdbb.geometry import ConvSpec, border_mask, convolve, pad2d
+from mmdbb.geometry import (
+    ConvSpec,
+    add_shift,
+    border_mask,
+    convolve,
+    pad2d,
+)
 from mmdbb.modules import is_replica, is_watched
 from mmdbb.recompute import (
     again,
@@ -303,9 +309,8 @@ def _pointwise(branch: Pointwise, x: Tensor, moments: Moments) -> Tensor:
         kernel = exact.to(x.dtype)
         # A norm centres what the rounded kernel makes.
         shift = shift + moments.through(exact - kernel).mean
-        return F.conv2d(
-            x, kernel, shift.to(x.dtype), groups=branch.spec.groups
-        )
+        z = F.conv2d(x, kernel, groups=branch.spec.groups)
+        return add_shift(z, shift.reshape(-1, 1, 1))
 
 
 def _collapsed(branch: PointwiseKxK, batch: _Batch) -> Tensor:
@@ -322,18 +327,16 @@ def _collapsed(branch: PointwiseKxK, batch: _Batch) -> Tensor:
             KernelBias(kernel2, kernel2.new_zeros(spec.out_channels)),
             spec.groups,
         )
-        z = convolve(x, kernel.to(x.dtype), bias.to(x.dtype), spec)
+        constant = bias.reshape(-1, 1, 1)
         if spec.has_border:
             value = batch.border(branch.norm1, stats.mean.detach)
-            value = value.to(near)
-            z = z.add_(
-                F.conv2d(
-                    border_mask(x, spec.pads).to(near),
-                    mask_kernel(kernel2, value - shift, spec.groups),
-                    stride=spec.stride,
-                    dilation=spec.dilation,
-                )
+            constant = constant + F.conv2d(
+                border_mask(x, spec.pads).to(near),
+                mask_kernel(kernel2, value.to(near) - shift, spec.groups),
+                stride=spec.stride,
+                dilation=spec.dilation,
             )
+        z = add_shift(convolve(x, kernel, None, spec), constant)
     return run_norm(branch.norm2, z)
 
 
@@ -352,20 +355,24 @@ def _pooled_first(branch: PointwiseAvg, batch: _Batch) -> Tensor:
     with without_autocast(x.device):
         stats = batch.stats.through(weight)
         scale, shift = batch_scale_shift(branch.norm1, stats)
-        kernel = _scaled(weight.to(scale.dtype), scale) / area
-        kernel, shift = kernel.to(x.dtype), shift.to(near_dtype(x.dtype))
+        exact = _scaled(weight.to(scale.dtype), scale) / area
+        kernel = exact.to(x.dtype)
+        # A norm centres what the rounded kernel makes.
+        shift = shift + batch.stats.through(exact - kernel).mean * area
+        shift = shift.to(near_dtype(x.dtype))
         value = shift
         if spec.has_border:
             value = batch.border(branch.norm1, stats.mean.detach)
 
         def pooled(x: Tensor, kernel: Tensor, shift: Tensor) -> Tensor:
             q = pool_sum(x, spec)
-            z = F.conv2d(q, kernel, shift.to(x.dtype), groups=spec.groups)
+            z = F.conv2d(q, kernel, groups=spec.groups)
+            constant = shift.reshape(-1, 1, 1)
             if spec.has_border:
                 border = border_mask(x, spec.pads).to(shift.dtype)
                 b = pool_sum(border, spec, padded=True) / area
-                z = z.add_((value - shift).reshape(-1, 1, 1) * b)
-            return run_norm(branch.norm2, z)
+                constant = constant + (value.reshape(-1, 1, 1) - constant) * b
+            return run_norm(branch.norm2, add_shift(z, constant))
 
         return again(pooled, x, kernel, shift, module=branch.norm2)
 
@@ -422,13 +429,15 @@ def pool_sum(
         padding = 0
     elif padding == 'same' or spec.padding_mode != 'zeros':
         x, padding = pad2d(x, spec.pads, spec.padding_mode), 0
-    area = spec.kernel_size[0] * spec.kernel_size[1]
+    dtype, area = x.dtype, spec.kernel_size[0] * spec.kernel_size[1]
+    if mean:  # rounded once, as torch's own
+        x = x.to(near_dtype(dtype))
     ones = x.new_ones(channels, 1, *spec.kernel_size)
     with without_autocast(x.device):
         y = F.conv2d(
             x, ones, None, spec.stride, padding, spec.dilation, channels
         )
-    return y.div_(area) if mean else y
+    return y.div_(area).to(dtype) if mean else y
 
 
 def _is_half(x: Tensor) -> bool:

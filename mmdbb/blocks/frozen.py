@@ -24,7 +24,7 @@ from mmdbb.branches.moments import near_dtype, pixels_of
 from mmdbb.branches.norm import norm_scale_shift
 from mmdbb.branches.pointwise_avg import PointwiseAvg
 from mmdbb.branches.pointwise_kxk import PointwiseKxK, mask_kernel
-from mmdbb.geometry import border_mask, convolve
+from mmdbb.geometry import add_shift, border_mask, convolve
 from mmdbb.modules import cast, tensors_of
 from mmdbb.recompute import is_compiling, without_autocast
 from mmdbb.transforms import KernelBias
@@ -56,10 +56,11 @@ def frozen_forward(
         kernel, bias = composed(block, near)
     else:
         return None
-    y = convolve(x.to(dtype), kernel.to(dtype), bias.to(dtype), block.spec)
     if needs_grad:
-        y = _without_border_gradient(y, block, x, near)
-    return y
+        with without_autocast(x.device):
+            y = convolve(x.to(dtype), kernel, bias, block.spec)
+            return _without_border_gradient(y, block, x, near)
+    return convolve(x.to(dtype), kernel, bias.to(dtype), block.spec)
 
 
 def composed(block: nn.Module, dtype: torch.dtype) -> KernelBias:
@@ -75,22 +76,21 @@ def _without_border_gradient(
     y: Tensor, block: nn.Module, x: Tensor, dtype: torch.dtype
 ) -> Tensor:
     """Add zero, with the gradient that the detached border must not have."""
-    with without_autocast(x.device):
-        after = None if block.norm is None else norm_scale_shift(block.norm)
-        for branch in block.branches.values():
-            kernel = _border_kernel(branch)
-            if kernel is None:
-                continue
-            if after is not None:
-                kernel = kernel * after.scale.reshape(-1, 1, 1, 1)
-            spec = branch.spec
-            nothing = F.conv2d(
-                border_mask(x, spec.pads).to(dtype),
-                kernel.to(dtype),
-                stride=spec.stride,
-                dilation=spec.dilation,
-            )
-            y = y + nothing.to(y.dtype)
+    after = None if block.norm is None else norm_scale_shift(block.norm)
+    for branch in block.branches.values():
+        kernel = _border_kernel(branch)
+        if kernel is None:
+            continue
+        if after is not None:
+            kernel = kernel * after.scale.reshape(-1, 1, 1, 1)
+        spec = branch.spec
+        nothing = F.conv2d(
+            border_mask(x, spec.pads).to(dtype),
+            kernel.to(dtype),
+            stride=spec.stride,
+            dilation=spec.dilation,
+        )
+        y = add_shift(y, nothing)
     return y
 
 

@@ -18,7 +18,12 @@ from mmdbb.branches.base import zero_bias
 from mmdbb.geometry import ConvSpec, convolve
 from mmdbb.kernels import GeneratedKernel
 from mmdbb.modules import is_watched, tensors_of
-from mmdbb.recompute import is_recording, is_transformed
+from mmdbb.recompute import (
+    autocast_dtype,
+    is_recording,
+    is_transformed,
+    without_autocast,
+)
 from mmdbb.transforms import KernelBias
 
 
@@ -84,7 +89,11 @@ class GeneratedKernelConv2d(ReparamConv2d):
         else:
             compose = self.get_equivalent_kernel_bias
             kernel, bias = kept_kernel(self, compose)
-        return convolve(x, kernel, bias, self.spec)
+        half = autocast_dtype(x.device.type)
+        if half is None or torch.float64 in (x.dtype, kernel.dtype):
+            return convolve(x, kernel, bias, self.spec)
+        with without_autocast(x.device):
+            return convolve(x.to(half), kernel, bias, self.spec)
 
     def forward_branches(self, x: Tensor) -> Tensor:
         """The branches of the kernel on images, summed: a reference.
@@ -96,7 +105,9 @@ class GeneratedKernelConv2d(ReparamConv2d):
             Tensor: Shape (N, out, H', W').
         """
         y = self.generator.forward_branches(x)
-        return y if self.bias is None else y + self.bias.reshape(-1, 1, 1)
+        if self.bias is not None:
+            y = y + self.bias.to(y.dtype).reshape(-1, 1, 1)
+        return y
 
     def _compose(self) -> KernelBias:
         kernel, bias = self.generator(), self.bias
