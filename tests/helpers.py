@@ -1,5 +1,6 @@
 """What the tests share: random norms, a measure, random geometries."""
 
+import contextlib
 import runpy
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmdbb.blocks import ReparamConv2d
+from mmdbb.blocks import ReparamConv2d, fast
 from mmdbb.geometry import PADDING_MODES
 
 EXACT = 1e-10  # float64, relative to the largest magnitude
@@ -53,6 +54,17 @@ def randomize(model, seed=0):
                     )
                     parameter.add_((0.2 * values).to(parameter.dtype))
     return model
+
+
+@contextlib.contextmanager
+def every_batch_is_large():
+    """Within the context, blocks take the fast way on tiny images too."""
+    before = fast._is_small
+    fast._is_small = lambda spec, pixels: False
+    try:
+        yield
+    finally:
+        fast._is_small = before
 
 
 def distance(found, expected):

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import statistics
 import time
-from typing import Callable, Dict, NamedTuple
+from typing import Callable, Dict, NamedTuple, Optional
 
 import torch
+from torch import nn
 
 
 class Spread(NamedTuple):
@@ -38,14 +39,24 @@ def interleaved(
     }
 
 
-def kept_megabytes(forward: Callable[[], object]) -> float:
-    """What autograd keeps of a forward pass; each storage counts once."""
+def kept_megabytes(
+    forward: Callable[[], object], net: Optional[nn.Module] = None
+) -> float:
+    """What autograd keeps of a forward pass; each storage counts once.
+
+    Args:
+        forward: What to run.
+        net: A network whose parameters do not count: they are there anyway.
+    """
     storages = {}
+    own = [] if net is None else net.parameters()
+    own = {p.untyped_storage().data_ptr() for p in own}
 
     def pack(tensor):
         storage = tensor.untyped_storage()
         # Holding the tensor keeps its address from being used again.
-        storages[storage.data_ptr()] = (storage.nbytes(), tensor)
+        if storage.data_ptr() not in own:
+            storages[storage.data_ptr()] = (storage.nbytes(), tensor)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):

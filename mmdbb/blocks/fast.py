@@ -6,15 +6,16 @@ Outputs, gradients and running statistics are those of
 this file the package is slower and as correct. Norms in eval mode are
 :mod:`mmdbb.blocks.frozen`'s; in training mode each branch has its ways:
 
-==========  ==========================  ===================================
-branch      where                       way
-==========  ==========================  ===================================
-1x1         beside a collapsed branch   scaled by statistics known before
-1x1_kxk     the batch is large          collapsed to one kernel
-1x1_kxk     it is small                 no padded copy
-1x1_avg     dense                       pooled first, computed again
-all         depthwise                   the whole sum is computed again
-==========  ==========================  ===================================
+==========  =======================  ========================================
+branch      where                    way
+==========  =======================  ========================================
+1x1_kxk     many pixels a channel    collapsed to one kernel
+1x1         beside such a branch     scaled by statistics known before
+1x1_avg     beside such a branch     pooled first, computed again
+1x1_avg     elsewhere                computed again
+all         depthwise                the whole sum is computed again
+all         small batches            as they are
+==========  =======================  ========================================
 
 *Statistics known before.* See :mod:`mmdbb.branches.moments`: the norm behind
 a 1x1 is a scale a and a shift c before the 1x1 is computed.
@@ -28,9 +29,6 @@ x and b that of an image of zeros with a border of ones, what the second norm
 reads is a P q + c + (v - c) b. It is computed again in the backward pass
 instead of being kept.
 
-*No padded copy.* A border padded with v is the zero-padded border of an image
-less v, plus what the KxK makes of v everywhere, one constant a channel.
-
 *Half precision.* Under autocast, and of half-precision networks, statistics
 and kernels are computed in float32, images and convolutions in half.
 
@@ -40,7 +38,7 @@ the running statistics, which they come from, move on.
 
 from __future__ import annotations
 
-from typing import Callable, Dict, List, NamedTuple, Optional, Tuple, Union
+from typing import Callable, Dict, List, NamedTuple, Optional, Union
 
 import torch
 import torch.nn.functional as F
@@ -60,7 +58,6 @@ from mmdbb.branches.moments import (
 from mmdbb.branches.norm import (
     batch_scale_shift,
     border_value,
-    mean_of,
     norm_then_pad,
     run_norm,
 )
@@ -97,18 +94,25 @@ def fast_forward(block: nn.Module, x: Tensor) -> Tensor:
     Returns:
         Tensor: Shape (N, out, H', W').
     """
-    norms = [m for m in block.modules() if isinstance(m, _BatchNorm)]
+    norms = _norms_of(block)
     modes = {norm.training for norm in norms}
-    dtype = _conv_dtype(block, norms, x)
-    y = None
-    if dtype is not None and _is_left_alone(block, x) and len(modes) == 1:
+    if len(modes) != 1 or (modes == {True} and _stays_literal(block, x)):
+        return block.forward_branches(x)
+    y, dtype = None, _conv_dtype(block, norms, x)
+    if dtype is not None and _is_left_alone(block, x):
         if modes == {False}:
             y = frozen_forward(block, x, dtype)
             if y is not None and _keeps_input_dtype(block):
                 y = y.to(torch.promote_types(x.dtype, dtype))
-        elif _training_pays(block, norms, x):
+        elif _share_statistics_alike(norms):
             y = _training_forward(block, x, dtype)
     return block.forward_branches(x) if y is None else y
+
+
+def _norms_of(block: nn.Module) -> List[_BatchNorm]:
+    places = [*block.branches.values(), block]
+    children = [m for place in places for m in place._modules.values()]
+    return [m for m in children if isinstance(m, _BatchNorm)]
 
 
 def _conv_dtype(
@@ -143,20 +147,42 @@ def _keeps_input_dtype(block: nn.Module) -> bool:
     )
 
 
-def _training_pays(
-    block: nn.Module, norms: List[_BatchNorm], x: Tensor
-) -> bool:
-    """Whether the fast way exists, and costs less than the literal sum."""
+def _share_statistics_alike(norms: List[_BatchNorm]) -> bool:
+    """Whether all norms see one batch, of this or of the same processes.
+
+    No compiler sees through what is summed over processes.
+    """
     shared = {
         (synchronizes(norm), getattr(norm, 'process_group', None))
         for norm in norms
     }
-    if len(shared) > 1:
+    return len(shared) == 1 and not (next(iter(shared))[0] and is_compiling())
+
+
+def _stays_literal(block: nn.Module, x: Tensor) -> bool:
+    """Whether a batch is small, or so small that norms refuse it.
+
+    With SyncBN it is neither: processes must all go one way, whatever the
+    size of their own images.
+    """
+    if any(map(synchronizes, _norms_of(block))):
         return False
-    if next(iter(shared))[0]:
-        return x.device.type == 'cpu' and not is_compiling()
-    # The literal sum raises where a norm has one value a channel.
-    return pixels_of(x) > 1 and _batch_pixels(block.spec, x) > 1
+    pixels = pixels_of(x)
+    if pixels <= 1 or _batch_pixels(block.spec, x) <= 1:
+        return True
+    return _is_small(block.spec, pixels)
+
+
+def _is_small(spec: ConvSpec, pixels: int) -> bool:
+    """Whether a batch costs so little that nothing can be saved.
+
+    What the fast way adds to a step, statistics and kernels, does not grow
+    with the batch. Measured: ``--sweep`` of tools/benchmark.py.
+    """
+    if spec.is_depthwise:
+        return pixels * spec.in_channels < 25_000
+    work = pixels * spec.in_channels * spec.out_channels // spec.groups
+    return pixels < 700 or work < 12_000_000
 
 
 def _batch_pixels(spec: ConvSpec, x: Tensor) -> int:
@@ -247,13 +273,17 @@ def _collapses(branch: nn.Module, x: Tensor) -> bool:
     """Whether a branch is a 1x1, norm, KxK that should be one kernel.
 
     Per channel in the middle, and per channel of the input, composing
-    multiplies out x taps times; it saves the 1x1, a product per pixel. Twice
-    that, because small products of kernels run slower than convolutions.
+    multiplies out x taps times; it saves the 1x1, a product per pixel. Four
+    times that, because products of kernels run slower than convolutions.
     """
+    if not _is_a(branch, PointwiseKxK):
+        return False
     spec = branch.spec
     taps = spec.kernel_size[0] * spec.kernel_size[1]
-    work = 2 * spec.out_channels // spec.groups * taps
-    return _is_a(branch, PointwiseKxK) and work <= pixels_of(x)
+    work = 4 * spec.out_channels // spec.groups * taps
+    # Processes that share statistics must all go one way, whatever the size
+    # of their own images.
+    return work <= pixels_of(x) or synchronizes(branch.norm1)
 
 
 def _is_a(branch: nn.Module, kind: type) -> bool:
@@ -268,8 +298,6 @@ def _training_branch(branch: nn.Module, batch: _Batch) -> Tensor:
     if _is_a(branch, PointwiseKxK):
         if stats is not None and _collapses(branch, x):
             return _collapsed(branch, batch)
-        if spec.has_border and not _is_half(x):
-            return _shifted_kxk(branch, batch)
         return branch(x)
     if _is_a(branch, PointwiseAvg):
         if spec.is_depthwise:
@@ -308,7 +336,7 @@ def _pointwise(branch: Pointwise, x: Tensor, moments: Moments) -> Tensor:
         exact = _scaled(weight.to(scale.dtype), scale)
         kernel = exact.to(x.dtype)
         # A norm centres what the rounded kernel makes.
-        shift = shift + moments.through(exact - kernel).mean
+        shift = shift + moments.mean_through(exact - kernel)
         z = F.conv2d(x, kernel, groups=branch.spec.groups)
         return add_shift(z, shift.reshape(-1, 1, 1))
 
@@ -340,15 +368,6 @@ def _collapsed(branch: PointwiseKxK, batch: _Batch) -> Tensor:
     return run_norm(branch.norm2, z)
 
 
-def _shifted_kxk(branch: PointwiseKxK, batch: _Batch) -> Tensor:
-    """The branch without a padded copy: less v, pad with zeros, add W v."""
-    spec, kernel = branch.spec, branch.conv2.weight
-    y, value = _less_border(branch.norm1, branch.conv1(batch.half), batch)
-    constant = mask_kernel(kernel, value.flatten(), spec.groups)
-    z = convolve(y, kernel, constant.sum((1, 2, 3)), spec)
-    return run_norm(branch.norm2, z)
-
-
 def _pooled_first(branch: PointwiseAvg, batch: _Batch) -> Tensor:
     spec, x, weight = branch.spec, batch.half, branch.conv1.weight
     area = spec.kernel_size[0] * spec.kernel_size[1]
@@ -358,7 +377,7 @@ def _pooled_first(branch: PointwiseAvg, batch: _Batch) -> Tensor:
         exact = _scaled(weight.to(scale.dtype), scale) / area
         kernel = exact.to(x.dtype)
         # A norm centres what the rounded kernel makes.
-        shift = shift + batch.stats.through(exact - kernel).mean * area
+        shift = shift + batch.stats.mean_through(exact - kernel) * area
         shift = shift.to(near_dtype(x.dtype))
         value = shift
         if spec.has_border:
@@ -379,32 +398,14 @@ def _pooled_first(branch: PointwiseAvg, batch: _Batch) -> Tensor:
 
 def _avg_again(branch: PointwiseAvg, batch: _Batch) -> Tensor:
     """The branch as it is, computed again with the border it had."""
-    spec = branch.spec
 
     def averaged(x: Tensor) -> Tensor:
         z = branch.conv1(x)
-        if spec.has_border and not _is_half(z):
-            y, value = _less_border(branch.norm1, z, batch)
-            y = pool_sum(y, spec, mean=True).add_(value)
-        else:
-            y = norm_then_pad(branch.norm1, z, spec, batch.border)
-            y = pool_sum(y, spec, padded=True, mean=True)
+        y = norm_then_pad(branch.norm1, z, branch.spec, batch.border)
+        y = pool_sum(y, branch.spec, padded=True, mean=True)
         return run_norm(branch.norm2, y)
 
     return again(averaged, batch.half, module=branch)
-
-
-def _less_border(
-    norm: _BatchNorm, x: Tensor, batch: _Batch
-) -> Tuple[Tensor, Tensor]:
-    """A norm's output less its value v on the border, and v (C, 1, 1).
-
-    Not in half precision, in which the difference would lose digits.
-    """
-    y = run_norm(norm, x)
-    value = batch.border(norm, lambda: mean_of(x)).reshape(-1, 1, 1)
-    # In place: a batch norm's backward pass needs its input alone.
-    return y.sub_(value), value
 
 
 # ----------------------------------------------------------------- helpers
@@ -438,10 +439,6 @@ def pool_sum(
             x, ones, None, spec.stride, padding, spec.dilation, channels
         )
     return y.div_(area).to(dtype) if mean else y
-
-
-def _is_half(x: Tensor) -> bool:
-    return near_dtype(x.dtype) != x.dtype
 
 
 def _scaled(kernel: Tensor, scale: Tensor) -> Tensor:

@@ -70,12 +70,19 @@ class Moments(NamedTuple):
         Args:
             kernel: Shape (out, c, 1, 1).
         """
-        rows = kernel.to(self.cov.dtype)
-        rows = rows.reshape(self.mean.shape[0], -1, self.mean.shape[1])
-        mean = torch.matmul(rows, self.mean[..., None])
+        rows = self._rows(kernel)
         var = (torch.matmul(rows, self.cov) * rows).sum(-1)
         var = var.reshape(-1).clamp_min(0)
-        return BatchStats(mean.reshape(-1), var, self.count)
+        return BatchStats(self.mean_through(kernel), var, self.count)
+
+    def mean_through(self, kernel: Tensor) -> Tensor:
+        """The mean (out,) after a 1x1 kernel (out, c, 1, 1)."""
+        mean = torch.matmul(self._rows(kernel), self.mean[..., None])
+        return mean.reshape(-1)
+
+    def _rows(self, kernel: Tensor) -> Tensor:
+        groups, inner = self.mean.shape
+        return kernel.to(self.cov.dtype).reshape(groups, -1, inner)
 
 
 class Maps(NamedTuple):

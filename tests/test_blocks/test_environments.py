@@ -4,10 +4,12 @@ import copy
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from helpers import EXACT, distance, image, randomize
+from torch.utils.flop_counter import FlopCounterMode
 
 from mmdbb import ACB, DBB, OREPARepVGG, RepVGGConv
 
@@ -81,19 +83,130 @@ dist.destroy_process_group()
 """
 
 
-def test_two_processes(tmp_path):
-    """DDP's gradients are the means of what each process finds alone."""
+def in_two_processes(script, tmp_path):
+    """Run a script as two ranks; what the first one prints as JSON."""
     meeting = tmp_path / 'meeting'
     processes = [
         subprocess.Popen(
-            [sys.executable, '-W', 'ignore', '-c', PROCESS, rank, meeting],
+            [sys.executable, '-W', 'ignore', '-c', script, rank, meeting],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            cwd=Path(__file__).resolve().parents[1],
         )
         for rank in ('0', '1')
     ]
     outputs = [process.communicate(timeout=300) for process in processes]
     assert not any(p.returncode for p in processes), outputs
-    found = json.loads(outputs[0][0])
+    return json.loads(outputs[0][0])
+
+
+def test_two_processes(tmp_path):
+    """DDP's gradients are the means of what each process finds alone."""
+    found = in_two_processes(PROCESS, tmp_path)
     assert found['apart'] < EXACT * found['largest']
+
+
+SYNCHRONIZED = """
+import copy, json, sys, torch
+import torch.distributed as dist
+from torch import nn
+from helpers import every_batch_is_large, image, randomize
+from mmdbb.benchmark import kept_megabytes
+from mmdbb.blocks.build import registered_blocks
+from mmdbb.reparam import literal_forward
+
+rank = int(sys.argv[1])
+GEOMETRIES = (
+    dict(in_channels=4, out_channels=4), dict(in_channels=6, out_channels=8),
+    dict(in_channels=4, out_channels=4, groups=4),
+    dict(in_channels=2, out_channels=16))
+# Unequal batches: the pixels of all processes count, not the processes.
+PART = slice(0, 3) if rank == 0 else slice(3, 5)
+
+
+def images(geometry, levels):
+    shapes = [(5, geometry['in_channels'], 12 - 4 * i, 13) for i in levels]
+    return [(i + 1) * image(*s, seed=i) for i, s in zip(levels, shapes)]
+
+
+def run(net, xs, part):
+    xs = [x[part].clone().requires_grad_() for x in xs]
+    ys = [net(x) for x in xs]
+    weights = [image(5, *y.shape[1:], seed=9)[part] for y in ys]
+    sum((y * w).sum() for y, w in zip(ys, weights)).backward()
+    return ys, [x.grad for x in xs]
+
+
+dist.init_process_group(
+    'gloo', init_method=f'file://{sys.argv[2]}', rank=rank, world_size=2)
+torch.manual_seed(0)
+worst = dict(output=0, input=0, grad=0, buffer=0, kept=0)
+
+
+def note(what, found, expected, scale=None):
+    scale = expected.abs().max() if scale is None else scale
+    apart = ((found - expected).abs().max() / scale).item()
+    worst[what] = max(worst[what], apart)
+
+
+for kind in registered_blocks().values():
+    for geometry in GEOMETRIES:
+        block = randomize(kind(kernel_size=3, padding=1, **geometry)).double()
+        for levels in (range(1), range(2)):  # alone, and a shared head
+            xs = images(geometry, levels)
+            alone = copy.deepcopy(block)
+            with literal_forward(alone):
+                ys, gs = run(alone, xs, slice(None))
+            scale = max(p.grad.abs().max() for p in alone.parameters())
+            for literal in (False, True):
+                # As mmengine's sync_bn='torch' converts a model.
+                net = nn.SyncBatchNorm.convert_sync_batchnorm(
+                    copy.deepcopy(block))
+                if literal:
+                    with literal_forward(net):
+                        zs, hs = run(net, xs, PART)
+                else:
+                    zs, hs = run(net, xs, PART)
+                for y, z, g, h in zip(ys, zs, gs, hs):
+                    note('output', z, y[PART])
+                    note('input', h, g[PART])
+                for p, q in zip(net.parameters(), alone.parameters()):
+                    dist.all_reduce(p.grad)
+                    note('grad', p.grad, q.grad, scale)
+                for p, q in zip(net.buffers(), alone.buffers()):
+                    note('buffer', p.double(), q.double())
+            if levels == range(1):
+                x = xs[0][PART].clone().requires_grad_()
+                net = nn.SyncBatchNorm.convert_sync_batchnorm(
+                    copy.deepcopy(block))
+                plain = copy.deepcopy(block)
+                with every_batch_is_large():
+                    ratio = kept_megabytes(
+                        lambda: net(x), net) / kept_megabytes(
+                        lambda: plain(x), plain)
+                worst['kept'] = max(worst['kept'], ratio)
+if rank == 0:
+    print(json.dumps(worst))
+dist.destroy_process_group()
+"""
+
+
+def test_sync_bn_in_two_processes(tmp_path):
+    """Two processes with a part each are one with the whole batch."""
+    found = in_two_processes(SYNCHRONIZED, tmp_path)
+    # What is kept is what a block with plain norms keeps.
+    assert found.pop('kept') < 1.2
+    assert max(found.values()) < EXACT, found
+
+
+def test_sync_bn_in_eval_mode_is_one_convolution():
+    block = DBB(4, 4, 3, norm_cfg=dict(type='SyncBN'))
+    block = randomize(block).double().eval()
+    with torch.no_grad():
+        block(image(2, 4, 6, 7))  # composes the kernel
+        with FlopCounterMode(display=False) as counter:
+            y = block(image(2, 4, 6, 7))
+    found = counter.get_flop_counts()['Global']
+    assert sum(found.values()) == 2 * 2 * 4 * 4 * 9 * 4 * 5
+    assert distance(y, block.forward_branches(image(2, 4, 6, 7))) < EXACT
