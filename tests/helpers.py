@@ -1,4 +1,4 @@
-"""What the tests share: random norms, a measure, random geometries."""
+"""What the tests share: random norms, measures, random geometries."""
 
 import contextlib
 import runpy
@@ -73,6 +73,29 @@ def distance(found, expected):
     found, expected = found.detach().double(), expected.detach().double()
     scale = expected.abs().max().clamp_min(1e-300)
     return ((found - expected).abs().max() / scale).item()
+
+
+def state(net, *others):
+    """Gradients and buffers, for comparing."""
+    found = dict(net.named_buffers())
+    found.update({f'grad {n}': p.grad for n, p in net.named_parameters()})
+    found.update({f'other {i}': t for i, t in enumerate(others)})
+    return found
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    # A gradient that is zero but for rounding is measured by its neighbours.
+    grads = [v for k, v in expected.items() if 'grad' in k and v is not None]
+    family = max((g.abs().max() for g in grads), default=0)
+    for name, value in expected.items():
+        if value is None:
+            assert found[name] is None, name
+        elif 'grad' in name:
+            error = (found[name] - value).abs().max()
+            assert error <= EXACT * family, name
+        else:
+            assert distance(found[name], value) < EXACT, name
 
 
 def plain_conv(spec, kernel, bias):

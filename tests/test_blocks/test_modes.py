@@ -9,7 +9,7 @@ import copy
 import pytest
 import torch
 import torch.autograd.forward_ad as fwAD
-from helpers import EXACT, distance, image, randomize
+from helpers import assert_same, image, randomize, state
 from torch import nn
 from torch.func import functional_call, stack_module_state
 from torch.utils.checkpoint import checkpoint
@@ -59,14 +59,6 @@ def images(geometry, seed=0, batch=3, scale=1.0):
 
 def loss_of(y, seed=7):
     return (y.square() * image(*y.shape, seed=seed, dtype=y.dtype)).sum()
-
-
-def state(net, *others):
-    """Gradients and buffers, for comparing."""
-    found = dict(net.named_buffers())
-    found.update({f'grad {n}': p.grad for n, p in net.named_parameters()})
-    found.update({f'other {i}': t for i, t in enumerate(others)})
-    return found
 
 
 def one_pass(net, geometry):
@@ -296,21 +288,6 @@ EVAL = dict(
     replica=replica,
     partly_frozen=partly_frozen,
 )
-
-
-def assert_same(found, expected):
-    assert found.keys() == expected.keys()
-    # A gradient that is zero but for rounding is measured by its neighbours.
-    grads = [v for k, v in expected.items() if 'grad' in k and v is not None]
-    family = max((g.abs().max() for g in grads), default=0)
-    for name, value in expected.items():
-        if value is None:
-            assert found[name] is None, name
-        elif 'grad' in name:
-            error = (found[name] - value).abs().max()
-            assert error <= EXACT * family, name
-        else:
-            assert distance(found[name], value) < EXACT, name
 
 
 @pytest.mark.parametrize('name', BLOCKS)

@@ -1,6 +1,12 @@
-"""The papers' released code, number by number (see tests/data)."""
+"""The papers' released code, number by number.
 
+The vectors in tests/data are recorded and checked by its ``record.py``, which
+runs that code.
+"""
+
+import io
 import json
+import lzma
 import os
 from pathlib import Path
 
@@ -11,22 +17,23 @@ from helpers import EXACT
 
 import mmdbb
 
-DATA = Path(__file__).resolve().parents[1] / 'data'
+OURS = Path(__file__).resolve().parents[1] / 'data'
 # All cases, where the folder is there that the data were taken from.
-DATA = Path(os.environ.get('MMDBB_REFERENCE') or DATA)
+DATA = Path(os.environ.get('MMDBB_REFERENCE') or OURS)
 FILES = ('dbb', 'acb', 'orepa', 'repvgg')
 META = {
     name: json.loads((DATA / f'{name}.json').read_text()) for name in FILES
 }
 CASES = [(name, case) for name in FILES for case in META[name]]
+#: Several forward passes before one backward pass: a shared head's step.
+SHARED = json.loads((OURS / 'two_forwards.json').read_text())
 
 
 class Reference:
     """One case: the block, and the arrays that the papers' code gave."""
 
-    def __init__(self, file, case):
-        meta = META[file][case]
-        with np.load(DATA / f'{file}.npz') as arrays:
+    def __init__(self, meta, stored, case):
+        with np.load(stored) as arrays:
             self.arrays = {
                 key[len(case) + 1 :]: torch.from_numpy(np.array(arrays[key]))
                 for key in arrays.files
@@ -59,10 +66,25 @@ class Reference:
         y.backward(self['train/grad_output'])
         return y, x.grad
 
+    def shared_step(self):
+        """One training step of a block that several images go through."""
+        xs = [x.requires_grad_() for x in self.group('input/').values()]
+        ys = [self.block.train()(x) for x in xs]
+        grads = self.group('train/grad_output/').values()
+        sum((y * grad).sum() for y, grad in zip(ys, grads)).backward()
+        return ys, [x.grad for x in xs]
+
 
 @pytest.fixture(params=CASES, ids='/'.join)
 def reference(request):
-    return Reference(*request.param)
+    file, case = request.param
+    return Reference(META[file][case], DATA / f'{file}.npz', case)
+
+
+@pytest.fixture(params=SHARED)
+def shared(request):
+    stored = lzma.decompress((OURS / 'two_forwards.npz.xz').read_bytes())
+    return Reference(SHARED[request.param], io.BytesIO(stored), request.param)
 
 
 def assert_close(found, expected, what, scale=None):
@@ -73,23 +95,7 @@ def assert_close(found, expected, what, scale=None):
     assert error <= EXACT * scale, f'{what}: {error:.1e} of {scale:.1e}'
 
 
-def test_every_field_of_a_case_is_there(reference):
-    assert set(reference.group('train/buffers/')) <= set(
-        reference.group('state/')
-    )
-    parameters = dict(reference.block.named_parameters())
-    grads = {reference.ours(n) for n in reference.group('train/grad/')}
-    # The weight of an affine norm too: every parameter has its gradient.
-    assert grads == set(parameters)
-    buffers = {reference.ours(n) for n in reference.group('train/buffers/')}
-    assert buffers == set(dict(reference.block.named_buffers()))
-
-
-def test_training_step(reference):
-    y, grad_input = reference.step()
-    assert_close(y, reference['train/output'], 'output')
-    assert_close(grad_input, reference['train/grad_input'], 'grad_input')
-
+def assert_gradients_close(reference):
     parameters = dict(reference.block.named_parameters())
     grads = reference.group('train/grad/')
     # A convolution's weight of one channel, which a norm follows, has a
@@ -106,12 +112,51 @@ def test_training_step(reference):
         assert_close(found, expected, f'gradient of {name}', scale)
 
 
-def test_buffers_after_the_step(reference):
-    reference.step()
+def assert_buffers_close(reference):
     buffers = dict(reference.block.named_buffers())
     for name, expected in reference.group('train/buffers/').items():
         found = buffers[reference.ours(name)]
         assert_close(found.double(), expected.double(), name)
+
+
+def assert_every_field_is_there(reference):
+    assert set(reference.group('train/buffers/')) <= set(
+        reference.group('state/')
+    )
+    parameters = dict(reference.block.named_parameters())
+    grads = {reference.ours(n) for n in reference.group('train/grad/')}
+    # The weight of an affine norm too: every parameter has its gradient.
+    assert grads == set(parameters)
+    buffers = {reference.ours(n) for n in reference.group('train/buffers/')}
+    assert buffers == set(dict(reference.block.named_buffers()))
+
+
+def test_every_field_of_a_case_is_there(reference):
+    assert_every_field_is_there(reference)
+
+
+def test_training_step(reference):
+    y, grad_input = reference.step()
+    assert_close(y, reference['train/output'], 'output')
+    assert_close(grad_input, reference['train/grad_input'], 'grad_input')
+    assert_gradients_close(reference)
+
+
+def test_buffers_after_the_step(reference):
+    reference.step()
+    assert_buffers_close(reference)
+
+
+def test_two_forwards_before_one_backward(shared):
+    assert_every_field_is_there(shared)
+    outputs, grad_inputs = shared.shared_step()
+    assert len(outputs) == 2
+    for i, (y, grad_input) in enumerate(zip(outputs, grad_inputs)):
+        assert_close(y, shared[f'train/output/{i}'], f'output {i}')
+        expected = shared[f'train/grad_input/{i}']
+        assert_close(grad_input, expected, f'grad_input {i}')
+    assert_gradients_close(shared)
+    assert_buffers_close(shared)
 
 
 def test_eval_and_merged(reference):
