@@ -134,6 +134,10 @@ def _refuse_changes(name: str, module: nn.Module) -> None:
     ]
     if 'forward' in vars(module):
         others.append(vars(module)['forward'])
+    elif isinstance(module, nn.Conv2d) and (
+        type(module).forward is not nn.Conv2d.forward
+    ):
+        others.append(type(module).forward)
     if others:
         raise ValueError(
             f'{name} has a hook, or a forward of its own, which may change '

@@ -12,6 +12,15 @@ from torch import nn
 
 from mmdbb.blocks.base import ReparamConv2d
 
+# Hooks on a block itself act on the convolution in its place.
+_FORWARD_HOOKS = (
+    '_forward_pre_hooks',
+    '_forward_pre_hooks_with_kwargs',
+    '_forward_hooks',
+    '_forward_hooks_with_kwargs',
+    '_forward_hooks_always_called',
+)
+
 
 def find_blocks(model: nn.Module) -> Dict[str, ReparamConv2d]:
     """All blocks of a model by name, merged in place or not.
@@ -65,7 +74,9 @@ def reparameterize(
         if block in convs:
             continue
         try:
-            convs[block] = block.to_conv(dtype)
+            convs[block] = conv = block.to_conv(dtype)
+            for kind in _FORWARD_HOOKS:
+                getattr(conv, kind).update(getattr(block, kind))
         except ValueError as error:
             raise ValueError(
                 f'cannot merge {name or "the block"}: {error}'

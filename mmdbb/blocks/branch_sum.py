@@ -187,11 +187,16 @@ class BranchSumConv2d(ReparamConv2d):
             y = y + self.bias.to(y.dtype).reshape(-1, 1, 1)
         return y if self.norm is None else run_norm(self.norm, y)
 
-    def _compose(self) -> KernelBias:
+    def _compose(self, without: Sequence[Branch] = ()) -> KernelBias:
         for branch in self.branches.values():
             branch.refuse_changed_geometry()
-        branches = [self.kernel_bias_of(b) for b in self.branches.values()]
-        kernel, bias = add_branches(*branches)
+        kernel, bias = add_branches(
+            *[
+                self.kernel_bias_of(branch)
+                for branch in self.branches.values()
+                if branch not in without
+            ]
+        )
         if self.bias is not None:
             bias = bias + self.bias
         merged = KernelBias(kernel, bias)

@@ -11,6 +11,7 @@ branch      where                    way
 ==========  =======================  ========================================
 1x1_kxk     many pixels a channel    collapsed to one kernel
 1x1         beside such a branch     scaled by statistics known before
+1x1         few channels to many     computed again
 1x1_avg     beside such a branch     pooled first, computed again
 1x1_avg     elsewhere                computed again
 all         depthwise                the whole sum is computed again
@@ -29,8 +30,10 @@ x and b that of an image of zeros with a border of ones, what the second norm
 reads is a P q + c + (v - c) b. It is computed again in the backward pass
 instead of being kept.
 
-*Half precision.* Under autocast, and of half-precision networks, statistics
-and kernels are computed in float32, images and convolutions in half.
+*Half precision.* Under autocast, and of half-precision networks, kernels are
+composed in float32, images and convolutions in half. Statistics are those of
+maps that are not kept, as on a GPU: the gradient of a gamma from a kernel's
+gradient, which is rounded to half, would lose what its mean takes.
 
 What is computed again gets the border values of its own forward pass, because
 the running statistics, which they come from, move on.
@@ -56,6 +59,7 @@ from mmdbb.branches.moments import (
     synchronizes,
 )
 from mmdbb.branches.norm import (
+    KNOWN_FORWARDS,
     batch_scale_shift,
     border_value,
     norm_then_pad,
@@ -63,7 +67,11 @@ from mmdbb.branches.norm import (
 )
 from mmdbb.branches.pointwise import Pointwise
 from mmdbb.branches.pointwise_avg import PointwiseAvg
-from mmdbb.branches.pointwise_kxk import PointwiseKxK, mask_kernel
+from mmdbb.branches.pointwise_kxk import (
+    IdentityConv1x1,
+    PointwiseKxK,
+    mask_kernel,
+)
 from mmdbb.geometry import (
     ConvSpec,
     add_shift,
@@ -102,8 +110,6 @@ def fast_forward(block: nn.Module, x: Tensor) -> Tensor:
     if dtype is not None and _is_left_alone(block, x):
         if modes == {False}:
             y = frozen_forward(block, x, dtype)
-            if y is not None and _keeps_input_dtype(block):
-                y = y.to(torch.promote_types(x.dtype, dtype))
         elif _share_statistics_alike(norms):
             y = _training_forward(block, x, dtype)
     return block.forward_branches(x) if y is None else y
@@ -136,15 +142,6 @@ def _is_left_alone(block: nn.Module, x: Tensor) -> bool:
     if not is_compiling() and (torch.jit.is_tracing() or is_transformed()):
         return False
     return not x.is_meta and not is_replica(block) and not is_watched(block)
-
-
-def _keeps_input_dtype(block: nn.Module) -> bool:
-    """Whether a branch has no convolution that autocast would act on."""
-    return any(
-        isinstance(branch, Identity)
-        or (isinstance(branch, PointwiseAvg) and branch.spec.is_depthwise)
-        for branch in block.branches.values()
-    )
 
 
 def _share_statistics_alike(norms: List[_BatchNorm]) -> bool:
@@ -265,8 +262,8 @@ def _training_sum(
 
 
 def _takes_moments(x: Tensor) -> bool:
-    """Whether covariances are cheap: see :mod:`mmdbb.branches.moments`."""
-    return x.device.type == 'cpu'
+    """Whether covariances serve: see :mod:`mmdbb.branches.moments`."""
+    return x.device.type == 'cpu' and near_dtype(x.dtype) == x.dtype
 
 
 def _collapses(branch: nn.Module, x: Tensor) -> bool:
@@ -286,9 +283,24 @@ def _collapses(branch: nn.Module, x: Tensor) -> bool:
     return work <= pixels_of(x) or synchronizes(branch.norm1)
 
 
+# What the layers of a known branch compute.
+_KNOWN_FORWARDS = (
+    nn.Conv2d.forward,
+    IdentityConv1x1.forward,
+    *KNOWN_FORWARDS,
+)
+
+
 def _is_a(branch: nn.Module, kind: type) -> bool:
-    """Whether a branch computes what a branch of this kind does."""
-    return isinstance(branch, kind) and type(branch).forward is kind.forward
+    """Whether a branch computes what a branch of this kind does.
+
+    Not if a subclass has a forward of its own, or a layer was replaced.
+    """
+    return (
+        isinstance(branch, kind)
+        and type(branch).forward is kind.forward
+        and all(type(m).forward in _KNOWN_FORWARDS for m in branch.children())
+    )
 
 
 def _training_branch(branch: nn.Module, batch: _Batch) -> Tensor:
@@ -306,27 +318,17 @@ def _training_branch(branch: nn.Module, batch: _Batch) -> Tensor:
             return _pooled_first(branch, batch)
         return _avg_again(branch, batch)
     if _is_a(branch, Pointwise) and branch.norm is not None:
-        pixels = _pixels_read(spec, x)
-        if pixels is x and known and not spec.is_depthwise:
+        if known and not spec.is_depthwise and _reads_all(spec):
             return _pointwise(branch, x, stats)
-        # A covariance of few channels costs less than a norm of many.
-        if 4 * spec.in_channels <= spec.out_channels and _takes_moments(x):
-            return _pointwise(
-                branch, pixels, moments_of(pixels, spec.groups, branch.norm)
-            )
-        if stats is not None:
+        # Cheap to compute, or beside what is computed again anyway.
+        if stats is not None or 4 * spec.in_channels <= spec.out_channels:
             return again(branch, x, module=branch)
-        return branch(x)
     return branch(batch.x if isinstance(branch, Identity) else x)
 
 
-def _pixels_read(spec: ConvSpec, x: Tensor) -> Tensor:
-    """The pixels that a 1x1 reads: x itself where those are all."""
-    pixels = pad2d(x, spec.pads_of((1, 1)), spec.padding_mode)
-    if spec.stride != (1, 1):
-        down, right = spec.stride
-        pixels = pixels[..., ::down, ::right].contiguous()
-    return pixels
+def _reads_all(spec: ConvSpec) -> bool:
+    """Whether a 1x1 of this geometry reads each pixel, and nothing else."""
+    return spec.stride == (1, 1) and not any(spec.pads_of((1, 1)))
 
 
 def _pointwise(branch: Pointwise, x: Tensor, moments: Moments) -> Tensor:

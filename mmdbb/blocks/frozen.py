@@ -12,7 +12,7 @@ cancels that gradient.
 from __future__ import annotations
 
 import contextlib
-from typing import Optional
+from typing import List, Optional, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -48,28 +48,53 @@ def frozen_forward(
         t.requires_grad for t in (x, *tensors_of(block))
     )
     near = near_dtype(leaf_dtype(block))
+    alone = _without_convolution(block)
+    out = torch.promote_types(x.dtype, dtype) if alone else dtype
     if not needs_grad and x.device.type == 'cpu' and not is_compiling():
         kernel, bias = kept_kernel(block, lambda: composed(block, near))
-    elif block.spec.in_channels // block.spec.groups <= pixels_of(x):
-        # Composing a 1x1 and a KxK multiplies, per channel in the middle and
-        # channel of the input, out x taps times; it saves as much a pixel.
-        kernel, bias = composed(block, near)
-    else:
+        y = convolve(x.to(dtype), kernel, bias.to(dtype), block.spec)
+        return y.to(out)
+    if block.spec.in_channels // block.spec.groups > pixels_of(x):
+        return None  # composing multiplies more than it saves
+    # A gradient that needs no convolution would be rounded by one in half.
+    exact = dtype == near or block.norm is not None
+    apart = [] if exact or not needs_grad else alone
+    if len(apart) == len(block.branches):
         return None
-    if needs_grad:
-        with without_autocast(x.device):
-            y = convolve(x.to(dtype), kernel, bias, block.spec)
-            return _without_border_gradient(y, block, x, near)
-    return convolve(x.to(dtype), kernel, bias.to(dtype), block.spec)
+    kernel, bias = composed(block, near, apart)
+    with without_autocast(x.device):
+        y = convolve(x.to(dtype), kernel, bias, block.spec)
+        if needs_grad:
+            y = _without_border_gradient(y, block, x, near)
+        for branch in apart:
+            y = y + branch(x)
+    return y.to(out)
 
 
-def composed(block: nn.Module, dtype: torch.dtype) -> KernelBias:
-    """A block's kernel and bias, composed in this precision or its own."""
+def _without_convolution(block: nn.Module) -> List[nn.Module]:
+    """Branches of norms alone, which autocast leaves in their precision."""
+    return [
+        branch
+        for branch in block.branches.values()
+        if not any(t.dim() == 4 for t in tensors_of(branch))
+    ]
+
+
+def composed(
+    block: nn.Module, dtype: torch.dtype, without: Sequence = ()
+) -> KernelBias:
+    """A block's kernel and bias, composed in this precision or its own.
+
+    Args:
+        block: A ``BranchSumConv2d`` that is not merged.
+        dtype: The precision.
+        without: Branches to leave out.
+    """
     in_own = contextlib.nullcontext()
     if dtype != leaf_dtype(block):
         in_own = cast(block, None, dtype)
-    with in_own:
-        return block.get_equivalent_kernel_bias()
+    with in_own, without_autocast(next(tensors_of(block)).device):
+        return block._compose(without)
 
 
 def _without_border_gradient(

@@ -10,11 +10,11 @@ covariance serves all 1x1 convolutions of a block.
 equal, z is smaller than what it is computed from, by a factor
 :math:`\kappa = \sum_i |P_i| \sigma_i / \sigma_z`. Rounding then costs z itself
 :math:`\kappa \epsilon`, but a variance from :math:`\Sigma`
-:math:`\kappa^2 \epsilon`. So :math:`\Sigma` is taken in double precision of
-float32 images, and in float32 of half-precision ones.
+:math:`\kappa^2 \epsilon`. So :math:`\Sigma` is taken in double precision.
 
-*Devices.* Few GPUs have a fast double precision. There the statistics are
-those of z itself, which is computed, measured and dropped.
+*Devices.* Few GPUs have a fast double precision. There, and of half-precision
+images, the statistics are those of z itself, which is computed, measured and
+dropped.
 
 *Processes.* With SyncBN counts, means and covariances are summed over the
 processes in one all-reduce, in double precision.

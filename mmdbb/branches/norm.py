@@ -26,8 +26,8 @@ from mmdbb.geometry import ConvSpec, border_mask, pad2d
 from mmdbb.recompute import from_forward, is_recomputing
 from mmdbb.transforms import ScaleShift, bn_scale_shift
 
-# The forward passes whose eval form is known to be a scale and a shift.
-_KNOWN_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+#: The forward passes whose eval form is known to be a scale and a shift.
+KNOWN_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 
 
 def build_branch_norm(norm_cfg: Optional[dict], channels: int) -> _BatchNorm:
@@ -46,12 +46,14 @@ def build_branch_norm(norm_cfg: Optional[dict], channels: int) -> _BatchNorm:
     reason = None
     if not isinstance(norm, _BatchNorm):
         reason = 'it is not a batch norm'
+    elif isinstance(norm, (nn.BatchNorm1d, nn.BatchNorm3d)):
+        reason = 'it does not take images'
     elif not norm.track_running_stats:
         reason = (
             'without running statistics its function depends on the batch '
             '(track_running_stats=False)'
         )
-    elif type(norm).forward not in _KNOWN_FORWARDS:
+    elif type(norm).forward not in KNOWN_FORWARDS:
         reason = f'{type(norm).__name__} overrides forward()'
     if reason:
         raise ValueError(
