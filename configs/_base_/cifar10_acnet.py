@@ -19,7 +19,7 @@ model = dict(
         type='mmpretrain.VGGDBB',
         depth=16,
         norm_cfg=dict(type='BN', requires_grad=True),
-        init_cfg=dict(type='TorchDefault'),  # ndp_train.py: no init_as_tensorflow
+        init_cfg=dict(type='TorchDefault'),  # as ndp_train.py
     ),
     # Of maps of a single pixel: images of 32 are halved five times.
     neck=dict(type='GlobalAveragePooling'),

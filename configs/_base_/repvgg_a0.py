@@ -3,9 +3,7 @@
 start = dict(type='TorchDefault')
 model = dict(
     type='ImageClassifier',
-    backbone=dict(
-        type='mmpretrain.ReparamRepVGG', arch='A0', init_cfg=start
-    ),
+    backbone=dict(type='mmpretrain.ReparamRepVGG', arch='A0', init_cfg=start),
     neck=dict(type='GlobalAveragePooling'),
     head=dict(
         type='LinearClsHead',

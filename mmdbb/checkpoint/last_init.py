@@ -39,6 +39,7 @@ class AppliedLast:
         initializing = hasattr(module, '_params_init_info')
         if initializing:
             self._refuse_later_rules(module)
+            _take_back(module)
             _initialize_children(module)
         print_log(str(self), logger='current')
         self.fill(module)
@@ -58,6 +59,18 @@ class AppliedLast:
                 f'init_cfg of type {self.type_name!r} must be the last of '
                 f"the list, without a 'Pretrained' beside it; got {types}"
             )
+
+
+def _take_back(module: nn.Module) -> None:
+    """Leave a rule to the module that it is for.
+
+    mmpretrain's RepVGG hands its ``init_cfg`` on to each of its blocks, none
+    of which a checkpoint of the whole fits.
+    """
+    for child in module.modules():
+        rules = getattr(child, 'init_cfg', None)
+        if child is not module and rules and rules == module.init_cfg:
+            child.init_cfg = None
 
 
 def _initialize_children(module: nn.Module) -> None:

@@ -155,10 +155,11 @@ def backbone_state(
     """
     modules = dict(backbone.named_modules())
     expected = backbone.state_dict()
+    hosts = not find_blocks(backbone)
     state = {}
     for name, layer in network.layers.items():
         place = network.network.place(name)
-        names = layer.names(place, network.network)
+        names = layer.names(place, network.network, hosts)
         state.update(
             {ours: layer.entries[rest] for rest, ours in names.items()}
         )
@@ -185,8 +186,9 @@ def load_official_backbone_(backbone: nn.Module, path: str) -> None:
     """Fill a backbone from an official file; the classifier is left out.
 
     Args:
-        backbone: One of mmdbb's for a training-time file; a plain ResNet of
-            any host package, or a plain MobileNet-V1, for a converted one.
+        backbone: One of mmdbb's for a training-time file, for RepVGG's own
+            block mmpretrain's too; a plain ResNet of any host package, or a
+            plain MobileNet-V1, for a converted one.
         path: The official file.
 
     Raises:
@@ -194,7 +196,9 @@ def load_official_backbone_(backbone: nn.Module, path: str) -> None:
     """
     network = recognise(read_official(path), path)
     has_blocks = bool(find_blocks(backbone))
-    if has_blocks != network.has_blocks:
+    # RepVGG's own block is mmpretrain's and ours.
+    own_block = network.block and network.block == network.network.host_block
+    if has_blocks != network.has_blocks and not own_block:
         fits = network.backbone['type']
         raise UserError(
             f'{path} ({network}) fits a backbone such as {fits}, got a '

@@ -45,7 +45,8 @@ from mmdbb.reparam import find_blocks
 pytestmark = pytest.mark.usefixtures('quiet')
 
 DATA = Path(__file__).resolve().parents[1] / 'data' / 'official'
-TOOL = Path(__file__).resolve().parents[2] / 'tools' / 'convert_official.py'
+HOME = Path(__file__).resolve().parents[2]
+TOOL = HOME / 'tools' / 'convert_official.py'
 TOLERANCE = 1e-5  # of the output's largest magnitude, float32
 
 FILES = [path.stem for path in sorted(DATA.glob('*.pth*.xz'))]
@@ -555,6 +556,54 @@ def test_init_cfg_inside_a_segmentor(tmp_path):
     ]
     branch = model.backbone.layer4[0].conv2.branches['1x1_avg']
     assert torch.equal(branch.conv1.weight, kernel)
+
+
+REPVGG = dict(
+    num_blocks=(1, 2, 2, 1),
+    width_factor=(1 / 16, 1 / 16, 1 / 16, 1 / 8),
+    group_layer_map=None,
+    se_cfg=None,
+    stem_channels=4,
+)
+
+
+@pytest.mark.parametrize('block', ['RepVGGConv', None])
+def test_repvgg_file_starts_the_recipes_backbone(block, tmp_path):
+    """And mmpretrain's own, as ever."""
+    name = 'orepa_repo_repvgg_repvgg_train.pth.tar'
+    path = unpack(name, tmp_path)
+    config = HOME / 'configs' / 'repvgg-a0_repvgg_imagenet.py'
+    cfg = Config.fromfile(config).model.backbone
+    assert cfg.block.type == 'RepVGGConv'
+    cfg.update(arch=REPVGG, init_cfg=dict(type=INIT, checkpoint=path))
+    if block is None:
+        cfg.update(type='RepVGG')
+        del cfg.block
+    model = MODELS.build(cfg)
+    model.init_weights()
+    assert bool(find_blocks(model)) == bool(block)
+    state = read_official(path)
+    assert len(state) - 2 == len(model.state_dict())  # without linear
+    x, expected = recorded(name)
+    with torch.no_grad():
+        features = model.eval()(x)[0].mean((2, 3))
+        found = features @ state['linear.weight'].T + state['linear.bias']
+    assert distance(found, expected) < TOLERANCE
+    if block is None:
+        assert {'branch_norm', 'branch_3x3', 'branch_1x1'} <= {
+            part for key in model.state_dict() for part in key.split('.')
+        }
+
+
+def test_repvgg_file_does_not_start_other_blocks(tmp_path):
+    path = unpack('orepa_repo_repvgg_repvgg_train.pth.tar', tmp_path)
+    cfg = dict(type='ReparamRepVGG', arch=REPVGG, block=dict(type='DBB'))
+    model = MODELS.build(cfg)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(UserError, match='does not fit.*missing: stem'):
+        load_official_backbone_(model, path)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key])
 
 
 @pytest.mark.parametrize('part', ['train', 'deploy'])
