@@ -28,6 +28,7 @@ from mmdbb.blocks import (
     RepVGGBlock_OREPA,
     RepVGGConv,
 )
+from mmdbb.checkpoint.backbone_init import BackbonePretrainedInit
 from mmdbb.checkpoint.load import load_deployed
 from mmdbb.checkpoint.official_init import OfficialPretrainedInit
 from mmdbb.checkpoint.plain import load_plain_weights_
@@ -45,6 +46,7 @@ allow_mmengine_checkpoints()
 __all__ = [
     'ACB',
     'ACBlock',
+    'BackbonePretrainedInit',
     'DBB',
     'DiverseBranchBlock',
     'OfficialPretrainedInit',

@@ -327,6 +327,19 @@ def scores_of(model, images):
 # Plain networks beside those with blocks
 
 
+def bases_of(name):
+    """A config's text, and those of its bases here; no config is built."""
+    text = (ROOT / name).read_text()
+    for base in re.findall(r"'\./(\S+\.py)'", text):
+        yield from bases_of(Path(name).parent / base)
+    yield name if isinstance(name, str) else name.name
+
+
+def recipe_of(name):
+    """Whose training a config on ImageNet has."""
+    return 'imagenet_orepa.py' in bases_of(f'{name}.py')
+
+
 def fellows():
     """Baselines and the configs that are compared with them."""
     for plain in RECIPES:
@@ -337,7 +350,7 @@ def fellows():
             theirs, block, *end = other.split('_')
             if theirs != network or block == 'plain' or end[-1] != rest[-1]:
                 continue
-            if is_orepa(load(plain)) == is_orepa(load(other)):
+            if recipe_of(plain) == recipe_of(other):
                 yield plain, other
 
 
@@ -346,6 +359,8 @@ FELLOWS = list(fellows())
 
 def test_every_baseline_has_a_fellow_and_every_block_a_baseline():
     plain, others = map(set, zip(*FELLOWS))
+    for name in ('resnet18_orepa_imagenet', 'alexnet_dbb_imagenet'):
+        assert recipe_of(name) == is_orepa(load(name)) == ('orepa' in name)
     assert plain == {n for n in RECIPES if '_plain_' in n}
     assert plain | others == set(RECIPES)
 
