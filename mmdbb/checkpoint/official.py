@@ -34,6 +34,17 @@ from mmdbb.hosts import require
 from mmdbb.reparam import find_blocks
 from mmdbb.version import __version__
 
+#: The papers' utils.py, val_preprocess: pixels as PIL reads and resizes them.
+TEST_PIPELINE = (
+    dict(
+        type='LoadImageFromFile',
+        imdecode_backend='pillow',
+        color_type='color_ignore_orientation',
+    ),
+    dict(type='ResizeEdge', scale=256, edge='short', backend='pillow'),
+    dict(type='CenterCrop', crop_size=224),
+    dict(type='PackInputs'),
+)
 HDF5_SIGNATURE = b'\x89HDF\r\n\x1a\n'
 
 
@@ -214,6 +225,8 @@ def load_official_backbone_(backbone: nn.Module, path: str) -> None:
 def classifier_config(network: OfficialNetwork) -> Config:
     """Config of an image classifier in mmpretrain.
 
+    With ImageNet's classes it says how the papers test the network, too.
+
     Args:
         network: What an official file holds, with a classifier.
     """
@@ -241,6 +254,22 @@ def classifier_config(network: OfficialNetwork) -> Config:
             ),
         ),
     )
+    if classes == 1000:
+        cfg.update(
+            test_dataloader=dict(
+                batch_size=32,
+                num_workers=5,
+                dataset=dict(
+                    type='ImageNet',
+                    data_root='data/imagenet',
+                    split='val',
+                    pipeline=list(TEST_PIPELINE),
+                ),
+                sampler=dict(type='DefaultSampler', shuffle=False),
+            ),
+            test_evaluator=dict(type='Accuracy', topk=(1, 5)),
+            test_cfg=dict(),
+        )
     if network.needs_mmdbb:
         cfg['custom_imports'] = dict(
             imports=['mmdbb.backbones'], allow_failed_imports=False

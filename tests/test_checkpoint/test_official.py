@@ -7,6 +7,7 @@ MMDBB_REFERENCE names the folder that they were taken from.
 
 import functools
 import json
+import logging
 import lzma
 import os
 import re
@@ -19,12 +20,15 @@ import numpy as np
 import pytest
 import torch
 from helpers import distance, randomize
+from helpers import run_tool as tool
 from mmengine.config import Config
 from mmengine.registry import MODELS as ROOT_MODELS
 from mmengine.registry import DefaultScope
 from mmpretrain import get_model
 from mmpretrain.registry import MODELS
+from PIL import Image
 from torch import nn
+from torchvision import transforms as T
 
 from mmdbb import DiverseBranchBlock, RepVGGBlock_OREPA
 from mmdbb.backbones import MobileNetV1, PlainResNet, ResNetDBB
@@ -45,6 +49,15 @@ from mmdbb.reparam import find_blocks
 pytestmark = pytest.mark.usefixtures('quiet')
 
 DATA = Path(__file__).resolve().parents[1] / 'data' / 'official'
+#: utils.py of the papers' code
+VAL_PREPROCESS = T.Compose(
+    [
+        T.Resize(256),
+        T.CenterCrop(224),
+        T.ToTensor(),
+        T.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+    ]
+)
 HOME = Path(__file__).resolve().parents[2]
 TOOL = HOME / 'tools' / 'convert_official.py'
 TOLERANCE = 1e-5  # of the output's largest magnitude, float32
@@ -240,6 +253,58 @@ def test_custom_class_count(mobilenet, tmp_path):
     model = get_model(result.config, pretrained=result.checkpoint)
     assert model.head.num_classes == 3
     assert torch.equal(model.head.fc.bias, torch.arange(3.0))
+
+
+def test_imagenet_networks_are_tested_as_the_papers_do(
+    mobilenet, tmp_path, monkeypatch, capsys
+):
+    path, state = mobilenet
+    state['linear.weight'] = torch.rand(1000, 32)
+    state['linear.bias'] = torch.rand(1000)
+    torch.save(state, path)
+    result = convert_official(path, str(tmp_path / 'out.pth'))
+    cfg = Config.fromfile(result.config)
+    recipe = Config.fromfile(HOME / 'configs' / 'mobilenet_dbb_imagenet.py')
+    ours, recipes = (c.test_dataloader.dataset for c in (cfg, recipe))
+    assert ours.pipeline == recipes.pipeline
+    for key, value in recipe.data_preprocessor.items():
+        assert cfg.model.data_preprocessor[key] == value
+    # The command, on two photographs in the data set's layout.
+    datasets = pytest.importorskip('sklearn.datasets')
+    model = get_model(cfg, pretrained=result.checkpoint).eval()
+    folder = tmp_path / 'imagenet' / 'val'
+    folder.mkdir(parents=True)
+    lines = []
+    for name in ('china.jpg', 'flower.jpg'):
+        image = Image.fromarray(datasets.load_sample_image(name))
+        image.save(folder / name)
+        image = Image.open(folder / name)
+        pixels = VAL_PREPROCESS(image)[None]
+        with torch.no_grad():
+            lines.append(f'{name} {model(pixels).argmax().item()}')
+    (tmp_path / 'imagenet' / 'meta').mkdir()
+    text = '\n'.join(lines)
+    (tmp_path / 'imagenet' / 'meta' / 'val.txt').write_text(text)
+    monkeypatch.chdir(tmp_path)
+    options = (
+        f'test_dataloader.dataset.data_root={tmp_path / "imagenet"}',
+        'test_dataloader.num_workers=0',
+        'test_evaluator.topk=(1,)',
+    )
+    logging.disable(logging.NOTSET)
+    metrics = tmp_path / 'metrics'
+    code = tool(
+        'test',
+        result.config,
+        result.checkpoint,
+        '--work-dir',
+        metrics,
+        '--cfg-options',
+        *options,
+    )
+    assert code == 0
+    (report,) = metrics.glob('*/*.json')
+    assert json.loads(report.read_text())['accuracy/top1'] == 100
 
 
 def test_source_is_untouched_and_named(mobilenet, tmp_path):
