@@ -497,6 +497,16 @@ def test_batches_and_processes_are_the_codes(name):
         assert not wrapper  # mmengine broadcasts none
 
 
+def test_cifar_batch_is_the_papers():
+    # do_acnet.py: 128 on one GPU; the loader drops nothing.
+    config = load('vgg16_acb_cifar10')
+    loader = config.train_dataloader
+    assert loader.batch_size == config.auto_scale_lr.base_batch_size == 128
+    assert not loader.get('drop_last', False)
+    assert config.train_cfg.max_epochs == 400
+    assert config.train_cfg.val_interval == 5
+
+
 # Pixels
 
 
