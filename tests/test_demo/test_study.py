@@ -257,3 +257,38 @@ def test_the_picture(name, tmp_path):
     assert path.read_bytes() == before
     with pytest.raises(UserError, match='cannot draw'):
         study.draw_study(results, str(tmp_path / 'study.txt2'))
+
+
+PAGE = HOME / 'docs' / 'study.md'
+
+
+@pytest.mark.parametrize(
+    'name',
+    sorted(p.name for p in (PAGE.parent / 'figures').glob('study*.json')),
+)
+def test_the_pages_numbers_are_those_of_the_trainings(name):
+    path = PAGE.parent / 'figures' / name
+    budget = json.loads(path.read_text())['budget']
+    results = study.read_results(path, study.Budget(**budget))
+    seeds = {r.seed for r in results}
+    assert {(r.block, r.seed) for r in results} == {
+        (block, seed) for block in study.BLOCKS for seed in seeds
+    }
+    text = PAGE.read_text()
+    assert f'({"figures/" + name})' in text
+    for row in study.summarize(results):
+        cells = f'| {row.block} | {row.mean:.2f} ± {row.half:.2f} | '
+        if row.gain is not None:
+            cells += f'{row.gain:+.2f} ± {row.gain_half:.2f} '
+        assert f'{cells}|' in text
+
+
+def test_the_pages_settings_are_the_tools():
+    path = PAGE.parent / 'figures' / 'study.json'
+    report = json.loads(path.read_text())
+    assert report['budget'] == study.Budget()._asdict()
+    results = study.read_results(path, study.Budget())
+    gain = {row.block: row for row in study.summarize(results)}['DBB']
+    text = f'DBB {gain.gain:+.2f} ± {gain.gain_half:.2f} points'
+    assert text in (HOME / 'README.md').read_text()
+    assert len(report['results']) == 8 * len(study.BLOCKS)
