@@ -470,6 +470,31 @@ def test_the_papers_networks_start_from_plain_weights_too(network):
         assert f'{network}_from_plain_{tail}' in ours
 
 
+def test_dbb_fine_tunes_on_the_papers_schedules():
+    # 900 iterations an epoch: 126k, 81k and 108k.
+    config = Config.fromfile(ROOT / 'resnet18_dbb_centernet_coco.py')
+    times = config.train_dataloader.dataset.times
+    assert config.train_cfg.max_epochs * times * 900 == 126_000
+    steps = config.param_scheduler[1].milestones
+    assert [step * times * 900 for step in steps] == [81_000, 108_000]
+    assert config.optim_wrapper.optimizer.lr == 0.02
+    config = Config.fromfile(ROOT / 'resnet18_dbb_cityscapes.py')
+    (schedule,) = config.param_scheduler
+    assert (schedule.type, schedule.power) == ('PolyLR', 0.9)
+    assert schedule.end == config.train_cfg.max_iters == 80_000
+    assert config.optim_wrapper.optimizer.lr == 0.01
+
+
+@pytest.mark.parametrize('block', ['dbb', 'orepa'])
+def test_orepa_fine_tunes_on_the_hosts_schedules(block):
+    for name in ('coco', 'retinanet_coco'):
+        config = Config.fromfile(ROOT / f'resnet50_{block}_{name}.py')
+        assert config.train_cfg.max_epochs == 12
+    for name in ('cityscapes', 'deeplabv3plus_cityscapes'):
+        config = Config.fromfile(ROOT / f'resnet50_{block}_{name}.py')
+        assert config.train_cfg.max_iters == 40_000
+
+
 def test_scratch_is_long():
     """mmdet's recipe from scratch, and mmseg's only one."""
     config = Config.fromfile(ROOT / 'resnet50_dbb_scratch_coco.py')
