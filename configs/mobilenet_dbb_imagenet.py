@@ -5,7 +5,10 @@ _base_ = './_base_/imagenet_dbb.py'
 
 model = dict(
     type='ImageClassifier',
-    backbone=dict(type='mmpretrain.MobileNetV1DBB'),
+    backbone=dict(
+        type='mmpretrain.MobileNetV1DBB',
+        init_cfg=dict(type='TorchDefault'),  # as the papers' code
+    ),
     neck=dict(type='GlobalAveragePooling'),
     head=dict(
         type='LinearClsHead',
@@ -13,5 +16,9 @@ model = dict(
         in_channels=1024,
         loss=dict(type='CrossEntropyLoss', loss_weight=1.0),
         topk=(1, 5),
+        init_cfg=dict(type='TorchDefault'),
     ),
 )
+
+# train.py, sgd_optimizer: 'depth' in its name
+optim_wrapper = dict(paramwise_cfg=dict(depthwise_decay_mult=0.0))

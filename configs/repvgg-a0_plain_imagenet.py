@@ -1,9 +1,5 @@
 # RepVGG-A0 of plain convolutions and norms (`-t base` of OREPA's code) on
 # ImageNet, trained as OREPA's.
-_base_ = './repvgg-a0_repvgg_imagenet.py'
+_base_ = ['./_base_/repvgg_a0.py', './_base_/imagenet_orepa.py']
 
-model = dict(
-    backbone=dict(_delete_=True, type='mmpretrain.PlainRepVGG', arch='A0'),
-)
-
-optim_wrapper = dict(paramwise_cfg=dict(custom_l2=False))
+model = dict(backbone=dict(type='mmpretrain.PlainRepVGG'))

@@ -1,23 +1,8 @@
 # RepVGG-A0 (arXiv:2101.03697) on ImageNet in OREPA's training, which compares
 # with it (arXiv:2204.00826). RepVGG's own differs in that it has no warm-up.
-_base_ = './_base_/imagenet_orepa.py'
+_base_ = ['./_base_/repvgg_a0.py', './_base_/imagenet_orepa.py']
 
-model = dict(
-    type='ImageClassifier',
-    backbone=dict(
-        type='mmpretrain.ReparamRepVGG',
-        arch='A0',
-        block=dict(type='RepVGGConv'),
-    ),
-    neck=dict(type='GlobalAveragePooling'),
-    head=dict(
-        type='LinearClsHead',
-        num_classes=1000,
-        in_channels=1280,
-        loss=dict(type='CrossEntropyLoss', loss_weight=1.0),
-        topk=(1, 5),
-    ),
-)
+model = dict(backbone=dict(block=dict(type='RepVGGConv')))
 
 optim_wrapper = dict(
     paramwise_cfg=dict(

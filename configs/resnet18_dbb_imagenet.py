@@ -2,15 +2,15 @@
 # code, github.com/DingXiaoH/DiverseBranchBlock, has stronger augmentation for
 # ResNets than for other networks: `utils.py`, `strong_train_preprocess`.
 _base_ = [
-    'mmpretrain::_base_/models/resnet18.py',
+    './_base_/resnet18.py',
     './_base_/imagenet_dbb.py',
 ]
 
 model = dict(backbone=dict(type='mmpretrain.ResNetDBB'))
 
 train_pipeline = [
-    dict(type='LoadImageFromFile'),
-    dict(type='RandomResizedCrop', scale=224),
+    {{_base_.load}},
+    dict(type='RandomResizedCrop', scale=224, backend='pillow'),
     dict(type='RandomFlip', prob=0.5, direction='horizontal'),
     # utils.py: 0.4 each; it jitters the hue and leaves the contrast. It is
     # torchvision's, as there; mmcv's fails on half of all hues with numpy 2.

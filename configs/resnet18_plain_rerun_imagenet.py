@@ -3,12 +3,6 @@
 #
 # Other than resnet18_plain_imagenet.py, which follows the DBB paper.
 _base_ = [
-    'mmpretrain::_base_/models/resnet18.py',
+    './_base_/resnet18.py',
     './_base_/imagenet_orepa.py',
 ]
-
-model = dict(
-    backbone=dict(
-        zero_init_residual=False,  # as the paper's code
-    ),
-)

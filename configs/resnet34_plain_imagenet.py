@@ -1,12 +1,6 @@
 # ResNet-34 without blocks on ImageNet in OREPA's training, its baseline
 # (arXiv:2204.00826).
 _base_ = [
-    'mmpretrain::_base_/models/resnet34.py',
+    './_base_/resnet34.py',
     './_base_/imagenet_orepa.py',
 ]
-
-model = dict(
-    backbone=dict(
-        zero_init_residual=False,  # as the paper's code
-    ),
-)

@@ -1,13 +1,17 @@
-# PSPNet on Cityscapes, 40k iterations, with a ResNet-50-DBB backbone.
+# PSPNet on Cityscapes, 40k iterations, with a ResNet-50-DBB backbone: a
+# baseline of the OREPA paper (arXiv:2204.00826), in mmseg's recipe.
+# Starts from one's own ImageNet run; other starts stand in docs/recipes.md.
 _base_ = 'mmseg::pspnet/pspnet_r50-d8_4xb2-40k_cityscapes-512x1024.py'
 custom_imports = dict(imports=['mmdbb.backbones'], allow_failed_imports=False)
 
 model = dict(
-    # v1c weights are a plain network's and do not fit.
+    # Of mmseg's plain network; the backbone's init_cfg takes its place.
     pretrained=None,
     backbone=dict(
         _delete_=True,
-        type='mmpretrain.ResNetV1cDBB',
+        # With the papers' stem, 7x7, which their weights fit. mmseg's has
+        # three layers: `_from_plain` has it, with mmseg's weights.
+        type='mmpretrain.ResNetDBB',
         depth=50,
         out_indices=(0, 1, 2, 3),
         # mmseg's geometry for an output stride of 8 pixels
@@ -15,13 +19,9 @@ model = dict(
         dilations=(1, 1, 2, 4),
         contract_dilation=True,
         norm_cfg=dict(type='SyncBN', requires_grad=True),
-        # From scratch, and none of it frozen. To start from an ImageNet
-        # checkpoint of ours instead (resnet50_dbb_imagenet.py with the
-        # backbone ResNetV1cDBB):
-        # init_cfg=dict(
-        #     type='Pretrained',
-        #     checkpoint='work_dirs/resnetv1c50_dbb_imagenet/epoch_120.pth',
-        #     prefix='backbone.',
-        # ),
+        init_cfg=dict(
+            type='BackbonePretrained',
+            checkpoint='work_dirs/resnet50_dbb_rerun_imagenet/epoch_120.pth',
+        ),
     ),
 )

@@ -4,6 +4,7 @@ _base_ = './resnet50_dbb_cityscapes.py'
 
 model = dict(
     backbone=dict(
+        type='mmpretrain.ResNetV1cDBB',
         init_cfg=dict(
             type='PlainPretrained', checkpoint='open-mmlab://resnet50_v1c'
         ),

@@ -4,9 +4,6 @@ _base_ = './resnet50_dbb_coco.py'
 
 model = dict(
     backbone=dict(
-        # mmdet's own settings for pretrained weights
-        frozen_stages=1,
-        norm_eval=True,
         init_cfg=dict(
             type='PlainPretrained', checkpoint='torchvision://resnet50'
         ),

@@ -1,4 +1,6 @@
-# RetinaNet with FPN on COCO, 1x, with a ResNet-50-DBB backbone.
+# RetinaNet with FPN on COCO, 1x, with a ResNet-50-DBB backbone: a baseline of
+# the OREPA paper (arXiv:2204.00826), in mmdet's recipe.
+# Starts from one's own ImageNet run; other starts stand in docs/recipes.md.
 _base_ = 'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'
 custom_imports = dict(imports=['mmdbb.backbones'], allow_failed_imports=False)
 
@@ -8,16 +10,13 @@ model = dict(
         type='mmpretrain.ResNetDBB',
         depth=50,
         out_indices=(0, 1, 2, 3),
-        # From scratch no statistics may be frozen; with pretrained weights
-        # mmdet's own frozen_stages=1 and norm_eval=True fit again.
-        frozen_stages=-1,
-        norm_eval=False,
-        # torchvision's weights are a plain network's and do not fit, so
-        # this starts from scratch. To start from our ImageNet checkpoint:
-        # init_cfg=dict(
-        #     type='Pretrained',
-        #     checkpoint='work_dirs/resnet50_dbb_imagenet/epoch_120.pth',
-        #     prefix='backbone.',
-        # ),
+        # mmdet's own settings for pretrained weights
+        frozen_stages=1,
+        norm_eval=True,
+        # Trained as OREPA's, see the config of that name.
+        init_cfg=dict(
+            type='BackbonePretrained',
+            checkpoint='work_dirs/resnet50_dbb_rerun_imagenet/epoch_120.pth',
+        ),
     ),
 )

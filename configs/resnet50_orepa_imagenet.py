@@ -1,7 +1,7 @@
 # ResNet-50 with OREPA on ImageNet (arXiv:2204.00826): its convolutions, the
 # stem and 1x1 ones too, are composed online.
 _base_ = [
-    'mmpretrain::_base_/models/resnet50.py',
+    './_base_/resnet50.py',
     './_base_/imagenet_orepa.py',
 ]
 

@@ -2,9 +2,4 @@
 # (`train.py -t base` of the DBB code).
 _base_ = './resnet50_dbb_imagenet.py'
 
-model = dict(
-    backbone=dict(
-        type='ResNet',
-        zero_init_residual=False,  # as the papers' code
-    ),
-)
+model = dict(backbone=dict(type='ResNet'))

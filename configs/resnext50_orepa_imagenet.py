@@ -1,7 +1,7 @@
 # ResNeXt-50 32x4d with OREPA on ImageNet (arXiv:2204.00826): its convolutions,
 # the stem and 1x1 ones too, are composed online.
 _base_ = [
-    'mmpretrain::_base_/models/resnext50_32x4d.py',
+    './_base_/resnext50.py',
     './_base_/imagenet_orepa.py',
 ]
 

@@ -1,7 +1,7 @@
 # ResNet-18 of 2x width without blocks on ImageNet in OREPA's training, its
 # baseline (arXiv:2204.00826).
 _base_ = [
-    'mmpretrain::_base_/models/resnet18.py',
+    './_base_/resnet18.py',
     './_base_/imagenet_orepa.py',
 ]
 
@@ -9,7 +9,6 @@ model = dict(
     backbone=dict(
         base_channels=128,
         stem_channels=128,
-        zero_init_residual=False,  # as the paper's code
     ),
     head=dict(in_channels=1024),
 )

@@ -28,11 +28,13 @@ from mmdbb.blocks import (
     RepVGGBlock_OREPA,
     RepVGGConv,
 )
+from mmdbb.checkpoint.backbone_init import BackbonePretrainedInit
 from mmdbb.checkpoint.load import load_deployed
 from mmdbb.checkpoint.official_init import OfficialPretrainedInit
 from mmdbb.checkpoint.plain import load_plain_weights_
 from mmdbb.checkpoint.plain_init import PlainPretrainedInit
 from mmdbb.checkpoint.safe_globals import allow_mmengine_checkpoints
+from mmdbb.checkpoint.torch_init import TorchDefaultInit
 from mmdbb.engine.optim import ReparamOptimWrapperConstructor
 from mmdbb.engine.reparam_hook import ReparamHook
 from mmdbb.insert import insert_blocks_, merge_into_
@@ -44,6 +46,7 @@ allow_mmengine_checkpoints()
 __all__ = [
     'ACB',
     'ACBlock',
+    'BackbonePretrainedInit',
     'DBB',
     'DiverseBranchBlock',
     'OfficialPretrainedInit',
@@ -60,6 +63,7 @@ __all__ = [
     'RepVGGConv',
     'ReparamHook',
     'ReparamOptimWrapperConstructor',
+    'TorchDefaultInit',
     '__version__',
     'insert_blocks_',
     'load_deployed',

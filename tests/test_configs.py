@@ -4,6 +4,8 @@ At a quarter of its width; at full width each is built by
 `test_engine/test_model_zoo.py`.
 """
 
+import json
+import lzma
 import re
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from helpers import run_tool
 from mmengine.config import Config
 from mmengine.hub import get_config
 from mmengine.model import revert_sync_batchnorm
@@ -24,8 +27,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import mmdbb
 from mmdbb.blocks import OREPA
 from mmdbb.blocks.base import ReparamConv2d
+from mmdbb.checkpoint import official
+from mmdbb.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1] / 'configs'
+KEYS = Path(__file__).parent / 'data' / 'official' / 'keys.json.xz'
 CONFIGS = sorted(
     str(path.relative_to(ROOT))
     for path in ROOT.rglob('*.py')
@@ -148,7 +154,11 @@ def one_thread():
 
 # What configs would download -> networks with entries of the same names.
 PRETRAINED = {
+    'torchvision://resnet18': torchvision.models.resnet18,
     'torchvision://resnet50': torchvision.models.resnet50,
+    'open-mmlab://resnet18_v1c': lambda: MODELS.build(
+        dict(type='mmseg.ResNetV1c', depth=18)
+    ),
     'open-mmlab://resnet50_v1c': lambda: MODELS.build(
         dict(type='mmseg.ResNetV1c', depth=50)
     ),
@@ -206,7 +216,28 @@ def randomize_norms(model, generator):
                 module.bias.normal_(0, 0.1, generator=generator)
 
 
-def test_config(config):
+def own_run(rule, folder):
+    """Write what the run has that a rule names, narrow, and name that.
+
+    Returns:
+        dict: The entries of its backbone.
+    """
+    name = re.fullmatch(
+        r'work_dirs/(\w+_imagenet)/epoch_120\.pth', rule.checkpoint
+    )
+    imagenet = Config.fromfile(ROOT / f'{name[1]}.py')
+    assert imagenet.train_cfg.max_epochs == 120
+    narrow(imagenet.model)
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        model = MODELS.build(imagenet.model)
+    generator = torch.Generator().manual_seed(2)
+    randomize_norms(model, generator)
+    rule.checkpoint = str(folder / 'epoch_120.pth')
+    torch.save(dict(state_dict=model.state_dict()), rule.checkpoint)
+    return model.backbone.state_dict()
+
+
+def test_config(config, tmp_path):
     torch.manual_seed(0)
     name = Path(config.filename).name
     if config.model.get('data_preprocessor', {}).get('size'):
@@ -215,8 +246,18 @@ def test_config(config):
     # the demo's networks are narrow.
     if not re.search('vgg16|from_plain|/demo/', config.filename):
         narrow(config.model)
+    loaded = {}
+    start = config.model.backbone.get('init_cfg')
+    if isinstance(start, dict) and start['type'] == 'BackbonePretrained':
+        with pytest.raises(UserError, match="no.*work_dirs.*by type='Off"):
+            MODELS.build(config.model).init_weights()
+        loaded = own_run(start, tmp_path)
     model = MODELS.build(config.model)
     model.init_weights()
+    state = model.backbone.state_dict()
+    for key, value in loaded.items():
+        assert torch.equal(state[key], value), key
+    assert not loaded or loaded.keys() == state.keys()
     # SyncBN trains on GPUs only.
     model = revert_sync_batchnorm(model)
 
@@ -395,7 +436,138 @@ def test_orepa_warms_up_for_epochs():
     assert np.allclose(cold, expected)
 
 
-@pytest.mark.parametrize('name', ['coco', 'cityscapes'])
+DOWNSTREAM = [
+    name
+    for name in CONFIGS
+    if re.search('(coco|cityscapes).py', name) and not name.startswith('demo')
+]
+
+
+@pytest.mark.parametrize('name', DOWNSTREAM)
+def test_papers_configs_fine_tune_and_others_say_scratch(name):
+    backbone = Config.fromfile(ROOT / name).model.backbone
+    start = backbone.get('init_cfg')
+    if '_scratch_' in name:
+        assert not start
+        assert backbone.get('frozen_stages', -1) == -1
+        assert not backbone.get('norm_eval', False)
+        return
+    plain = '_from_plain_' in name
+    kind = 'PlainPretrained' if plain else 'BackbonePretrained'
+    assert start.type == kind
+    if not plain and 'dbbconv' not in name:
+        # The stem of the papers' weights, not mmseg's.
+        assert backbone.type == 'mmpretrain.ResNetDBB'
+
+
+@pytest.mark.parametrize('network', ['resnet18_dbb', 'resnet50_orepa'])
+def test_the_papers_networks_start_from_plain_weights_too(network):
+    ours = [n for n in DOWNSTREAM if n.startswith(f'{network}_')]
+    own = [n for n in ours if 'scratch' not in n and 'from_plain' not in n]
+    assert len(own) == dict(resnet18_dbb=2, resnet50_orepa=4)[network]
+    for name in own:
+        tail = name[len(f'{network}_') :]
+        assert f'{network}_from_plain_{tail}' in ours
+
+
+def test_dbb_fine_tunes_on_the_papers_schedules():
+    # 900 iterations an epoch: 126k, 81k and 108k.
+    config = Config.fromfile(ROOT / 'resnet18_dbb_centernet_coco.py')
+    times = config.train_dataloader.dataset.times
+    assert config.train_cfg.max_epochs * times * 900 == 126_000
+    steps = config.param_scheduler[1].milestones
+    assert [step * times * 900 for step in steps] == [81_000, 108_000]
+    assert config.optim_wrapper.optimizer.lr == 0.02
+    config = Config.fromfile(ROOT / 'resnet18_dbb_cityscapes.py')
+    (schedule,) = config.param_scheduler
+    assert (schedule.type, schedule.power) == ('PolyLR', 0.9)
+    assert schedule.end == config.train_cfg.max_iters == 80_000
+    assert config.optim_wrapper.optimizer.lr == 0.01
+
+
+@pytest.mark.parametrize('block', ['dbb', 'orepa'])
+def test_orepa_fine_tunes_on_the_hosts_schedules(block):
+    for name in ('coco', 'retinanet_coco'):
+        config = Config.fromfile(ROOT / f'resnet50_{block}_{name}.py')
+        assert config.train_cfg.max_epochs == 12
+    for name in ('cityscapes', 'deeplabv3plus_cityscapes'):
+        config = Config.fromfile(ROOT / f'resnet50_{block}_{name}.py')
+        assert config.train_cfg.max_iters == 40_000
+
+
+def test_scratch_is_long():
+    """mmdet's recipe from scratch, and mmseg's only one."""
+    config = Config.fromfile(ROOT / 'resnet50_dbb_scratch_coco.py')
+    assert config.train_cfg.max_epochs == 73  # six times 12, and one
+    assert config.param_scheduler[1].milestones == [65, 71]
+    config = Config.fromfile(ROOT / 'resnet18_dbb_scratch_cityscapes.py')
+    assert config.train_cfg.max_iters == 320_000
+    (schedule,) = config.param_scheduler
+    assert schedule.end == 320_000
+    assert config.train_dataloader.batch_size == 4
+
+
+@pytest.mark.parametrize(
+    'name', [n for n in DOWNSTREAM if not re.search('scratch|plain', n)]
+)
+def test_a_missing_start_is_said_before_anything_else(
+    name, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'configs').symlink_to(ROOT)
+    assert run_tool('train', ROOT / name) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    run = Config.fromfile(ROOT / name).model.backbone.init_cfg.checkpoint
+    config = f'configs/{Path(run).parent.name}.py'
+    assert line.startswith(
+        f'train.py: model.backbone.init_cfg starts from {run}, which does not '
+        f'exist (what training {config} writes); name yours by --cfg-options '
+        'model.backbone.init_cfg.checkpoint=PATH'
+    )
+    assert (ROOT.parent / config).exists()
+
+
+#: Files of the papers -> configs that they start, by OfficialPretrained.
+OFFICIAL = {
+    'dbb_repo_ResNet-18_DBB': r'resnet18_dbb_(centernet_coco|cityscapes)',
+    'dbb_repo_ResNet-50_DBB': r'resnet50_dbb_(\w+_)?(coco|cityscapes)',
+    'orepa_repo_ResNet-50_OREPA': r'resnet50_orepa_(\w+_)?(coco|cityscapes)',
+}
+
+
+@pytest.mark.parametrize('file', OFFICIAL)
+def test_the_papers_files_fit_their_stems(file, monkeypatch):
+    keys = json.loads(lzma.open(KEYS).read())[file]
+    keys = keys.get('train', keys)
+    state = {n: torch.ones(()).expand(shape) for n, shape in keys.items()}
+    monkeypatch.setattr(official, 'read_official', lambda path: state)
+    names = [
+        n
+        for n in DOWNSTREAM
+        if re.fullmatch(OFFICIAL[file] + r'\.py', n)
+        and not re.search('scratch|plain', n)
+    ]
+    assert len(names) == (2 if '18' in file else 4)
+    for name in names:
+        config = Config.fromfile(ROOT / name)
+        config.merge_from_dict(
+            {
+                'model.backbone.init_cfg.type': 'OfficialPretrained',
+                'model.backbone.init_cfg.checkpoint': 'file.pth',
+            }
+        )
+        with DefaultScope.overwrite_default_scope(config.default_scope):
+            backbone = MODELS.build(config.model.backbone)
+            backbone.init_weights()
+        for parameter in backbone.parameters():
+            value = parameter.flatten()[:9]
+            assert (value == 1).all()
+
+
+@pytest.mark.parametrize(
+    'name',
+    ['coco', 'retinanet_coco', 'cityscapes', 'deeplabv3plus_cityscapes'],
+)
 def test_stem_of_orepa_has_its_own_rate(name):
     config = Config.fromfile(ROOT / f'resnet50_orepa_{name}.py')
     config.merge_from_dict({'optim_wrapper.paramwise_cfg.stem_lr_mult': 0.25})

@@ -151,8 +151,9 @@ def test_commands_exist(page):
             assert target in targets, f'line {block.line}: make {target}'
 
 
-def test_deviations_name_their_tests():
-    page = ROOT / 'docs' / 'deviations.md'
+@pytest.mark.parametrize('name', ['deviations', 'recipes'])
+def test_deviations_name_their_tests(name):
+    page = ROOT / 'docs' / f'{name}.md'
     named = re.findall(r'`(test_[\w/]+\.py)::(\w+)`', page.read_text())
     assert named
     for path, name in named:

@@ -9,7 +9,12 @@ where it stopped.
 
 from pathlib import Path
 
-from mmdbb.engine.command import Parser, at_least_one, run_command
+from mmdbb.engine.command import (
+    Parser,
+    at_least_one,
+    at_least_zero,
+    run_command,
+)
 
 
 def parse_args():
@@ -44,6 +49,12 @@ def parse_args():
         help='images in a step; default: %(default)s',
     )
     parser.add_argument(
+        '--lr',
+        type=at_least_zero,
+        default=3e-3,
+        help='learning rate; default: %(default)s',
+    )
+    parser.add_argument(
         '--data-root',
         default='data',
         help='folder that has or gets the data set; default: data',
@@ -70,7 +81,7 @@ def main():
     from mmdbb.demo import study
     from mmdbb.engine.measure import check_picture, report_files
 
-    budget = study.Budget(args.images, args.epochs, args.batch)
+    budget = study.Budget(args.images, args.epochs, args.batch, args.lr)
     check_picture(args.plot)
     results = []
     with report_files(args.plot, overwrite=args.force) as (plot,):

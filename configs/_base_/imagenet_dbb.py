@@ -1,11 +1,10 @@
 # How the DBB paper (arXiv:2103.13425) trains on ImageNet. The numbers are
 # those of its code, github.com/DingXiaoH/DiverseBranchBlock: `train.py`
 # (defaults) and, for images, `utils.py` (`standard_train_preprocess`: crop
-# and flip only, as mmpretrain's).
+# and flip only).
 _base_ = './imagenet.py'
 
-# train.py, sgd_optimizer: 'depth' in its name
-optim_wrapper = dict(paramwise_cfg=dict(depthwise_decay_mult=0.0))
+train_dataloader = dict(drop_last=True)  # train.py
 # train.py: cosine to zero, stepped every iteration, no warm-up
 param_scheduler = dict(
     type='CosineAnnealingLR',

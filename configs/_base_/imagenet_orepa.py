@@ -1,13 +1,17 @@
 # How the OREPA paper (arXiv:2204.00826) trains on ImageNet, whatever the
 # block. The numbers are those of its code, github.com/JUGGHM/OREPA_CVPR2022:
-# `train.py` (defaults) and, for images, `utils.py` (crop and flip only, as
-# mmpretrain's).
+# `train.py` (defaults) and, for images, `utils.py` (crop and flip only).
 _base_ = './imagenet.py'
 
 # train.py, sgd_optimizer: 'bias' and 'bn' in its name. What has 'prior' in
 # its name is not decayed either, but that is the fixed filter, a buffer.
 optim_wrapper = dict(
     paramwise_cfg=dict(bias_decay_mult=0.0, norm_decay_mult=0.0),
+)
+# train.py, DistributedDataParallel as torch has it: the norms' statistics are
+# those of the first GPU, in evaluation too
+model_wrapper_cfg = dict(
+    type='MMDistributedDataParallel', broadcast_buffers=True
 )
 param_scheduler = [
     # Five epochs, as the paper says; its code's scheduler counts iterations,

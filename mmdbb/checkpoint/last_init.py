@@ -1,10 +1,9 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""Initialisers that load weights, and so must come last of all.
+"""Initialisers that must come last of all, such as those that load weights.
 
 mmengine applies a rule of type ``Pretrained`` last, by that name. Any other
 is applied before the children initialise themselves (mmcv's ``ConvModule``
-does) and before the hosts' last steps (``zero_init_residual``), which would
-overwrite what it loads.
+does), which would overwrite what it gives them.
 """
 
 from __future__ import annotations
@@ -16,43 +15,36 @@ from torch import nn
 from mmdbb.errors import UserError
 
 
-class LoadedLast:
-    """Base of the initialisers that load a checkpoint.
-
-    Args:
-        checkpoint: Where the weights come from, for messages.
+class AppliedLast:
+    """Base of mmdbb's initialisers: applied after those of all children.
 
     Raises:
         UserError: If another rule of the same ``init_cfg`` would overwrite
-            the weights.
+            what this one does.
     """
 
     #: The name in the registry.
     type_name = ''
 
-    def __init__(self, checkpoint: str) -> None:
-        self.checkpoint = checkpoint
-
-    def load(self, module: nn.Module) -> None:
-        """Fill the module."""
+    def fill(self, module: nn.Module) -> None:
+        """Give the module its start."""
         raise NotImplementedError
 
+    def __str__(self) -> str:
+        """What is done, for the log."""
+        return self.type_name
+
     def __call__(self, module: nn.Module) -> None:
-        """Fill the module, last of all that initialises it."""
+        """Give the module its start, last of all that initialises it."""
         initializing = hasattr(module, '_params_init_info')
         if initializing:
             self._refuse_later_rules(module)
+            _take_back(module)
             _initialize_children(module)
-        info = f'{self.type_name}: start from {self.checkpoint}'
-        print_log(info, logger='current')
-        self.load(module)
+        print_log(str(self), logger='current')
+        self.fill(module)
         if initializing:
-            # The hosts' own last steps (zero_init_residual) ask for this
-            # type, and leave pretrained weights alone.
-            module.init_cfg = dict(
-                type='Pretrained', checkpoint=self.checkpoint
-            )
-            update_init_info(module, init_info=info)
+            update_init_info(module, init_info=str(self))
 
     def _refuse_later_rules(self, module: nn.Module) -> None:
         rules = module.init_cfg
@@ -69,6 +61,18 @@ class LoadedLast:
             )
 
 
+def _take_back(module: nn.Module) -> None:
+    """Leave a rule to the module that it is for.
+
+    mmpretrain's RepVGG hands its ``init_cfg`` on to each of its blocks, none
+    of which a checkpoint of the whole fits.
+    """
+    for child in module.modules():
+        rules = getattr(child, 'init_cfg', None)
+        if child is not module and rules and rules == module.init_cfg:
+            child.init_cfg = None
+
+
 def _initialize_children(module: nn.Module) -> None:
     """Do now what mmengine would do after this rule, and so overwrite it."""
     for child in module.children():
@@ -77,3 +81,34 @@ def _initialize_children(module: nn.Module) -> None:
         ):
             child.init_weights()
             child.is_init = True
+
+
+class LoadedLast(AppliedLast):
+    """Base of the initialisers that load a checkpoint.
+
+    Not even the hosts' last steps, such as ``zero_init_residual``, change
+    what is loaded.
+
+    Args:
+        checkpoint: Where the weights come from, for messages.
+    """
+
+    def __init__(self, checkpoint: str) -> None:
+        self.checkpoint = checkpoint
+
+    def load(self, module: nn.Module) -> None:
+        """Fill the module."""
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        """What is loaded, for the log."""
+        return f'{self.type_name}: start from {self.checkpoint}'
+
+    def fill(self, module: nn.Module) -> None:
+        """Load the weights, and tell the host that they are loaded."""
+        self.load(module)
+        if hasattr(module, '_params_init_info'):
+            # What the hosts' last steps ask for.
+            module.init_cfg = dict(
+                type='Pretrained', checkpoint=self.checkpoint
+            )

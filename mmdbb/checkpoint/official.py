@@ -34,6 +34,17 @@ from mmdbb.hosts import require
 from mmdbb.reparam import find_blocks
 from mmdbb.version import __version__
 
+#: The papers' utils.py, val_preprocess: pixels as PIL reads and resizes them.
+TEST_PIPELINE = (
+    dict(
+        type='LoadImageFromFile',
+        imdecode_backend='pillow',
+        color_type='color_ignore_orientation',
+    ),
+    dict(type='ResizeEdge', scale=256, edge='short', backend='pillow'),
+    dict(type='CenterCrop', crop_size=224),
+    dict(type='PackInputs'),
+)
 HDF5_SIGNATURE = b'\x89HDF\r\n\x1a\n'
 
 
@@ -155,10 +166,11 @@ def backbone_state(
     """
     modules = dict(backbone.named_modules())
     expected = backbone.state_dict()
+    hosts = not find_blocks(backbone)
     state = {}
     for name, layer in network.layers.items():
         place = network.network.place(name)
-        names = layer.names(place, network.network)
+        names = layer.names(place, network.network, hosts)
         state.update(
             {ours: layer.entries[rest] for rest, ours in names.items()}
         )
@@ -185,8 +197,9 @@ def load_official_backbone_(backbone: nn.Module, path: str) -> None:
     """Fill a backbone from an official file; the classifier is left out.
 
     Args:
-        backbone: One of mmdbb's for a training-time file; a plain ResNet of
-            any host package, or a plain MobileNet-V1, for a converted one.
+        backbone: One of mmdbb's for a training-time file, for RepVGG's own
+            block mmpretrain's too; a plain ResNet of any host package, or a
+            plain MobileNet-V1, for a converted one.
         path: The official file.
 
     Raises:
@@ -194,7 +207,9 @@ def load_official_backbone_(backbone: nn.Module, path: str) -> None:
     """
     network = recognise(read_official(path), path)
     has_blocks = bool(find_blocks(backbone))
-    if has_blocks != network.has_blocks:
+    # RepVGG's own block is mmpretrain's and ours.
+    own_block = network.block and network.block == network.network.host_block
+    if has_blocks != network.has_blocks and not own_block:
         fits = network.backbone['type']
         raise UserError(
             f'{path} ({network}) fits a backbone such as {fits}, got a '
@@ -209,6 +224,8 @@ def load_official_backbone_(backbone: nn.Module, path: str) -> None:
 
 def classifier_config(network: OfficialNetwork) -> Config:
     """Config of an image classifier in mmpretrain.
+
+    With ImageNet's classes it says how the papers test the network, too.
 
     Args:
         network: What an official file holds, with a classifier.
@@ -237,6 +254,22 @@ def classifier_config(network: OfficialNetwork) -> Config:
             ),
         ),
     )
+    if classes == 1000:
+        cfg.update(
+            test_dataloader=dict(
+                batch_size=32,
+                num_workers=5,
+                dataset=dict(
+                    type='ImageNet',
+                    data_root='data/imagenet',
+                    split='val',
+                    pipeline=list(TEST_PIPELINE),
+                ),
+                sampler=dict(type='DefaultSampler', shuffle=False),
+            ),
+            test_evaluator=dict(type='Accuracy', topk=(1, 5)),
+            test_cfg=dict(),
+        )
     if network.needs_mmdbb:
         cfg['custom_imports'] = dict(
             imports=['mmdbb.backbones'], allow_failed_imports=False

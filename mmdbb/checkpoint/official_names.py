@@ -104,8 +104,17 @@ class Layer(NamedTuple):
         """Shape of the kernel: (out, in / groups, kH, kW)."""
         return tuple(self.entries[self.form.kernel].shape)
 
-    def names(self, place: Place, network: Network) -> Dict[str, str]:
-        """Rests of the entries' names -> our names; the known ones."""
+    def names(
+        self, place: Place, network: Network, hosts: bool = True
+    ) -> Dict[str, str]:
+        """Rests of the entries' names -> our names; the known ones.
+
+        Args:
+            place: Where the layer stands.
+            network: The family.
+            hosts: Whether a block that the host has too is the host's; else
+                it is that of mmdbb.
+        """
         form = self.form
         starts = [('bn.', f'{place.norm}.')] if form.norm else []
         if form.merged:
@@ -113,7 +122,7 @@ class Layer(NamedTuple):
             starts.append((stem, f'{place.conv}.'))
         elif form.block is None:
             starts.append(('conv.', f'{place.conv}.'))
-        elif form.block == network.host_block:
+        elif hosts and form.block == network.host_block:
             starts += [
                 (t, f'{place.block}.{o}') for t, o in network.host_names
             ]

@@ -101,7 +101,7 @@ def load_plain_weights_(
             f'{type(model).__name__} has no blocks; a plain network loads '
             "plain weights by init_cfg of type 'Pretrained'"
         )
-    state = _plain_state(weights, prefix)
+    state = state_under(weights, prefix)
     if any('.branches.' in name for name in state):
         raise UserError(
             f'{source} is of a network with blocks, not of a plain one; load '
@@ -232,7 +232,16 @@ def _is_tracking(norm: Optional[nn.Module]) -> bool:
     return isinstance(norm, _BatchNorm) and norm.track_running_stats
 
 
-def _plain_state(weights: Union[str, State], prefix: Optional[str]) -> State:
+def state_under(weights: Union[str, State], prefix: Optional[str]) -> State:
+    """Read weights, and of these what stands under a name.
+
+    Args:
+        weights: Path or address of a checkpoint, or its state dict.
+        prefix: The name, which is left out; None for all weights.
+
+    Raises:
+        UserError: If they cannot be read, or nothing stands there.
+    """
     state = _read(weights) if isinstance(weights, str) else weights
     source = weights if isinstance(weights, str) else 'the state dict'
     if not isinstance(state, dict) or not all(

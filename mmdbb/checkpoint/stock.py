@@ -14,7 +14,7 @@ from mmengine.registry import MODELS, WEIGHT_INITIALIZERS
 
 from mmdbb.blocks.branch_sum import BranchSumConv2d
 from mmdbb.blocks.build import registered_blocks
-from mmdbb.checkpoint.last_init import LoadedLast
+from mmdbb.checkpoint.last_init import AppliedLast
 
 #: Backbones of mmdbb -> what they are once merged.
 STOCK_BACKBONES = {
@@ -183,7 +183,7 @@ def _is_own_start(init_cfg) -> bool:
     rule = init_cfg.get('type')
     if not isinstance(rule, type):
         rule = WEIGHT_INITIALIZERS.get(str(rule))
-    return isinstance(rule, type) and issubclass(rule, LoadedLast)
+    return isinstance(rule, type) and issubclass(rule, AppliedLast)
 
 
 def _type_name(type_) -> str:

@@ -31,16 +31,17 @@ from mmdbb.demo.prepare import prepare
 from mmdbb.engine.measure import check_picture, print_table
 from mmdbb.errors import UserError
 
-#: Name in tables -> the backbone's fields.
+#: Name in tables -> the block of one and the same network.
 BLOCKS: Dict[str, dict] = {
-    'plain': dict(type='mmpretrain.ResNet', block=None),
-    'ACB': dict(type='mmpretrain.ResNetDBB', block=dict(type='ACB')),
-    'RepVGGConv': dict(
-        type='mmpretrain.ResNetDBB', block=dict(type='RepVGGConv')
-    ),
-    'DBB': dict(type='mmpretrain.ResNetDBB', block=dict(type='DBB')),
-    'OREPA': dict(type='mmpretrain.ResNetDBB', block=dict(type='OREPA')),
+    'plain': dict(type='Conv2d'),
+    'ACB': dict(type='ACB'),
+    'RepVGGConv': dict(type='RepVGGConv'),
+    'DBB': dict(type='DBB'),
+    'OREPA': dict(type='OREPA'),
 }
+#: Of backbone and head alike: that of the papers' networks. What has no block
+#: then starts equal with each of them.
+START = dict(type='TorchDefault')
 CONFIG = Path('configs', 'demo', 'resnet18_dbb_mnist5k.py')
 METRIC = 'accuracy/top1'
 
@@ -52,11 +53,13 @@ class Budget(NamedTuple):
         images: Training images a class; which ones the seed decides.
         epochs: Passes over them.
         batch: Images in a step.
+        lr: Learning rate of the demo's optimizer.
     """
 
     images: int = 30
     epochs: int = 40
     batch: int = 50
+    lr: float = 3e-3
 
 
 class Result(NamedTuple):
@@ -145,13 +148,11 @@ def run_study(
 def study_config(
     home: Path, folder: Path, block: str, seed: int, budget: Budget
 ) -> Config:
-    """The demo's config with another block and fewer images."""
+    """The demo's config with another block, one start, and fewer images."""
     cfg = Config.fromfile(home / CONFIG)
-    fields = dict(BLOCKS[block])
-    if fields['block'] is None:
-        del fields['block']
-        cfg.model.backbone.pop('block')
-    cfg.model.backbone.update(fields)
+    cfg.model.backbone.update(block=dict(BLOCKS[block]), init_cfg=dict(START))
+    cfg.model.head.init_cfg = dict(START)
+    cfg.optim_wrapper.optimizer.lr = budget.lr
     cfg.train_dataloader.update(
         batch_size=budget.batch, num_workers=0, persistent_workers=False
     )

@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 import copy
 import os
+import re
+from pathlib import Path
 from typing import NamedTuple
 
 from mmengine.config import Config, ConfigDict
@@ -113,10 +115,49 @@ def train(config: Config, args: argparse.Namespace) -> None:
         config.load_from = path or config.get('load_from')
     if config.get('load_from'):
         check_file(config.load_from, 'checkpoint to start from')
+    check_starts(config.model, 'model')
     runner = build_runner(config)
     if config.get('load_from'):
         runner.register_hook(StartingCheckpointHook(config), 'LOWEST')
     runner.train()
+
+
+def check_starts(fields: object, place: str) -> None:
+    """Check that the checkpoints exist that a model's parts start from.
+
+    Before the data are read: mmengine asks for them after that.
+
+    Args:
+        fields: The model's config, or a part of it.
+        place: Where it stands in the whole config.
+
+    Raises:
+        UserError: If one is missing; the message says what there is to do.
+    """
+    if isinstance(fields, (list, tuple)):
+        for i, item in enumerate(fields):
+            check_starts(item, f'{place}.{i}')
+        return
+    if not isinstance(fields, dict):
+        return
+    for key, value in fields.items():
+        check_starts(value, f'{place}.{key}')
+    path = fields.get('checkpoint')
+    in_init_cfg = re.search(r'\.init_cfg(\.\d+)?$', place)
+    if not (in_init_cfg and isinstance(path, str)) or '://' in path:
+        return
+    if Path(path).expanduser().is_file():
+        return
+    run = re.fullmatch(r'work_dirs/([\w.-]+)/\w+\.pth', path)
+    if run and Path('configs', f'{run[1]}.py').is_file():
+        what = f'what training configs/{run[1]}.py writes'
+    else:
+        what = 'no file'
+    raise UserError(
+        f'{place} starts from {path}, which does not exist ({what}); name '
+        f'yours by --cfg-options {place}.checkpoint=PATH; other starts (the '
+        "papers' files, plain weights, from scratch) stand in docs/recipes.md"
+    )
 
 
 def test(config: Config, args: argparse.Namespace) -> dict:

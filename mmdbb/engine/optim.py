@@ -8,7 +8,7 @@ bias of a norm or a norm inside a depthwise block. The rules here are those of
 
 from __future__ import annotations
 
-from typing import Dict, Iterator, List, Optional, Set, Tuple
+from typing import Dict, Iterable, Iterator, List, Optional, Set, Tuple
 
 from mmengine.logging import print_log
 from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
@@ -23,16 +23,16 @@ from mmdbb.host_norms import conv_norm_pairs
 NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)
 #: What stands before the first stage of the backbones of the OpenMMLab family.
 STEMS = ('backbone.conv1.', 'backbone.bn1.', 'backbone.stem.')
-RULES = (
-    'bias_lr_mult',
-    'bias_decay_mult',
-    'norm_decay_mult',
-    'identity_decay_mult',
-    'depthwise_decay_mult',
-    'stem_lr_mult',
-    'custom_l2',
-    'custom_keys',
-)
+#: Rules that multiply, and what each is for.
+FACTORS = {
+    'bias_lr_mult': 'bias',
+    'bias_decay_mult': 'bias',
+    'norm_decay_mult': 'norm',
+    'identity_decay_mult': 'identity branch with a norm',
+    'depthwise_decay_mult': 'depthwise convolution',
+    'stem_lr_mult': f'stem, which would be one of {STEMS}',
+}
+RULES = (*FACTORS, 'custom_l2', 'custom_keys')
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
@@ -63,8 +63,9 @@ class ReparamOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         paramwise_cfg: The rules.
 
     Raises:
-        ValueError: If there is a rule of another name, or one finds nothing
-            to apply to.
+        ValueError: If there is a rule of another name, or one finds no
+            parameter that is trained: none of that kind, all of them frozen,
+            or another rule in its place.
 
     Examples:
         >>> from mmengine.optim import build_optim_wrapper
@@ -127,23 +128,19 @@ class ReparamOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             is_dcn_module: Not used.
         """
         found = _Parameters(module)
-        cfg = self.paramwise_cfg
-        if 'stem_lr_mult' in cfg and not found.stem:
-            raise ValueError(
-                f'stem_lr_mult finds no stem in the model, which would be '
-                f'one of {STEMS}'
-            )
         groups: Dict[Tuple[float, float], dict] = {}
+        used: Set[str] = set()
         for name, parameter in module.named_parameters():
             if not parameter.requires_grad:
                 continue
-            lr, decay = self._factors(name, found)
+            lr, decay = self._factors(name, found, used)
             values = (self.base_lr * lr, self.base_wd * decay)
             if values not in groups:
                 groups[values] = dict(
                     params=[], lr=values[0], weight_decay=values[1]
                 )
             groups[values]['params'].append(parameter)
+        self._refuse_idle_rules(used)
         for group in groups.values():
             print_log(
                 f'lr={group["lr"]:g}, weight_decay={group["weight_decay"]:g}: '
@@ -152,30 +149,63 @@ class ReparamOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             )
         params.extend(groups.values())
 
-    def _factors(self, name: str, found: _Parameters) -> Tuple[float, float]:
-        """What multiplies learning rate and weight decay of a parameter."""
+    def _factors(
+        self, name: str, found: _Parameters, used: Set[str]
+    ) -> Tuple[float, float]:
+        """What multiplies learning rate and weight decay of a parameter.
+
+        Args:
+            name: The parameter's.
+            found: Which parameters the rules are for.
+            used: Gets the names of the rules and keys that apply.
+        """
         cfg = self.paramwise_cfg
-        lr = decay = 1.0
+        is_bias = name.rpartition('.')[2] == 'bias'
         is_identity = name in found.identity and 'identity_decay_mult' in cfg
-        if is_identity:
-            decay *= cfg['identity_decay_mult']
-        elif name in found.norms:
-            decay *= cfg.get('norm_decay_mult', 1)
-        if name.rpartition('.')[2] == 'bias':
-            lr *= cfg.get('bias_lr_mult', 1)
-            decay *= cfg.get('bias_decay_mult', 1)
-        if name in found.depthwise:
-            decay *= cfg.get('depthwise_decay_mult', 1)
-        if name in found.stem:
-            lr *= cfg.get('stem_lr_mult', 1)
+        applies = dict(
+            bias_lr_mult=is_bias,
+            bias_decay_mult=is_bias,
+            norm_decay_mult=name in found.norms and not is_identity,
+            identity_decay_mult=is_identity,
+            depthwise_decay_mult=name in found.depthwise,
+            stem_lr_mult=name in found.stem,
+        )
+        factors = dict(lr=1.0, decay=1.0)
+        for rule in FACTORS:
+            if rule in cfg and applies[rule]:
+                used.add(rule)
+                factors[rule.split('_')[1]] *= cfg[rule]
         if cfg.get('custom_l2') and name in found.custom_l2:
-            decay = 0.0
+            factors['decay'] = 0.0
         keys = [k for k in cfg.get('custom_keys', {}) if k in name]
         if keys:
-            custom = cfg['custom_keys'][max(keys, key=len)]
-            lr *= custom.get('lr_mult', 1)
-            decay *= custom.get('decay_mult', 1)
-        return lr, decay
+            key = max(keys, key=len)
+            used.add(key)
+            for factor in factors:
+                factors[factor] *= cfg['custom_keys'][key].get(
+                    f'{factor}_mult', 1
+                )
+        return factors['lr'], factors['decay']
+
+    def _refuse_idle_rules(self, used: Iterable[str]) -> None:
+        """Raise if a rule has changed nothing.
+
+        Args:
+            used: The rules and the keys of ``custom_keys`` that applied.
+        """
+        for rule, kind in FACTORS.items():
+            if rule in self.paramwise_cfg and rule not in used:
+                raise ValueError(
+                    f'{rule} finds nothing to change: the model has no {kind}'
+                    ', or none that is trained'
+                )
+        keys = self.paramwise_cfg.get('custom_keys', {})
+        idle = sorted(set(keys) - set(used))
+        if idle:
+            raise ValueError(
+                f'custom_keys {idle} find nothing to change: no parameter '
+                'that is trained has such a name, or a longer key fits it'
+            )
 
 
 class CustomL2:

@@ -7,6 +7,7 @@ MMDBB_REFERENCE names the folder that they were taken from.
 
 import functools
 import json
+import logging
 import lzma
 import os
 import re
@@ -19,12 +20,15 @@ import numpy as np
 import pytest
 import torch
 from helpers import distance, randomize
+from helpers import run_tool as tool
 from mmengine.config import Config
 from mmengine.registry import MODELS as ROOT_MODELS
 from mmengine.registry import DefaultScope
 from mmpretrain import get_model
 from mmpretrain.registry import MODELS
+from PIL import Image
 from torch import nn
+from torchvision import transforms as T
 
 from mmdbb import DiverseBranchBlock, RepVGGBlock_OREPA
 from mmdbb.backbones import MobileNetV1, PlainResNet, ResNetDBB
@@ -45,7 +49,17 @@ from mmdbb.reparam import find_blocks
 pytestmark = pytest.mark.usefixtures('quiet')
 
 DATA = Path(__file__).resolve().parents[1] / 'data' / 'official'
-TOOL = Path(__file__).resolve().parents[2] / 'tools' / 'convert_official.py'
+#: utils.py of the papers' code
+VAL_PREPROCESS = T.Compose(
+    [
+        T.Resize(256),
+        T.CenterCrop(224),
+        T.ToTensor(),
+        T.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+    ]
+)
+HOME = Path(__file__).resolve().parents[2]
+TOOL = HOME / 'tools' / 'convert_official.py'
 TOLERANCE = 1e-5  # of the output's largest magnitude, float32
 
 FILES = [path.stem for path in sorted(DATA.glob('*.pth*.xz'))]
@@ -239,6 +253,58 @@ def test_custom_class_count(mobilenet, tmp_path):
     model = get_model(result.config, pretrained=result.checkpoint)
     assert model.head.num_classes == 3
     assert torch.equal(model.head.fc.bias, torch.arange(3.0))
+
+
+def test_imagenet_networks_are_tested_as_the_papers_do(
+    mobilenet, tmp_path, monkeypatch, capsys
+):
+    path, state = mobilenet
+    state['linear.weight'] = torch.rand(1000, 32)
+    state['linear.bias'] = torch.rand(1000)
+    torch.save(state, path)
+    result = convert_official(path, str(tmp_path / 'out.pth'))
+    cfg = Config.fromfile(result.config)
+    recipe = Config.fromfile(HOME / 'configs' / 'mobilenet_dbb_imagenet.py')
+    ours, recipes = (c.test_dataloader.dataset for c in (cfg, recipe))
+    assert ours.pipeline == recipes.pipeline
+    for key, value in recipe.data_preprocessor.items():
+        assert cfg.model.data_preprocessor[key] == value
+    # The command, on two photographs in the data set's layout.
+    datasets = pytest.importorskip('sklearn.datasets')
+    model = get_model(cfg, pretrained=result.checkpoint).eval()
+    folder = tmp_path / 'imagenet' / 'val'
+    folder.mkdir(parents=True)
+    lines = []
+    for name in ('china.jpg', 'flower.jpg'):
+        image = Image.fromarray(datasets.load_sample_image(name))
+        image.save(folder / name)
+        image = Image.open(folder / name)
+        pixels = VAL_PREPROCESS(image)[None]
+        with torch.no_grad():
+            lines.append(f'{name} {model(pixels).argmax().item()}')
+    (tmp_path / 'imagenet' / 'meta').mkdir()
+    text = '\n'.join(lines)
+    (tmp_path / 'imagenet' / 'meta' / 'val.txt').write_text(text)
+    monkeypatch.chdir(tmp_path)
+    options = (
+        f'test_dataloader.dataset.data_root={tmp_path / "imagenet"}',
+        'test_dataloader.num_workers=0',
+        'test_evaluator.topk=(1,)',
+    )
+    logging.disable(logging.NOTSET)
+    metrics = tmp_path / 'metrics'
+    code = tool(
+        'test',
+        result.config,
+        result.checkpoint,
+        '--work-dir',
+        metrics,
+        '--cfg-options',
+        *options,
+    )
+    assert code == 0
+    (report,) = metrics.glob('*/*.json')
+    assert json.loads(report.read_text())['accuracy/top1'] == 100
 
 
 def test_source_is_untouched_and_named(mobilenet, tmp_path):
@@ -555,6 +621,55 @@ def test_init_cfg_inside_a_segmentor(tmp_path):
     ]
     branch = model.backbone.layer4[0].conv2.branches['1x1_avg']
     assert torch.equal(branch.conv1.weight, kernel)
+
+
+REPVGG = dict(
+    num_blocks=(1, 2, 2, 1),
+    width_factor=(1 / 16, 1 / 16, 1 / 16, 1 / 8),
+    group_layer_map=None,
+    se_cfg=None,
+    stem_channels=4,
+)
+
+
+@pytest.mark.parametrize('block', ['RepVGGConv', None])
+def test_repvgg_file_starts_the_recipes_backbone(block, tmp_path):
+    """And mmpretrain's own, as ever."""
+    name = 'orepa_repo_repvgg_repvgg_train.pth.tar'
+    path = unpack(name, tmp_path)
+    config = HOME / 'configs' / 'repvgg-a0_repvgg_imagenet.py'
+    cfg = Config.fromfile(config).model.backbone
+    assert cfg.block.type == 'RepVGGConv'
+    cfg.update(arch=REPVGG, init_cfg=dict(type=INIT, checkpoint=path))
+    if block is None:
+        cfg.update(type='RepVGG')
+        del cfg.block
+    model = MODELS.build(cfg)
+    model.init_weights()
+    assert bool(find_blocks(model)) == bool(block)
+    state = read_official(path)
+    assert len(state) - 2 == len(model.state_dict())  # without linear
+    x, expected = recorded(name)
+    with torch.no_grad():
+        model.eval()  # mmpretrain's returns nothing
+        features = model(x)[0].mean((2, 3))
+        found = features @ state['linear.weight'].T + state['linear.bias']
+    assert distance(found, expected) < TOLERANCE
+    if block is None:
+        assert {'branch_norm', 'branch_3x3', 'branch_1x1'} <= {
+            part for key in model.state_dict() for part in key.split('.')
+        }
+
+
+def test_repvgg_file_does_not_start_other_blocks(tmp_path):
+    path = unpack('orepa_repo_repvgg_repvgg_train.pth.tar', tmp_path)
+    cfg = dict(type='ReparamRepVGG', arch=REPVGG, block=dict(type='DBB'))
+    model = MODELS.build(cfg)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(UserError, match='does not fit.*missing: stem'):
+        load_official_backbone_(model, path)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key])
 
 
 @pytest.mark.parametrize('part', ['train', 'deploy'])

@@ -6,6 +6,8 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
+from mmengine.runner import Runner, set_random_seed
 from mmpretrain.registry import MODELS
 
 import mmdbb.backbones  # noqa: F401
@@ -34,6 +36,71 @@ def test_blocks_differ_in_the_backbone_only(block, tiny_data):
     for fields in (cfg, plain):
         fields.pop('experiment_name')
     assert cfg == plain
+
+
+def start_of(model):
+    """Build a model as a Runner with seed 3 does: names -> parameters."""
+    set_random_seed(3)
+    model = MODELS.build(model)
+    model.init_weights()
+    return dict(model.named_parameters())
+
+
+@pytest.mark.parametrize('block', [b for b in study.BLOCKS if b != 'plain'])
+@pytest.mark.usefixtures('quiet')
+def test_what_blocks_and_plain_share_starts_equal(block, tiny_data):
+    found, plain = (
+        start_of(config(b, tiny_data).to_dict()['model'])
+        for b in (block, 'plain')
+    )
+    shared = {n for n, p in plain.items() if n in found}
+    for name in shared:
+        assert torch.equal(found[name], plain[name]), name
+    # Shortcuts, head, and of OREPA all norms, of others the stem.
+    expected = [
+        'backbone.layer2.0.downsample.0.weight',
+        'backbone.layer4.0.downsample.1.weight',
+        'head.fc.weight',
+        'head.fc.bias',
+        'backbone.bn1.weight',
+        'backbone.layer1.1.bn2.weight'
+        if block == 'OREPA'
+        else 'backbone.conv1.weight',
+    ]
+    assert shared >= set(expected)
+    # All else is a block's, or what the block stands for.
+    blocks = find_blocks(MODELS.build(config(block, tiny_data).model)).keys()
+    inside = tuple(f'{name}.' for name in blocks)
+    norms = tuple(n.replace('conv', 'bn') for n in inside)
+    for name in set(found) - shared:
+        assert name.startswith(inside), name
+    for name in set(plain) - shared:
+        assert name.startswith(inside + norms), name
+    # Torch's: no residual branch starts as zero, no kernel is wider.
+    for name, value in plain.items():
+        if value.dim() > 1:
+            bound = value[0].numel() ** -0.5
+            assert 0.9 * bound < value.abs().max() <= bound, name
+        elif not name.startswith('head'):
+            assert (value == float('weight' in name)).all(), name
+
+
+@pytest.mark.usefixtures('quiet')
+def test_blocks_and_plain_see_the_same_batches(tiny_data, tmp_path):
+    """Same images, same order, same crops and turns."""
+
+    def batches(block):
+        cfg = config(block, tiny_data, seed=5)
+        cfg.work_dir = str(tmp_path / block)
+        runner = Runner.from_cfg(cfg)
+        runner.model.init_weights()
+        loader = runner.build_dataloader(cfg.train_dataloader, seed=5)
+        return torch.cat([torch.stack(batch['inputs']) for batch in loader])
+
+    plain = batches('plain')
+    assert len(plain) == 20
+    for block in ('DBB', 'OREPA'):
+        assert torch.equal(batches(block), plain)
 
 
 def test_a_seed_chooses_images_for_all_blocks_alike(tiny_data):
@@ -190,3 +257,38 @@ def test_the_picture(name, tmp_path):
     assert path.read_bytes() == before
     with pytest.raises(UserError, match='cannot draw'):
         study.draw_study(results, str(tmp_path / 'study.txt2'))
+
+
+PAGE = HOME / 'docs' / 'study.md'
+
+
+@pytest.mark.parametrize(
+    'name',
+    sorted(p.name for p in (PAGE.parent / 'figures').glob('study*.json')),
+)
+def test_the_pages_numbers_are_those_of_the_trainings(name):
+    path = PAGE.parent / 'figures' / name
+    budget = json.loads(path.read_text())['budget']
+    results = study.read_results(path, study.Budget(**budget))
+    seeds = {r.seed for r in results}
+    assert {(r.block, r.seed) for r in results} == {
+        (block, seed) for block in study.BLOCKS for seed in seeds
+    }
+    text = PAGE.read_text()
+    assert f'({"figures/" + name})' in text
+    for row in study.summarize(results):
+        cells = f'| {row.block} | {row.mean:.2f} ± {row.half:.2f} | '
+        if row.gain is not None:
+            cells += f'{row.gain:+.2f} ± {row.gain_half:.2f} '
+        assert f'{cells}|' in text
+
+
+def test_the_pages_settings_are_the_tools():
+    path = PAGE.parent / 'figures' / 'study.json'
+    report = json.loads(path.read_text())
+    assert report['budget'] == study.Budget()._asdict()
+    results = study.read_results(path, study.Budget())
+    gain = {row.block: row for row in study.summarize(results)}['DBB']
+    text = f'DBB {gain.gain:+.2f} ± {gain.gain_half:.2f} points'
+    assert text in (HOME / 'README.md').read_text()
+    assert len(report['results']) == 8 * len(study.BLOCKS)

@@ -58,8 +58,8 @@ def build(model, rules, optimizer=None, **options):
     )
 
 
-def values_of(model, wrapper):
-    """Names -> (learning rate, weight decay)."""
+def values_of_trained(model, wrapper):
+    """Names of what is trained -> (learning rate, weight decay)."""
     names = {id(p): name for name, p in model.named_parameters()}
     found = {}
     for group in wrapper.optimizer.param_groups:
@@ -67,7 +67,13 @@ def values_of(model, wrapper):
             name = names[id(parameter)]
             assert name not in found
             found[name] = (group['lr'], group['weight_decay'])
-    assert set(found) == set(names.values())
+    return found
+
+
+def values_of(model, wrapper):
+    """The same, where all parameters are trained."""
+    found = values_of_trained(model, wrapper)
+    assert set(found) == {name for name, _ in model.named_parameters()}
     return found
 
 
@@ -94,8 +100,12 @@ def test_dbb(cls):
 
 def test_grouped_is_not_depthwise():
     model = nn.Sequential(nn.Conv2d(4, 8, 3, groups=2), nn.Conv2d(1, 1, 3))
+    with pytest.raises(ValueError, match='no depthwise convolution'):
+        build(model, DBB_RULES)
+    model.append(nn.Conv2d(4, 4, 3, groups=4))
     found = values_of(model, build(model, DBB_RULES))
-    assert all(decay == DECAY for _, decay in found.values())
+    for name, (_, decay) in found.items():
+        assert decay == (0 if name.startswith('2.') else DECAY)
 
 
 def repvgg_names(key):
@@ -189,7 +199,11 @@ def test_custom_l2_leaves_frozen_and_merged_blocks_alone():
     model = Classifier(ReparamRepVGG(TINY, frozen_stages=1))
     blocks = list(find_blocks(model).values())
     blocks[-1].switch_to_deploy()
-    wrapper = build(model, REPVGG_RULES)
+    rules = dict(REPVGG_RULES)
+    with pytest.raises(ValueError, match='no identity branch'):
+        build(model, rules)  # the only one is frozen
+    del rules['identity_decay_mult']
+    wrapper = build(model, rules)
     assert wrapper.custom_l2_blocks == blocks[3:-1]
 
 
@@ -230,12 +244,62 @@ def test_without_rules_all_are_equal():
     [
         (dict(bias_lr_mul=2), r"unknown rules \['bias_lr_mul'\]; allowed"),
         (dict(custom_l2=True), 'the model has none'),
-        (dict(stem_lr_mult=0.1), 'finds no stem'),
+        (dict(stem_lr_mult=0.1), 'stem_lr_mult finds .* model has no stem'),
+        (dict(depthwise_decay_mult=0), 'depthwise_decay_mult finds nothing'),
+        (dict(identity_decay_mult=1), 'identity_decay_mult finds nothing'),
+        (
+            dict(custom_keys=dict(kxk=dict(), head=dict(lr_mult=2))),
+            r"custom_keys \['head'\] find nothing",
+        ),
+        (
+            dict(custom_keys=dict(norm=dict(), kxk=dict(), branches=dict())),
+            r"custom_keys \['kxk', 'norm'\] find nothing",  # longer: branches
+        ),
     ],
 )
 def test_wrong_rules(rules, message):
     with pytest.raises(ValueError, match=message):
         build(DBB(3, 4, 3), rules)
+
+
+#: Rules -> the parts of the model below that they are for.
+FOR = dict(
+    bias_lr_mult='bias',
+    bias_decay_mult='bias',
+    norm_decay_mult='bn',
+    depthwise_decay_mult='depthwise_conv',
+    stem_lr_mult='backbone.conv1.',
+    custom_keys='pointwise',
+)
+
+
+@pytest.mark.parametrize('rule', FOR)
+def test_rules_count_what_is_trained(rule):
+    model = Classifier(MobileNetV1(base_channels=2))
+    rules = {rule: 0.5}
+    if rule == 'custom_keys':
+        rules = dict(custom_keys={FOR[rule]: dict(lr_mult=0.5)})
+    named = {n: p for n, p in model.named_parameters() if FOR[rule] in n}
+    assert named
+    last = named.popitem()
+    for parameter in named.values():
+        parameter.requires_grad_(False)
+    found = values_of_trained(model, build(model, rules))
+    changed = [n for n, values in found.items() if values != (LR, DECAY)]
+    assert changed == [last[0]]
+    last[1].requires_grad_(False)
+    with pytest.raises(ValueError, match='nothing to change'):
+        build(model, rules)
+
+
+def test_identities_that_are_frozen_are_none():
+    model = Classifier(ReparamRepVGG(TINY))
+    build(model, dict(identity_decay_mult=1.0))
+    for name, parameter in model.named_parameters():
+        if 'identity' in name:
+            parameter.requires_grad_(False)
+    with pytest.raises(ValueError, match='no identity branch with a norm'):
+        build(model, dict(identity_decay_mult=1.0))
 
 
 def test_needs_a_weight_decay():

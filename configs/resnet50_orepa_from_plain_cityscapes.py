@@ -1,0 +1,13 @@
+# PSPNet on Cityscapes, 40k iterations, with a ResNet-50-OREPA backbone that
+# starts as the plain ImageNet ResNet-50-v1c that mmseg starts from.
+_base_ = './resnet50_dbb_cityscapes.py'
+
+model = dict(
+    backbone=dict(
+        type='mmpretrain.ResNetV1cDBB',
+        block=dict(type='OREPA'),
+        init_cfg=dict(
+            type='PlainPretrained', checkpoint='open-mmlab://resnet50_v1c'
+        ),
+    ),
+)
