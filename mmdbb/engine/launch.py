@@ -16,10 +16,8 @@ from mmengine.config import Config, ConfigDict
 from mmengine.device import get_device
 from mmengine.registry import METRICS, RUNNERS
 from mmengine.runner import Runner, find_latest_checkpoint
-from torch import nn
 
-from mmdbb.checkpoint.files import load_strictly, read_checkpoint
-from mmdbb.checkpoint.formats import is_safetensors
+from mmdbb.checkpoint.files import read_checkpoint
 from mmdbb.checkpoint.load import give_structure_
 from mmdbb.engine.command import UserError, check_file
 from mmdbb.engine.fitting import (
@@ -144,26 +142,16 @@ def test(config: Config, args: argparse.Namespace) -> dict:
         _enable_drawing(config, args)
     if args.tta:
         _enable_tta(config)
-    local = '://' not in args.checkpoint
-    own_form = local and is_safetensors(args.checkpoint)
-    if own_form:  # mmengine does not read it
-        config.load_from = None
     runner = build_runner(config)
     runner.register_hook(FittingCheckpointHook(args.checkpoint), 'LOWEST')
-    if local:
-        _take_structure_(runner.model, args.checkpoint, load=own_form)
+    if '://' not in args.checkpoint:
+        give_structure_(
+            unwrapped(runner.model), read_checkpoint(args.checkpoint)
+        )
     if args.out:
         dump = dict(type=_task(config).dump, out_file_path=args.out)
         runner.test_evaluator.metrics.append(METRICS.build(dump))
     return runner.test()
-
-
-def _take_structure_(model: nn.Module, path: str, load: bool) -> None:
-    """Give a network a checkpoint's structure, and its weights if asked."""
-    loaded = read_checkpoint(path)
-    model = give_structure_(unwrapped(model), loaded)
-    if load:
-        load_strictly(model, loaded['state_dict'], path)
 
 
 def build_runner(config: Config) -> Runner:

@@ -68,6 +68,7 @@ def test_there_and_back(tmp_path, safetensors, name):
         assert found['state_dict'][key].dtype == value.dtype
     assert list(found['meta'].pop('names')) == ['a', 'b']
     rest = dict(META, nothing=None, number=float('inf'))
+    assert len(found['meta']['mmdbb'].pop('weights_sha256')) == 64
     assert found['meta'] == {k: v for k, v in rest.items() if k != 'names'}
 
 
