@@ -140,7 +140,7 @@ def quantize_checkpoint(
     options = options or Options()
     if not out.endswith('.onnx'):
         raise UserError(f'the output must end in .onnx, got {out}')
-    refuse_inputs([out], checkpoint, cfg.filename)
+    refuse_inputs([out], cfg, checkpoint)
     with all_or_nothing(out, overwrite=overwrite) as (draft,):
         folder = Path(draft).parent
         with quiet_runner(cfg) as runner:
