@@ -35,6 +35,8 @@ from mmdbb.checkpoint.plain import load_plain_weights_
 from mmdbb.checkpoint.plain_init import PlainPretrainedInit
 from mmdbb.engine.optim import ReparamOptimWrapperConstructor
 from mmdbb.engine.reparam_hook import ReparamHook
+from mmdbb.engine.repeatable import RepeatableHook
+from mmdbb.engine.whole_checkpoints import WholeCheckpointHook
 from mmdbb.insert import insert_blocks_, merge_into_
 from mmdbb.reparam import reparameterize
 from mmdbb.version import __version__
@@ -60,6 +62,8 @@ __all__ = [
     'RepVGGConv',
     'ReparamHook',
     'ReparamOptimWrapperConstructor',
+    'RepeatableHook',
+    'WholeCheckpointHook',
     '__version__',
     'insert_blocks_',
     'load_deployed',

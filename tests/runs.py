@@ -1,12 +1,15 @@
 """Runs of mmengine's Runner on a tiny network with blocks."""
 
+import os
 import random
+import signal
 
 import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.evaluator import BaseMetric
-from mmengine.registry import DATASETS, METRICS
+from mmengine.hooks import Hook
+from mmengine.registry import DATASETS, HOOKS, METRICS
 from mmengine.runner import Runner
 from mmpretrain.structures import DataSample
 from networks import CLASSIFIER
@@ -91,3 +94,17 @@ def train(cfg):
     runner = Runner.from_cfg(cfg)
     runner.train()
     return runner
+
+
+@HOOKS.register_module(name='KilledOfTests', force=True)
+class Killed(Hook):
+    """Ends the process as nothing else does, after some iterations."""
+
+    priority = 'HIGHEST'
+
+    def __init__(self, after):
+        self.after = after
+
+    def after_train_iter(self, runner, batch_idx, data_batch, outputs):
+        if runner.iter + 1 == self.after:
+            os.kill(os.getpid(), signal.SIGKILL)

@@ -220,18 +220,22 @@ def output_paths(out: str) -> Tuple[str, str]:
     return out, out[: -len(suffix)] + '.py'
 
 
-def refuse_inputs(outputs: Sequence[str], cfg: Config, *inputs: str) -> None:
+def refuse_inputs(
+    outputs: Sequence[str], cfg: Optional[Config], *inputs: str
+) -> None:
     """Raise if a file would be written over one that is read.
 
     Args:
         outputs: Paths to write.
-        cfg: The config, which may have been read from several files.
+        cfg: The config, which may have been read from several files; None if
+            there is none.
         inputs: Paths of other files that are read.
 
     Raises:
         UserError: It names the path.
     """
-    read = {os.path.realpath(path) for path in (*files_of(cfg), *inputs)}
+    files = files_of(cfg) if cfg is not None else ()
+    read = {os.path.realpath(path) for path in (*files, *inputs)}
     for path in outputs:
         if os.path.realpath(path) in read:
             raise UserError(f'output {path} is also an input')

@@ -182,7 +182,9 @@ class _Places:
         if kernel is None:
             missing = _under(name, ('weight',))
         elif kernel.dim() != 4:
-            raise ValueError(f'{name}.weight has shape {tuple(kernel.shape)}')
+            raise ValueError(
+                f'the plain kernel has shape {tuple(kernel.shape)}'
+            )
         elif bias is None:
             if block._wants_bias and not absorbed:
                 missing = _under(name, ('bias',))

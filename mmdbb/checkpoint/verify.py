@@ -16,8 +16,10 @@ from typing import Dict, Iterable, Iterator, List, NamedTuple, Sequence, Tuple
 import mmcv
 import numpy as np
 import torch
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 
+from mmdbb.checkpoint.files import check_regular
 from mmdbb.checkpoint.stock_weights import names_in
 from mmdbb.checkpoint.untouched import changed_layers
 from mmdbb.errors import UserError
@@ -37,6 +39,8 @@ DENSE_HEADS = (
 #: How far a merged network may be from the one that was trained before it is
 #: rounded, relative to the largest magnitude of a channel.
 TOLERANCE = 1e-5
+#: Of an image to compare on: a small file can claim to be a large one.
+MOST_PIXELS = 1 << 26
 #: Channels that are smaller, as a share of the largest, are nothing but the
 #: rounding of float64.
 SMALLEST_CHANNEL = 1e-8
@@ -299,8 +303,19 @@ def input_batches(
     ]
     for path in images:
         try:
+            check_regular(path, 'image')
+            with Image.open(path) as header:
+                pixels = math.prod(header.size)
+            if pixels > MOST_PIXELS:
+                raise UserError(
+                    f'it has {pixels:,} pixels; at most {MOST_PIXELS:,} are '
+                    'read'
+                )
             image = mmcv.imread(path)
-        except (FileNotFoundError, OSError) as error:
+        except UnidentifiedImageError as error:
+            raise UserError(f'not an image: {path}') from error
+        except Exception as error:
+            # Decoders fail in many ways, Pillow on bombs by one of its own.
             raise UserError(f'cannot read image {path}: {error}') from error
         if image is None:
             raise UserError(f'not an image: {path}')

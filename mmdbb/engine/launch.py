@@ -15,7 +15,7 @@ from typing import NamedTuple
 from mmengine.config import Config, ConfigDict
 from mmengine.device import get_device
 from mmengine.registry import METRICS, RUNNERS
-from mmengine.runner import Runner, find_latest_checkpoint
+from mmengine.runner import Runner
 
 from mmdbb.checkpoint.files import read_checkpoint
 from mmdbb.checkpoint.load import give_structure_
@@ -25,6 +25,9 @@ from mmdbb.engine.fitting import (
     StartingCheckpointHook,
     unwrapped,
 )
+from mmdbb.engine.repeatable import RepeatableHook
+from mmdbb.engine.resume import newest_whole_checkpoint
+from mmdbb.engine.whole_checkpoints import WholeCheckpointHook
 
 
 class Task(NamedTuple):
@@ -102,7 +105,7 @@ def train(config: Config, args: argparse.Namespace) -> None:
         config.auto_scale_lr.enable = True
     if args.resume:
         path = (
-            find_latest_checkpoint(config.work_dir)
+            newest_whole_checkpoint(config)
             if args.resume == 'auto'
             else check_file(args.resume, 'checkpoint to resume from')
         )
@@ -111,10 +114,19 @@ def train(config: Config, args: argparse.Namespace) -> None:
         config.load_from = path or config.get('load_from')
     if config.get('load_from'):
         check_file(config.load_from, 'checkpoint to start from')
+    _keep_checkpoints_whole(config)
     runner = build_runner(config)
+    if args.repeatable:
+        runner.register_hook(RepeatableHook())
     if config.get('load_from'):
         runner.register_hook(StartingCheckpointHook(config), 'LOWEST')
     runner.train()
+
+
+def _keep_checkpoints_whole(config: Config) -> None:
+    hook = (config.get('default_hooks') or {}).get('checkpoint')
+    if hook and hook.get('type') == 'CheckpointHook':
+        hook.type = WholeCheckpointHook.__name__
 
 
 def test(config: Config, args: argparse.Namespace) -> dict:
