@@ -58,17 +58,16 @@ class RepeatableHook(Hook):
             object.__setattr__(loader, 'dataset', seeded)
 
     def before_train_epoch(self, runner: Runner) -> None:
-        """Draw anew from here, in the workers too."""
+        """Let the workers know the epoch."""
         dataset = runner.train_dataloader.dataset
         if isinstance(dataset, SeededDataset):
             dataset.epoch.fill_(runner.epoch)
-        _seed(runner.seed, get_rank(), runner.epoch, 0)
 
     def before_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None
     ) -> None:
         """Draw anew from here."""
-        _seed(runner.seed, get_rank(), runner.iter, 1)
+        _seed(runner.seed, get_rank(), runner.iter)
 
 
 class SeededDataset(Dataset):
@@ -101,7 +100,7 @@ class SeededDataset(Dataset):
         # In the training's own process that follows from the seed as well.
         worker = get_worker_info()
         place = get_rank(), 0 if worker is None else worker.id + 1
-        _seed(self._seed, *place, epoch, int(index), self._drawn[index], 2)
+        _seed(self._seed, *place, epoch, int(index), self._drawn[index])
         return self._dataset[index]
 
     def __getattr__(self, name: str) -> Any:
