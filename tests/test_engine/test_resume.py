@@ -272,7 +272,7 @@ def test_killed_and_resumed_is_the_uninterrupted_run(tmp_path, workers):
     cfg.custom_hooks.append(dict(type='KilledOfTests'))
     cfg.dump(tmp_path / 'config.py')
     killed = tmp_path / 'killed.py'
-    cfg.custom_hooks[-1].after = 5
+    cfg.custom_hooks[-1]['after'] = 5
     cfg.dump(killed)
 
     def run(config, name, *more):
@@ -289,7 +289,7 @@ def test_killed_and_resumed_is_the_uninterrupted_run(tmp_path, workers):
     ]
     # The scores that are left.
     cfg.val_evaluator.scores = [3.0, 4.0]
-    cfg.custom_hooks[-1].after = None
+    cfg.custom_hooks[-1]['after'] = None
     cfg.dump(tmp_path / 'config.py')
     assert run(tmp_path / 'config.py', 'parts', '--resume') == 0
     whole, parts = (
