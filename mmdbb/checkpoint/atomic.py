@@ -17,6 +17,8 @@ from mmdbb.errors import UserError
 
 #: How folders for files that are not yet whole are called.
 SCRATCH = '.mmdbb-'
+#: In the place of a lock.
+NO_LOCKS = -1
 #: What waits while files are moved.
 INTERRUPTIONS = (signal.SIGINT, signal.SIGTERM)
 #: The disk, a quota, a limit of the process.
@@ -120,7 +122,7 @@ def _remove_abandoned(folder: str) -> None:
         path = os.path.join(folder, name)
         if name.startswith(SCRATCH) and os.path.isdir(path):
             lock = _locked(path)
-            if lock is not None:
+            if lock not in (None, NO_LOCKS):
                 shutil.rmtree(path, ignore_errors=True)
                 os.close(lock)
 
@@ -129,7 +131,8 @@ def _locked(folder: str) -> Optional[int]:
     """Lock a folder, which the system unlocks when the process ends.
 
     Returns:
-        int: An open descriptor of it; None if it is locked, or gone.
+        int: An open descriptor of it; None if it is locked, or gone;
+        ``NO_LOCKS`` where the file system has none.
     """
     try:
         descriptor = os.open(folder, os.O_RDONLY)
@@ -142,6 +145,9 @@ def _locked(folder: str) -> Optional[int]:
             return descriptor
     except (BlockingIOError, FileNotFoundError):
         pass
+    except OSError:
+        os.close(descriptor)
+        return NO_LOCKS
     os.close(descriptor)
     return None
 

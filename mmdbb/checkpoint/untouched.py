@@ -98,9 +98,13 @@ def prove_untouched(model: nn.Module, merged: nn.Module) -> None:
         own = [*module._parameters.values(), *module._buffers.values()]
         if not any(value is not None for value in own):
             continue
-        if _is_under(name, changed) or isinstance(module, ReparamConv2d):
-            continue
         other = modules.get(renamed(name))
+        if isinstance(module, ReparamConv2d) or (
+            # A norm behind a block is a norm with the same arguments still.
+            _is_under(name, changed)
+            and not (name in changed and isinstance(other, _BatchNorm))
+        ):
+            continue
         if other is None or other.extra_repr() != module.extra_repr():
             others.append(name)
     if others:

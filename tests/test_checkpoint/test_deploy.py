@@ -485,7 +485,9 @@ def test_what_no_image_shows_is_found(
     harmed(harm, match, checkpoint=str(tmp_path / 'in.pth'), fuse=fuse)
 
 
-@pytest.mark.parametrize('which', ['all', 'one'])
+@pytest.mark.parametrize(
+    'which', ['all', 'backbone.bn1', 'decode_head.bottleneck.bn']
+)
 def test_a_wrong_eps_is_found(trained, nothing_left, monkeypatch, which):
     stock_config = merge.stock_config
 
@@ -496,15 +498,16 @@ def test_a_wrong_eps_is_found(trained, nothing_left, monkeypatch, which):
 
     def wrong_model(*paths):
         model = load_deployed(*paths)
-        model.backbone.bn1.eps = 2e-5
+        model.get_submodule(which).eps = 2e-5
         return model
 
+    task = 'segmentor' if which.startswith('decode_head') else 'classifier'
     if which == 'all':
         monkeypatch.setattr(merge, 'stock_config', wrong)
     else:
         monkeypatch.setattr(deploy, 'load_deployed', wrong_model)
-    with pytest.raises(UserError, match='differs by|no copy .*: backbone.bn1'):
-        run(trained, nothing_left / 'out.pth')
+    with pytest.raises(UserError, match=f'differs by|no copy .*: {which}'):
+        run(trained, nothing_left / 'out.pth', task)
 
 
 def test_what_is_written_is_what_was_proven(

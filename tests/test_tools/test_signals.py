@@ -208,6 +208,23 @@ def test_the_next_call_removes_what_nobody_works_in(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ['.mmdbb-file', 'a', 'b']
 
 
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    import errno
+
+    from mmdbb.checkpoint import atomic
+
+    def refuse(*arguments):
+        raise OSError(errno.ENOLCK, 'no locks')
+
+    monkeypatch.setattr(atomic.fcntl, 'flock', refuse)
+    (tmp_path / '.mmdbb-somebody').mkdir()
+    with all_or_nothing(str(tmp_path / 'a')) as drafts:
+        with open(drafts[0], 'w') as file:
+            file.write('a')
+    # Whether somebody works there cannot be known.
+    assert sorted(os.listdir(tmp_path)) == ['.mmdbb-somebody', 'a']
+
+
 @pytest.mark.parametrize(
     'error, code, said',
     [
