@@ -41,7 +41,7 @@ def in_time():
         raise TimeoutError
 
     before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(20)
+    signal.alarm(60)
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)
@@ -520,7 +520,7 @@ def test_time_and_memory_of_bombs(tmp_path, in_time):
             read_content(str(tmp_path / f'{name}.pth'))
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert grown < 700 << 10  # KiB
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 50
 
 
 def pickle_of_storage(count):
