@@ -1,4 +1,5 @@
-# make install | demo | test | lint | bench, each for one stack of host packages:
+# make install | demo | test | lint | bench | fuzz, each for one stack of host
+# packages:
 #
 #   make test                      mmengine, mmcv, mmpretrain, mmdet, mmseg
 #   make test STACK=onedl          the same imports from the onedl forks
@@ -8,6 +9,8 @@
 # Every target builds what is missing of the environment first.
 STACK ?= openmmlab
 TASK ?= classification
+CASES ?= 20000
+SEED ?= 0
 
 # mmengine's, on every import.
 export PYTHONWARNINGS := ignore:pkg_resources is deprecated
@@ -18,7 +21,7 @@ SHELL := bash
 # The installer's last line is the environment's folder.
 IN_ENV = venv=$$(requirements/install.sh $(STACK) | tail -n 1) && "$$venv/bin/python"
 
-.PHONY: install demo test lint bench
+.PHONY: install demo test lint bench fuzz
 
 install:
 	@$(IN_ENV) --version
@@ -32,6 +35,10 @@ test:
 lint:
 	@$(IN_ENV) -m ruff check .
 	@$(IN_ENV) -m ruff format --check .
+
+# Damaged files by the thousand: make fuzz CASES=100000 SEED=1
+fuzz:
+	@OMP_NUM_THREADS=1 $(IN_ENV) tests/fuzz.py --cases $(CASES) --seed $(SEED)
 
 bench:
 	@$(IN_ENV) tools/benchmark.py --network resnet18 resnet50 mobilenet \

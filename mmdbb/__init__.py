@@ -29,19 +29,21 @@ from mmdbb.blocks import (
     RepVGGConv,
 )
 from mmdbb.checkpoint.backbone_init import BackbonePretrainedInit
+from mmdbb.checkpoint.host_loading import read_as_data
 from mmdbb.checkpoint.load import load_deployed
 from mmdbb.checkpoint.official_init import OfficialPretrainedInit
 from mmdbb.checkpoint.plain import load_plain_weights_
 from mmdbb.checkpoint.plain_init import PlainPretrainedInit
-from mmdbb.checkpoint.safe_globals import allow_mmengine_checkpoints
 from mmdbb.checkpoint.torch_init import TorchDefaultInit
 from mmdbb.engine.optim import ReparamOptimWrapperConstructor
 from mmdbb.engine.reparam_hook import ReparamHook
+from mmdbb.engine.repeatable import RepeatableHook
+from mmdbb.engine.whole_checkpoints import WholeCheckpointHook
 from mmdbb.insert import insert_blocks_, merge_into_
 from mmdbb.reparam import reparameterize
 from mmdbb.version import __version__
 
-allow_mmengine_checkpoints()
+read_as_data()
 
 __all__ = [
     'ACB',
@@ -64,6 +66,8 @@ __all__ = [
     'ReparamHook',
     'ReparamOptimWrapperConstructor',
     'TorchDefaultInit',
+    'RepeatableHook',
+    'WholeCheckpointHook',
     '__version__',
     'insert_blocks_',
     'load_deployed',

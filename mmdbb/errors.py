@@ -2,6 +2,7 @@
 """Mistakes of the user's, as opposed to mistakes of ours."""
 
 import importlib
+from typing import Optional
 
 
 class UserError(Exception):
@@ -9,6 +10,28 @@ class UserError(Exception):
 
     The message is one line that names what was given and what is allowed.
     """
+
+
+class Terminated(KeyboardInterrupt):
+    """The process was asked to end by ``SIGTERM``; as Ctrl-C otherwise."""
+
+
+def interruption(error: BaseException) -> Optional[KeyboardInterrupt]:
+    """The Ctrl-C that an error hides: mmengine has ``except:`` in places.
+
+    Args:
+        error: Any.
+
+    Returns:
+        The interruption that it was raised for; None if there was none.
+    """
+    seen = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, KeyboardInterrupt):
+            return error
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def require_packages(what: str, extra: str, *modules: str) -> None:

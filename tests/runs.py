@@ -1,12 +1,15 @@
 """Runs of mmengine's Runner on a tiny network with blocks."""
 
+import os
 import random
+import signal
 
 import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.evaluator import BaseMetric
-from mmengine.registry import DATASETS, METRICS
+from mmengine.hooks import Hook
+from mmengine.registry import DATASETS, HOOKS, METRICS
 from mmengine.runner import Runner
 from mmpretrain.structures import DataSample
 from networks import CLASSIFIER
@@ -91,3 +94,20 @@ def train(cfg):
     runner = Runner.from_cfg(cfg)
     runner.train()
     return runner
+
+
+@HOOKS.register_module(name='KilledOfTests', force=True)
+class Killed(Hook):
+    """Adds noise to the weights; kills the process after some iterations."""
+
+    priority = 'HIGHEST'
+
+    def __init__(self, after=None):
+        self.after = after
+
+    @torch.no_grad()
+    def after_train_iter(self, runner, batch_idx, data_batch, outputs):
+        for parameter in runner.model.parameters():
+            parameter.add_(1e-3 * torch.randn_like(parameter))
+        if runner.iter + 1 == self.after:
+            os.kill(os.getpid(), signal.SIGKILL)

@@ -20,7 +20,13 @@ def parse_args():
         const='auto',
         metavar='PATH',
         help='resume from this checkpoint; without a path, or with `auto`, '
-        'from the latest one in the work folder',
+        'from the newest whole one in the work folder',
+    )
+    parser.add_argument(
+        '--repeatable',
+        action='store_true',
+        help='draw random numbers so that a resumed training equals the '
+        'uninterrupted one bit by bit; needs randomness.seed in the config',
     )
     parser.add_argument(
         '--amp', action='store_true', help='train in mixed precision'

@@ -5,15 +5,22 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import shutil
 import signal
 import tempfile
 import threading
-from typing import Dict, Iterable, Iterator, List, Optional, Sequence
+from typing import Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 from mmdbb.errors import UserError
 
+#: How folders for files that are not yet whole are called.
+SCRATCH = '.mmdbb-'
+#: In the place of a lock.
+NO_LOCKS = -1
+#: What waits while files are moved.
+INTERRUPTIONS = (signal.SIGINT, signal.SIGTERM)
 #: The disk, a quota, a limit of the process.
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -52,15 +59,16 @@ def all_or_nothing(
         if folder != folders[0] and not os.path.isdir(folder):
             raise UserError(f'no such folder: {folder}, for {output}')
     made = _missing_folders(folders[0])
-    # Folder -> one in it, on the same file system.
-    scratch: Dict[str, str] = {}
+    # Folder -> one in it, on the same file system, and a lock that says that
+    # this process is at work there.
+    scratch: Dict[str, Tuple[str, int]] = {}
     done = False
     try:
         for folder in dict.fromkeys(folders):
             with uninterrupted():
                 scratch[folder] = _scratch_folder(folder)
         drafts = [
-            os.path.join(scratch[folder], os.path.basename(output))
+            os.path.join(scratch[folder][0], os.path.basename(output))
             for folder, output in zip(folders, outputs)
         ]
         yield drafts
@@ -86,41 +94,89 @@ def all_or_nothing(
             raise
 
 
-def _clean(scratch: Iterable[str], made: Sequence[str]) -> None:
+def _clean(scratch: Iterable[Tuple[str, int]], made: Sequence[str]) -> None:
     with uninterrupted():
-        for folder in scratch:
+        for folder, lock in scratch:
             shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(OSError):  # cleaned already
+                os.close(lock)
         _remove_empty(made)
 
 
-def _scratch_folder(folder: str) -> str:
+def _scratch_folder(folder: str) -> Tuple[str, int]:
     try:
         os.makedirs(folder, exist_ok=True)
-        return tempfile.mkdtemp(prefix='.mmdbb-', dir=folder)
+        _remove_abandoned(folder)
+        while True:
+            scratch = tempfile.mkdtemp(prefix=SCRATCH, dir=folder)
+            lock = _locked(scratch)
+            if lock is not None:
+                return scratch, lock
     except OSError as error:
         raise UserError(f'cannot write to {folder}: {error}') from error
 
 
+def _remove_abandoned(folder: str) -> None:
+    """Remove what processes left there that were killed at their work."""
+    for name in os.listdir(folder):
+        path = os.path.join(folder, name)
+        if name.startswith(SCRATCH) and os.path.isdir(path):
+            lock = _locked(path)
+            if lock not in (None, NO_LOCKS):
+                shutil.rmtree(path, ignore_errors=True)
+                os.close(lock)
+
+
+def _locked(folder: str) -> Optional[int]:
+    """Lock a folder, which the system unlocks when the process ends.
+
+    Returns:
+        int: An open descriptor of it; None if it is locked, or gone;
+        ``NO_LOCKS`` where the file system has none.
+    """
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # It may have been removed in between.
+        if os.path.samestat(os.fstat(descriptor), os.stat(folder)):
+            return descriptor
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    except OSError:
+        os.close(descriptor)
+        return NO_LOCKS
+    os.close(descriptor)
+    return None
+
+
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Within the context Ctrl-C waits.
+    """Within the context Ctrl-C and ``SIGTERM`` wait.
 
-    The handler is replaced, because a signal that one thread blocks reaches
+    The handlers are replaced, because a signal that one thread blocks reaches
     another.
     """
-    before = signal.getsignal(signal.SIGINT)
-    is_main = threading.current_thread() is threading.main_thread()
-    if not is_main or not callable(before):
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
-    waiting = []
-    signal.signal(signal.SIGINT, lambda *args: waiting.append(args))
+    handlers = {n: signal.getsignal(n) for n in INTERRUPTIONS}
+    waiting: List[tuple] = []
     try:
+        for number, before in handlers.items():
+            # Without a handler of Python's it ends the process, or nothing.
+            if callable(before):
+                signal.signal(number, lambda *args: waiting.append(args))
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, before in handlers.items():
+            if callable(before):
+                signal.signal(number, before)
         if waiting:
-            before(*waiting[0])
+            number, frame = waiting[0]
+            handlers[number](number, frame)
 
 
 def _move_all(
@@ -130,7 +186,9 @@ def _move_all(
     kept: List[Optional[str]] = []
     try:
         for draft, output in zip(drafts, outputs):
-            kept.append(_kept(output, f'{draft}.old') if overwrite else None)
+            # Of a short name: the draft's may have no room for more.
+            copy = os.path.join(os.path.dirname(draft), f'.{len(kept)}')
+            kept.append(_kept(output, copy) if overwrite else None)
             if overwrite:
                 os.replace(draft, output)
             else:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 from typing import NamedTuple, Optional, Sequence, Tuple
 
 import torch
@@ -14,13 +14,25 @@ from mmdbb.checkpoint.export import Exported, export_network
 from mmdbb.checkpoint.export_formats import file_format
 from mmdbb.checkpoint.files import (
     all_or_nothing,
+    load_strictly,
     read_checkpoint,
 )
 from mmdbb.checkpoint.formats import SUFFIXES, write_checkpoint
 from mmdbb.checkpoint.load import load_deployed
-from mmdbb.checkpoint.merge import merge_checkpoint
-from mmdbb.checkpoint.verify import Difference, input_batches, prove_equal
+from mmdbb.checkpoint.merge import merge_checkpoint, trained_network
+from mmdbb.checkpoint.untouched import prove_rounded, prove_untouched
+from mmdbb.checkpoint.verify import (
+    SMALLEST_CHANNEL,
+    TOLERANCE,
+    Difference,
+    input_batches,
+    prove_equal,
+)
+from mmdbb.config_files import files_of
 from mmdbb.errors import UserError
+
+#: Of what a runtime computes, in single precision.
+EXPORT_TOLERANCE = 1e-4
 
 
 class Deployed(NamedTuple):
@@ -56,7 +68,7 @@ def deploy_checkpoint(
     fuse: bool = False,
     images: Sequence[str] = (),
     image_size: Tuple[int, int] = (224, 224),
-    tolerance: Optional[float] = None,
+    tolerance: float = TOLERANCE,
     overwrite: bool = False,
     seed: int = 0,
     only: Sequence[str] = (),
@@ -67,8 +79,8 @@ def deploy_checkpoint(
 ) -> Deployed:
     """Write the stock network of a trained checkpoint, and prove it equal.
 
-    Nothing is written unless the written files, read again, give the same
-    outputs as the network with its branches.
+    Nothing is written unless the network of the written files gives the same
+    outputs as the network with its branches, which is read a second time.
 
     Args:
         cfg: Config that the checkpoint was trained with.
@@ -78,9 +90,8 @@ def deploy_checkpoint(
         fuse: Whether to fold the norms into the convolutions too.
         images: Paths of images to compare on, besides random ones.
         image_size: Height and width in pixels to compare at.
-        tolerance: Largest difference allowed, relative to the largest
-            magnitude of an output; by default 1e-4, and what rounding needs
-            where the weights are of half precision.
+        tolerance: Largest difference allowed before rounding, relative to
+            the largest magnitude of a channel.
         overwrite: Whether existing outputs may be replaced.
         seed: For the random images.
         only: As of :func:`~mmdbb.checkpoint.merge.merge_checkpoint`, as are
@@ -95,36 +106,44 @@ def deploy_checkpoint(
         UserError: If an input is wrong, or the networks differ.
     """
     outputs = output_paths(out)
-    refuse_inputs(outputs, checkpoint, cfg.filename)
+    refuse_inputs(outputs, cfg, checkpoint, *images)
     merged = merge_checkpoint(
         cfg, checkpoint, fuse, only, skip, dtype, ema, unsafe
     )
-    if tolerance is None:
-        tolerance = merged.tolerance
-    trained, network, new_cfg, meta, structure, names, left, taken = merged
-    parameters = (_count(trained), _count(network))
+    parameters = (_count(merged.trained), _count(merged.network))
+    # It is read again, if that does not run the file's code again.
+    trained = merged.trained if unsafe else None
+    merged = merged._replace(trained=None)
+    exact, meta = merged.network.state_dict(), merged.meta
     with all_or_nothing(*outputs, overwrite=overwrite) as drafts:
-        new_cfg.dump(drafts[1])
-        write_checkpoint(drafts[0], network.state_dict(), meta)
-        # In memory are the trained network and one merged at a time.
-        del merged, network
-        written = load_deployed(drafts[1], drafts[0])
+        merged.cfg.dump(drafts[1])
+        write_checkpoint(drafts[0], merged.rounded(), meta)
+        network = load_deployed(drafts[1], drafts[0])
+        load_strictly(network, exact, drafts[0], keep_dtype=True)
+        if trained is None:
+            state = read_checkpoint(checkpoint, ema)['state_dict']
+            trained = trained_network(cfg, state, checkpoint)
+            del state
+        # What is composed in less has errors of the largest channel's size.
+        smallest = SMALLEST_CHANNEL if dtype is torch.float64 else 1.0
         difference = prove_equal(
-            trained, written, images, image_size, tolerance, seed
+            trained, network, images, image_size, tolerance, seed, smallest
         )
-        del written
+        prove_untouched(trained, network)
+        del trained
         meta['mmdbb'].update(max_error=difference.largest, tolerance=tolerance)
-        state = read_checkpoint(drafts[0])['state_dict']
-        write_checkpoint(drafts[0], state, meta)
+        write_checkpoint(drafts[0], merged.rounded(), meta)
+        written = read_checkpoint(drafts[0])['state_dict']
+        prove_rounded(written, exact, merged.dtypes)
     return Deployed(
         *outputs,
-        len(names),
+        len(merged.merged),
         parameters,
         difference,
         tolerance,
-        structure,
-        left,
-        taken,
+        merged.structure,
+        merged.left,
+        merged.weights,
     )
 
 
@@ -136,7 +155,7 @@ def export_checkpoint(
     head: bool = False,
     images: Sequence[str] = (),
     image_size: Tuple[int, int] = (224, 224),
-    tolerance: Optional[float] = None,
+    tolerance: float = EXPORT_TOLERANCE,
     overwrite: bool = False,
     seed: int = 0,
     dtype: torch.dtype = torch.float64,
@@ -165,7 +184,7 @@ def export_checkpoint(
             differs from the network.
     """
     file_format(format, out)  # before the work
-    refuse_inputs([out], checkpoint, cfg.filename)
+    refuse_inputs([out], cfg, checkpoint, *images)
     merged = merge_checkpoint(
         cfg, checkpoint, fuse=True, dtype=dtype, ema=ema, unsafe=unsafe
     )
@@ -179,7 +198,7 @@ def export_checkpoint(
         head,
         fold_norms=False,  # they are
         images=input_batches(trained, images, image_size, seed),
-        tolerance=merged.tolerance if tolerance is None else tolerance,
+        tolerance=tolerance,
         overwrite=overwrite,
         seed=seed,
         reference=trained,
@@ -201,20 +220,25 @@ def output_paths(out: str) -> Tuple[str, str]:
     return out, out[: -len(suffix)] + '.py'
 
 
-def refuse_inputs(outputs: Sequence[str], *inputs: Optional[str]) -> None:
+def refuse_inputs(
+    outputs: Sequence[str], cfg: Optional[Config], *inputs: str
+) -> None:
     """Raise if a file would be written over one that is read.
 
     Args:
         outputs: Paths to write.
-        inputs: Paths to read; None for what came from no file.
+        cfg: The config, which may have been read from several files; None if
+            there is none.
+        inputs: Paths of other files that are read.
 
     Raises:
         UserError: It names the path.
     """
+    files = files_of(cfg) if cfg is not None else ()
+    read = {os.path.realpath(path) for path in (*files, *inputs)}
     for path in outputs:
-        for source in inputs:
-            if source and Path(path).resolve() == Path(source).resolve():
-                raise UserError(f'output {path} is also an input')
+        if os.path.realpath(path) in read:
+            raise UserError(f'output {path} is also an input')
 
 
 def _count(model: nn.Module) -> int:

@@ -4,18 +4,27 @@
 from __future__ import annotations
 
 import hashlib
-import pickle
-import re
-from pathlib import Path
+import os
+import stat
 from typing import Dict, List, Optional
 
 import torch
 from torch import Tensor, nn
 
 from mmdbb.checkpoint.atomic import all_or_nothing as all_or_nothing
-from mmdbb.checkpoint.formats import is_safetensors, read_safetensors
-from mmdbb.checkpoint.safe_globals import allow_mmengine_checkpoints
-from mmdbb.checkpoint.sources import check_values, choose_weights, some
+from mmdbb.checkpoint.formats import (
+    check_sum,
+    is_safetensors,
+    read_safetensors,
+)
+from mmdbb.checkpoint.sources import (
+    check_values,
+    choose_weights,
+    shown,
+    some,
+)
+from mmdbb.checkpoint.torch_files import read_torch
+from mmdbb.checkpoint.values import NotAllowed
 from mmdbb.errors import UserError
 
 
@@ -38,45 +47,78 @@ def read_checkpoint(
 
     Raises:
         UserError: If there is no such file, it is not a checkpoint, is
-            truncated, asks for types that are not allowed, has no weights of
+            damaged, asks for types that are not allowed, has no weights of
             the kind asked for, or holds values that are not finite.
     """
-    file = Path(path)
-    if file.is_dir():
-        raise UserError(f'checkpoint is a folder, not a file: {path}')
-    if not file.is_file():
-        raise UserError(f'checkpoint not found: {path}')
-    size = file.stat().st_size
-    if not size:
-        raise UserError(f'checkpoint is empty: {path}')
-    if is_safetensors(str(path)):
-        checkpoint = read_safetensors(str(path))
+    size = check_regular(path, 'checkpoint')
+    return in_mmengine_form(read_content(path, unsafe), path, ema, size)
+
+
+def check_regular(path: str, what: str) -> int:
+    """The size in bytes of a regular file that is not empty.
+
+    Args:
+        path: Of any file. Pipes and devices may never end.
+        what: What it should be, for messages.
+
+    Raises:
+        UserError: If there is none, or it is something else.
+    """
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError) as error:  # a name with a NUL
+        reason = getattr(error, 'strerror', None) or error
+        known = isinstance(error, FileNotFoundError)
+        raise UserError(
+            f'{what} not found: {path}' + ('' if known else f' ({reason})')
+        ) from error
+    if stat.S_ISDIR(found.st_mode):
+        raise UserError(f'{what} is a folder, not a file: {path}')
+    if not stat.S_ISREG(found.st_mode):
+        raise UserError(f'{what} is a pipe or a device, not a file: {path}')
+    if not found.st_size:
+        raise UserError(f'{what} is empty: {path}')
+    return found.st_size
+
+
+def read_content(path: str, unsafe: bool = False) -> object:
+    """All that a checkpoint file holds, as data.
+
+    Args:
+        path: As of :func:`read_checkpoint`.
+        unsafe: As there.
+
+    Raises:
+        UserError: If it is damaged, or holds more than data.
+    """
+    check_regular(path, 'checkpoint')
+    if is_safetensors(path):
+        content = read_safetensors(path)
     else:
-        checkpoint = _read_torch(path, unsafe)
-    return in_mmengine_form(checkpoint, path, ema, size)
+        content = _read_torch(path, unsafe)
+    check_sum(content, path)
+    return content
 
 
 def _read_torch(path: str, unsafe: bool) -> object:
-    # Again: onedl-mmengine takes the list back after each of its own loads.
-    allow_mmengine_checkpoints()
     try:
-        return torch.load(path, map_location='cpu', weights_only=not unsafe)
+        if unsafe:
+            return torch.load(path, map_location='cpu', weights_only=False)
+        return read_torch(path)
+    except NotAllowed as error:
+        raise UserError(
+            f'cannot read {path}: it holds {error}, which is not '
+            'allowed in a checkpoint; --unsafe-load reads it, but runs '
+            'any code in it: only for files that you trust'
+        ) from error
     except Exception as error:
-        # The unpickler fails in as many ways as a file can be damaged.
-        reason = f'{type(error).__name__}: {error}'
-        forbidden = re.search(r'(?:GLOBAL|Unsupported class) (\S+)', reason)
-        if isinstance(error, pickle.UnpicklingError) and forbidden:
-            raise UserError(
-                f'cannot read {path}: it holds {forbidden[1]}, which is not '
-                'allowed in a checkpoint; --unsafe-load reads it, but runs '
-                'any code in it: only for files that you trust'
-            ) from error
-        # torch advises to load it unsafely; that helps nobody here.
-        if 'weights_only' in reason:
-            reason = 'no pickle of tensors'
+        # A file can be damaged in as many ways as there are to read it.
+        reason = str(error) or type(error).__name__
+        if not isinstance(error, ValueError):
+            reason = f'{type(error).__name__}: {error}'
         raise UserError(
             f'{path} is not a checkpoint, or is truncated: '
-            f'{reason.splitlines()[0]}'
+            f'{shown(reason.splitlines()[0])}'
         ) from error
 
 

@@ -7,6 +7,7 @@ safetensors holds tensors and text, and no code: what torch's form keeps as
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from typing import Any, Dict
@@ -22,6 +23,9 @@ SAFETENSORS = '.safetensors'
 SUFFIXES = ('.pth', SAFETENSORS)
 #: JSON in the metadata of a safetensors file.
 META = 'meta'
+#: What mmdbb notes in the meta of what it writes, and the weights' sum in it.
+OWN = 'mmdbb'
+SUM = 'weights_sha256'
 
 
 def is_safetensors(path: str) -> bool:
@@ -75,6 +79,7 @@ def write_checkpoint(path: str, state: Dict[str, Tensor], meta: dict) -> None:
             package is missing.
     """
     meta = {key: value for key, value in meta.items() if _is_plain(value)}
+    meta[OWN] = {**meta.get(OWN, {}), SUM: content_sum(state)}
     try:
         if path.endswith(SAFETENSORS):
             content = _as_safetensors(path, state, meta)
@@ -94,6 +99,49 @@ def write_checkpoint(path: str, state: Dict[str, Tensor], meta: dict) -> None:
         raise UserError(
             f'cannot write {os.path.basename(path)}: {reason}'
         ) from error
+
+
+def content_sum(state: Dict[str, Tensor]) -> str:
+    """The SHA-256 of weights: of their names, types, shapes and numbers.
+
+    Args:
+        state: Names to tensors, in any order.
+    """
+    found = hashlib.sha256()
+    for name in sorted(state):
+        value = state[name].detach().cpu().contiguous()
+        head = f'{name!r} {value.dtype} {tuple(value.shape)}\n'
+        found.update(head.encode('utf-8', 'backslashreplace'))
+        # numpy has no bfloat16; bytes it has.
+        found.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def check_sum(content: object, path: str) -> None:
+    """Compare the weights of a file of ours with the sum that it notes.
+
+    Args:
+        content: What the file holds.
+        path: The file, for the message.
+
+    Raises:
+        UserError: If it notes another one.
+    """
+    meta = content.get('meta') if isinstance(content, dict) else None
+    own = meta.get(OWN) if isinstance(meta, dict) else None
+    noted = own.get(SUM) if isinstance(own, dict) else None
+    if noted is None:
+        return
+    state = content.get('state_dict')
+    whole = isinstance(state, dict) and all(
+        isinstance(name, str) and isinstance(value, Tensor)
+        for name, value in state.items()
+    )
+    if not whole or content_sum(state) != noted:
+        raise UserError(
+            f'{path} is damaged: its weights are not those that were written '
+            f'(their SHA-256 is not that in meta.{OWN}.{SUM})'
+        )
 
 
 def _first_of(error: BaseException) -> BaseException:
@@ -131,7 +179,15 @@ def _is_plain(value: Any) -> bool:
         return all(map(_is_plain, value))
     if isinstance(value, (np.ndarray, np.generic)):
         return value.dtype.kind in 'biuf'
-    return value is None or isinstance(value, (str, int, float, Tensor))
+    if isinstance(value, Tensor):
+        return (
+            value.layout is torch.strided
+            and value.device.type == 'cpu'
+            and not (value.is_complex() or value.is_quantized)
+            # Not one number that claims to be many.
+            and value.numel() <= value.untyped_storage().nbytes()
+        )
+    return value is None or isinstance(value, (str, int, float))
 
 
 def _as_json(value: Any) -> Any:

@@ -100,7 +100,8 @@ def written_structure(checkpoint: dict) -> Optional[str]:
         for others' files.
     """
     own = checkpoint['meta'].get('mmdbb')
-    return own.get('structure') if isinstance(own, dict) else None
+    structure = own.get('structure') if isinstance(own, dict) else None
+    return structure if isinstance(structure, str) else None
 
 
 def holds_blocks(state: Dict[str, Tensor], model: nn.Module) -> bool:
@@ -134,8 +135,15 @@ def _resize_(model: nn.Module, state: Dict[str, Tensor]) -> None:
     """
     for name, module in model.named_modules():
         weight = state.get(f'{name}.weight')
-        if weight is None:
+        own = getattr(module, 'weight', None)
+        if weight is None or not isinstance(own, Tensor):
             continue
+        if weight.dim() != own.dim() or not weight.numel():
+            raise UserError(
+                f'the pruned {name} has weights of shape '
+                f'{tuple(weight.shape)}, the network of the config some of '
+                f'{tuple(own.shape)}'
+            )
         if isinstance(module, nn.Conv2d):
             depthwise = module.groups == module.in_channels > 1
             module.out_channels = weight.shape[0]

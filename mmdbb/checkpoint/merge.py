@@ -8,9 +8,9 @@ from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 import torch
 from mmcv.cnn import fuse_conv_bn
 from mmengine.config import Config
-from torch import nn
+from torch import Tensor, nn
 
-from mmdbb.blocks.base import ReparamConv2d
+from mmdbb.blocks.base import ReparamConv2d, leaf_dtype
 from mmdbb.checkpoint.files import load_strictly, read_checkpoint, sha256, some
 from mmdbb.checkpoint.load import (
     build_model,
@@ -24,9 +24,9 @@ from mmdbb.checkpoint.partial import (
     whole_config,
 )
 from mmdbb.checkpoint.stock import stock_config
-from mmdbb.checkpoint.stock_weights import stock_state
-from mmdbb.checkpoint.verify import TOLERANCE, TOLERANCES
+from mmdbb.checkpoint.stock_weights import names_in, stock_state
 from mmdbb.errors import UserError
+from mmdbb.host_norms import norm_names
 from mmdbb.reparam import find_blocks
 from mmdbb.version import __version__
 
@@ -36,8 +36,9 @@ class Merged(NamedTuple):
 
     Attributes:
         trained: The network with blocks, in eval mode.
-        network: The network to deploy, in eval mode, its weights in the
-            checkpoint's precision.
+        network: The network to deploy, in eval mode, before it is rounded.
+        dtypes: Entry of the network -> the precision to round it to, which
+            is the checkpoint's.
         cfg: Its config.
         meta: The notes to write beside its weights.
         structure: ``stock``; ``fused`` if norms are folded too; ``partial``
@@ -49,6 +50,7 @@ class Merged(NamedTuple):
 
     trained: nn.Module
     network: nn.Module
+    dtypes: Dict[str, torch.dtype]
     cfg: Config
     meta: dict
     structure: str
@@ -56,13 +58,12 @@ class Merged(NamedTuple):
     left: int
     weights: str
 
-    @property
-    def tolerance(self) -> float:
-        """The difference to allow, by the precision of the weights."""
-        return max(
-            TOLERANCES.get(p.dtype, TOLERANCE)
-            for p in self.network.parameters()
-        )
+    def rounded(self) -> Dict[str, Tensor]:
+        """The weights to write: each number rounded once."""
+        return {
+            name: value.to(self.dtypes[name])
+            for name, value in self.network.state_dict().items()
+        }
 
 
 def merge_checkpoint(
@@ -84,7 +85,7 @@ def merge_checkpoint(
         only: Patterns for the names of the blocks to merge; by default all.
         skip: Patterns for the names of blocks to leave as they are.
         dtype: What kernels and norms are composed in, ``torch.float64`` or
-            ``torch.float32``; the result has the checkpoint's precision.
+            ``torch.float32``.
         ema: True for the averaged weights, False for those that training
             went on with; None for the averaged ones if there are any.
         unsafe: Whether to run what code the checkpoint holds.
@@ -101,16 +102,11 @@ def merge_checkpoint(
         raise UserError(
             f'{checkpoint} is merged already (structure: {structure})'
         )
-    trained = build_model(cfg)
+    trained = trained_network(cfg, state, checkpoint)
+    del state
+    own_dtype = _own_dtypes(trained)
+    trained = trained.to(dtype)
     blocks = find_blocks(trained)
-    if not blocks:
-        raise UserError(
-            'the network of the config has no block to merge: no conv_cfg '
-            'and no backbone of mmdbb'
-        )
-    _refuse_merged(trained, state, checkpoint)
-    load_strictly(trained, state, checkpoint, keep_dtype=True)
-
     left = {n: b for n, b in blocks.items() if not b.deploy}
     merged = select_blocks(left, only, skip)
     partial = len(merged) < len(left)
@@ -125,7 +121,16 @@ def merge_checkpoint(
     except ValueError as error:
         raise UserError(f'{checkpoint}: {error}') from error
     if fuse:
-        network = _fused(network, dtype)
+        network = fuse_conv_bn(network)
+    renamed = names_in(network, trained)
+    own_dtypes = {renamed(name): own for name, own in own_dtype.items()}
+    dtypes = {
+        name: _dtype_of(name, own_dtypes)
+        if value.is_floating_point()
+        else value.dtype
+        for name, value in network.state_dict().items()
+    }
+    _refuse_overflow(network, dtypes, checkpoint)
     structure = 'partial' if partial else 'fused' if fuse else 'stock'
     own = dict(
         version=__version__,
@@ -140,6 +145,7 @@ def merge_checkpoint(
     return Merged(
         trained,
         network,
+        dtypes,
         new_cfg,
         meta,
         structure,
@@ -147,6 +153,75 @@ def merge_checkpoint(
         len(left) - len(merged),
         taken,
     )
+
+
+def trained_network(
+    cfg: Config, state: Dict[str, Tensor], checkpoint: str
+) -> nn.Module:
+    """The network of a config with the weights of a training.
+
+    Args:
+        cfg: Of the training.
+        state: Its weights, which the network then has as they are.
+        checkpoint: Where they come from, for messages.
+
+    Raises:
+        UserError: If there is nothing to merge, or they do not fit.
+    """
+    trained = build_model(cfg)
+    if not find_blocks(trained):
+        raise UserError(
+            'the network of the config has no block to merge: no conv_cfg '
+            'and no backbone of mmdbb'
+        )
+    _refuse_merged(trained, state, checkpoint)
+    load_strictly(trained, state, checkpoint, keep_dtype=True)
+    return trained
+
+
+def _refuse_overflow(
+    network: nn.Module, dtypes: Dict[str, torch.dtype], checkpoint: str
+) -> None:
+    """Raise if a number is too large for the precision that it will have."""
+    for name, value in network.state_dict().items():
+        if not value.to(dtypes[name]).isfinite().all():
+            layer, _, entry = name.rpartition('.')
+            precision = str(dtypes[name]).rpartition('.')[2]
+            raise UserError(
+                f'{checkpoint}: cannot merge {layer}: its {entry} is not '
+                f'finite in {precision}'
+            )
+
+
+def _own_dtypes(trained: nn.Module) -> Dict[str, torch.dtype]:
+    """The precisions of a network, by its entries and, for blocks, layers.
+
+    A block's convolution has the precision of the block. So has a norm that
+    comes back behind it.
+    """
+    norms = norm_names(trained)
+    found = {}
+    for name, block in find_blocks(trained).items():
+        found[norms.get(name)] = leaf_dtype(block)
+    for name, value in trained.state_dict().items():
+        if value.is_floating_point():
+            found[name] = value.dtype
+    for name, block in find_blocks(trained).items():
+        for layer in (name, f'{name}.reparam_conv' if name else name):
+            found[layer] = leaf_dtype(block)
+            for entry in ('weight', 'bias'):
+                found[f'{layer}.{entry}'] = found[layer]
+    found.pop(None, None)
+    return found
+
+
+def _dtype_of(name: str, own: Dict[str, torch.dtype]) -> torch.dtype:
+    layer = name.rpartition('.')[0]
+    # The bias of a norm that was folded is as its convolution's kernel.
+    for known in (name, layer, f'{layer}.weight'):
+        if known in own:
+            return own[known]
+    raise AssertionError(f'{name} comes from nowhere')
 
 
 def _refuse_merged(model: nn.Module, state: Dict, path: str) -> None:
@@ -197,20 +272,3 @@ def _converted(
         return block.to_conv(dtype)
     except ValueError as error:
         raise ValueError(f'cannot merge {name}: {error}') from error
-
-
-def _fused(network: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Fold the norms in one precision, keep the weights in their own."""
-    dtypes = {k: v.dtype for k, v in network.state_dict().items()}
-    network = fuse_conv_bn(network.to(dtype))
-    for name, module in network.named_modules():
-        # The bias may be new; it is as its convolution's kernel was.
-        kernel = dtypes.get(f'{name}.weight')
-        for entry, value in [
-            *module._parameters.items(),
-            *module._buffers.items(),
-        ]:
-            if value is not None and value.is_floating_point():
-                own = dtypes.get(f'{name}.{entry}', kernel)
-                value.data = value.data.to(own)
-    return network

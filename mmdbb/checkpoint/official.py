@@ -8,7 +8,6 @@ parameter.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Dict, NamedTuple
 
 import torch
@@ -16,16 +15,16 @@ from mmengine.config import Config
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmdbb.checkpoint.deploy import output_paths
+from mmdbb.checkpoint.deploy import output_paths, refuse_inputs
 from mmdbb.checkpoint.files import (
     all_or_nothing,
     in_mmengine_form,
     load_strictly,
     read_checkpoint,
     sha256,
-    some,
 )
 from mmdbb.checkpoint.formats import write_checkpoint
+from mmdbb.checkpoint.hdf5 import is_hdf5, read_hdf5
 from mmdbb.checkpoint.load import build_model, load_deployed
 from mmdbb.checkpoint.official_names import OfficialNetwork, recognise
 from mmdbb.checkpoint.stock_weights import norm_that_adds
@@ -45,7 +44,6 @@ TEST_PIPELINE = (
     dict(type='CenterCrop', crop_size=224),
     dict(type='PackInputs'),
 )
-HDF5_SIGNATURE = b'\x89HDF\r\n\x1a\n'
 
 
 class ConvertedOfficial(NamedTuple):
@@ -84,9 +82,7 @@ def convert_official(
             lacks entries or has others, or an output cannot be written.
     """
     outputs = output_paths(out)
-    for path in outputs:
-        if Path(path).resolve() == Path(source).resolve():
-            raise UserError(f'output {path} is also an input')
+    refuse_inputs(outputs, None, source)
     state = read_official(source, unsafe)
     network = recognise(state, source)
     if len(network.head) != 2 or network.head['weight'].dim() != 2:
@@ -134,8 +130,8 @@ def read_official(path: str, unsafe: bool = False) -> Dict[str, Tensor]:
     Raises:
         UserError: If it cannot be read, or holds numbers that no network has.
     """
-    if _is_hdf5(path):
-        state = in_mmengine_form(_read_hdf5(path), path)['state_dict']
+    if is_hdf5(path):
+        state = in_mmengine_form(read_hdf5(path), path)['state_dict']
     else:
         state = read_checkpoint(path, unsafe=unsafe)['state_dict']
     for name, value in state.items():
@@ -275,32 +271,3 @@ def classifier_config(network: OfficialNetwork) -> Config:
             imports=['mmdbb.backbones'], allow_failed_imports=False
         )
     return Config(cfg)
-
-
-def _is_hdf5(path: str) -> bool:
-    if not Path(path).is_file():
-        return False
-    with open(path, 'rb') as file:
-        return file.read(len(HDF5_SIGNATURE)) == HDF5_SIGNATURE
-
-
-def _read_hdf5(path: str) -> Dict[str, Tensor]:
-    try:
-        import h5py
-    except ImportError as error:
-        raise UserError(
-            f'{path} is an hdf5 file; to read it: pip install h5py'
-        ) from error
-    try:
-        with h5py.File(path, 'r') as file:
-            groups = [k for k, v in file.items() if not hasattr(v, 'dtype')]
-            if groups:
-                raise UserError(
-                    f'{path} is not of the papers: {some(groups)} is no data '
-                    'set'
-                )
-            return {k: torch.as_tensor(v[()]) for k, v in file.items()}
-    except (OSError, RuntimeError, TypeError, KeyError) as error:
-        raise UserError(
-            f'{path} cannot be read as hdf5, or is truncated: {error}'
-        ) from error

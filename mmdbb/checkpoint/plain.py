@@ -181,6 +181,10 @@ class _Places:
         missing = []
         if kernel is None:
             missing = _under(name, ('weight',))
+        elif kernel.dim() != 4:
+            raise ValueError(
+                f'the plain kernel has shape {tuple(kernel.shape)}'
+            )
         elif bias is None:
             if block._wants_bias and not absorbed:
                 missing = _under(name, ('bias',))

@@ -9,11 +9,12 @@ recipes under ``model_ema``. Model wrappers put a prefix before all names.
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple, Union
 
 import torch
 from torch import Tensor, nn
 
+from mmdbb.checkpoint.values import Unread
 from mmdbb.errors import UserError
 
 State = Dict[str, Tensor]
@@ -25,6 +26,8 @@ AVERAGED = ('state_dict_ema', 'model_ema', 'ema_state_dict')
 COUNTERS = ('steps', 'n_averaged')
 #: Of ``DistributedDataParallel`` and averaged models; of ``torch.compile``.
 PREFIXES = ('module.', '_orig_mod.')
+#: Characters of one name in a message.
+LONGEST_SHOWN = 200
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -105,7 +108,7 @@ def _by_kind(checkpoint: dict) -> Dict[str, Tuple[str, Any]]:
     if trained is None and averaged is None:
         if 'state_dict' in checkpoint or not checkpoint:
             return {'': ('state_dict', {})}
-        if all(isinstance(v, Tensor) for v in checkpoint.values()):
+        if all(isinstance(v, (Tensor, Unread)) for v in checkpoint.values()):
             kind = 'averaged' if _is_averaged(checkpoint) else ''
             return {kind: ('', checkpoint)}
         if any(str(key).endswith('_delta') for key in checkpoint):
@@ -142,18 +145,21 @@ def without_prefixes(state: State) -> State:
     """
     if _is_averaged(state):
         state = {k: v for k, v in state.items() if k not in COUNTERS}
+    names = list(state)
+    start = 0
     while True:
         for prefix in PREFIXES:
-            if _all_start(list(state), prefix):
-                state = {k[len(prefix) :]: v for k, v in state.items()}
+            if _all_start(names, prefix, start):
+                start += len(prefix)
                 break
         else:
-            return state
+            return {k[start:]: v for k, v in state.items()} if start else state
 
 
-def _all_start(names: List[Any], prefix: str) -> bool:
+def _all_start(names: List[Any], prefix: str, start: int = 0) -> bool:
     return bool(names) and all(
-        isinstance(name, str) and name.startswith(prefix) for name in names
+        isinstance(name, str) and name.startswith(prefix, start)
+        for name in names
     )
 
 
@@ -173,11 +179,13 @@ def check_values(state: dict, path: str, limit: float = float('inf')) -> None:
     for name, value in state.items():
         if not isinstance(name, str):
             raise UserError(
-                f'{path} is not a checkpoint: {name!r} is no name of an entry'
+                f'{path} is not a checkpoint: {shown(repr(name))} is no name '
+                'of an entry'
             )
-        if not isinstance(value, Tensor):
+        if not isinstance(value, (Tensor, Unread)):
             raise UserError(
-                f'{path} is not a checkpoint: entry {name!r} is no tensor'
+                f'{path} is not a checkpoint: entry {shown(repr(name))} is no '
+                'tensor'
             )
         strange = _strange(value, limit)
         if strange:
@@ -208,8 +216,12 @@ def _all_finite(value: Tensor) -> bool:
     return bool(value.sum().isfinite() or value.isfinite().all())
 
 
-def _strange(value: Tensor, limit: float) -> str:
+def _strange(value: Union[Tensor, Unread], limit: float) -> str:
+    if isinstance(value, Unread):
+        return value.what
     dtype = str(value.dtype).rpartition('.')[2]
+    if value.is_nested:
+        return 'nested'
     if value.is_quantized:
         return f'quantized ({dtype})'
     if value.layout != torch.strided:
@@ -228,10 +240,15 @@ def _strange(value: Tensor, limit: float) -> str:
 
 def some(names: List[str], count: int = 3) -> str:
     """The first names of a list, and how many more there are."""
-    # A damaged file has names of any characters.
-    text = ', '.join(
-        name if name.isprintable() else repr(name) for name in names[:count]
-    )
+    text = ', '.join(map(shown, names[:count]))
     if len(names) > count:
         text += f' and {len(names) - count} more'
     return text
+
+
+def shown(name: str) -> str:
+    """A name in a message: a damaged file has names of any characters."""
+    text = name if name.isprintable() else repr(name)
+    if len(text) <= LONGEST_SHOWN:
+        return text
+    return f'{text[:LONGEST_SHOWN]}... ({len(name):,} characters)'

@@ -16,12 +16,14 @@ from typing import Dict, Iterable, Iterator, List, NamedTuple, Sequence, Tuple
 import mmcv
 import numpy as np
 import torch
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 
+from mmdbb.checkpoint.files import check_regular
 from mmdbb.checkpoint.stock_weights import names_in
+from mmdbb.checkpoint.untouched import changed_layers
 from mmdbb.errors import UserError
-from mmdbb.host_norms import norm_names
-from mmdbb.reparam import find_blocks, literal_forward
+from mmdbb.reparam import literal_forward
 
 #: Attributes under which the host packages keep heads that read features.
 DENSE_HEADS = (
@@ -34,10 +36,14 @@ DENSE_HEADS = (
 )
 
 
-#: How far a merged network may be from the one that was trained, relative to
-#: the largest magnitude, by what its weights are rounded to.
-TOLERANCES = {torch.float16: 1e-2, torch.bfloat16: 1e-1}
-TOLERANCE = 1e-4
+#: How far a merged network may be from the one that was trained before it is
+#: rounded, relative to the largest magnitude of a channel.
+TOLERANCE = 1e-5
+#: Of an image to compare on: a small file can claim to be a large one.
+MOST_PIXELS = 1 << 26
+#: Channels that are smaller, as a share of the largest, are nothing but the
+#: rounding of float64.
+SMALLEST_CHANNEL = 1e-8
 
 
 class Difference(NamedTuple):
@@ -45,7 +51,7 @@ class Difference(NamedTuple):
 
     Attributes:
         largest: Largest difference of one number, relative to the largest
-            magnitude of the output it belongs to.
+            magnitude of the channel it belongs to.
         output: The output it belongs to.
         compared: Names of all outputs compared.
     """
@@ -62,18 +68,21 @@ def prove_equal(
     image_size: Tuple[int, int] = (224, 224),
     tolerance: float = TOLERANCE,
     seed: int = 0,
+    smallest: float = SMALLEST_CHANNEL,
 ) -> Difference:
-    """Compare a network with the one that was trained.
+    """Compare a network with the one that was trained, in float64.
+
+    In float32, if a network cannot be run in float64.
 
     Args:
-        trained: The network that was trained; in float32 afterwards.
-        network: The network to prove, in float32: what was merged, or what
-            was read from a file.
+        trained: The network that was trained; in that precision afterwards.
+        network: The network to prove, not yet rounded; likewise.
         images: Paths of images to compare on, besides random ones.
         image_size: Height and width in pixels to compare at.
         tolerance: Largest difference allowed, relative to the largest
-            magnitude of an output.
+            magnitude of a channel.
         seed: For the random images.
+        smallest: As of :func:`relative_error`.
 
     Returns:
         Difference: The largest one.
@@ -82,21 +91,50 @@ def prove_equal(
         UserError: If an image cannot be read, the network cannot be run, or
             the difference is larger.
     """
-    trained = trained.float()
     batches = input_batches(trained, images, image_size, seed)
-    difference = compare_networks(trained, network, batches)
+    try:
+        difference = _compared_in(
+            torch.float64, trained, network, batches, smallest
+        )
+    except CannotRun:
+        # Some layers of others compute in single precision only.
+        difference = _compared_in(
+            torch.float32, trained, network, batches, smallest
+        )
     if not difference.largest <= tolerance:
         raise UserError(
             f'the merged network differs by {difference.largest:.2e} of '
-            f'the largest magnitude, more than the tolerance '
+            f"a channel's largest magnitude, more than the tolerance "
             f'{tolerance:.0e} (in {difference.output}); nothing written'
         )
     return difference
 
 
+class CannotRun(UserError):
+    """A network does not take the images."""
+
+
+def _compared_in(
+    dtype: torch.dtype,
+    trained: nn.Module,
+    network: nn.Module,
+    batches: List[Tensor],
+    smallest: float,
+) -> Difference:
+    return compare_networks(
+        trained.to(dtype),
+        network.to(dtype),
+        [batch.to(dtype) for batch in batches],
+        smallest,
+    )
+
+
 @torch.no_grad()
 def compare_networks(
-    model: nn.Module, merged: nn.Module, batches: List[Tensor]
+    model: nn.Module,
+    merged: nn.Module,
+    batches: List[Tensor],
+    smallest: float = SMALLEST_CHANNEL,
 ) -> Difference:
     """Compare a network with blocks, summed literally, with a merged one.
 
@@ -104,21 +142,28 @@ def compare_networks(
         model: The network with blocks, in eval mode.
         merged: The network without, in eval mode.
         batches: Normalised images, each of shape (N, C, H, W).
+        smallest: As of :func:`relative_error`.
 
     Returns:
         Difference: The largest one.
 
     Raises:
-        UserError: If the network cannot be run on the images.
+        UserError: If the network cannot be run on the images, or gives
+            values that are not finite.
     """
     worst, where, compared = 0.0, '', {}
     with literal_forward(model):
         for name, expected, found in itertools.chain(
             _outputs_of_both(model, merged, batches),
-            _blocks_of_both(model, merged),
+            _layers_of_both(model, merged),
         ):
             compared[name] = True
-            error = relative_error(found, expected)
+            if not expected.isfinite().all():
+                raise UserError(
+                    'the network that was trained gives values that are not '
+                    f'finite (in {name}), before it is merged'
+                )
+            error = relative_error(found, expected, smallest)
             if _is_worse(error, worst):
                 worst, where = error, name
     return Difference(worst, where, tuple(compared))
@@ -129,12 +174,30 @@ def _is_worse(error: float, worst: float) -> bool:
     return not (math.isnan(worst) or error <= worst)
 
 
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    """Largest difference over the largest magnitude expected."""
+def relative_error(
+    found: Tensor, expected: Tensor, smallest: float = SMALLEST_CHANNEL
+) -> float:
+    """Largest difference over the largest magnitude expected, by channel.
+
+    Args:
+        found: Of any shape; from two dimensions on the second is that of
+            the channels.
+        expected: Of the same shape.
+        smallest: Channels that are smaller are measured by this share of the
+            largest; in single precision all are, by the largest itself.
+    """
     if found.shape != expected.shape:
         return float('nan')
-    scale = expected.abs().max().clamp_min(torch.finfo(expected.dtype).tiny)
-    return ((found - expected).abs().max() / scale).item()
+    if not expected.numel():
+        return 0.0
+    sizes = expected.abs()
+    largest = sizes.max()
+    if sizes.dim() > 1:
+        sizes = sizes.amax([0, *range(2, sizes.dim())], keepdim=True)
+    share = smallest if expected.dtype is torch.float64 else 1.0
+    scale = sizes.maximum(share * largest)
+    scale = scale.clamp_min(torch.finfo(expected.dtype).tiny)
+    return ((found - expected).abs() / scale).max().item()
 
 
 def network_outputs(model: nn.Module, images: Tensor) -> Dict[str, Tensor]:
@@ -167,7 +230,7 @@ def _outputs_of_both(
             expected = network_outputs(model, batch)
             found = network_outputs(merged, batch)
         except (RuntimeError, ValueError, IndexError) as error:
-            raise UserError(
+            raise CannotRun(
                 f'the network cannot be run on images of shape '
                 f'{tuple(batch.shape)}: {error}; choose another --image-size'
             ) from error
@@ -187,17 +250,14 @@ def _tensors(name: str, value) -> Iterator[Tuple[str, Tensor]]:
             yield from _tensors(f'{name}.{key}', item)
 
 
-def _blocks_of_both(
+def _layers_of_both(
     model: nn.Module, merged: nn.Module
 ) -> Iterator[Tuple[str, Tensor, Tensor]]:
-    norms = norm_names(model)
     renamed = names_in(merged, model)
-    for name, block in find_blocks(model).items():
-        # The norm behind it may hold the merged bias.
-        x = _input_for(block)
-        layers = [name, norms[name]] if name in norms else [name]
+    for layers in changed_layers(model, merged):
+        x = _input_for(model.get_submodule(layers[0]))
         found = _run(merged, map(renamed, layers), x)
-        yield name, _run(model, layers, x), found
+        yield layers[0], _run(model, layers, x), found
 
 
 def _run(model: nn.Module, layers: Iterable[str], x: Tensor) -> Tensor:
@@ -206,15 +266,14 @@ def _run(model: nn.Module, layers: Iterable[str], x: Tensor) -> Tensor:
     return x
 
 
-def _input_for(block: nn.Module) -> Tensor:
-    parameter = next(block.parameters())
-    spec = block.spec
+def _input_for(layer: nn.Module) -> Tensor:
+    parameter = next(layer.parameters())
     size = [
         2 * d * k + s
-        for d, k, s in zip(spec.dilation, spec.kernel_size, spec.stride)
+        for d, k, s in zip(layer.dilation, layer.kernel_size, layer.stride)
     ]
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, spec.in_channels, *size, generator=generator)
+    x = torch.randn(2, layer.in_channels, *size, generator=generator)
     return x.to(parameter)
 
 
@@ -244,8 +303,19 @@ def input_batches(
     ]
     for path in images:
         try:
+            check_regular(path, 'image')
+            with Image.open(path) as header:
+                pixels = math.prod(header.size)
+            if pixels > MOST_PIXELS:
+                raise UserError(
+                    f'it has {pixels:,} pixels; at most {MOST_PIXELS:,} are '
+                    'read'
+                )
             image = mmcv.imread(path)
-        except (FileNotFoundError, OSError) as error:
+        except UnidentifiedImageError as error:
+            raise UserError(f'not an image: {path}') from error
+        except Exception as error:
+            # Decoders fail in many ways, Pillow on bombs by one of its own.
             raise UserError(f'cannot read image {path}: {error}') from error
         if image is None:
             raise UserError(f'not an image: {path}')

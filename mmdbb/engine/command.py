@@ -2,24 +2,29 @@
 """What the command-line tools share: arguments, configs, users' mistakes.
 
 A user's mistake ends a command with one line on stderr and exit code 2, Ctrl-C
-with one and the shell's code for it. A bug keeps its traceback.
+and SIGTERM with one and the shell's codes for them. A bug keeps its traceback.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import os
+import signal
 import sys
+import threading
 import traceback
 import warnings
 from pathlib import Path
-from typing import Callable, NoReturn, Optional, Tuple
+from typing import Callable, Iterator, NoReturn, Optional, Tuple
 
 from mmengine.config import Config, DictAction
 from mmengine.utils import import_modules_from_strings
 
-from mmdbb.errors import UserError
+from mmdbb.checkpoint.files import check_regular
+from mmdbb.config_files import noting_files, remember_files
+from mmdbb.errors import Terminated, UserError, interruption
 
 #: What constructors raise of arguments that are wrong.
 BAD_ARGUMENTS = (
@@ -67,17 +72,42 @@ def run_command(main: Callable[[], None]) -> None:
     # mmengine's, of its own use of setuptools.
     warnings.filterwarnings('ignore', message='pkg_resources is deprecated')
     try:
-        main()
-    except KeyboardInterrupt:
-        print(f'{Path(sys.argv[0]).name}: interrupted', file=sys.stderr)
-        sys.exit(130)
-    except Exception as error:
+        with _ended_by_exceptions():
+            main()
+    except (KeyboardInterrupt, Exception) as error:
+        interrupted = interruption(error)
+        if interrupted is not None:
+            by_signal = isinstance(interrupted, Terminated)
+            what = 'terminated' if by_signal else 'interrupted'
+            print(f'{Path(sys.argv[0]).name}: {what}', file=sys.stderr)
+            number = signal.SIGTERM if by_signal else signal.SIGINT
+            sys.exit(128 + number)
         text = _explained(error)
         if text is None or os.environ.get('MMDBB_TRACEBACK'):
             raise
         line = ' '.join(text.split())
         print(f'{Path(sys.argv[0]).name}: {line}', file=sys.stderr)
         sys.exit(2)
+
+
+@contextlib.contextmanager
+def _ended_by_exceptions() -> Iterator[None]:
+    """Within the context SIGTERM is an exception, as Ctrl-C is."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    process = os.getpid()
+
+    def end(number, frame):
+        if os.getpid() != process:  # a child that took the handler over
+            os._exit(128 + number)
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def _explained(error: Exception) -> Optional[str]:
@@ -258,11 +288,13 @@ def load_config(args: argparse.Namespace) -> Config:
     """
     path = check_file(args.config, 'config')
     try:
-        config = Config.fromfile(path, import_custom_modules=False)
+        with noting_files() as files:
+            config = Config.fromfile(path, import_custom_modules=False)
     except Exception as error:  # a config is code: anything may be raised
         raise UserError(
             f'cannot read config {path}: {type(error).__name__}: {error}'
         ) from error
+    remember_files(config, files)
     imports = config.get('custom_imports')
     if imports:
         try:
@@ -288,13 +320,16 @@ def load_config(args: argparse.Namespace) -> Config:
 
 
 def check_file(path: str, what: str) -> str:
-    """Return `path` unless it is a local file that does not exist.
+    """Return `path` unless it is a local path of no regular file.
 
     Addresses of other backends (`https://`, `torchvision://`) pass.
 
     Raises:
         UserError: No such file; `what` says what it should have been.
     """
-    if '://' not in path and not os.path.isfile(path):
+    if '://' in path:
+        return path
+    if not os.path.exists(path) or os.path.isdir(path):
         raise UserError(f'no such {what}: {path}')
+    check_regular(path, what)
     return path

@@ -16,6 +16,7 @@ from torch import nn
 from mmdbb.checkpoint.files import describe_misfit, some
 from mmdbb.checkpoint.load import own_of
 from mmdbb.checkpoint.stock import without_own_starts
+from mmdbb.engine.resume import check_resumable
 from mmdbb.errors import UserError
 from mmdbb.reparam import find_blocks
 
@@ -40,11 +41,8 @@ class StartingCheckpointHook(Hook):
                 convolutions where the network has blocks, which do not start
                 from a file of their own.
         """
-        if self.resume and 'message_hub' not in checkpoint:
-            raise UserError(
-                f'cannot resume from {self.path}: it holds weights and no '
-                'state of a training'
-            )
+        if self.resume:
+            check_resumable(checkpoint, self.path)
         if self.starts_plain:
             return
         state = _state_of(checkpoint)

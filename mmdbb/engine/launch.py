@@ -17,11 +17,9 @@ from typing import NamedTuple
 from mmengine.config import Config, ConfigDict
 from mmengine.device import get_device
 from mmengine.registry import METRICS, RUNNERS
-from mmengine.runner import Runner, find_latest_checkpoint
-from torch import nn
+from mmengine.runner import Runner
 
-from mmdbb.checkpoint.files import load_strictly, read_checkpoint
-from mmdbb.checkpoint.formats import is_safetensors
+from mmdbb.checkpoint.files import read_checkpoint
 from mmdbb.checkpoint.load import give_structure_
 from mmdbb.engine.command import UserError, check_file
 from mmdbb.engine.fitting import (
@@ -29,6 +27,9 @@ from mmdbb.engine.fitting import (
     StartingCheckpointHook,
     unwrapped,
 )
+from mmdbb.engine.repeatable import RepeatableHook
+from mmdbb.engine.resume import newest_whole_checkpoint
+from mmdbb.engine.whole_checkpoints import WholeCheckpointHook
 
 
 class Task(NamedTuple):
@@ -106,7 +107,7 @@ def train(config: Config, args: argparse.Namespace) -> None:
         config.auto_scale_lr.enable = True
     if args.resume:
         path = (
-            find_latest_checkpoint(config.work_dir)
+            newest_whole_checkpoint(config)
             if args.resume == 'auto'
             else check_file(args.resume, 'checkpoint to resume from')
         )
@@ -116,7 +117,10 @@ def train(config: Config, args: argparse.Namespace) -> None:
     if config.get('load_from'):
         check_file(config.load_from, 'checkpoint to start from')
     check_starts(config.model, 'model')
+    _keep_checkpoints_whole(config)
     runner = build_runner(config)
+    if args.repeatable:
+        runner.register_hook(RepeatableHook())
     if config.get('load_from'):
         runner.register_hook(StartingCheckpointHook(config), 'LOWEST')
     runner.train()
@@ -160,6 +164,12 @@ def check_starts(fields: object, place: str) -> None:
     )
 
 
+def _keep_checkpoints_whole(config: Config) -> None:
+    hook = (config.get('default_hooks') or {}).get('checkpoint')
+    if hook and hook.get('type') == 'CheckpointHook':
+        hook.type = WholeCheckpointHook.__name__
+
+
 def test(config: Config, args: argparse.Namespace) -> dict:
     """Evaluate a checkpoint on the config's test set.
 
@@ -185,26 +195,16 @@ def test(config: Config, args: argparse.Namespace) -> dict:
         _enable_drawing(config, args)
     if args.tta:
         _enable_tta(config)
-    local = '://' not in args.checkpoint
-    own_form = local and is_safetensors(args.checkpoint)
-    if own_form:  # mmengine does not read it
-        config.load_from = None
     runner = build_runner(config)
     runner.register_hook(FittingCheckpointHook(args.checkpoint), 'LOWEST')
-    if local:
-        _take_structure_(runner.model, args.checkpoint, load=own_form)
+    if '://' not in args.checkpoint:
+        give_structure_(
+            unwrapped(runner.model), read_checkpoint(args.checkpoint)
+        )
     if args.out:
         dump = dict(type=_task(config).dump, out_file_path=args.out)
         runner.test_evaluator.metrics.append(METRICS.build(dump))
     return runner.test()
-
-
-def _take_structure_(model: nn.Module, path: str, load: bool) -> None:
-    """Give a network a checkpoint's structure, and its weights if asked."""
-    loaded = read_checkpoint(path)
-    model = give_structure_(unwrapped(model), loaded)
-    if load:
-        load_strictly(model, loaded['state_dict'], path)
 
 
 def build_runner(config: Config) -> Runner:

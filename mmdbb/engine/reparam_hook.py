@@ -16,6 +16,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
 from mmdbb.checkpoint.deploy import deploy_checkpoint, output_paths
+from mmdbb.errors import interruption
 
 
 @HOOKS.register_module()
@@ -79,6 +80,8 @@ class ReparamHook(Hook):
                     **self.options,
                 )
         except Exception as error:
+            if interruption(error) is not None:
+                raise
             # Days of training must not end for want of a file that can be
             # made again.
             runner.logger.exception(f'{path} is not merged: {error}')

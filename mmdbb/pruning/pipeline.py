@@ -122,7 +122,7 @@ def prune_checkpoint(
     if onnx is not None and not onnx.endswith('.onnx'):
         raise UserError(f'the export must end in .onnx, got {onnx}')
     outputs = output_paths(out) + ((onnx,) if onnx else ())
-    refuse_inputs(outputs, checkpoint, cfg.filename)
+    refuse_inputs(outputs, cfg, checkpoint)
     merged = merge_checkpoint(cfg, checkpoint)
     model, stock_cfg = merged.network.float(), merged.cfg
     stages = []

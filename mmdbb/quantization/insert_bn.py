@@ -80,7 +80,7 @@ def insert_bn_checkpoint(
         UserError: If an input is wrong, or the networks differ.
     """
     outputs = output_paths(out)
-    refuse_inputs(outputs, checkpoint, cfg.filename)
+    refuse_inputs(outputs, cfg, checkpoint)
     model = load_network(build_model(cfg), checkpoint)
     blocks = find_blocks(model)
     if not blocks:

@@ -16,6 +16,9 @@ from mmdbb.quantization.fake import (
 from mmdbb.quantization.qat import is_qat_state, prepare_qat_
 from mmdbb.reparam import find_blocks
 
+#: Entries of a quantizer of which there may be one a channel.
+_A_CHANNEL = ('scale', 'zero_point', 'min_val', 'max_val')
+
 
 def load_network(model: nn.Module, checkpoint: str) -> nn.Module:
     """Load a checkpoint into the network of its config.
@@ -62,7 +65,7 @@ def _arguments(state: dict) -> dict:
     limits = {
         int(value)
         for name, value in state.items()
-        if name.endswith(f'.{WEIGHT}.limit')
+        if name.endswith(f'.{WEIGHT}.limit') and value.numel() == 1
     }
     return dict(
         per_channel=dims != {0},
@@ -76,6 +79,8 @@ def _take_shapes(model: nn.Module, state: dict) -> None:
         for entry, value in module._buffers.items():
             full = f'{name}.{entry}'
             if '_quantizer' not in name or full not in state:
+                continue
+            if entry not in _A_CHANNEL:
                 continue
             if value.shape != state[full].shape:
                 module._buffers[entry] = value.new_empty(state[full].shape)

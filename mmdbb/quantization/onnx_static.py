@@ -12,8 +12,10 @@ import contextlib
 import logging
 from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence
 
+import numpy as np
 from torch import Tensor
 
+from mmdbb.checkpoint.sources import shown
 from mmdbb.errors import UserError, require_packages
 from mmdbb.quantization.calibration import check_calibration
 
@@ -149,6 +151,37 @@ def check_float(model, path: str) -> None:
         raise UserError(
             f'{path} is quantized already: it has {", ".join(sorted(found))}'
         )
+
+
+def check_weights(model, path: str) -> None:
+    """Refuse weights that stand elsewhere, or are none.
+
+    Args:
+        model: What ``onnx.load`` read, without external data.
+        path: Its path, for the message.
+
+    Raises:
+        UserError: If there are some.
+    """
+    import onnx
+    from onnx.external_data_helper import uses_external_data
+
+    for tensor in model.graph.initializer:
+        if uses_external_data(tensor):
+            raise UserError(
+                f'{path} keeps the weights {shown(tensor.name)} in another '
+                'file; save it with its weights inside'
+            )
+        try:
+            finite = np.isfinite(onnx.numpy_helper.to_array(tensor)).all()
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f'{path} is not an ONNX file: {shown(tensor.name)} is damaged'
+            ) from error
+        if not finite:
+            raise UserError(
+                f'{path} has values that are not finite: {shown(tensor.name)}'
+            )
 
 
 def layers_of(model) -> Layers:

@@ -19,7 +19,7 @@ from mmdbb.checkpoint.deploy import refuse_inputs
 from mmdbb.checkpoint.export import export_network
 from mmdbb.checkpoint.export_formats import METADATA
 from mmdbb.checkpoint.export_modules import Detector, export_module
-from mmdbb.checkpoint.files import all_or_nothing
+from mmdbb.checkpoint.files import all_or_nothing, check_regular
 from mmdbb.engine.measure import interleaved_latency
 from mmdbb.errors import UserError, require_packages
 from mmdbb.quantization.calibration import calibration_images
@@ -34,6 +34,7 @@ from mmdbb.quantization.onnx_static import (
     PACKAGES,
     Layers,
     check_float,
+    check_weights,
     quantize_onnx,
 )
 from mmdbb.quantization.qdq import write_qdq
@@ -140,7 +141,7 @@ def quantize_checkpoint(
     options = options or Options()
     if not out.endswith('.onnx'):
         raise UserError(f'the output must end in .onnx, got {out}')
-    refuse_inputs([out], checkpoint, cfg.filename)
+    refuse_inputs([out], cfg, checkpoint)
     with all_or_nothing(out, overwrite=overwrite) as (draft,):
         folder = Path(draft).parent
         with quiet_runner(cfg) as runner:
@@ -197,13 +198,15 @@ class _Work:
     def _take_file(self, path: str) -> None:
         import onnx
 
-        if not os.path.isfile(path):
+        if not os.path.exists(path):
             raise UserError(f'no such ONNX file: {path}')
+        check_regular(path, 'ONNX file')
         try:
-            model = onnx.load(path)
+            model = onnx.load(path, load_external_data=False)
         except Exception as error:  # of protobuf's own kinds
             raise UserError(f'{path} is not an ONNX file') from error
         check_float(model, path)
+        check_weights(model, path)
         onnx.save(model, self.merged)
 
     def trained_per_channel(self) -> Optional[bool]:

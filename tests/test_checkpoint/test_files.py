@@ -88,7 +88,7 @@ BAD = {
     ),
     'text that begins as a pickle does': (
         lambda p: p.write_text('hi, this is text'),
-        'a.pth is not a checkpoint, or is truncated: KeyError: 105',
+        'a.pth is not a checkpoint, or is truncated: no pickle of tensors',
     ),
     'truncated': (
         lambda p: (write(p, STATE), truncated(p)),

@@ -68,6 +68,7 @@ def test_there_and_back(tmp_path, safetensors, name):
         assert found['state_dict'][key].dtype == value.dtype
     assert list(found['meta'].pop('names')) == ['a', 'b']
     rest = dict(META, nothing=None, number=float('inf'))
+    assert len(found['meta']['mmdbb'].pop('weights_sha256')) == 64
     assert found['meta'] == {k: v for k, v in rest.items() if k != 'names'}
 
 
@@ -114,7 +115,7 @@ def test_deploys_from_and_to(trained, tmp_path, safetensors):
     assert sorted(os.listdir(tmp_path)) == ['a.py', 'a.safetensors']
     loaded = read_checkpoint(first.checkpoint)
     own = loaded['meta']['mmdbb']
-    assert own['structure'] == 'stock' and own['tolerance'] == 1e-4
+    assert own['structure'] == 'stock' and own['tolerance'] == 1e-5
     assert own['max_error'] == first.difference.largest
     assert loaded['meta']['epoch'] == 3
     model = load_deployed(first.config, first.checkpoint)
@@ -201,8 +202,9 @@ def test_precision_is_kept(trained, tmp_path, dtype, bound, fuse):
     for name, value in written.items():
         is_count = name.endswith('num_batches_tracked')
         assert value.dtype == (torch.int64 if is_count else dtype), name
-    assert result.difference.largest < result.tolerance
-    assert result.tolerance == max(bound, 1e-4)
+    # The merge is proven before it is rounded.
+    assert result.difference.largest < 1e-10
+    assert result.tolerance == 1e-5
     found = load_deployed(result.config, result.checkpoint)
     assert distance(found(X), model.float()(X)) < bound
 

@@ -32,7 +32,7 @@ from torchvision import transforms as T
 
 from mmdbb import DiverseBranchBlock, RepVGGBlock_OREPA
 from mmdbb.backbones import MobileNetV1, PlainResNet, ResNetDBB
-from mmdbb.checkpoint import official
+from mmdbb.checkpoint import hdf5, official
 from mmdbb.checkpoint.deploy import deploy_checkpoint
 from mmdbb.checkpoint.load import load_deployed
 from mmdbb.checkpoint.official import (
@@ -410,7 +410,7 @@ def test_hdf5(left_out, plain, tmp_path):
 def test_hdf5_without_h5py(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, 'h5py', None)
     path = tmp_path / 'file.hdf5'
-    path.write_bytes(official.HDF5_SIGNATURE + bytes(100))
+    path.write_bytes(hdf5.SIGNATURE + bytes(100))
     with pytest.raises(UserError, match='pip install h5py'):
         read_official(str(path))
 

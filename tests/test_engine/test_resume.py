@@ -1,0 +1,328 @@
+"""An interrupted training goes on from the newest whole checkpoint."""
+
+import os
+import shutil
+import signal
+
+import pytest
+import torch
+from helpers import run_tool
+from runs import run_config, train
+
+from mmdbb.checkpoint.files import read_content
+from mmdbb.engine.resume import newest_whole_checkpoint
+from mmdbb.errors import UserError
+
+pytestmark = pytest.mark.usefixtures('quiet')
+HOOK = 'default_hooks.checkpoint'
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+    """A work folder with three epochs."""
+    folder = tmp_path_factory.mktemp('resume') / 'run'
+    keep = {
+        f'{HOOK}.max_keep_ckpts': -1,
+        f'{HOOK}.type': 'WholeCheckpointHook',
+    }
+    train(run_config(folder, (1.0, 2.0, 3.0), **keep))
+    return folder
+
+
+@pytest.fixture
+def work(run, tmp_path):
+    """A copy of it, and its config."""
+    folder = tmp_path / 'run'
+    shutil.copytree(run, folder)
+    pointer = folder / 'last_checkpoint'
+    pointer.write_text(str(folder / 'epoch_3.pth'))
+    return folder, run_config(folder, (1.0, 2.0, 3.0))
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+POINTERS = {
+    'missing': lambda path: path.unlink(),
+    'empty': lambda path: path.write_text(''),
+    'damaged': lambda path: path.write_bytes(b'\xff\xfe\x00'),
+    'of nothing': lambda path: path.write_text(f'{path.parent}/epoch_9.pth'),
+    'stale': lambda path: path.write_text(f'{path.parent}/epoch_1.pth'),
+    'a folder': lambda path: (path.unlink(), path.mkdir()),
+    'right': lambda path: None,
+}
+
+
+@pytest.mark.parametrize('case', POINTERS)
+def test_the_pointer_is_not_trusted(work, case, capsys):
+    folder, cfg = work
+    POINTERS[case](folder / 'last_checkpoint')
+    assert newest_whole_checkpoint(cfg) == str(folder / 'epoch_3.pth')
+    said = capsys.readouterr().out
+    assert f'resuming from {folder / "epoch_3.pth"}' in said
+    assert ('names another' in said) is (case in ('of nothing', 'stale'))
+
+
+NEWEST = {
+    'cut off': cut,
+    'one bit wrong': flip,
+    'empty': lambda path: path.write_bytes(b''),
+    'weights only': lambda path: torch.save(
+        dict(state_dict=read_content(str(path))['state_dict']), path
+    ),
+    'a pipe': lambda path: (path.unlink(), os.mkfifo(path)),
+    'a folder': lambda path: (path.unlink(), path.mkdir()),
+    'a link to nowhere': lambda path: (
+        path.unlink(),
+        path.symlink_to('nowhere'),
+    ),
+    'gone': lambda path: path.unlink(),
+}
+
+
+@pytest.mark.parametrize('case', NEWEST)
+def test_the_newest_whole_one_is_taken(work, case, capsys):
+    folder, cfg = work
+    NEWEST[case](folder / 'epoch_3.pth')
+    assert newest_whole_checkpoint(cfg) == str(folder / 'epoch_2.pth')
+    said = capsys.readouterr().out
+    assert ('passed over: ' in said) is (case != 'gone')
+    assert '\n\n' not in said
+
+
+def test_no_whole_one_is_not_a_first_start(work):
+    folder, cfg = work
+    for number in (1, 2, 3):
+        cut(folder / f'epoch_{number}.pth')
+    with pytest.raises(UserError, match='none of the checkpoints .* is whole'):
+        newest_whole_checkpoint(cfg)
+
+
+def test_nothing_to_resume(tmp_path):
+    assert newest_whole_checkpoint(run_config(tmp_path / 'new')) is None
+    (tmp_path / 'new').mkdir()
+    assert newest_whole_checkpoint(run_config(tmp_path / 'new')) is None
+
+
+def test_another_folder_and_name(run, tmp_path):
+    cfg = run_config(tmp_path / 'work' / 'name')
+    cfg.default_hooks.checkpoint.update(
+        out_dir=str(tmp_path / 'out'), filename_tmpl='saved-{}.pth'
+    )
+    (tmp_path / 'out' / 'name').mkdir(parents=True)
+    for number in (9, 10):
+        path = tmp_path / 'out' / 'name' / f'saved-{number}.pth'
+        shutil.copy(run / 'epoch_2.pth', path)
+    assert newest_whole_checkpoint(cfg) == str(path)
+
+
+def hub(**changes):
+    def change(content):
+        content['message_hub'].update(changes)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    'change, part',
+    [
+        (lambda c: c['meta'].update(epoch='3'), 'meta.epoch'),
+        (lambda c: c['meta'].update(iter=-1), 'meta.iter'),
+        (lambda c: c.update(meta=[1]), 'meta.epoch, meta.iter'),
+        (lambda c: c.update(optimizer=3), 'optimizer'),
+        (lambda c: c.update(param_schedulers=3), 'param_schedulers'),
+        (lambda c: c.update(message_hub=3), 'message_hub'),
+        (hub(log_scalars=dict(a=3)), 'message_hub'),
+        (hub(runtime_info={3: 3}), 'message_hub'),
+        (hub(runtime_info=dict(keep_ckpt_ids=['../x'])), 'message_hub'),
+        (lambda c: c.pop('message_hub'), 'no state of a training'),
+    ],
+)
+def test_what_nothing_can_go_on_from(work, change, part):
+    folder, cfg = work
+    path = folder / 'epoch_3.pth'
+    content = read_content(str(path))
+    change(content)
+    torch.save(content, path)
+    cfg.dump(folder / 'config.py')
+    assert newest_whole_checkpoint(cfg) == str(folder / 'epoch_2.pth')
+
+
+def test_resume_of_a_path_is_checked_as_well(work, capfd):
+    folder, cfg = work
+    content = read_content(str(folder / 'epoch_3.pth'))
+    content['optimizer'] = 3
+    torch.save(content, folder / 'bad.pth')
+    cut(folder / 'epoch_2.pth')
+    cfg.dump(folder / 'config.py')
+    for name, reason in (
+        ('bad.pth', 'of another form, or missing, is optimizer'),
+        ('epoch_2.pth', 'is not a checkpoint, or is truncated'),
+        ('run.fifo', 'is a pipe or a device, not a file'),
+    ):
+        if name == 'run.fifo':
+            os.mkfifo(folder / name)
+        code = run_tool(
+            'train',
+            folder / 'config.py',
+            *('--work-dir', folder.parent / name),
+            *('--resume', folder / name),
+        )
+        line = capfd.readouterr().err.strip().splitlines()[-1]
+        assert code == 2 and line.startswith('train.py: ') and reason in line
+
+
+# Saving
+
+
+def saved(folder):
+    return sorted(path.name for path in folder.glob('*.pth'))
+
+
+class Stop(Exception):
+    """In the place of a kill."""
+
+
+def test_a_save_that_stops_loses_nothing(work, monkeypatch):
+    from mmdbb.checkpoint import atomic
+
+    folder, cfg = work
+    cfg.merge_from_dict(
+        {
+            f'{HOOK}.type': 'WholeCheckpointHook',
+            'train_cfg.max_epochs': 5,
+            'resume': True,
+            'load_from': str(folder / 'epoch_2.pth'),
+        }
+    )
+    for number in (1, 3):
+        (folder / f'epoch_{number}.pth').unlink()
+    content = read_content(str(folder / 'epoch_2.pth'))
+    content['message_hub']['runtime_info']['keep_ckpt_ids'] = [2]
+    torch.save(content, folder / 'epoch_2.pth')
+    move = atomic._move_all
+
+    def stop(drafts, outputs, overwrite):
+        if str(outputs[0]).endswith('epoch_3.pth'):
+            raise Stop
+        move(drafts, outputs, overwrite)
+
+    monkeypatch.setattr(atomic, '_move_all', stop)
+    with pytest.raises(Stop):
+        train(cfg)
+    assert 'epoch_2.pth' in saved(folder)
+    assert newest_whole_checkpoint(cfg) == str(folder / 'epoch_2.pth')
+    monkeypatch.undo()
+    cfg.val_evaluator.scores = [3.0, 4.0, 5.0]
+    train(cfg)
+    assert [n for n in saved(folder) if n.startswith('e')] == ['epoch_5.pth']
+    assert len(saved(folder)) == 2  # and the best one
+    assert not list(folder.glob('.mmdbb-*'))
+
+
+def test_a_checkpoint_cannot_name_what_is_removed(work, tmp_path):
+    """Its best one is removed when a better comes."""
+    folder, cfg = work
+    precious = tmp_path / 'precious.pth'
+    precious.write_text('precious')
+    content = read_content(str(folder / 'epoch_2.pth'))
+    content['message_hub']['runtime_info']['best_ckpt'] = str(precious)
+    torch.save(content, folder / 'epoch_2.pth')
+    cfg.merge_from_dict(
+        {
+            f'{HOOK}.type': 'WholeCheckpointHook',
+            'resume': True,
+            'load_from': str(folder / 'epoch_2.pth'),
+        }
+    )
+    cfg.val_evaluator.scores = [9.0]
+    train(cfg)
+    assert precious.read_text() == 'precious'
+    assert 'best_good_epoch_3.pth' in saved(folder)
+
+
+# Bit by bit
+
+
+def in_a_child(*arguments):
+    """Train in another process; its exit code, below zero for a signal."""
+    pid = os.fork()
+    if not pid:
+        code = 1
+        try:
+            code = run_tool('train', *arguments)
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_killed_and_resumed_is_the_uninterrupted_run(tmp_path, workers):
+    cfg = run_config(tmp_path / 'whole', (1.0, 2.0, 3.0, 4.0))
+    cfg.train_dataloader.update(
+        num_workers=workers, persistent_workers=bool(workers)
+    )
+    cfg.custom_hooks.append(dict(type='KilledOfTests'))
+    cfg.dump(tmp_path / 'config.py')
+    killed = tmp_path / 'killed.py'
+    cfg.custom_hooks[-1]['after'] = 5
+    cfg.dump(killed)
+
+    def run(config, name, *more):
+        work_dir = tmp_path / name
+        return in_a_child(
+            config, '--work-dir', work_dir, '--repeatable', *more
+        )
+
+    assert run(tmp_path / 'config.py', 'whole') == 0
+    assert run(killed, 'parts') == -signal.SIGKILL
+    assert saved(tmp_path / 'parts') == [
+        'best_good_epoch_2.pth',
+        'epoch_2.pth',
+    ]
+    # The scores that are left.
+    cfg.val_evaluator.scores = [3.0, 4.0]
+    cfg.custom_hooks[-1]['after'] = None
+    cfg.dump(tmp_path / 'config.py')
+    assert run(tmp_path / 'config.py', 'parts', '--resume') == 0
+    whole, parts = (
+        read_content(str(tmp_path / name / 'epoch_4.pth'))
+        for name in ('whole', 'parts')
+    )
+    for key in ('state_dict', 'ema_state_dict', 'optimizer'):
+        assert equal(whole[key], parts[key]), key
+    assert equal(whole['param_schedulers'], parts['param_schedulers'])
+
+
+def equal(found, expected):
+    if isinstance(expected, torch.Tensor):
+        return torch.equal(found, expected)
+    if isinstance(expected, dict):
+        return found.keys() == expected.keys() and all(
+            equal(found[key], expected[key]) for key in expected
+        )
+    if isinstance(expected, (list, tuple)):
+        return len(found) == len(expected) and all(map(equal, found, expected))
+    return found == expected
+
+
+def test_a_training_without_a_seed_is_not_repeatable(tmp_path, capfd):
+    cfg = run_config(tmp_path / 'run')
+    cfg.randomness = dict(seed=None)
+    cfg.dump(tmp_path / 'config.py')
+    code = run_tool(
+        'train',
+        tmp_path / 'config.py',
+        '--work-dir',
+        tmp_path / 'run',
+        '--repeatable',
+    )
+    assert code == 2
+    assert 'randomness.seed=0' in capfd.readouterr().err
