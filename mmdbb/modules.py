@@ -8,6 +8,7 @@ from typing import Iterator, Tuple, Union
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
@@ -49,11 +50,12 @@ def has_hooks(module: nn.Module) -> bool:
 def is_watched(module: nn.Module) -> bool:
     """Whether anything sees or changes what happens inside a module.
 
-    A hook on one of its submodules, or a ``forward`` that was put in place
-    of a submodule's own.
+    A hook on one of its submodules, a ``forward`` that was put in place of a
+    submodule's own, or a parametrization anywhere: that of a spectral norm
+    takes a step whenever the weight is read.
     """
-    return any(
-        has_hooks(each) or 'forward' in vars(each)
+    return is_parametrized(module) or any(
+        has_hooks(each) or 'forward' in vars(each) or is_parametrized(each)
         for each in module.modules()
         if each is not module
     )

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdbb.geometry import ConvSpec
-from mmdbb.modules import tensors_of
+from mmdbb.modules import is_watched, tensors_of
 from mmdbb.recompute import again, is_transformed, without_autocast
 
 
@@ -33,7 +33,11 @@ class GeneratedKernel(nn.Module):
         """
         # Under autocast only the convolution that reads it is in half.
         with without_autocast(next(tensors_of(self)).device):
-            if is_transformed() or not self._composes_again:
+            if (
+                is_transformed()
+                or is_watched(self)
+                or not self._composes_again
+            ):
                 return self.compose()
             return again(self.compose, module=self)
 

@@ -1,0 +1,325 @@
+"""What acts on a block from outside: hooks, masks, attributes set later."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from helpers import EXACT, distance, image, randomize
+from torch import nn
+from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
+
+from mmdbb import DBB, OREPAConv, QARepVGGConv, reparameterize
+from mmdbb.blocks.build import registered_blocks
+
+BLOCKS = registered_blocks()
+
+# Hooks
+
+
+def record(calls, name):
+    return lambda *args: calls.append(name)
+
+
+def watch(module, calls):
+    """A hook of every kind."""
+    module.register_forward_pre_hook(record(calls, 'pre'))
+    module.register_forward_hook(record(calls, 'forward'))
+    module.register_full_backward_pre_hook(record(calls, 'backward pre'))
+    module.register_full_backward_hook(record(calls, 'backward'))
+
+
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize(
+    'kind, inner',
+    [
+        (DBB, 'branches.1x1.norm'),
+        (DBB, 'branches.1x1_kxk.conv2'),
+        (DBB, 'branches.1x1_avg'),
+        (QARepVGGConv, 'norm'),
+    ],
+)
+def test_every_hook_is_called(kind, inner, training):
+    block = randomize(kind(6, 6, 3, padding=1)).double().train(training)
+    literal, calls = copy.deepcopy(block), []
+    watch(block.get_submodule(inner), calls)
+    x = image(2, 6, 9, 10).requires_grad_()
+    y = image(2, 6, 9, 10).requires_grad_()
+    a, b = block(x), literal.forward_branches(y)
+    a.square().sum().backward(), b.square().sum().backward()
+    assert calls == ['pre', 'forward', 'backward pre', 'backward']
+    assert distance(a, b) < EXACT
+    assert distance(x.grad, y.grad) < EXACT
+
+
+@pytest.mark.parametrize('training', [True, False])
+def test_a_hook_that_changes_a_branch_is_obeyed_or_refused(training):
+    block = randomize(DBB(6, 6, 3, padding=1)).double().train(training)
+    x = image(2, 6, 9, 10)
+    before = copy.deepcopy(block)(x)
+    handle = block.branches['1x1'].register_forward_hook(
+        lambda module, args, y: 0 * y
+    )
+    assert distance(copy.deepcopy(block)(x), before) > 1e-2
+    state = copy.deepcopy(block.state_dict())
+    for merge in (
+        block.get_equivalent_kernel_bias,
+        block.to_conv,
+        block.switch_to_deploy,
+        lambda: reparameterize(block),
+    ):
+        with pytest.raises(ValueError, match='branches.1x1 has a hook'):
+            merge()
+    assert not block.deploy
+    assert all(torch.equal(state[k], v) for k, v in block.state_dict().items())
+    handle.remove()
+    block.eval().switch_to_deploy()
+
+
+def test_a_forward_put_in_place_of_a_layers_own_is_refused():
+    block = DBB(4, 4, 3)
+    conv = block.branches['kxk'].conv
+    conv.forward = lambda x: nn.Conv2d.forward(conv, 2 * x)
+    with pytest.raises(ValueError, match='kxk.conv has a hook, or a forward'):
+        block.to_conv()
+
+    class Standardized(nn.Conv2d):
+        def forward(self, x):
+            return super().forward(2 * x)
+
+    block = randomize(DBB(6, 6, 3, padding=1)).double()
+    layer = Standardized(6, 6, 1, bias=False).double()
+    block.branches['1x1'].conv = layer
+    twin, x = copy.deepcopy(block), image(2, 6, 9, 10)
+    assert distance(block(x), twin.forward_branches(x)) < EXACT
+    with pytest.raises(ValueError, match='1x1.conv has a hook, or a forward'):
+        block.to_conv()
+
+
+@pytest.mark.parametrize('inplace', [True, False])
+def test_hooks_on_a_block_stay_with_its_convolution(inplace):
+    net = nn.Sequential(DBB(4, 4, 3), nn.ReLU()).eval()
+    calls = []
+    net[0].register_forward_pre_hook(record(calls, 'pre'))
+    net[0].register_forward_hook(
+        lambda module, args, kwargs, y: calls.append('kwargs'),
+        with_kwargs=True,
+    )
+    reparameterize(net, inplace=inplace)(torch.rand(1, 4, 6, 6))
+    assert calls == ['pre', 'kwargs']
+
+
+# Weights that are computed before each forward pass
+
+
+def pruned(module, name):
+    return prune.l1_unstructured(module, name, amount=0.5)
+
+
+COMPUTED = dict(
+    prune=pruned,
+    weight_norm=weight_norm,
+    spectral_norm=spectral_norm,
+    parametrized_weight_norm=parametrizations.weight_norm,
+    parametrized_spectral_norm=parametrizations.spectral_norm,
+)
+PLACES = [
+    (DBB, 'branches.kxk.conv', 'weight'),
+    (DBB, 'branches.1x1.conv', 'weight'),
+    (DBB, 'branches.1x1_kxk.conv2', 'weight'),
+    (OREPAConv, 'generator', 'origin'),
+]
+
+
+@pytest.mark.filterwarnings('ignore::FutureWarning', 'ignore::UserWarning')
+@pytest.mark.parametrize('kind, inner, name', PLACES)
+@pytest.mark.parametrize('how', COMPUTED)
+def test_merged_as_forward_computes_after_a_step(how, kind, inner, name):
+    """The optimizer's last step counts, whoever asks first."""
+    nets = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        block = randomize(kind(6, 6, 3, padding=1)).double()
+        COMPUTED[how](block.get_submodule(inner), name)
+        nets.append(block)
+    block, twin = nets
+    # The literal sum of a composed kernel reads no weights that hooks made.
+    literal = twin if kind is OREPAConv else twin.forward_branches
+    x = image(3, 6, 9, 10)
+    for net, forward in ((block, block), (twin, literal)):
+        optimizer = torch.optim.SGD(net.parameters(), lr=1e-2)
+        y = forward(x)
+        (y * image(*y.shape, seed=1)).sum().backward()
+        optimizer.step()
+    pairs = zip(block.named_parameters(), twin.parameters())
+    scale = max(p.grad.abs().max() for p in twin.parameters())
+    for (key, p), q in pairs:
+        assert (p.grad - q.grad).abs().max() < EXACT * scale, key
+    block.eval(), twin.eval()
+    conv = block.to_conv()
+    kernel, bias = block.get_equivalent_kernel_bias()
+    expected = literal(x)
+    assert distance(conv(x), expected) < EXACT
+    assert distance(kernel, conv.weight) < EXACT
+    with torch.no_grad():
+        assert distance(block(x), expected) < EXACT
+    net = nn.Sequential(block)
+    merged = reparameterize(net, inplace=True)
+    assert distance(merged(x), expected) < EXACT
+
+
+@pytest.mark.parametrize('inner', ['generator', 'branches.orepa.generator'])
+def test_a_stateful_parametrization_takes_one_step(inner):
+    """A spectral norm moves its vectors whenever its weight is read."""
+    kind = OREPAConv if inner == 'generator' else BLOCKS['OREPARepVGG']
+    grads = []
+    for literal in (False, True):
+        torch.manual_seed(0)
+        block = randomize(kind(6, 6, 3, padding=1)).double()
+        module = block.get_submodule(inner)
+        parametrizations.spectral_norm(module, 'origin')
+        x = image(3, 6, 9, 10)
+        y = block.forward_branches(x) if literal else block(x)
+        (y * image(*y.shape, seed=1)).sum().backward()
+        grads.append([p.grad for p in block.parameters()])
+    scale = max(g.abs().max() for g in grads[1])
+    for p, q in zip(*grads):
+        assert (p - q).abs().max() < EXACT * scale
+
+
+# The kept kernel
+
+
+@pytest.mark.parametrize('name', BLOCKS)
+def test_the_kept_kernel_follows_eps(name):
+    block = randomize(BLOCKS[name](4, 4, 3, padding=1)).double().eval()
+    x = image(2, 4, 6, 7)
+    with torch.no_grad():
+        block(x)
+        for module in block.modules():
+            if hasattr(module, 'eps'):
+                module.eps = 0.3
+        assert distance(block(x), block.forward_branches(x)) < EXACT
+
+
+def test_the_kept_kernel_follows_a_branch_that_is_deleted():
+    block = randomize(QARepVGGConv(4, 4, 3, padding=1)).double().eval()
+    x = image(2, 4, 6, 7)
+    with torch.no_grad():
+        before = block(x)
+        del block.branches['identity']
+        after = block(x)
+        assert distance(after, before) > 1e-3
+        assert distance(after, block.forward_branches(x)) < EXACT
+
+
+# Attributes that hosts set on a built network
+
+
+@pytest.mark.parametrize('name', BLOCKS)
+@pytest.mark.parametrize('deploy', [True, False])
+@pytest.mark.parametrize(
+    'changes',
+    [
+        dict(stride=(1, 1), dilation=(2, 2), padding=(2, 2)),
+        dict(padding=(0, 1)),
+        dict(stride=3, padding=2),
+        dict(padding_mode='reflect'),
+    ],
+)
+def test_geometry_can_be_set(name, deploy, changes):
+    """As torchvision and the papers' segmentors dilate a network."""
+    block = randomize(BLOCKS[name](4, 6, 3, 2, 1)).double()
+    built = BLOCKS[name](
+        4, 6, 3, **{**dict(stride=2, padding=1), **changes}
+    ).double()
+    built.load_state_dict(block.state_dict())
+    if deploy:
+        block.eval().switch_to_deploy(), built.eval().switch_to_deploy()
+    for attribute, value in changes.items():
+        setattr(block, attribute, value)
+        assert getattr(block, attribute) == getattr(built, attribute)
+    x = image(3, 4, 11, 12)
+    for training in (True, False):
+        block.train(training), built.train(training)
+        assert distance(block(x), built(x)) < EXACT
+        if not deploy:
+            assert distance(block.forward_branches(x), built(x)) < EXACT
+    assert distance(block.to_conv()(x), built(x)) < EXACT
+
+
+def test_geometry_set_on_all_layers_of_a_network():
+    """Segmentors walk over the layers inside blocks too."""
+
+    def dilate(module):
+        if 'Conv' in type(module).__name__ or isinstance(module, DBB):
+            if module.kernel_size == (3, 3):
+                module.dilation, module.padding = (2, 2), (2, 2)
+
+    net = nn.Sequential(DBB(4, 4, 3, padding=1), nn.BatchNorm2d(4)).double()
+    randomize(net).apply(dilate)
+    built = randomize(DBB(4, 4, 3, padding=2, dilation=2).double())
+    built.load_state_dict(net[0].state_dict())
+    x = image(2, 4, 9, 10)
+    assert distance(net[0](x), built(x)) < EXACT
+
+
+def test_what_cannot_be_set_says_so():
+    block = DBB(4, 4, 3, padding=1)
+    block.kernel_size = (3, 3)  # no change
+    with pytest.raises(ValueError, match='kernel_size of a DBB is fixed'):
+        block.kernel_size = 5
+    with pytest.raises(ValueError, match='groups of a DBB is fixed'):
+        block.groups = 4
+    with pytest.raises(ValueError, match='stride must be'):
+        block.stride = 0
+    repvgg = BLOCKS['RepVGGConv'](4, 4, 3, padding=1)
+    with pytest.raises(ValueError, match="branch 'identity' needs stride 1"):
+        repvgg.stride = 2
+    assert repvgg.stride == (1, 1)
+    block.branches['kxk'].conv.stride = (2, 2)
+    for use in (lambda: block(torch.rand(2, 4, 8, 8)), block.to_conv):
+        with pytest.raises(ValueError, match='set it on the block'):
+            use()
+
+
+# Inputs
+
+
+@pytest.mark.parametrize('name', BLOCKS)
+@pytest.mark.parametrize('grad', [True, False])
+def test_one_image_without_a_batch(name, grad):
+    block = randomize(BLOCKS[name](4, 6, 3, padding=1)).double().eval()
+    x = image(1, 4, 8, 9)
+    with torch.set_grad_enabled(grad):
+        y = block(x[0])
+        assert y.shape == (6, 8, 9)
+        assert distance(y[None], block.forward_branches(x)) < EXACT
+    block.train()
+    twin = copy.deepcopy(block)
+    assert distance(block(x[0])[None], twin.forward_branches(x)) < EXACT
+
+
+@pytest.mark.parametrize('shape', [(4, 4), (1, 4, 4, 8, 8)])
+def test_other_dimensions_are_refused(shape):
+    with pytest.raises(ValueError, match=r'images of shape \(N, C, H, W\)'):
+        DBB(4, 4, 3)(torch.rand(shape))
+
+
+def test_symbolic_tracing_is_refused_with_the_reason():
+    net = nn.Sequential(DBB(4, 4, 3), nn.ReLU())
+    with pytest.raises(TypeError, match='trace through a DBB.*merge first'):
+        torch.fx.symbolic_trace(net)
+    torch.fx.symbolic_trace(reparameterize(net))
+
+
+def test_integers_of_numpy_are_integers():
+    block = DBB(np.int64(4), np.int32(6), (np.int64(3), 3), padding=np.int8(1))
+    assert block(torch.rand(2, 4, 5, 6)).shape == (2, 6, 5, 6)
+    assert type(block.in_channels) is int
+
+
+@pytest.mark.parametrize('kind', ['BN1d', 'BN3d'])
+def test_norms_of_other_dimensions_are_refused(kind):
+    with pytest.raises(ValueError, match='does not take images'):
+        DBB(4, 4, 3, norm_cfg=dict(type=kind))
