@@ -52,6 +52,17 @@ def parse_args():
     )
     parser.add_argument('--device', default='cpu')
     parser.add_argument(
+        '--precision',
+        choices=list(benchmark.PRECISIONS),
+        default='float32',
+        help='autocast to this; default: %(default)s',
+    )
+    parser.add_argument(
+        '--sync',
+        action='store_true',
+        help='also a step with SyncBN, on two processes of the CPU',
+    )
+    parser.add_argument(
         '--compile', action='store_true', help='run under torch.compile'
     )
     parser.add_argument(
@@ -96,10 +107,23 @@ def measure(args, images):
     for network in args.network:
         for phase in args.phase:
             found = benchmark.run_phase(
-                phase, network, args.block, images, args.repeats, args.compile
+                phase,
+                network,
+                args.block,
+                images,
+                args.repeats,
+                args.compile,
+                args.precision,
             )
             rows += [dict(network=network, **as_dict(row)) for row in found]
-            print_rows(f'{network}, {args.block}, {phase}', found)
+            title = f'{network}, {args.block}, {phase}, {args.precision}'
+            print_rows(title, found)
+        if args.sync:
+            found = benchmark.sync_rows(
+                network, args.block, images, args.repeats
+            )
+            rows += [dict(network=network, **as_dict(row)) for row in found]
+            print_rows(f'{network}, {args.block}, SyncBN', found)
         bound = benchmark.composing_bound(network, args.block, images)
         if bound > 1:
             print(f'composing multiplies at least to {bound:.3f} of plain')

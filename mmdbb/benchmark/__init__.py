@@ -4,12 +4,21 @@
 from .growth import AXES, Point, growth
 from .measure import Spread, interleaved, kept_megabytes, peak_megabytes
 from .papers import papers_way
-from .phases import NETWORKS, PHASES, Row, composing_bound, run_phase
+from .phases import (
+    NETWORKS,
+    PHASES,
+    PRECISIONS,
+    Row,
+    composing_bound,
+    run_phase,
+)
+from .processes import sync_rows
 
 __all__ = [
     'AXES',
     'NETWORKS',
     'PHASES',
+    'PRECISIONS',
     'Point',
     'Row',
     'Spread',
@@ -20,4 +29,5 @@ __all__ = [
     'papers_way',
     'peak_megabytes',
     'run_phase',
+    'sync_rows',
 ]

@@ -54,6 +54,11 @@ NETWORKS: Dict[str, Tuple[Callable, Callable]] = {
     ),
 }
 
+#: What networks are run in.
+PRECISIONS = dict(
+    float32=torch.float32, bfloat16=torch.bfloat16, float16=torch.float16
+)
+
 #: What can be measured, see :func:`run_phase`.
 PHASES = ('train', 'frozen', 'eval', 'deploy', 'merge')
 
@@ -65,8 +70,9 @@ class Row(NamedTuple):
         phase: One of :data:`PHASES`.
         variant: ``plain``, ``literal``, ``default``, ``merged``, ...
         time: Milliseconds over the interleaved runs.
-        kept_mb: Megabytes that autograd keeps for the backward pass, counted
-            with saved-tensor hooks; None where there is no backward pass.
+        kept_mb: Megabytes that autograd keeps for the backward pass besides
+            the parameters, counted with saved-tensor hooks; None where there
+            is no backward pass.
         peak_mb: Largest sum of live allocations of one run in megabytes.
     """
 
@@ -84,6 +90,7 @@ def run_phase(
     images: Tensor,
     repeats: int,
     compiled: bool = False,
+    precision: str = 'float32',
 ) -> List[Row]:
     """Measure one phase of one network.
 
@@ -97,6 +104,7 @@ def run_phase(
         images: Batch of shape (N, 3, H, W) on the device to measure.
         repeats: How many interleaved runs.
         compiled: Whether plain and default run under ``torch.compile``.
+        precision: One of :data:`PRECISIONS`; in half precision by autocast.
 
     Returns:
         list: A row for each variant.
@@ -111,6 +119,16 @@ def run_phase(
         variants = _deploy_variants(plain, model, images, compiled)
     else:
         variants = _block_variants(phase, plain, model, images, compiled)
+    nets = dict(plain=plain)
+    half = torch.autocast(
+        images.device.type,
+        PRECISIONS[precision],
+        enabled=precision != 'float32',
+    )
+    variants = {
+        name: tuple(_within(half, function) for function in pair)
+        for name, pair in variants.items()
+    }
     times = interleaved(
         {name: run for name, (run, _) in variants.items()}, repeats
     )
@@ -120,11 +138,21 @@ def run_phase(
             phase,
             name,
             times[name],
-            kept_megabytes(forward) if with_backward else None,
+            kept_megabytes(forward, nets.get(name, model))
+            if with_backward
+            else None,
             peak_megabytes(run, images.device),
         )
         for name, (run, forward) in variants.items()
     ]
+
+
+def _within(context, function: Callable) -> Callable:
+    def run():
+        with context:
+            return function()
+
+    return run
 
 
 def composing_bound(network: str, block: str, images: Tensor) -> float:

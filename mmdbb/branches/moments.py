@@ -234,13 +234,25 @@ def synchronizes(norm: Optional[nn.Module]) -> bool:
     )
 
 
+class _Sum(torch.autograd.Function):
+    """The sum over processes; torch's own is deprecated."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        x = x.clone()
+        dist.all_reduce(x, group=group)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _Sum.apply(grad, ctx.group), None
+
+
 def _over_processes(moments: Moments, norm: Optional[_BatchNorm]) -> Moments:
     """Sum moments over the processes of a norm, differentiably."""
     if not synchronizes(norm):
         return moments
-    # Not every build of torch has it.
-    from torch.distributed.nn.functional import all_reduce
-
     mean, cov = moments.mean.double(), moments.cov.double()
     second = cov + mean[..., None] * mean[..., None, :]
     sums = torch.cat(
@@ -250,7 +262,7 @@ def _over_processes(moments: Moments, norm: Optional[_BatchNorm]) -> Moments:
             second.reshape(-1),
         ]
     )
-    sums = all_reduce(sums * moments.count, group=norm.process_group)
+    sums = _Sum.apply(sums * moments.count, norm.process_group)
     count = sums[0].detach()
     mean_, second_ = (sums[1:] / count).split([mean.numel(), cov.numel()])
     mean_, second_ = mean_.reshape(mean.shape), second_.reshape(cov.shape)

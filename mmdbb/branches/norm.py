@@ -172,7 +172,7 @@ def norm_then_pad(
     norm: _BatchNorm,
     x: Tensor,
     spec: ConvSpec,
-    border: Optional[Callable] = None,
+    border: Callable[..., Tensor] = border_value,
 ) -> Tensor:
     """Run a norm, then pad its output for the kernel that follows.
 
@@ -182,7 +182,7 @@ def norm_then_pad(
         norm: The norm.
         x: Images of shape (N, C, H, W).
         spec: Gives the pads and the padding mode.
-        border: What to call in place of :func:`border_value`.
+        border: Gives the value on the border from a norm and the mean.
 
     Returns:
         Tensor: Shape (N, C, H + top + bottom, W + left + right).
@@ -193,7 +193,7 @@ def norm_then_pad(
     padded = pad2d(y, spec.pads, spec.padding_mode)
     if spec.padding_mode != 'zeros':
         return padded
-    value = (border or border_value)(norm, lambda: mean_of(x))
+    value = border(norm, lambda: mean_of(x))
     return torch.where(
         border_mask(y, spec.pads),
         value.to(y.dtype).reshape(1, -1, 1, 1),
