@@ -23,7 +23,7 @@ LAYERS = (
     ('kernels',),
     ('branches',),
     ('blocks',),
-    ('host_norms', 'reparam', 'tracing'),
+    ('config_files', 'host_norms', 'reparam', 'tracing'),
     ('backbones',),
     ('checkpoint',),
     ('insert', 'benchmark', 'engine'),
