@@ -41,7 +41,11 @@ OWN_BACKBONES = (
 OWN_CONSTRUCTORS = ('ReparamOptimWrapperConstructor',)
 
 #: Hooks of mmdbb, which have nothing to do where no block is left.
-OWN_HOOKS = ('KernelPenaltyHook', 'QATHook', 'ReparamHook')
+OWN_HOOKS = ('KernelPenaltyHook', 'QATHook', 'ReparamHook', 'RepeatableHook')
+
+#: Hooks of mmdbb in a hook's place -> that hook, which takes the same
+#: arguments.
+HOOKS_IN_PLACE = dict(WholeCheckpointHook='CheckpointHook')
 
 
 def stock_config(cfg: Config) -> Config:
@@ -68,6 +72,10 @@ def stock_config(cfg: Config) -> Config:
     hooks = fields.get('default_hooks') or {}
     for name in [n for n, hook in hooks.items() if _is_own_hook(hook)]:
         del hooks[name]
+    for hook in [*hooks.values(), *fields.get('custom_hooks', ())]:
+        if isinstance(hook, dict):
+            name = _name_of(hook.get('type'))
+            hook['type'] = HOOKS_IN_PLACE.get(name, hook.get('type'))
     imports, names = imports_of(fields)
     fields.pop('custom_imports', None)
     kept = [name for name in names if name.split('.')[0] != 'mmdbb']

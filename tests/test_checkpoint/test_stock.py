@@ -17,6 +17,7 @@ from mmdbb.blocks import DBB
 from mmdbb.checkpoint.deploy import deploy_checkpoint
 from mmdbb.checkpoint.load import build_model
 from mmdbb.checkpoint.stock import (
+    HOOKS_IN_PLACE,
     OWN_HOOKS,
     STOCK_BACKBONES,
     stock_config,
@@ -192,7 +193,24 @@ def test_every_hook_of_ours_is_known():
         for name, hook in HOOKS.module_dict.items()
         if hook.__module__.startswith('mmdbb.')
     ]
-    assert sorted(ours) == sorted(OWN_HOOKS)
+    assert sorted(ours) == sorted([*OWN_HOOKS, *HOOKS_IN_PLACE])
+
+
+def test_a_hook_in_a_hosts_place_becomes_that_hook():
+    whole = dict(type='WholeCheckpointHook', interval=2)
+    found = stock_config(
+        Config(
+            dict(
+                default_hooks=dict(checkpoint=whole, logger=None),
+                custom_hooks=[whole, dict(type='EMAHook')],
+            )
+        )
+    )
+    plain = dict(type='CheckpointHook', interval=2)
+    assert found.default_hooks.checkpoint == plain
+    assert found.custom_hooks == [plain, dict(type='EMAHook')]
+    hook = HOOKS.build(plain)
+    assert type(hook).__name__ == 'CheckpointHook'
 
 
 def test_only_our_convolutions_go():
