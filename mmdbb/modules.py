@@ -4,14 +4,22 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Iterator, Tuple, Union
+from typing import Callable, Iterator, Tuple, Union
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
+
+#: What convolutions and norms compute, if a subclass does not override it.
+KNOWN_FORWARDS = (
+    nn.Conv2d.forward,
+    _BatchNorm.forward,
+    nn.SyncBatchNorm.forward,
+)
 
 # Every kind of hook that torch calls when a module's forward runs.
 _HOOKS = (
@@ -61,33 +69,67 @@ def is_watched(module: nn.Module) -> bool:
     )
 
 
-@contextlib.contextmanager
-def cast(
-    module: nn.Module, device: Union[str, torch.device], dtype: torch.dtype
-) -> Iterator[None]:
-    """Within the context, a module computes with copies in another dtype.
+def shadow(
+    module: nn.Module, change: Callable[[nn.Module, str, Tensor], Tensor]
+) -> nn.Module:
+    """A module of the same structure that computes with other tensors.
 
-    Copying the module itself, with all that Python keeps of it, takes longer
-    than composing a kernel. Gradients reach the originals.
+    Only the dicts that hold tensors and children are new: copying a module,
+    with all that Python keeps of it, takes longer than composing a kernel,
+    and putting other tensors into the module itself would be seen by other
+    threads.
+
+    Args:
+        module: The module; unchanged.
+        change: From a submodule of it, the name of a tensor there and the
+            tensor to what takes its place.
+
+    Returns:
+        nn.Module: Of the same class; not to be kept.
     """
-    before = [
-        (tensors, dict(tensors))
-        for each in module.modules()
-        for tensors in (each._parameters, each._buffers)
-    ]
-    try:
-        for tensors, originals in before:
-            for name, tensor in originals.items():
-                if tensor is not None and tensor.is_floating_point():
-                    tensors[name] = tensor.to(device, dtype)
-        yield
-    finally:
-        for tensors, originals in before:
-            tensors.update(originals)
+    twin = module.__class__.__new__(module.__class__)
+    attributes = dict(vars(module))
+    for name, value in attributes.items():
+        if isinstance(value, Tensor):
+            attributes[name] = change(module, name, value)
+    for kind in ('_parameters', '_buffers'):
+        attributes[kind] = {
+            name: None if value is None else change(module, name, value)
+            for name, value in attributes[kind].items()
+        }
+    attributes['_modules'] = {
+        name: None if child is None else shadow(child, change)
+        for name, child in module._modules.items()
+    }
+    vars(twin).update(attributes)
+    return twin
+
+
+def cast(
+    module: nn.Module,
+    device: Union[str, torch.device, None],
+    dtype: torch.dtype,
+) -> nn.Module:
+    """A module that computes with copies in another dtype.
+
+    Gradients reach the originals. See :func:`shadow`.
+    """
+
+    def convert(owner: nn.Module, name: str, tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor
+        return tensor.to(device, dtype)
+
+    return shadow(module, convert)
+
+
+def is_known(layer: nn.Module) -> bool:
+    """Whether a layer computes what its weights say, and nothing else."""
+    return type(layer).forward in KNOWN_FORWARDS
 
 
 @contextlib.contextmanager
-def fresh_weights(module: nn.Module) -> Iterator[None]:
+def fresh_weights(module: nn.Module, refuse: bool = True) -> Iterator[None]:
     """Within the context, a module has the weights that forward would use.
 
     ``torch.nn.utils.prune``, ``weight_norm`` and ``spectral_norm`` compute a
@@ -95,7 +137,8 @@ def fresh_weights(module: nn.Module) -> Iterator[None]:
     of the values before the last step of the optimizer.
 
     Args:
-        module: A block. Hooks on itself stay with it and are not looked at.
+        module: A block. Other hooks on itself stay with it.
+        refuse: Whether to look for what may change a submodule's output.
 
     Raises:
         ValueError: If another hook, or a ``forward`` put in place of a
@@ -104,10 +147,11 @@ def fresh_weights(module: nn.Module) -> Iterator[None]:
     stale = []
     try:
         for name, each in module.named_modules():
-            if each is module:
-                continue
-            _refuse_changes(name, each)
+            if refuse and each is not module:
+                _refuse_changes(name, each)
             for hook in each._forward_pre_hooks.values():
+                if not computes_weight(hook):
+                    continue
                 attribute, weight = _weight_of(hook, each)
                 stale.append((each, attribute, vars(each).get(attribute)))
                 vars(each)[attribute] = weight
@@ -115,6 +159,11 @@ def fresh_weights(module: nn.Module) -> Iterator[None]:
     finally:
         for each, attribute, weight in reversed(stale):
             vars(each)[attribute] = weight
+
+
+def computes_weight(hook) -> bool:
+    """Whether a forward pre-hook computes a weight of its module."""
+    return isinstance(hook, (BasePruningMethod, WeightNorm, SpectralNorm))
 
 
 def _weight_of(hook, module: nn.Module) -> Tuple[str, Tensor]:
@@ -127,18 +176,15 @@ def _weight_of(hook, module: nn.Module) -> Tuple[str, Tensor]:
 
 
 def _refuse_changes(name: str, module: nn.Module) -> None:
-    known = (BasePruningMethod, WeightNorm, SpectralNorm)
     others = [
         hook
         for hooks in (module._forward_hooks, module._forward_pre_hooks)
         for hook in hooks.values()
-        if not isinstance(hook, known)
+        if not computes_weight(hook)
     ]
     if 'forward' in vars(module):
         others.append(vars(module)['forward'])
-    elif isinstance(module, nn.Conv2d) and (
-        type(module).forward is not nn.Conv2d.forward
-    ):
+    elif isinstance(module, (nn.Conv2d, _BatchNorm)) and not is_known(module):
         others.append(type(module).forward)
     if others:
         raise ValueError(

@@ -15,12 +15,14 @@ import contextlib
 import sys
 from collections import deque
 from types import FrameType
-from typing import Callable, Deque, Iterator, List, Optional, Tuple
+from typing import Callable, Deque, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from mmdbb.modules import shadow
 
 # torch 2.1 has no torch.compiler.is_compiling, 2.6 no is_exporting.
 is_compiling = getattr(torch.compiler, 'is_compiling', lambda: False)
@@ -67,9 +69,26 @@ def is_recomputing() -> bool:
     return False
 
 
-def _is_checkpointed() -> bool:
-    """Whether a checkpoint runs this forward pass and may run it again."""
-    return any(_is_checkpoint(frame, 'forward') for frame in _frames())
+def _segments() -> List[int]:
+    """The checkpointed segments that run now, the innermost first.
+
+    Each by the identity of what its checkpoint keeps from the forward to the
+    backward pass.
+    """
+    kept = []
+    for frame in _frames():
+        if _is_checkpoint(frame, 'forward') or _is_checkpoint(
+            frame, 'backward'
+        ):
+            values = frame.f_locals
+            generator = getattr(values.get('gen'), 'gi_frame', None)
+            if generator is not None:  # torch's, not reentrant, forwards
+                values = generator.f_locals
+            for name in ('ctx', 'new_frame', 'frame'):
+                kept.append(values.get(name))
+    # Frames of a checkpoint that keep nothing still say that there is one.
+    found = [id(value) for value in kept if value is not None]
+    return found or ([0] if kept else [])
 
 
 def _is_checkpoint(frame: FrameType, method: str) -> bool:
@@ -109,7 +128,8 @@ def again(
 
     Args:
         function: From ``tensors`` to one tensor. It computes the same at each
-            call, and reads no buffer of a norm.
+            call, and reads no buffer of a norm. With ``module``, its first
+            argument is that module, or one like it.
         tensors: What it is differentiated by, and what it is called with.
         module: A module whose parameters, weights that hooks computed, and
             buffers other than those of norms, the function also reads.
@@ -117,55 +137,51 @@ def again(
     Returns:
         Tensor: What the function returns.
     """
-    places = [] if module is None else list(_places(module))
-    read = [tensors_[name] for tensors_, name in places]
+    places = {} if module is None else dict(_places(module))
+    count, read = len(tensors), list(places.values())
+
+    def run(*values: Tensor) -> Tensor:
+        if module is None:
+            return function(*values)
+        like, now = module, dict(zip(places, values[count:]))
+        if any(now[place] is not tensor for place, tensor in places.items()):
+            like = shadow(
+                module,
+                lambda owner, name, t: now.get((id(owner), name), t),
+            )
+        return function(like, *values[:count])
+
     if (
         is_compiling()
         or not torch.is_grad_enabled()
         or not any(t.requires_grad for t in (*tensors, *read))
     ):
-        return function(*tensors)
-    count = len(tensors)
-
-    def run(*values: Tensor) -> Tensor:
-        with _swapped(places, values[count:]):
-            return function(*values[:count])
-
+        return run(*tensors, *read)
     device = (*tensors, *read)[0].device.type
     return _Again.apply(run, device, *tensors, *read)
 
 
-def _places(module: nn.Module) -> Iterator[Tuple[dict, str]]:
+def _places(
+    module: nn.Module,
+) -> Iterator[Tuple[Tuple[int, str], Tensor]]:
+    """Where a module's tensors are, by submodule and name, and they."""
     for each in module.modules():
-        yield from _named(each._parameters)
+        read = [each._parameters]
         if not isinstance(each, _BatchNorm):
-            yield from _named(each._buffers)
+            read.append(each._buffers)
         # As hooks leave them that compute a weight, and replicas have them.
-        attributes = vars(each)
-        for name, value in attributes.items():
-            if isinstance(value, Tensor) and value.requires_grad:
-                yield attributes, name
-
-
-def _named(tensors: dict) -> Iterator[Tuple[dict, str]]:
-    for name, tensor in tensors.items():
-        if tensor is not None:
-            yield tensors, name
-
-
-@contextlib.contextmanager
-def _swapped(
-    places: List[Tuple[dict, str]], values: Tuple[Tensor, ...]
-) -> Iterator[None]:
-    """Within the context, a module computes with other tensors."""
-    before = [tensors[name] for tensors, name in places]
-    try:
-        for (tensors, name), value in zip(places, values):
-            tensors[name] = value
-        yield
-    finally:
-        for (tensors, name), value in zip(places, before):
-            tensors[name] = value
+        attributes = vars(each).items()
+        read.append(
+            {
+                name: value
+                for name, value in attributes
+                if isinstance(value, Tensor) and value.requires_grad
+            }
+        )
+        for tensors in read:
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    yield (id(each), name), tensor
 
 
 class _Again(torch.autograd.Function):
@@ -240,45 +256,96 @@ def autocast_dtype(device: str) -> Optional[torch.dtype]:
 # ------------------------------------------------ values of the forward pass
 
 
-class _Memory:
-    """Values of forward passes that may be run again, found by their keys.
+class _Entry:
+    """A value of a forward pass that may be run again.
 
-    The newest come first, as backward passes go. Of equal keys, as of one
-    batch that was run twice, each is handed out once before any is again.
+    Attributes:
+        key: What tells the passes apart, shape (channels,).
+        value: What is remembered.
+        owner: Whose it is, or None.
+        segments: The checkpointed segments that it was computed in.
+        used: Whether it was handed out.
+    """
+
+    def __init__(
+        self,
+        key: Tensor,
+        value: Tensor,
+        owner: Optional[int],
+        segments: List[int],
+    ) -> None:
+        self.key, self.value, self.owner = key, value, owner
+        self.segments, self.used = set(segments), False
+
+    def is_like(self, key: Tensor, owner: Optional[int]) -> bool:
+        return owner == self.owner and (
+            (key.shape, key.dtype, key.device)
+            == (self.key.shape, self.key.dtype, self.key.device)
+        )
+
+
+class _Memory:
+    """Values of forward passes, found by segment, owner and key.
+
+    A segment that is run again comes to its values in their order. Where the
+    segment is not known, the newest come first, as backward passes go; of
+    equal keys, as of one batch that was run twice, each is handed out once
+    before any is again.
     """
 
     def __init__(self, size: int) -> None:
-        self._entries: Deque[list] = deque(maxlen=size)
+        self._entries: Deque[_Entry] = deque(maxlen=size)
 
-    def put(self, key: Tensor, value: Tensor) -> None:
+    def put(
+        self,
+        key: Tensor,
+        value: Tensor,
+        owner: Optional[int] = None,
+        segments: Sequence[int] = (),
+    ) -> None:
         # What inference mode makes no backward pass could use later.
         with torch.inference_mode(False), torch.no_grad():
-            self._entries.appendleft([key.clone(), value.clone(), False])
+            entry = _Entry(key.clone(), value.clone(), owner, segments)
+        self._entries.append(entry)
 
-    def get(self, key: Tensor) -> Optional[Tensor]:
-        """The value of the nearest key, or None if there is none near."""
-        like = [
-            entry
-            for entry in self._entries
-            if (entry[0].shape, entry[0].dtype, entry[0].device)
-            == (key.shape, key.dtype, key.device)
-        ]
-        if not like:
+    def get(
+        self,
+        key: Tensor,
+        owner: Optional[int] = None,
+        segments: Sequence[int] = (),
+    ) -> Optional[Tensor]:
+        """The value of the nearest key, or None if there is none near.
+
+        Args:
+            key: Shape (channels,).
+            owner: Whose value it is.
+            segments: Those that are run now, the innermost first.
+        """
+        like = [e for e in self._entries if e.is_like(key, owner)]
+        order = list(reversed(like))
+        for segment in segments:
+            inside = [e for e in like if segment in e.segments]
+            if inside:
+                order = inside
+                break
+        if not order:
             return None
-        away = torch.stack([key, *(key - entry[0] for entry in like)])
+        away = torch.stack([key, *(key - entry.key for entry in order)])
         # Of a batch with NaN each is as near, and as good.
         scale, *away = away.nan_to_num(0).abs().amax(1).tolist()
         nearest = min(away)
         # A second run may round differently, and no more.
         if nearest > 1e-3 * scale:
             return None
-        equal = [e for e, distance in zip(like, away) if distance == nearest]
-        if all(entry[2] for entry in equal):
+        equal = [e for e, distance in zip(order, away) if distance == nearest]
+        if all(entry.used for entry in equal):
             for entry in equal:
-                entry[2] = False
-        found = next(entry for entry in equal if not entry[2])
-        found[2] = True
-        return found[1]
+                entry.used = False
+        found = next(entry for entry in equal if not entry.used)
+        found.used = True
+        # A segment inside of one that is run again is a new one.
+        found.segments.update(segments)
+        return found.value
 
 
 # Here and not in a module: a compiled graph has no modules left. It holds a
@@ -286,13 +353,16 @@ class _Memory:
 _memory = _Memory(4096)
 
 
-def from_forward(key: Callable[[], Tensor], value: Tensor) -> Tensor:
+def from_forward(
+    key: Callable[[], Tensor], value: Tensor, owner: Tensor
+) -> Tensor:
     """A value that depends on state, as the forward pass had it.
 
     Args:
         key: Gives what tells one forward pass from another, and a second run
             computes again: numbers of the batch, shape (channels,).
         value: What the state gives now, without a gradient.
+        owner: The tensor that holds the state.
 
     Returns:
         Tensor: ``value``, or in a checkpointed segment that is run again what
@@ -307,7 +377,7 @@ def from_forward(key: Callable[[], Tensor], value: Tensor) -> Tensor:
     if is_compiling():
         return torch.ops.mmdbb.from_forward(key(), value)
     if is_recomputing():
-        found = _memory.get(key())
+        found = _memory.get(key(), id(owner), _segments())
         if found is None:
             raise RuntimeError(
                 'a checkpointed segment is run again after more than 4096 '
@@ -317,8 +387,9 @@ def from_forward(key: Callable[[], Tensor], value: Tensor) -> Tensor:
                 'blocks out of the segment'
             )
         return found
-    if _is_checkpointed():
-        _memory.put(key(), value)
+    segments = _segments()
+    if segments:
+        _memory.put(key(), value, id(owner), segments)
     return value
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from mmdbb.blocks.base import ReparamConv2d
+from mmdbb.modules import computes_weight
 
 # Hooks on a block itself act on the convolution in its place.
 _FORWARD_HOOKS = (
@@ -20,6 +21,14 @@ _FORWARD_HOOKS = (
     '_forward_hooks_with_kwargs',
     '_forward_hooks_always_called',
 )
+
+
+def _hand_hooks_on(block: nn.Module, conv: nn.Module) -> None:
+    hooks = {**block._forward_pre_hooks, **block._forward_hooks}
+    done = {key for key, hook in hooks.items() if computes_weight(hook)}
+    for kind in _FORWARD_HOOKS:
+        kept = getattr(block, kind).items()
+        getattr(conv, kind).update({k: h for k, h in kept if k not in done})
 
 
 def find_blocks(model: nn.Module) -> Dict[str, ReparamConv2d]:
@@ -75,8 +84,7 @@ def reparameterize(
             continue
         try:
             convs[block] = conv = block.to_conv(dtype)
-            for kind in _FORWARD_HOOKS:
-                getattr(conv, kind).update(getattr(block, kind))
+            _hand_hooks_on(block, conv)
         except ValueError as error:
             raise ValueError(
                 f'cannot merge {name or "the block"}: {error}'

@@ -47,6 +47,9 @@ def papers_way(model: nn.Module) -> Iterator[nn.Module]:
             override(kernel, 'compose', lambda k=kernel: _kxk_kernel(k))
         elif isinstance(kernel, PointwiseKernel):
             override(kernel, 'compose', lambda k=kernel: _1x1_kernel(k))
+        else:
+            continue
+        override(kernel, '_composes_again', False)
     try:
         yield model
     finally:

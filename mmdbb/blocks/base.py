@@ -230,8 +230,8 @@ class ReparamConv2d(BaseModule):
         device = next(tensors_of(self)).device
         own_dtype = leaf_dtype(self)
         # Apple's GPUs have no float64.
-        with cast(self, 'cpu' if device.type == 'mps' else device, dtype):
-            composed = self.get_equivalent_kernel_bias()
+        work = 'cpu' if device.type == 'mps' else device
+        composed = cast(self, work, dtype).get_equivalent_kernel_bias()
         owner = self.reparam_conv if self.deploy else self
         has_bias = self._has_shift or owner.bias is not None
         conv = nn.Conv2d(**self.spec.conv_args, bias=has_bias, device='meta')

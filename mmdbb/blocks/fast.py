@@ -49,6 +49,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmdbb.blocks.frozen import frozen_forward
+from mmdbb.branches.base import ConvNormBranch
+from mmdbb.branches.generated import Generated
 from mmdbb.branches.identity import Identity
 from mmdbb.branches.moments import (
     Maps,
@@ -59,7 +61,6 @@ from mmdbb.branches.moments import (
     synchronizes,
 )
 from mmdbb.branches.norm import (
-    KNOWN_FORWARDS,
     batch_scale_shift,
     border_value,
     norm_then_pad,
@@ -79,7 +80,8 @@ from mmdbb.geometry import (
     convolve,
     pad2d,
 )
-from mmdbb.modules import is_replica, is_watched
+from mmdbb.kernels import GeneratedKernel
+from mmdbb.modules import is_known, is_replica, is_watched
 from mmdbb.recompute import (
     again,
     autocast_dtype,
@@ -87,7 +89,7 @@ from mmdbb.recompute import (
     is_transformed,
     without_autocast,
 )
-from mmdbb.transforms import KernelBias, fuse_1x1_kxk
+from mmdbb.transforms import compose_1x1_kxk
 
 # ---------------------------------------------------------------- dispatch
 
@@ -127,6 +129,8 @@ def _conv_dtype(
     """What the branches' convolutions compute in; None where they refuse."""
     of_norms = {id(p) for norm in norms for p in norm.parameters()}
     kernels = {p.dtype for p in block.parameters() if id(p) not in of_norms}
+    if any(norm.running_mean is None for norm in norms):
+        return None
     scales = {norm.running_mean.dtype for norm in norms}
     halves = {torch.float16, torch.bfloat16, torch.float32}
     half = autocast_dtype(x.device.type)
@@ -141,7 +145,14 @@ def _is_left_alone(block: nn.Module, x: Tensor) -> bool:
     """Whether nothing watches or changes what happens inside the branches."""
     if not is_compiling() and (torch.jit.is_tracing() or is_transformed()):
         return False
-    return not x.is_meta and not is_replica(block) and not is_watched(block)
+    if x.is_meta or is_replica(block) or is_watched(block):
+        return False
+    layers = [m for b in block.branches.values() for m in b.children()]
+    own = (IdentityConv1x1, GeneratedKernel)
+    return all(
+        is_known(layer) or isinstance(layer, own)
+        for layer in (*layers, *filter(None, [block.norm]))
+    )
 
 
 def _share_statistics_alike(norms: List[_BatchNorm]) -> bool:
@@ -202,53 +213,67 @@ class _Batch(NamedTuple):
         x: The images as they came.
         half: The images as convolutions take them.
         stats: What gives statistics before a 1x1 is computed, or None.
-        borders: By norm, the value on the border in this forward pass.
+        borders: By norm, or rather the identity of its running mean, the
+            value on the border in this forward pass.
     """
 
     x: Tensor
     half: Tensor
     stats: Union[Moments, Maps, None]
-    borders: Dict[nn.Module, Tensor]
+    borders: Dict[int, Tensor]
 
     def border(self, norm: _BatchNorm, mean: Callable) -> Tensor:
         """See :func:`border_value`; in a second run, what it was before."""
-        if norm not in self.borders:
-            self.borders[norm] = border_value(norm, mean)
-        return self.borders[norm]
+        key = id(norm.running_mean)
+        if key not in self.borders:
+            self.borders[key] = border_value(norm, mean)
+        return self.borders[key]
+
+
+# The branches whose computation, run again, reads nothing that has moved.
+_KNOWN = (
+    ConvNormBranch.forward,
+    Identity.forward,
+    Generated.forward,
+    PointwiseAvg.forward,
+    PointwiseKxK.forward,
+)
 
 
 def _training_forward(
     block: nn.Module, x: Tensor, dtype: torch.dtype
-) -> Tensor:
-    borders: Dict[nn.Module, Tensor] = {}
+) -> Optional[Tensor]:
+    borders: Dict[int, Tensor] = {}
 
-    def branches(x: Tensor) -> Tensor:
-        return _training_sum(block, x, dtype, borders)
+    def branches(of_block: nn.Module, x: Tensor) -> Tensor:
+        return _training_sum(list(of_block.values()), x, dtype, borders)
 
-    if block.spec.is_depthwise:
+    if not block.spec.is_depthwise:
+        y = branches(block.branches, x)
+    elif all(type(b).forward in _KNOWN for b in block.branches.values()):
         y = again(branches, x, module=block.branches)
     else:
-        y = branches(x)
+        return None  # what is computed again might read what has moved
     if block.bias is not None:
         y = y + block.bias.to(y.dtype).reshape(-1, 1, 1)
     return y if block.norm is None else run_norm(block.norm, y)
 
 
 def _training_sum(
-    block: nn.Module,
+    branches: List[nn.Module],
     x: Tensor,
     dtype: torch.dtype,
-    borders: Dict[nn.Module, Tensor],
+    borders: Dict[int, Tensor],
 ) -> Tensor:
     stats, half = None, x.to(dtype)
-    collapsing = [b for b in block.branches.values() if _collapses(b, half)]
+    collapsing = [b for b in branches if _collapses(b, half)]
     if collapsing:
-        norm = collapsing[0].norm1
-        find = moments_of if _takes_moments(half) else Maps
-        stats = find(half, block.spec.groups, norm)
+        norm, spec = collapsing[0].norm1, collapsing[0].spec
+        serve = _takes_moments(half, spec.is_depthwise)
+        stats = (moments_of if serve else Maps)(half, spec.groups, norm)
     batch = _Batch(x, half, stats, borders)
     y = None
-    for branch in block.branches.values():
+    for branch in branches:
         z = _training_branch(branch, batch)
         if y is None:
             y = z
@@ -261,9 +286,12 @@ def _training_sum(
     return y
 
 
-def _takes_moments(x: Tensor) -> bool:
+def _takes_moments(x: Tensor, depthwise: bool) -> bool:
     """Whether covariances serve: see :mod:`mmdbb.branches.moments`."""
-    return x.device.type == 'cpu' and near_dtype(x.dtype) == x.dtype
+    if x.device.type != 'cpu':
+        return False
+    # Of one channel each a covariance is a variance.
+    return depthwise or near_dtype(x.dtype) == x.dtype
 
 
 def _collapses(branch: nn.Module, x: Tensor) -> bool:
@@ -280,27 +308,13 @@ def _collapses(branch: nn.Module, x: Tensor) -> bool:
     work = 4 * spec.out_channels // spec.groups * taps
     # Processes that share statistics must all go one way, whatever the size
     # of their own images.
-    return work <= pixels_of(x) or synchronizes(branch.norm1)
-
-
-# What the layers of a known branch compute.
-_KNOWN_FORWARDS = (
-    nn.Conv2d.forward,
-    IdentityConv1x1.forward,
-    *KNOWN_FORWARDS,
-)
+    pixels = 5000 if synchronizes(branch.norm1) else pixels_of(x)
+    return work <= pixels
 
 
 def _is_a(branch: nn.Module, kind: type) -> bool:
-    """Whether a branch computes what a branch of this kind does.
-
-    Not if a subclass has a forward of its own, or a layer was replaced.
-    """
-    return (
-        isinstance(branch, kind)
-        and type(branch).forward is kind.forward
-        and all(type(m).forward in _KNOWN_FORWARDS for m in branch.children())
-    )
+    """Whether a branch computes what a branch of this kind does."""
+    return isinstance(branch, kind) and type(branch).forward is kind.forward
 
 
 def _training_branch(branch: nn.Module, batch: _Batch) -> Tensor:
@@ -310,7 +324,8 @@ def _training_branch(branch: nn.Module, batch: _Batch) -> Tensor:
     if _is_a(branch, PointwiseKxK):
         if stats is not None and _collapses(branch, x):
             return _collapsed(branch, batch)
-        return branch(x)
+        y = norm_then_pad(branch.norm1, branch.conv1(x), spec, batch.border)
+        return run_norm(branch.norm2, branch.conv2(y))
     if _is_a(branch, PointwiseAvg):
         if spec.is_depthwise:
             return run_norm(branch.norm2, pool_sum(batch.x, spec, mean=True))
@@ -322,7 +337,7 @@ def _training_branch(branch: nn.Module, batch: _Batch) -> Tensor:
             return _pointwise(branch, x, stats)
         # Cheap to compute, or beside what is computed again anyway.
         if stats is not None or 4 * spec.in_channels <= spec.out_channels:
-            return again(branch, x, module=branch)
+            return again(lambda b, x: b(x), x, module=branch)
     return branch(batch.x if isinstance(branch, Identity) else x)
 
 
@@ -351,13 +366,14 @@ def _collapsed(branch: PointwiseKxK, batch: _Batch) -> Tensor:
         scale, shift = batch_scale_shift(branch.norm1, stats)
         first = _scaled(kernel1.to(scale.dtype), scale).to(near)
         shift, kernel2 = shift.to(near), branch.conv2.weight.to(near)
-        # Padded with zeros the border has the constant of the inside.
-        kernel, bias = fuse_1x1_kxk(
-            KernelBias(first, shift),
-            KernelBias(kernel2, kernel2.new_zeros(spec.out_channels)),
-            spec.groups,
+        kernel = again(
+            lambda *kernels: compose_1x1_kxk(*kernels, spec.groups),
+            first,
+            kernel2,
         )
-        constant = bias.reshape(-1, 1, 1)
+        # Padded with zeros the border has the constant of the inside.
+        constant = mask_kernel(kernel2, shift, spec.groups)
+        constant = constant.sum((1, 2, 3)).reshape(-1, 1, 1)
         if spec.has_border:
             value = batch.border(branch.norm1, stats.mean.detach)
             constant = constant + F.conv2d(
@@ -385,7 +401,9 @@ def _pooled_first(branch: PointwiseAvg, batch: _Batch) -> Tensor:
         if spec.has_border:
             value = batch.border(branch.norm1, stats.mean.detach)
 
-        def pooled(x: Tensor, kernel: Tensor, shift: Tensor) -> Tensor:
+        def pooled(
+            norm: nn.Module, x: Tensor, kernel: Tensor, shift: Tensor
+        ) -> Tensor:
             q = pool_sum(x, spec)
             z = F.conv2d(q, kernel, groups=spec.groups)
             constant = shift.reshape(-1, 1, 1)
@@ -393,7 +411,7 @@ def _pooled_first(branch: PointwiseAvg, batch: _Batch) -> Tensor:
                 border = border_mask(x, spec.pads).to(shift.dtype)
                 b = pool_sum(border, spec, padded=True) / area
                 constant = constant + (value.reshape(-1, 1, 1) - constant) * b
-            return run_norm(branch.norm2, add_shift(z, constant))
+            return run_norm(norm, add_shift(z, constant))
 
         return again(pooled, x, kernel, shift, module=branch.norm2)
 
@@ -401,7 +419,7 @@ def _pooled_first(branch: PointwiseAvg, batch: _Batch) -> Tensor:
 def _avg_again(branch: PointwiseAvg, batch: _Batch) -> Tensor:
     """The branch as it is, computed again with the border it had."""
 
-    def averaged(x: Tensor) -> Tensor:
+    def averaged(branch: nn.Module, x: Tensor) -> Tensor:
         z = branch.conv1(x)
         y = norm_then_pad(branch.norm1, z, branch.spec, batch.border)
         y = pool_sum(y, branch.spec, padded=True, mean=True)

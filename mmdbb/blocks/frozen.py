@@ -11,7 +11,6 @@ cancels that gradient.
 
 from __future__ import annotations
 
-import contextlib
 from typing import List, Optional, Sequence
 
 import torch
@@ -90,11 +89,12 @@ def composed(
         dtype: The precision.
         without: Branches to leave out.
     """
-    in_own = contextlib.nullcontext()
-    if dtype != leaf_dtype(block):
-        in_own = cast(block, None, dtype)
-    with in_own, without_autocast(next(tensors_of(block)).device):
-        return block._compose(without)
+    with without_autocast(next(tensors_of(block)).device):
+        if dtype == leaf_dtype(block):
+            return block._compose(without)
+        names = [k for k, b in block.branches.items() if b in without]
+        twin = cast(block, None, dtype)
+        return twin._compose([twin.branches[name] for name in names])
 
 
 def _without_border_gradient(

@@ -17,7 +17,7 @@ from mmdbb.blocks.kept import kept_kernel
 from mmdbb.branches.base import zero_bias
 from mmdbb.geometry import ConvSpec, convolve
 from mmdbb.kernels import GeneratedKernel
-from mmdbb.modules import is_watched, tensors_of
+from mmdbb.modules import fresh_weights, is_watched, tensors_of
 from mmdbb.recompute import (
     autocast_dtype,
     is_recording,
@@ -104,7 +104,8 @@ class GeneratedKernelConv2d(ReparamConv2d):
         Returns:
             Tensor: Shape (N, out, H', W').
         """
-        y = self.generator.forward_branches(x)
+        with fresh_weights(self, refuse=False):
+            y = self.generator.forward_branches(x)
         if self.bias is not None:
             y = y + self.bias.to(y.dtype).reshape(-1, 1, 1)
         return y

@@ -23,11 +23,9 @@ from mmdbb.branches.moments import (
     synchronizes,
 )
 from mmdbb.geometry import ConvSpec, border_mask, pad2d
+from mmdbb.modules import is_known
 from mmdbb.recompute import from_forward, is_recomputing
 from mmdbb.transforms import ScaleShift, bn_scale_shift
-
-#: The forward passes whose eval form is known to be a scale and a shift.
-KNOWN_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 
 
 def build_branch_norm(norm_cfg: Optional[dict], channels: int) -> _BatchNorm:
@@ -53,7 +51,7 @@ def build_branch_norm(norm_cfg: Optional[dict], channels: int) -> _BatchNorm:
             'without running statistics its function depends on the batch '
             '(track_running_stats=False)'
         )
-    elif type(norm).forward not in KNOWN_FORWARDS:
+    elif not is_known(norm):
         reason = f'{type(norm).__name__} overrides forward()'
     if reason:
         raise ValueError(
@@ -126,7 +124,7 @@ def update_running_stats(norm: _BatchNorm, stats: BatchStats) -> None:
         norm: A norm in training mode.
         stats: Of what it reads.
     """
-    if is_recomputing():
+    if is_recomputing() or not norm.track_running_stats:
         return
     norm.num_batches_tracked.add_(1)
     momentum = norm.momentum
@@ -150,10 +148,21 @@ def border_value(norm: _BatchNorm, mean: Callable[[], Tensor]) -> Tensor:
 
     Returns:
         Tensor: Shape (channels,).
+
+    Raises:
+        ValueError: If the norm has no running statistics.
     """
+    if norm.running_mean is None:
+        raise ValueError(
+            'the border between two convolutions is padded from running '
+            'statistics, and a norm inside the block has lost them: '
+            f'{norm}'
+        )
     with torch.no_grad():
         value = norm_scale_shift(norm).shift
-        return from_forward(mean, value) if norm.training else value
+        if not norm.training:
+            return value
+        return from_forward(mean, value, norm.running_mean)
 
 
 def mean_of(x: Tensor) -> Tensor:

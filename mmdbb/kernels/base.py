@@ -39,7 +39,7 @@ class GeneratedKernel(nn.Module):
                 or not self._composes_again
             ):
                 return self.compose()
-            return again(self.compose, module=self)
+            return again(lambda kernel: kernel.compose(), module=self)
 
     def compose(self) -> Tensor:
         """The kernel."""

@@ -22,6 +22,7 @@ GEOMETRIES = dict(
     collapsed=(dict(in_channels=4, out_channels=4), (12, 13)),
     small=(dict(in_channels=6, out_channels=8), (4, 5)),
     depthwise=(dict(in_channels=4, out_channels=4, groups=4), (9, 10)),
+    tiny=(dict(in_channels=5, out_channels=5, groups=5), (2, 3)),
     widening=(dict(in_channels=2, out_channels=16), (9, 8)),
 )
 
@@ -125,6 +126,61 @@ def checkpointed_views(reentrant):
         return state(net, *outputs, *(x.grad for x in views))
 
     return run
+
+
+def first_of_two(reentrant):
+    """Two checkpointed passes of one batch, of which one has a gradient."""
+
+    def run(net, geometry):
+        x = images(geometry).requires_grad_()
+        y, _ = (checkpoint(net, x, use_reentrant=reentrant) for _ in range(2))
+        loss_of(y).backward()
+        return state(net, y, x.grad)
+
+    return run
+
+
+def twice_in_a_segment(reentrant):
+    def run(net, geometry):
+        x = images(geometry).requires_grad_()
+
+        def segment(x):
+            return net(x) - 2 * net(x).square()
+
+        y = checkpoint(segment, x, use_reentrant=reentrant)
+        loss_of(y).backward()
+        return state(net, y, x.grad)
+
+    return run
+
+
+def nested_checkpoints(reentrant):
+    def run(net, geometry):
+        x = images(geometry).requires_grad_()
+
+        def inner(x):
+            return checkpoint(net, x, use_reentrant=reentrant)
+
+        def segment(x):
+            return inner(x) - 2 * inner(x).square()
+
+        y = checkpoint(segment, x, use_reentrant=reentrant)
+        loss_of(y).backward()
+        return state(net, y, x.grad)
+
+    return run
+
+
+def without_statistics(net, geometry):
+    """Norms that keep theirs for a while, as for virtual adversaries."""
+    norms = [m for m in net.modules() if hasattr(m, 'track_running_stats')]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        return one_pass(net, geometry)
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
 
 
 def hessian_vector(net, geometry):
@@ -264,6 +320,13 @@ TRAINING = dict(
     checkpointed_reentrant=checkpointed(True),
     checkpointed_views=checkpointed_views(False),
     checkpointed_views_reentrant=checkpointed_views(True),
+    first_of_two=first_of_two(False),
+    first_of_two_reentrant=first_of_two(True),
+    twice_in_a_segment=twice_in_a_segment(False),
+    twice_in_a_segment_reentrant=twice_in_a_segment(True),
+    nested_checkpoints=nested_checkpoints(False),
+    nested_checkpoints_reentrant=nested_checkpoints(True),
+    without_statistics=without_statistics,
     hessian_vector=hessian_vector,
     vector_hessian=vector_hessian,
     gradient_penalty=gradient_penalty,

@@ -1,6 +1,8 @@
 """What acts on a block from outside: hooks, masks, attributes set later."""
 
 import copy
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -94,6 +96,114 @@ def test_a_forward_put_in_place_of_a_layers_own_is_refused():
     assert distance(block(x), twin.forward_branches(x)) < EXACT
     with pytest.raises(ValueError, match='1x1.conv has a hook, or a forward'):
         block.to_conv()
+
+
+class CentredConv(nn.Conv2d):
+    """A layer whose forward uses its weight in a way of its own."""
+
+    def forward(self, x):
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return self._conv_forward(x, weight, self.bias)
+
+
+class DoublingNorm(nn.BatchNorm2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('groups', [1, 6])
+@pytest.mark.parametrize('name', BLOCKS)
+def test_layers_with_a_forward_of_their_own(name, groups, training):
+    """Replaced after construction, as for quantization or low rank."""
+    block = randomize(BLOCKS[name](6, 6, 3, padding=1, groups=groups))
+    block = block.double().train(training)
+    changed = False
+    for layer in block.modules():
+        if type(layer) is nn.Conv2d:
+            layer.__class__, changed = CentredConv, True
+        elif type(layer) is nn.BatchNorm2d and not changed:
+            layer.__class__, changed = DoublingNorm, True
+    twin = copy.deepcopy(block)
+    x = image(2, 6, 9, 10).requires_grad_()
+    y = image(2, 6, 9, 10).requires_grad_()
+    a, b = block(x), twin.forward_branches(y)
+    a.square().sum().backward(), b.square().sum().backward()
+    assert distance(a, b) < EXACT
+    assert distance(x.grad, y.grad) < EXACT
+    with torch.no_grad():
+        assert distance(block(x), twin.forward_branches(x)) < EXACT
+    if changed:
+        with pytest.raises(ValueError, match='or a forward of its own'):
+            block.to_conv()
+
+
+@pytest.mark.parametrize('grad', [True, False])
+def test_a_norm_taken_out_leaves_the_input_alone(grad):
+    block = BLOCKS['RepVGGConv'](6, 6, 3, padding=1)
+    block.branches['identity'].norm = nn.Identity()
+    x = torch.rand(2, 6, 9, 10, requires_grad=grad)
+    before = x.detach().clone()
+    twin = copy.deepcopy(block)
+    assert torch.equal(block(x), twin.forward_branches(x))
+    assert torch.equal(x, before)
+
+
+def test_a_norm_without_statistics():
+    """As torch.func's replacement for batch norms leaves it."""
+    for name in ('RepVGGConv', 'DBB'):
+        block = BLOCKS[name](6, 6, 3, padding=1)
+        for norm in block.modules():
+            if isinstance(norm, nn.BatchNorm2d):
+                norm.running_mean = norm.running_var = None
+                norm.track_running_stats = False
+        x = torch.rand(2, 6, 9, 10)
+        if name == 'DBB':
+            with pytest.raises(ValueError, match='has lost them'):
+                block(x)
+        else:
+            assert torch.equal(block(x), block.forward_branches(x))
+
+
+def test_other_threads_never_see_a_block_change():
+    """Whatever composes or computes again does so on a twin."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(10):
+            half = DBB(8, 8, 3, padding=1).bfloat16().eval()
+            trained = DBB(8, 8, 3, padding=1, groups=8)
+            x = torch.rand(2, 8, 12, 13)
+
+            def evaluate(half=half, x=x):
+                with torch.no_grad():
+                    return half(x.bfloat16()).dtype
+
+            def train(trained=trained, x=x):
+                trained(x).square().sum().backward()
+                return all(
+                    type(p) is nn.Parameter for p in trained.parameters()
+                )
+
+            with ThreadPoolExecutor(6) as pool:
+                runs = [pool.submit(evaluate) for _ in range(4)]
+                steps = [pool.submit(train) for _ in range(4)]
+            assert {run.result() for run in runs} == {torch.bfloat16}
+            assert all(step.result() for step in steps)
+            assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+            assert all(p.grad is not None for p in trained.parameters())
+    finally:
+        sys.setswitchinterval(before)
+
+
+def test_a_pruned_bias_of_the_block_itself():
+    block = randomize(OREPAConv(4, 6, 3)).eval()
+    prune.l1_unstructured(block, 'bias', 2)
+    with torch.no_grad():
+        block.bias_orig.add_(1)
+    x = image(2, 4, 6, 7, dtype=torch.float32)
+    merged = reparameterize(nn.Sequential(block))(x)
+    assert distance(merged, block(x)) < 1e-5
 
 
 @pytest.mark.parametrize('inplace', [True, False])
