@@ -17,7 +17,8 @@ ROOT = Path(mmdbb.__file__).parent
 #: somewhere here.
 LAYERS = (
     ('version', 'errors', 'registry', 'hosts'),
-    ('modules', 'recompute'),
+    ('modules',),
+    ('recompute',),
     ('geometry',),
     ('transforms',),
     ('kernels',),

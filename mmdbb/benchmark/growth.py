@@ -34,9 +34,9 @@ class Point(NamedTuple):
 
 #: What the curves vary, and the values of what they do not.
 AXES = dict(
-    batch=(4, 8, 16, 32),
-    width=(32, 64, 128, 256),
-    resolution=(14, 28, 56, 112),
+    batch=(1, 2, 4, 8, 16, 32),
+    width=(32, 64, 128, 256, 512),
+    resolution=(4, 7, 14, 28, 56, 112),
 )
 BASE = dict(batch=16, width=64, resolution=28)
 

@@ -185,12 +185,12 @@ def _is_small(spec: ConvSpec, pixels: int) -> bool:
     """Whether a batch costs so little that nothing can be saved.
 
     What the fast way adds to a step, statistics and kernels, does not grow
-    with the batch. Measured: ``--sweep`` of tools/benchmark.py.
+    with the batch. Measured by ``--plot`` of tools/benchmark.py.
     """
     if spec.is_depthwise:
         return pixels * spec.in_channels < 25_000
     work = pixels * spec.in_channels * spec.out_channels // spec.groups
-    return pixels < 700 or work < 12_000_000
+    return pixels < 350 or work < 20_000_000
 
 
 def _batch_pixels(spec: ConvSpec, x: Tensor) -> int:

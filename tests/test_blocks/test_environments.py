@@ -210,3 +210,69 @@ def test_sync_bn_in_eval_mode_is_one_convolution():
     found = counter.get_flop_counts()['Global']
     assert sum(found.values()) == 2 * 2 * 4 * 4 * 9 * 4 * 5
     assert distance(y, block.forward_branches(image(2, 4, 6, 7))) < EXACT
+
+
+SHARDED = """
+import copy, json, sys, torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from helpers import every_batch_is_large, image, randomize
+from mmdbb.blocks.build import registered_blocks
+from mmdbb.reparam import literal_forward
+
+rank = int(sys.argv[1])
+dist.init_process_group(
+    'gloo', init_method=f'file://{sys.argv[2]}', rank=rank, world_size=2)
+mesh = init_device_mesh('cpu', (2,))
+torch.manual_seed(0)
+blocks = [
+    block(4, 4, 3, padding=1, groups=groups)
+    for block in registered_blocks().values() for groups in (1, 4)]
+model = randomize(nn.Sequential(*blocks)).double()
+batches = [image(3, 4, 12, 13, seed=seed) for seed in (0, 1)]
+
+
+def backward(net, x):
+    y = net(x)
+    (y * image(*y.shape, seed=9)).sum().backward()
+
+
+each = []
+for x in batches:
+    alone = copy.deepcopy(model)
+    with literal_forward(alone):
+        backward(alone, x)
+    each.append([p.grad for p in alone.parameters()])
+expected = [(a + b) / 2 for a, b in zip(*each)]
+scale = max(g.abs().max() for g in expected)
+apart = {}
+with every_batch_is_large():
+    for kind in ('root', 'blocks', 'static graph'):
+        net = copy.deepcopy(model)
+        if kind == 'static graph':
+            net = DistributedDataParallel(net, static_graph=True)
+        else:
+            for block in net if kind == 'blocks' else ():
+                fully_shard(block, mesh=mesh)
+            fully_shard(net, mesh=mesh)
+        backward(net, batches[rank])
+        found = [getattr(p.grad, 'full_tensor', lambda g=p.grad: g)()
+                 for p in net.parameters()]
+        apart[kind] = max(
+            ((a - b).abs().max() / scale).item()
+            for a, b in zip(found, expected))
+if rank == 0:
+    print(json.dumps(apart))
+dist.destroy_process_group()
+"""
+
+
+def test_sharded_and_static_in_two_processes(tmp_path):
+    """FSDP2 with and without each block sharded, DDP with a static graph."""
+    pytest.importorskip('torch.distributed.fsdp', reason='needs FSDP2')
+    found = in_two_processes(SHARDED, tmp_path)
+    assert found.keys() == {'root', 'blocks', 'static graph'}
+    assert max(found.values()) < EXACT, found
