@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, OrderedDict
-from typing import Any, Callable, Dict, List, NamedTuple, Union
+from typing import Any, Callable, Dict, List, NamedTuple, Tuple, Union
 
 import numpy as np
 import torch
@@ -115,8 +115,9 @@ class Values:
         self._storage = storage
         self._budget = budget
         self._depth = 0
-        #: By identity: entries that are one tensor stay one.
-        self._tensors: Dict[int, Any] = {}
+        #: By identity: entries that are one tensor stay one. The call is
+        #: held, for as soon as it is gone another may have its identity.
+        self._tensors: Dict[int, Tuple[Call, Tensor]] = {}
 
     def make(self, said: Any) -> Any:
         """The value of a description.
@@ -172,8 +173,10 @@ class Values:
                 return _UNREAD[name](call)
             raise NotAllowed(call.name)
         if id(call) in self._tensors:
-            self._budget.take(0)
-            return self._tensors[id(call)]
+            made = self._tensors[id(call)][1]
+            # Whoever looks at all entries looks at it as often.
+            self._budget.take(made.numel() * made.element_size())
+            return made
         try:
             made = maker(self, call, *call.arguments)
         except (NotAllowed, DamagedValue):
@@ -181,7 +184,7 @@ class Values:
         except (TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise DamagedValue(f'{name} of another form') from error
         if isinstance(made, Tensor):
-            self._tensors[id(call)] = made
+            self._tensors[id(call)] = call, made
         return made
 
     # Containers and text
@@ -316,10 +319,13 @@ class Values:
         """A tensor with attributes, which are left out."""
         if _of(Name, kind).text not in _TENSORS:
             raise NotAllowed(kind.text)
-        inner = Call(_of(Name, function).text, _of(tuple, arguments))
-        if _common(inner.name) not in _REBUILDERS:
-            raise NotAllowed(inner.name)
-        return self.make(inner)
+        name = _of(Name, function).text
+        rebuild = _REBUILDERS.get(_common(name))
+        if rebuild is None:
+            raise NotAllowed(name)
+        # Not by a call of its own: what is made is known by the identity of
+        # its call, which another would have once this one is gone.
+        return rebuild(self, call, *_of(tuple, arguments))
 
     # numpy
 

@@ -598,3 +598,20 @@ def test_few_bytes_cannot_become_many_values(tmp_path):
 def test_keys_that_would_fall_in_one_place(tmp_path):
     many = {i * (2**61 - 1): i for i in range(1000)}
     refused(tmp_path / 'a.pth', pickle.dumps(many, 2), 'a key of type int')
+
+
+@pytest.mark.parametrize('kind', [torch.clone, torch.nn.Parameter])
+@pytest.mark.parametrize('legacy', [True, False])
+def test_tensors_with_attributes_of_python(tmp_path, kind, legacy):
+    state = {f'w{i}': kind(torch.full((3,), float(i))) for i in range(50)}
+    for value in state.values():
+        value.note = 'averaged'
+    state['tied'] = state['w7']
+    torch.save(
+        dict(state_dict=state),
+        tmp_path / 'a.pth',
+        _use_new_zipfile_serialization=not legacy,
+    )
+    found = read_content(str(tmp_path / 'a.pth'))['state_dict']
+    assert same(found, state)
+    assert found['tied'] is found['w7']
