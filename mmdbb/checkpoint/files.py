@@ -6,9 +6,12 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+import warnings
+import zipfile
 from typing import Dict, List, Optional
 
 import torch
+from mmengine.utils import digit_version
 from torch import Tensor, nn
 
 from mmdbb.checkpoint.atomic import all_or_nothing as all_or_nothing
@@ -26,6 +29,9 @@ from mmdbb.checkpoint.sources import (
 from mmdbb.checkpoint.torch_files import read_torch
 from mmdbb.checkpoint.values import NotAllowed
 from mmdbb.errors import UserError
+
+#: From here on ``weights_only=True`` runs no code (CVE-2025-32434).
+_CAREFUL = digit_version('2.6.0')
 
 
 def read_checkpoint(
@@ -155,6 +161,66 @@ def in_mmengine_form(
         meta=meta if isinstance(meta, dict) else {},
         weights=str(weights),
     )
+
+
+def compare_with_torch(
+    state: Dict[str, Tensor], path: str, ema: Optional[bool] = None
+) -> bool:
+    """Compare weights with what torch's own careful reader makes of a file.
+
+    A second read by the same reader would make the same mistakes.
+
+    Args:
+        state: The weights, as :func:`read_checkpoint` took them.
+        path: The file that they were read from.
+        ema: As of :func:`read_checkpoint`.
+
+    Returns:
+        bool: Whether torch was asked: it refuses what mmengine writes beside
+        weights, and before 2.6 can be made to run code.
+
+    Raises:
+        UserError: If a name, a type, a shape or a number differs.
+    """
+    if digit_version(torch.__version__) < _CAREFUL or is_safetensors(path):
+        return False
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # of old forms
+            content = torch.load(
+                path,
+                map_location='cpu',
+                weights_only=True,
+                mmap=_can_be_mapped(path),
+            )
+    except Exception:  # of whatever kind: it says nothing about the weights
+        return False
+    theirs = choose_weights(content, path, ema).state
+    different = [
+        name
+        for name in {**state, **theirs}
+        if name not in state
+        or name not in theirs
+        or state[name].dtype is not theirs[name].dtype
+        or not torch.equal(state[name], theirs[name])
+    ]
+    if different:
+        raise UserError(
+            f'{path} is read in two ways, by mmdbb and by torch, which differ '
+            f'in {some(different)}; nothing written; please report it'
+        )
+    return True
+
+
+def _can_be_mapped(path: str) -> bool:
+    """Whether all numbers stand in the file as they are in memory."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return all(
+            info.compress_type == zipfile.ZIP_STORED
+            for info in archive.infolist()
+        )
 
 
 def describe_misfit(
