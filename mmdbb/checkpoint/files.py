@@ -35,7 +35,7 @@ _CAREFUL = digit_version('2.6.0')
 
 
 def read_checkpoint(
-    path: str, ema: Optional[bool] = None, unsafe: bool = False
+    path: str, ema: Optional[bool] = None, unsafe: Optional[bool] = None
 ) -> dict:
     """Read a checkpoint without running any code from it.
 
@@ -45,7 +45,8 @@ def read_checkpoint(
         ema: True for averaged weights, False for those that training goes on
             with; None for the averaged ones if the file has any.
         unsafe: Whether to run what code the file holds, for a file that you
-            trust as you trust a program.
+            trust as you trust a program. False if that was not asked for
+            but could be; None if whoever calls has no such option.
 
     Returns:
         dict: With at least ``state_dict`` (names to tensors on the CPU),
@@ -87,7 +88,7 @@ def check_regular(path: str, what: str) -> int:
     return found.st_size
 
 
-def read_content(path: str, unsafe: bool = False) -> object:
+def read_content(path: str, unsafe: Optional[bool] = None) -> object:
     """All that a checkpoint file holds, as data.
 
     Args:
@@ -106,16 +107,21 @@ def read_content(path: str, unsafe: bool = False) -> object:
     return content
 
 
-def _read_torch(path: str, unsafe: bool) -> object:
+def _read_torch(path: str, unsafe: Optional[bool]) -> object:
     try:
         if unsafe:
             return torch.load(path, map_location='cpu', weights_only=False)
         return read_torch(path)
     except NotAllowed as error:
+        advice = (
+            'save it again without that entry, by the program that wrote it'
+            if unsafe is None
+            else '--unsafe-load reads it, but runs any code in it: only for '
+            'files that you trust'
+        )
         raise UserError(
             f'cannot read {path}: it holds {error}, which is not '
-            'allowed in a checkpoint; --unsafe-load reads it, but runs '
-            'any code in it: only for files that you trust'
+            f'allowed in a checkpoint; {advice}'
         ) from error
     except Exception as error:
         # A file can be damaged in as many ways as there are to read it.

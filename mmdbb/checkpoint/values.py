@@ -2,7 +2,8 @@
 """What a checkpoint may hold, made of what its pickle says.
 
 The list below is all that is ever made: tensors, numbers and their arrays,
-containers, and mmengine's ``HistoryBuffer`` with its own four statistics.
+containers, mmengine's ``HistoryBuffer`` with its own four statistics, and the
+two functions that its ``OneCycleLR`` keeps.
 Each entry checks the form in which torch, numpy and mmengine pickle such a
 value; whatever else is asked for is refused by its name.
 """
@@ -16,6 +17,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Tuple, Union
 import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer
+from mmengine.optim.scheduler.param_scheduler import OneCycleParamScheduler
 from torch import Tensor
 
 from mmdbb.checkpoint.pickled import Call, Items, Name, Outside
@@ -46,6 +48,15 @@ STORAGES = {
 #: numpy's codes of plain numbers, without the order of their bytes.
 NUMBERS = ('f2 f4 f8 i1 i2 i4 i8 u1 u2 u4 u8 b1').split()
 _HISTORY_BUFFER = 'mmengine.logging.history_buffer.HistoryBuffer'
+#: Whose functions stand in a checkpoint, and which: statistics, and what
+#: OneCycleLR anneals by, of which each scheduler keeps one.
+_FUNCTIONS = {
+    _HISTORY_BUFFER: (HistoryBuffer, STATISTICS),
+    'mmengine.optim.scheduler.param_scheduler.OneCycleParamScheduler': (
+        OneCycleParamScheduler,
+        ('_annealing_cos', '_annealing_linear'),
+    ),
+}
 #: How deep containers may stand in each other.
 DEPTH = 64
 _SIZE = 2**63
@@ -394,9 +405,11 @@ class Values:
         made._log_history, made._count_history = logs, counts
         return made
 
-    def _statistics(self, call: Call, owner: Any, name: Any) -> Callable:
-        if owner == Name(_HISTORY_BUFFER) and name in STATISTICS:
-            return getattr(HistoryBuffer, name)
+    def _function(self, call: Call, owner: Any, name: Any) -> Callable:
+        if type(owner) is Name and type(name) is str:
+            kind, names = _FUNCTIONS.get(owner.text, (None, ()))
+            if name in names:
+                return getattr(kind, name)
         raise NotAllowed(f'attribute {name!r} of {_short(owner)}')
 
 
@@ -424,7 +437,7 @@ _MAKERS: Dict[str, Callable] = {
     'numpy._core.multiarray._reconstruct': Values._array,
     'numpy._core.multiarray.scalar': Values._scalar,
     _HISTORY_BUFFER: Values._history,
-    'builtins.getattr': Values._statistics,
+    'builtins.getattr': Values._function,
 }
 _TENSORS = ('torch.Tensor', 'torch.nn.parameter.Parameter')
 #: Tensors that are not read, and what to call them.

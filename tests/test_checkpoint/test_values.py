@@ -8,12 +8,14 @@ import sys
 import warnings
 import zipfile
 
+import mmengine.optim
 import numpy as np
 import pytest
 import torch
 from mmengine.evaluator import BaseMetric
 from mmengine.logging import HistoryBuffer
 from mmengine.model import BaseModel
+from mmengine.optim.scheduler.param_scheduler import OneCycleParamScheduler
 from mmengine.runner import CheckpointLoader, Runner
 
 from mmdbb.checkpoint.files import read_content
@@ -615,3 +617,61 @@ def test_tensors_with_attributes_of_python(tmp_path, kind, legacy):
     found = read_content(str(tmp_path / 'a.pth'))['state_dict']
     assert same(found, state)
     assert found['tied'] is found['w7']
+
+
+def scheduled(kind, optimizer):
+    arguments = dict(
+        CosineAnnealing=dict(T_max=5),
+        CosineRestart=dict(periods=[2, 3], restart_weights=[1, 0.5]),
+        Exponential=dict(gamma=0.9),
+        MultiStep=dict(milestones=[1]),
+        OneCycle=dict(eta_max=1, total_steps=9),
+        ReduceOnPlateau=dict(monitor='loss', rule='less'),
+        Step=dict(step_size=1),
+    )
+    name = kind.__name__.replace('LR', '').replace('Momentum', '')
+    more = dict(eta_min=0) if name == 'CosineRestart' else {}
+    return kind(optimizer, **arguments.get(name, {}), **more)
+
+
+@pytest.mark.parametrize(
+    'name',
+    [
+        name
+        for name in dir(mmengine.optim)
+        if name.endswith(('LR', 'Momentum'))
+    ],
+)
+def test_schedulers_of_mmengine(tmp_path, name):
+    layer = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
+    state = scheduled(getattr(mmengine.optim, name), optimizer).state_dict()
+    torch.save(dict(param_schedulers=[state]), tmp_path / 'a.pth')
+    (found,) = read_content(str(tmp_path / 'a.pth'))['param_schedulers']
+    assert same(found, state)
+
+
+@pytest.mark.parametrize('strategy', ['cos', 'linear'])
+def test_functions_of_one_cycle_are_mmengines_own(tmp_path, strategy):
+    optimizer = torch.optim.SGD(torch.nn.Linear(1, 1).parameters(), lr=0.1)
+    one_cycle = mmengine.optim.OneCycleLR(
+        optimizer, eta_max=1, total_steps=9, anneal_strategy=strategy
+    )
+    state = one_cycle.state_dict()
+    torch.save(state, tmp_path / 'a.pth')
+    found = read_content(str(tmp_path / 'a.pth'))['anneal_func']
+    assert found is getattr(OneCycleParamScheduler, f'_annealing_{strategy}')
+
+
+@pytest.mark.parametrize('name', ['__init__', 'step', 'build_iter_from_epoch'])
+def test_other_functions_of_one_cycle_are_refused(tmp_path, name):
+    pickled = calling(getattr, OneCycleParamScheduler, name)
+    refused(tmp_path / 'a.pth', pickled, name)
+
+
+def test_advice_is_one_that_can_be_followed(tmp_path):
+    path = saved(tmp_path / 'a.pth', calling(os.mkdir, 'x'))
+    with pytest.raises(UserError, match='save it again without that entry'):
+        CheckpointLoader.load_checkpoint(path)
+    with pytest.raises(UserError, match='--unsafe-load reads it'):
+        read_content(path, unsafe=False)
