@@ -28,7 +28,7 @@ from mmdbb.checkpoint.sources import (
 )
 from mmdbb.checkpoint.torch_files import read_torch
 from mmdbb.checkpoint.values import NotAllowed
-from mmdbb.errors import UserError
+from mmdbb.errors import MissingFile, UserError
 
 #: From here on ``weights_only=True`` runs no code (CVE-2025-32434).
 _CAREFUL = digit_version('2.6.0')
@@ -69,16 +69,16 @@ def check_regular(path: str, what: str) -> int:
         what: What it should be, for messages.
 
     Raises:
-        UserError: If there is none, or it is something else.
+        UserError: If there is none, or it is something else; if there is
+            none, it is a FileNotFoundError too.
     """
     try:
         found = os.stat(path)
     except (OSError, ValueError) as error:  # a name with a NUL
         reason = getattr(error, 'strerror', None) or error
-        known = isinstance(error, FileNotFoundError)
-        raise UserError(
-            f'{what} not found: {path}' + ('' if known else f' ({reason})')
-        ) from error
+        if isinstance(error, FileNotFoundError):
+            raise MissingFile(f'{what} not found: {path}') from error
+        raise UserError(f'{what} not found: {path} ({reason})') from error
     if stat.S_ISDIR(found.st_mode):
         raise UserError(f'{what} is a folder, not a file: {path}')
     if not stat.S_ISREG(found.st_mode):

@@ -45,6 +45,17 @@ STORAGES = {
     'QUInt4x2Storage': torch.uint8,
     'QUInt2x4Storage': torch.uint8,
 }
+#: The types of numbers that a tensor may be of. Others are parts of bytes or
+#: stand for numbers that are not there, and few operations take them.
+DTYPES = {
+    getattr(torch, name)
+    for name in (
+        'float64 float32 float16 bfloat16 float8_e4m3fn float8_e4m3fnuz '
+        'float8_e5m2 float8_e5m2fnuz float8_e8m0fnu complex128 complex64 '
+        'complex32 int64 int32 int16 int8 uint64 uint32 uint16 uint8 bool'
+    ).split()
+    if hasattr(torch, name)  # by the torch that is installed
+}
 #: numpy's codes of plain numbers, without the order of their bytes.
 NUMBERS = ('f2 f4 f8 i1 i2 i4 i8 u1 u2 u4 u8 b1').split()
 _HISTORY_BUFFER = 'mmengine.logging.history_buffer.HistoryBuffer'
@@ -57,6 +68,10 @@ _FUNCTIONS = {
         ('_annealing_cos', '_annealing_linear'),
     ),
 }
+#: How many keys of a file may be whole numbers of more than 64 bits, and
+#: tuples; and how long these.
+ODD_KEYS = {int: 512, tuple: 4096}
+LONGEST_KEY = 8
 #: How deep containers may stand in each other.
 DEPTH = 64
 _SIZE = 2**63
@@ -129,6 +144,7 @@ class Values:
         #: By identity: entries that are one tensor stay one. The call is
         #: held, for as soon as it is gone another may have its identity.
         self._tensors: Dict[int, Tuple[Call, Tensor]] = {}
+        self._keys = dict(ODD_KEYS)
 
     def make(self, said: Any) -> Any:
         """The value of a description.
@@ -170,11 +186,19 @@ class Values:
 
     def _key(self, said: Any) -> Any:
         key = self.make(said)
-        # Larger numbers could be chosen so that all fall in one place.
-        whole = type(key) is int and -_SIZE <= key < _SIZE
-        if whole or type(key) in (str, float, bool, type(None)):
+        kind = type(key)
+        if _is_spread(key):
             return key
-        raise DamagedValue(f'a key of type {type(key).__name__}')
+        plain = kind is int or (
+            kind is tuple
+            and len(key) <= LONGEST_KEY
+            and all(type(k) is int or _is_spread(k) for k in key)
+        )
+        # These could be chosen so that all fall in one place.
+        if plain and self._keys[kind]:
+            self._keys[kind] -= 1
+            return key
+        raise DamagedValue(f'a key of type {kind.__name__}')
 
     def _call(self, call: Call) -> Any:
         name = _common(call.name)
@@ -209,10 +233,14 @@ class Values:
         if type(state) is Items:
             # The versions of layers, by which torch knows old entries.
             versions = self._dict(state).get('_metadata')
-            if isinstance(versions, dict) and all(
-                isinstance(version, dict) for version in versions.values()
-            ):
-                made._metadata = versions
+            if isinstance(versions, dict):
+                made._metadata = {
+                    layer: dict(version=noted['version'])
+                    for layer, noted in versions.items()
+                    if type(layer) is str
+                    and isinstance(noted, dict)
+                    and type(noted.get('version')) is int
+                }
         return made
 
     def _counter(self, call: Call, items: Any = ()) -> Counter:
@@ -242,10 +270,12 @@ class Values:
     def _torch_size(self, call: Call, size: Any) -> torch.Size:
         return torch.Size(_sizes(size))
 
-    def _device(self, call: Call, kind: Any, index: Any = None) -> str:
-        # A name is enough: nothing is put on a device while reading.
+    def _device(
+        self, call: Call, kind: Any, index: Any = None
+    ) -> torch.device:
+        # Named only: nothing is put on a device while reading.
         where = '' if index is None else f':{_of(int, index)}'
-        return f'{_of(str, kind)}{where}'
+        return torch.device(f'{_of(str, kind)}{where}')
 
     # Tensors
 
@@ -266,12 +296,10 @@ class Values:
         stride: Any,
         *rest: Any,
     ) -> Union[Tensor, Unread]:
-        # Of what follows only the last may change numbers: views that are
-        # read as conjugated or negated.
-        if len(rest) > 2 and rest[2]:
-            raise DamagedValue('a tensor that is conjugated or negated')
-        return self._strided(
-            self._outside(_of(Outside, said)), offset, size, stride
+        flat = self._outside(_of(Outside, said))
+        # Of what follows only the last changes numbers.
+        return self._flagged(
+            self._strided(flat, offset, size, stride), *rest[2:]
         )
 
     def _tensor_3(
@@ -286,13 +314,36 @@ class Values:
         dtype: Any,
         *rest: Any,
     ) -> Union[Tensor, Unread]:
-        if rest and rest[0]:
-            raise DamagedValue('a tensor that is conjugated or negated')
         dtype = _dtype(_of(Name, dtype))
         flat = self._outside(_of(Outside, said))
         if flat.dtype is not torch.uint8:
             raise DamagedValue('numbers of another type than their storage')
-        return self._strided(flat.view(dtype), offset, size, stride)
+        if dtype not in DTYPES:
+            return Unread(f'of type {str(dtype).rpartition(".")[2]}')
+        return self._flagged(
+            self._strided(flat.view(dtype), offset, size, stride), *rest
+        )
+
+    def _flagged(
+        self, value: Union[Tensor, Unread], flags: Any = None, *rest: Any
+    ) -> Union[Tensor, Unread]:
+        """Views that are read as conjugated or negated, as such numbers."""
+        if rest or flags is None or isinstance(value, Unread):
+            if rest:
+                raise DamagedValue('a tensor of another form')
+            return value
+        for flag, on in _of(Items, flags):
+            if flag not in ('conj', 'neg') or type(on) is not bool:
+                raise DamagedValue('a tensor of another form')
+            if on:
+                self._budget.take(value.numel() * value.element_size())
+                if flag == 'neg':
+                    value = value.neg()
+                elif value.is_complex():
+                    value = value.conj_physical()
+                else:
+                    raise DamagedValue('a conjugated tensor of real numbers')
+        return value
 
     def _strided(
         self, flat: Tensor, offset: Any, size: Any, stride: Any
@@ -464,6 +515,13 @@ def storage_dtype(said: Any) -> torch.dtype:
     if not name.startswith('torch.') or dtype is None:
         raise NotAllowed(name)
     return dtype
+
+
+def _is_spread(key: Any) -> bool:
+    """Whether few of such keys can be made to fall in one place."""
+    if type(key) is int:
+        return -_SIZE <= key < _SIZE
+    return type(key) in (str, bytes, float, bool, type(None))
 
 
 def _common(name: str) -> str:

@@ -19,6 +19,7 @@ from mmengine.optim.scheduler.param_scheduler import OneCycleParamScheduler
 from mmengine.runner import CheckpointLoader, Runner
 
 from mmdbb.checkpoint.files import read_content
+from mmdbb.checkpoint.host_loading import strict_loading
 from mmdbb.checkpoint.values import _MAKERS, NUMBERS, STATISTICS
 from mmdbb.errors import UserError
 
@@ -188,8 +189,130 @@ def test_what_is_downloaded_is_read_as_data(tmp_path, monkeypatch, scheme):
 )
 def test_mmengine_gets_no_weights_that_are_none(tmp_path, content, message):
     torch.save(content, tmp_path / 'a.pth')
-    with pytest.raises(UserError, match=f'a.pth .*{message}'):
+    with (
+        strict_loading(),  # as in each of mmdbb's own tools
+        pytest.raises(UserError, match=f'a.pth .*{message}'),
+    ):
         CheckpointLoader.load_checkpoint(str(tmp_path / 'a.pth'))
+
+
+def others():
+    weights = dict(w=torch.ones(3, 4), n=torch.tensor(3))
+    complex_ = torch.randn(3, dtype=torch.complex64)
+    states = {
+        'a mask': dict(mask=torch.full((3, 3), float('-inf')).triu(1)),
+        'no number': dict(w=torch.full((2,), float('nan'))),
+        'a state of its own': {'w': torch.ones(2), '_extra_state': dict(a=1)},
+        'nothing': dict(w=torch.ones(2), none=None),
+        'complex': dict(w=complex_),
+        'conjugated': dict(w=complex_.conj()),
+        'negated': dict(w=complex_.conj().imag),
+        'float8': dict(w=torch.randn(3).to(torch.float8_e4m3fn)),
+        'negative variance': {'running_var': -torch.ones(2)},
+    }
+    contents = {name: dict(state_dict=s) for name, s in states.items()}
+    contents.update(
+        {
+            f'{name}, bare': state
+            for name, state in states.items()
+            if name != 'nothing'
+        }
+    )
+    for name, more in {
+        'a model by name': dict(model='resnet50'),
+        'a model by config': dict(model=dict(type='ResNet')),
+        'a tuple as a key': dict(x={(1, 2): 3, (None, 'a'): 4}),
+        'bytes as a key': dict(x={b'a': 1}),
+        'a large key': dict(x={2**70: 1}),
+        'a device': dict(x=torch.device('cuda', 1)),
+    }.items():
+        contents[name] = dict(state_dict=weights, **more)
+    return contents
+
+
+@pytest.mark.parametrize('case', others())
+def test_mmengine_gets_what_torch_would_give_it(tmp_path, case):
+    path = str(tmp_path / 'a.pth')
+    torch.save(others()[case], path)
+    try:
+        expected = torch.load(path, weights_only=True)
+    except pickle.UnpicklingError:  # an older torch
+        expected = torch.load(path, weights_only=False)
+    found = CheckpointLoader.load_checkpoint(path, 'cpu')
+    assert found.keys() == expected.keys()
+    for key, value in found.get('state_dict', found).items():
+        theirs = expected.get('state_dict', expected)[key]
+        assert type(value) is type(theirs)
+        if isinstance(theirs, torch.Tensor):
+            assert value.dtype is theirs.dtype
+            kinds = value.resolve_conj(), theirs.resolve_conj()
+            ours, theirs = (v.resolve_neg().reshape(-1) for v in kinds)
+            assert torch.equal(
+                ours.view(torch.uint8), theirs.view(torch.uint8)
+            )
+        else:
+            assert value == theirs
+    for key in ('x', 'model'):
+        assert found.get(key) == expected.get(key)
+
+
+@pytest.mark.parametrize('content', [dict(state_dict=None), dict()])
+def test_mmengine_gets_no_tensor_that_was_not_read(tmp_path, content):
+    state = dict(w=torch.eye(3).to_sparse())
+    content = dict(content, state_dict=state) if content else state
+    torch.save(content, tmp_path / 'a.pth')
+    with pytest.raises(UserError, match='entries that are sparse: w'):
+        CheckpointLoader.load_checkpoint(str(tmp_path / 'a.pth'), 'cpu')
+
+
+@pytest.mark.parametrize(
+    'place', [{'cuda:0': 'cpu'}, lambda storage, where: storage, None, 'meta']
+)
+def test_places_of_all_kinds(tmp_path, place):
+    weight = torch.nn.Parameter(torch.ones(2))
+    content = dict(
+        state_dict=dict(a=weight, b=weight),
+        size=torch.Size([1, 2]),
+        all=[(weight,)],
+        quantized=torch.quantize_per_tensor(weight, 1, 0, torch.qint8),
+    )
+    torch.save(content, tmp_path / 'a.pth')
+    path = str(tmp_path / 'a.pth')
+    found = CheckpointLoader.load_checkpoint(path, place)
+    assert found['size'] == (1, 2) and found['state_dict']['a'].is_leaf
+    device = 'meta' if place == 'meta' else 'cpu'
+    assert found['all'][0][0].device.type == device
+    assert found['state_dict']['a'] is found['state_dict']['b']
+    assert type(found['state_dict']['a']) is torch.nn.Parameter
+
+
+def test_a_missing_file_is_what_python_calls_it(tmp_path):
+    for error in (UserError, FileNotFoundError):
+        with pytest.raises(error, match='checkpoint not found: .*a.pth'):
+            CheckpointLoader.load_checkpoint(str(tmp_path / 'a.pth'))
+
+
+def test_a_file_without_sums(tmp_path):
+    path = str(tmp_path / 'a.pth')
+    torch.save(dict(state_dict=dict(w=torch.ones(2))), tmp_path / 'b.pth')
+    with zipfile.ZipFile(tmp_path / 'b.pth') as archive:
+        infos = archive.infolist()
+        content = {info.filename: archive.read(info) for info in infos}
+    with zipfile.ZipFile(path, 'w') as archive:
+        for name, member in content.items():
+            archive.writestr(name, member)
+        for info in archive.infolist():
+            # What set_crc32_options(False) leaves.
+            info.CRC = 0
+    with pytest.warns(UserWarning, match='a.pth was written without checksum'):
+        found = read_content(path)
+    assert torch.equal(found['state_dict']['w'], torch.ones(2))
+    with zipfile.ZipFile(path, 'w') as archive:
+        for name, member in content.items():
+            archive.writestr(name, member)
+        archive.getinfo('b/data.pkl').CRC = 0
+    with pytest.raises(UserError, match='a.pth .*CRC'):
+        read_content(path)
 
 
 def test_resume_continues_the_history(work_dir):
