@@ -1,6 +1,7 @@
 """mmengine's own checkpoints are read as data; anything else is refused."""
 
 import collections
+import itertools
 import os
 import pickle
 import subprocess
@@ -18,9 +19,11 @@ from mmengine.model import BaseModel
 from mmengine.optim.scheduler.param_scheduler import OneCycleParamScheduler
 from mmengine.runner import CheckpointLoader, Runner
 
-from mmdbb.checkpoint.files import read_content
+from mmdbb.checkpoint import sources
+from mmdbb.checkpoint.files import read_checkpoint, read_content
 from mmdbb.checkpoint.host_loading import strict_loading
-from mmdbb.checkpoint.values import _MAKERS, NUMBERS, STATISTICS
+from mmdbb.checkpoint.sources import check_values
+from mmdbb.checkpoint.values import _MAKERS, DTYPES, NUMBERS, STATISTICS
 from mmdbb.errors import UserError
 
 pytestmark = pytest.mark.usefixtures('quiet')
@@ -798,3 +801,83 @@ def test_advice_is_one_that_can_be_followed(tmp_path):
         CheckpointLoader.load_checkpoint(path)
     with pytest.raises(UserError, match='--unsafe-load reads it'):
         read_content(path, unsafe=False)
+
+
+def rewritten(path, *changes):
+    """Replace bytes of the same length in the pickle of a torch file."""
+    with zipfile.ZipFile(path) as old:
+        members = {name: old.read(name) for name in old.namelist()}
+    with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as new:
+        for name, content in members.items():
+            for before, after in changes:
+                if name.endswith('data.pkl'):
+                    assert before in content
+                    content = content.replace(before, after)
+            new.writestr(name, content)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    'name', ['quint8', 'qint8', 'qint32', 'bits8', 'bits2x4', 'int4', 'uint3']
+)
+def test_numbers_in_which_nothing_is_computed(tmp_path, name):
+    if not hasattr(torch, name):
+        pytest.skip(f'this torch has no {name}')
+    state = dict(w=torch.arange(4).to(torch.float8_e5m2))
+    torch.save(dict(state_dict=state), tmp_path / 'a.pth')
+    path = rewritten(
+        tmp_path / 'a.pth',
+        (b'ctorch\nfloat8_e5m2\n', f'ctorch\n{name}\n'.encode()),
+    )
+    for read in (read_checkpoint, CheckpointLoader.load_checkpoint):
+        with pytest.raises(UserError, match=f'that are of type {name}: w'):
+            read(path)
+
+
+@pytest.mark.parametrize('name', sorted(map(str, DTYPES)))
+def test_numbers_of_all_types_are_the_same(tmp_path, name):
+    dtype = getattr(torch, name.partition('.')[2])
+    value = torch.arange(32, dtype=torch.uint8) % 2
+    torch.save(dict(w=value.view(dtype)), tmp_path / 'a.pth')
+    found = read_content(str(tmp_path / 'a.pth'))['w']
+    assert found.dtype is dtype
+    assert torch.equal(found.view(torch.uint8), value)
+
+
+def test_only_versions_of_layers_are_kept(tmp_path):
+    state = torch.nn.BatchNorm2d(2).state_dict()
+    state._metadata.update({'a': dict(version='2'), 3: dict(version=1)})
+    state._metadata.update(b=dict(version=2, more=[1]), c=dict())
+    torch.save(dict(state_dict=state), tmp_path / 'a.pth')
+    found = read_content(str(tmp_path / 'a.pth'))['state_dict']
+    assert found._metadata == {'': dict(version=2), 'b': dict(version=2)}
+
+
+@pytest.mark.parametrize('read', [read_checkpoint, read_content])
+def test_many_names_of_one_tensor(tmp_path, read):
+    large = torch.randn(1 << 20)
+    state = {f'w{i}.running_var': large for i in range(20_000)}
+    torch.save(dict(state_dict=state), tmp_path / 'a.pth')
+    with pytest.raises(UserError, match='too much for its size'):
+        read(str(tmp_path / 'a.pth'))
+
+
+def test_a_tensor_of_many_names_is_looked_at_once(monkeypatch):
+    looked_at = []
+    monkeypatch.setattr(
+        sources, '_all_finite', lambda value: looked_at.append(value) or True
+    )
+    tensor = torch.ones(3)
+    check_values({f'w{i}': tensor for i in range(100)}, 'a.pth')
+    assert len(looked_at) == 1
+
+
+def test_many_tuples_as_keys(tmp_path):
+    # -1 and -2 have one hash, and so have all of these.
+    many = {tup: 0 for tup in itertools.product((-1, -2), repeat=8)}
+    torch.save(many, tmp_path / 'a.pth')
+    assert read_content(str(tmp_path / 'a.pth')) == many
+    longer = {(*([0] * 8), 1): 0}
+    refused(tmp_path / 'b.pth', pickle.dumps(longer, 2), 'of type tuple')
+    many = {(i, i): 0 for i in range(5000)}
+    refused(tmp_path / 'c.pth', pickle.dumps(many, 2), 'of type tuple')
