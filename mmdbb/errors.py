@@ -12,6 +12,10 @@ class UserError(Exception):
     """
 
 
+class MissingFile(UserError, FileNotFoundError):
+    """There is no such file, for those as well who expect Python's error."""
+
+
 class Terminated(KeyboardInterrupt):
     """The process was asked to end by ``SIGTERM``; as Ctrl-C otherwise."""
 

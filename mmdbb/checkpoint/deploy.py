@@ -14,6 +14,7 @@ from mmdbb.checkpoint.export import Exported, export_network
 from mmdbb.checkpoint.export_formats import file_format
 from mmdbb.checkpoint.files import (
     all_or_nothing,
+    compare_with_torch,
     load_strictly,
     read_checkpoint,
 )
@@ -122,6 +123,7 @@ def deploy_checkpoint(
         load_strictly(network, exact, drafts[0], keep_dtype=True)
         if trained is None:
             state = read_checkpoint(checkpoint, ema)['state_dict']
+            compare_with_torch(state, checkpoint, ema)
             trained = trained_network(cfg, state, checkpoint)
             del state
         # What is composed in less has errors of the largest channel's size.

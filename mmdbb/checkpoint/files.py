@@ -6,9 +6,12 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+import warnings
+import zipfile
 from typing import Dict, List, Optional
 
 import torch
+from mmengine.utils import digit_version
 from torch import Tensor, nn
 
 from mmdbb.checkpoint.atomic import all_or_nothing as all_or_nothing
@@ -25,11 +28,14 @@ from mmdbb.checkpoint.sources import (
 )
 from mmdbb.checkpoint.torch_files import read_torch
 from mmdbb.checkpoint.values import NotAllowed
-from mmdbb.errors import UserError
+from mmdbb.errors import MissingFile, UserError
+
+#: From here on ``weights_only=True`` runs no code (CVE-2025-32434).
+_CAREFUL = digit_version('2.6.0')
 
 
 def read_checkpoint(
-    path: str, ema: Optional[bool] = None, unsafe: bool = False
+    path: str, ema: Optional[bool] = None, unsafe: Optional[bool] = None
 ) -> dict:
     """Read a checkpoint without running any code from it.
 
@@ -39,7 +45,8 @@ def read_checkpoint(
         ema: True for averaged weights, False for those that training goes on
             with; None for the averaged ones if the file has any.
         unsafe: Whether to run what code the file holds, for a file that you
-            trust as you trust a program.
+            trust as you trust a program. False if that was not asked for
+            but could be; None if whoever calls has no such option.
 
     Returns:
         dict: With at least ``state_dict`` (names to tensors on the CPU),
@@ -62,16 +69,16 @@ def check_regular(path: str, what: str) -> int:
         what: What it should be, for messages.
 
     Raises:
-        UserError: If there is none, or it is something else.
+        UserError: If there is none, or it is something else; if there is
+            none, it is a FileNotFoundError too.
     """
     try:
         found = os.stat(path)
     except (OSError, ValueError) as error:  # a name with a NUL
         reason = getattr(error, 'strerror', None) or error
-        known = isinstance(error, FileNotFoundError)
-        raise UserError(
-            f'{what} not found: {path}' + ('' if known else f' ({reason})')
-        ) from error
+        if isinstance(error, FileNotFoundError):
+            raise MissingFile(f'{what} not found: {path}') from error
+        raise UserError(f'{what} not found: {path} ({reason})') from error
     if stat.S_ISDIR(found.st_mode):
         raise UserError(f'{what} is a folder, not a file: {path}')
     if not stat.S_ISREG(found.st_mode):
@@ -81,7 +88,7 @@ def check_regular(path: str, what: str) -> int:
     return found.st_size
 
 
-def read_content(path: str, unsafe: bool = False) -> object:
+def read_content(path: str, unsafe: Optional[bool] = None) -> object:
     """All that a checkpoint file holds, as data.
 
     Args:
@@ -100,16 +107,21 @@ def read_content(path: str, unsafe: bool = False) -> object:
     return content
 
 
-def _read_torch(path: str, unsafe: bool) -> object:
+def _read_torch(path: str, unsafe: Optional[bool]) -> object:
     try:
         if unsafe:
             return torch.load(path, map_location='cpu', weights_only=False)
         return read_torch(path)
     except NotAllowed as error:
+        advice = (
+            'save it again without that entry, by the program that wrote it'
+            if unsafe is None
+            else '--unsafe-load reads it, but runs any code in it: only for '
+            'files that you trust'
+        )
         raise UserError(
             f'cannot read {path}: it holds {error}, which is not '
-            'allowed in a checkpoint; --unsafe-load reads it, but runs '
-            'any code in it: only for files that you trust'
+            f'allowed in a checkpoint; {advice}'
         ) from error
     except Exception as error:
         # A file can be damaged in as many ways as there are to read it.
@@ -155,6 +167,66 @@ def in_mmengine_form(
         meta=meta if isinstance(meta, dict) else {},
         weights=str(weights),
     )
+
+
+def compare_with_torch(
+    state: Dict[str, Tensor], path: str, ema: Optional[bool] = None
+) -> bool:
+    """Compare weights with what torch's own careful reader makes of a file.
+
+    A second read by the same reader would make the same mistakes.
+
+    Args:
+        state: The weights, as :func:`read_checkpoint` took them.
+        path: The file that they were read from.
+        ema: As of :func:`read_checkpoint`.
+
+    Returns:
+        bool: Whether torch was asked: it refuses what mmengine writes beside
+        weights, and before 2.6 can be made to run code.
+
+    Raises:
+        UserError: If a name, a type, a shape or a number differs.
+    """
+    if digit_version(torch.__version__) < _CAREFUL or is_safetensors(path):
+        return False
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # of old forms
+            content = torch.load(
+                path,
+                map_location='cpu',
+                weights_only=True,
+                mmap=_can_be_mapped(path),
+            )
+    except Exception:  # of whatever kind: it says nothing about the weights
+        return False
+    theirs = choose_weights(content, path, ema).state
+    different = [
+        name
+        for name in {**state, **theirs}
+        if name not in state
+        or name not in theirs
+        or state[name].dtype is not theirs[name].dtype
+        or not torch.equal(state[name], theirs[name])
+    ]
+    if different:
+        raise UserError(
+            f'{path} is read in two ways, by mmdbb and by torch, which differ '
+            f'in {some(different)}; nothing written; please report it'
+        )
+    return True
+
+
+def _can_be_mapped(path: str) -> bool:
+    """Whether all numbers stand in the file as they are in memory."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return all(
+            info.compress_type == zipfile.ZIP_STORED
+            for info in archive.infolist()
+        )
 
 
 def describe_misfit(

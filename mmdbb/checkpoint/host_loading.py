@@ -10,21 +10,25 @@ tool starts them. ``torch.load`` itself stays as it is.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import os
-from typing import Any, Callable, Iterator, Optional, Union
+from typing import Any, Callable, Dict, Iterator, Optional, Union
 from urllib.parse import urlparse
 
 import torch
 from mmengine.runner import CheckpointLoader
 from mmengine.runner import checkpoint as host
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmdbb.checkpoint.files import check_regular, read_content
-from mmdbb.checkpoint.sources import AVERAGED, TRAINED, check_values
+from mmdbb.checkpoint.sources import AVERAGED, TRAINED, check_values, shown
 from mmdbb.checkpoint.values import Unread
 from mmdbb.errors import UserError
 
-Place = Union[str, torch.device, Callable, None]
+Place = Union[str, torch.device, dict, Callable, None]
+#: Whether one of mmdbb's own tools is at work.
+_STRICT = contextvars.ContextVar('strict', default=False)
 
 
 def read_as_data() -> None:
@@ -32,13 +36,13 @@ def read_as_data() -> None:
 
     Calling it again changes nothing.
     """
-    CheckpointLoader.register_scheme('', load_from_local, force=True)
+    CheckpointLoader.register_scheme('', load_for_mmengine, force=True)
     # Used for http, https, torchvision, open-mmlab and mmcls.
     host.load_url = load_url
 
 
 def load_from_local(filename: str, map_location: Place = None) -> dict:
-    """Read a checkpoint, in the place of mmengine's function of that name.
+    """Read a checkpoint for mmdbb's own tools: no value may be strange.
 
     Args:
         filename: Path of the file, of any form that mmdbb reads.
@@ -50,14 +54,51 @@ def load_from_local(filename: str, map_location: Place = None) -> dict:
     """
     path = os.path.expanduser(filename)
     size = check_regular(path, 'checkpoint')
-    content = read_content(path)
-    if not isinstance(content, dict):
-        raise UserError(
-            f'{path} holds a {type(content).__name__}, not a checkpoint'
-        )
+    content = _dict_in(path)
     for state in _states(content, path):
         check_values(state, path, size)
     return _on(content, map_location)
+
+
+def load_for_mmengine(filename: str, map_location: Place = None) -> dict:
+    """Read a checkpoint, in the place of mmengine's ``load_from_local``.
+
+    Others' code gets what it would get from torch: buffers may be infinite,
+    an entry None or of some layer's own form. Within :func:`strict_loading`
+    it is :func:`load_from_local`.
+
+    Args:
+        filename: As there.
+        map_location: As there.
+
+    Raises:
+        UserError: If it is no checkpoint, is damaged, holds more than data,
+            or mmengine would load what was not read.
+    """
+    if _STRICT.get():
+        return load_from_local(filename, map_location)
+    path = os.path.expanduser(filename)
+    content = _dict_in(path)
+    for key in ('state_dict', *AVERAGED):
+        state = content.get(key, content if key == 'state_dict' else {})
+        if key == 'state_dict' and not isinstance(state, dict):
+            raise UserError(
+                f'{path} is not a checkpoint: its {key} is a '
+                f'{type(state).__name__}'
+            )
+        if isinstance(state, dict):
+            _check_names(state, content, path)
+    return _on(content, map_location)
+
+
+@contextlib.contextmanager
+def strict_loading() -> Iterator[None]:
+    """Within the context mmengine gets no weights of strange values."""
+    before = _STRICT.set(True)
+    try:
+        yield
+    finally:
+        _STRICT.reset(before)
 
 
 def load_url(
@@ -90,7 +131,31 @@ def load_url(
         torch.hub.download_url_to_file(
             url, path, found and found.group(1), progress=progress
         )
-    return load_from_local(path, map_location)
+    return load_for_mmengine(path, map_location)
+
+
+def _dict_in(path: str) -> dict:
+    content = read_content(path)
+    if not isinstance(content, dict):
+        raise UserError(
+            f'{path} holds a {type(content).__name__}, not a checkpoint'
+        )
+    return content
+
+
+def _check_names(state: dict, content: dict, path: str) -> None:
+    for name, value in state.items():
+        if not isinstance(name, str):
+            what = (
+                'its keys are no names'
+                if state is content
+                else f'{shown(repr(name))} is no name of an entry'
+            )
+            raise UserError(f'{path} is not a checkpoint: {what}')
+        if isinstance(value, Unread):
+            raise UserError(
+                f'{path} has entries that are {value.what}: {shown(name)}'
+            )
 
 
 def _states(content: dict, path: str) -> Iterator[dict]:
@@ -111,18 +176,32 @@ def _states(content: dict, path: str) -> Iterator[dict]:
         yield content
 
 
-def _on(value: Any, place: Place) -> Any:
-    """The value with its tensors on a device; callables choose the CPU."""
-    if place is None:
-        # torch's default is where a tensor was; that need not be here.
-        place = 'cpu'
-    if callable(place) or str(place) == 'cpu':
-        return value
+def _on(content: dict, place: Place) -> dict:
+    """What was read with its tensors on a device.
+
+    Callables and dicts, which go by where a tensor was, choose the CPU: that
+    place need not be here.
+    """
+    if place is None or callable(place) or isinstance(place, dict):
+        return content
+    if str(place) == 'cpu':
+        return content
+    return _moved(content, place, {})
+
+
+def _moved(value: Any, place: Place, moved: Dict[int, tuple]) -> Any:
     if isinstance(value, Tensor):
-        return value.to(place)
+        # Entries that are one tensor stay one. What was moved is held too:
+        # its identity must not become another's.
+        if id(value) not in moved:
+            there = value.detach().to(place)
+            if isinstance(value, nn.Parameter):
+                there = nn.Parameter(there, value.requires_grad)
+            moved[id(value)] = value, there
+        return moved[id(value)][1]
     if isinstance(value, dict):
         for key in value:
-            value[key] = _on(value[key], place)
-    elif isinstance(value, (list, tuple)):
-        return type(value)(_on(item, place) for item in value)
+            value[key] = _moved(value[key], place, moved)
+    elif type(value) in (list, tuple):
+        return type(value)(_moved(item, place, moved) for item in value)
     return value

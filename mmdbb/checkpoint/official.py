@@ -8,7 +8,7 @@ parameter.
 
 from __future__ import annotations
 
-from typing import Dict, NamedTuple
+from typing import Dict, NamedTuple, Optional
 
 import torch
 from mmengine.config import Config
@@ -118,14 +118,16 @@ def convert_official(
     return ConvertedOfficial(*outputs, network, len(state))
 
 
-def read_official(path: str, unsafe: bool = False) -> Dict[str, Tensor]:
+def read_official(
+    path: str, unsafe: Optional[bool] = None
+) -> Dict[str, Tensor]:
     """Read an official file: names to tensors.
 
     Args:
         path: A file of ``torch.save``, a bare state dict or one under
             ``state_dict``; or a ``.hdf5`` file. ``module.`` at the start of
             names (and there only) is left out.
-        unsafe: Whether to run what code the file holds.
+        unsafe: As of :func:`~mmdbb.checkpoint.files.read_checkpoint`.
 
     Raises:
         UserError: If it cannot be read, or holds numbers that no network has.

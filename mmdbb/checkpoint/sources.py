@@ -193,21 +193,34 @@ def check_values(state: dict, path: str, limit: float = float('inf')) -> None:
                 f'{path} has entries that are {strange}: {some([name])}'
             )
     floating = {k: v for k, v in state.items() if v.is_floating_point()}
+    # A tensor may have many names, and is looked at once.
+    infinite = {
+        key
+        for key, value in _distinct(floating).items()
+        if not _all_finite(value)
+    }
     bad = [
         name
         for name, value in floating.items()
         # An observer that has seen nothing: from infinity to minus that.
-        if '.activation_post_process.' not in name and not _all_finite(value)
+        if '.activation_post_process.' not in name and id(value) in infinite
     ]
     if bad:
         raise UserError(f'{path} has values that are not finite: {some(bad)}')
-    bad = [
-        name
-        for name, value in floating.items()
-        if name.endswith('running_var') and (value < 0).any()
-    ]
+    variances = {
+        k: v for k, v in floating.items() if k.endswith('running_var')
+    }
+    negative = {
+        key for key, value in _distinct(variances).items() if (value < 0).any()
+    }
+    bad = [name for name, value in variances.items() if id(value) in negative]
     if bad:
         raise UserError(f'{path} has a negative variance: {some(bad)}')
+
+
+def _distinct(state: State) -> Dict[int, Tensor]:
+    """The tensors of a state dict by identity, as long as it holds them."""
+    return {id(value): value for value in state.values()}
 
 
 def _all_finite(value: Tensor) -> bool:

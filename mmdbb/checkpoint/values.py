@@ -2,7 +2,8 @@
 """What a checkpoint may hold, made of what its pickle says.
 
 The list below is all that is ever made: tensors, numbers and their arrays,
-containers, and mmengine's ``HistoryBuffer`` with its own four statistics.
+containers, mmengine's ``HistoryBuffer`` with its own four statistics, and the
+two functions that its ``OneCycleLR`` keeps.
 Each entry checks the form in which torch, numpy and mmengine pickle such a
 value; whatever else is asked for is refused by its name.
 """
@@ -11,11 +12,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter, OrderedDict
-from typing import Any, Callable, Dict, List, NamedTuple, Union
+from typing import Any, Callable, Dict, List, NamedTuple, Tuple, Union
 
 import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer
+from mmengine.optim.scheduler.param_scheduler import OneCycleParamScheduler
 from torch import Tensor
 
 from mmdbb.checkpoint.pickled import Call, Items, Name, Outside
@@ -43,9 +45,33 @@ STORAGES = {
     'QUInt4x2Storage': torch.uint8,
     'QUInt2x4Storage': torch.uint8,
 }
+#: The types of numbers that a tensor may be of. Others are parts of bytes or
+#: stand for numbers that are not there, and few operations take them.
+DTYPES = {
+    getattr(torch, name)
+    for name in (
+        'float64 float32 float16 bfloat16 float8_e4m3fn float8_e4m3fnuz '
+        'float8_e5m2 float8_e5m2fnuz float8_e8m0fnu complex128 complex64 '
+        'complex32 int64 int32 int16 int8 uint64 uint32 uint16 uint8 bool'
+    ).split()
+    if hasattr(torch, name)  # by the torch that is installed
+}
 #: numpy's codes of plain numbers, without the order of their bytes.
 NUMBERS = ('f2 f4 f8 i1 i2 i4 i8 u1 u2 u4 u8 b1').split()
 _HISTORY_BUFFER = 'mmengine.logging.history_buffer.HistoryBuffer'
+#: Whose functions stand in a checkpoint, and which: statistics, and what
+#: OneCycleLR anneals by, of which each scheduler keeps one.
+_FUNCTIONS = {
+    _HISTORY_BUFFER: (HistoryBuffer, STATISTICS),
+    'mmengine.optim.scheduler.param_scheduler.OneCycleParamScheduler': (
+        OneCycleParamScheduler,
+        ('_annealing_cos', '_annealing_linear'),
+    ),
+}
+#: How many keys of a file may be whole numbers of more than 64 bits, and
+#: tuples; and how long these.
+ODD_KEYS = {int: 512, tuple: 4096}
+LONGEST_KEY = 8
 #: How deep containers may stand in each other.
 DEPTH = 64
 _SIZE = 2**63
@@ -115,8 +141,10 @@ class Values:
         self._storage = storage
         self._budget = budget
         self._depth = 0
-        #: By identity: entries that are one tensor stay one.
-        self._tensors: Dict[int, Any] = {}
+        #: By identity: entries that are one tensor stay one. The call is
+        #: held, for as soon as it is gone another may have its identity.
+        self._tensors: Dict[int, Tuple[Call, Tensor]] = {}
+        self._keys = dict(ODD_KEYS)
 
     def make(self, said: Any) -> Any:
         """The value of a description.
@@ -158,11 +186,19 @@ class Values:
 
     def _key(self, said: Any) -> Any:
         key = self.make(said)
-        # Larger numbers could be chosen so that all fall in one place.
-        whole = type(key) is int and -_SIZE <= key < _SIZE
-        if whole or type(key) in (str, float, bool, type(None)):
+        kind = type(key)
+        if _is_spread(key):
             return key
-        raise DamagedValue(f'a key of type {type(key).__name__}')
+        plain = kind is int or (
+            kind is tuple
+            and len(key) <= LONGEST_KEY
+            and all(type(k) is int or _is_spread(k) for k in key)
+        )
+        # These could be chosen so that all fall in one place.
+        if plain and self._keys[kind]:
+            self._keys[kind] -= 1
+            return key
+        raise DamagedValue(f'a key of type {kind.__name__}')
 
     def _call(self, call: Call) -> Any:
         name = _common(call.name)
@@ -172,8 +208,10 @@ class Values:
                 return _UNREAD[name](call)
             raise NotAllowed(call.name)
         if id(call) in self._tensors:
-            self._budget.take(0)
-            return self._tensors[id(call)]
+            made = self._tensors[id(call)][1]
+            # Whoever looks at all entries looks at it as often.
+            self._budget.take(made.numel() * made.element_size())
+            return made
         try:
             made = maker(self, call, *call.arguments)
         except (NotAllowed, DamagedValue):
@@ -181,7 +219,7 @@ class Values:
         except (TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise DamagedValue(f'{name} of another form') from error
         if isinstance(made, Tensor):
-            self._tensors[id(call)] = made
+            self._tensors[id(call)] = call, made
         return made
 
     # Containers and text
@@ -195,10 +233,14 @@ class Values:
         if type(state) is Items:
             # The versions of layers, by which torch knows old entries.
             versions = self._dict(state).get('_metadata')
-            if isinstance(versions, dict) and all(
-                isinstance(version, dict) for version in versions.values()
-            ):
-                made._metadata = versions
+            if isinstance(versions, dict):
+                made._metadata = {
+                    layer: dict(version=noted['version'])
+                    for layer, noted in versions.items()
+                    if type(layer) is str
+                    and isinstance(noted, dict)
+                    and type(noted.get('version')) is int
+                }
         return made
 
     def _counter(self, call: Call, items: Any = ()) -> Counter:
@@ -228,10 +270,12 @@ class Values:
     def _torch_size(self, call: Call, size: Any) -> torch.Size:
         return torch.Size(_sizes(size))
 
-    def _device(self, call: Call, kind: Any, index: Any = None) -> str:
-        # A name is enough: nothing is put on a device while reading.
+    def _device(
+        self, call: Call, kind: Any, index: Any = None
+    ) -> torch.device:
+        # Named only: nothing is put on a device while reading.
         where = '' if index is None else f':{_of(int, index)}'
-        return f'{_of(str, kind)}{where}'
+        return torch.device(f'{_of(str, kind)}{where}')
 
     # Tensors
 
@@ -252,12 +296,10 @@ class Values:
         stride: Any,
         *rest: Any,
     ) -> Union[Tensor, Unread]:
-        # Of what follows only the last may change numbers: views that are
-        # read as conjugated or negated.
-        if len(rest) > 2 and rest[2]:
-            raise DamagedValue('a tensor that is conjugated or negated')
-        return self._strided(
-            self._outside(_of(Outside, said)), offset, size, stride
+        flat = self._outside(_of(Outside, said))
+        # Of what follows only the last changes numbers.
+        return self._flagged(
+            self._strided(flat, offset, size, stride), *rest[2:]
         )
 
     def _tensor_3(
@@ -272,13 +314,36 @@ class Values:
         dtype: Any,
         *rest: Any,
     ) -> Union[Tensor, Unread]:
-        if rest and rest[0]:
-            raise DamagedValue('a tensor that is conjugated or negated')
         dtype = _dtype(_of(Name, dtype))
         flat = self._outside(_of(Outside, said))
         if flat.dtype is not torch.uint8:
             raise DamagedValue('numbers of another type than their storage')
-        return self._strided(flat.view(dtype), offset, size, stride)
+        if dtype not in DTYPES:
+            return Unread(f'of type {str(dtype).rpartition(".")[2]}')
+        return self._flagged(
+            self._strided(flat.view(dtype), offset, size, stride), *rest
+        )
+
+    def _flagged(
+        self, value: Union[Tensor, Unread], flags: Any = None, *rest: Any
+    ) -> Union[Tensor, Unread]:
+        """Views that are read as conjugated or negated, as such numbers."""
+        if rest or flags is None or isinstance(value, Unread):
+            if rest:
+                raise DamagedValue('a tensor of another form')
+            return value
+        for flag, on in _of(Items, flags):
+            if flag not in ('conj', 'neg') or type(on) is not bool:
+                raise DamagedValue('a tensor of another form')
+            if on:
+                self._budget.take(value.numel() * value.element_size())
+                if flag == 'neg':
+                    value = value.neg()
+                elif value.is_complex():
+                    value = value.conj_physical()
+                else:
+                    raise DamagedValue('a conjugated tensor of real numbers')
+        return value
 
     def _strided(
         self, flat: Tensor, offset: Any, size: Any, stride: Any
@@ -316,10 +381,13 @@ class Values:
         """A tensor with attributes, which are left out."""
         if _of(Name, kind).text not in _TENSORS:
             raise NotAllowed(kind.text)
-        inner = Call(_of(Name, function).text, _of(tuple, arguments))
-        if _common(inner.name) not in _REBUILDERS:
-            raise NotAllowed(inner.name)
-        return self.make(inner)
+        name = _of(Name, function).text
+        rebuild = _REBUILDERS.get(_common(name))
+        if rebuild is None:
+            raise NotAllowed(name)
+        # Not by a call of its own: what is made is known by the identity of
+        # its call, which another would have once this one is gone.
+        return rebuild(self, call, *_of(tuple, arguments))
 
     # numpy
 
@@ -388,9 +456,11 @@ class Values:
         made._log_history, made._count_history = logs, counts
         return made
 
-    def _statistics(self, call: Call, owner: Any, name: Any) -> Callable:
-        if owner == Name(_HISTORY_BUFFER) and name in STATISTICS:
-            return getattr(HistoryBuffer, name)
+    def _function(self, call: Call, owner: Any, name: Any) -> Callable:
+        if type(owner) is Name and type(name) is str:
+            kind, names = _FUNCTIONS.get(owner.text, (None, ()))
+            if name in names:
+                return getattr(kind, name)
         raise NotAllowed(f'attribute {name!r} of {_short(owner)}')
 
 
@@ -418,7 +488,7 @@ _MAKERS: Dict[str, Callable] = {
     'numpy._core.multiarray._reconstruct': Values._array,
     'numpy._core.multiarray.scalar': Values._scalar,
     _HISTORY_BUFFER: Values._history,
-    'builtins.getattr': Values._statistics,
+    'builtins.getattr': Values._function,
 }
 _TENSORS = ('torch.Tensor', 'torch.nn.parameter.Parameter')
 #: Tensors that are not read, and what to call them.
@@ -445,6 +515,13 @@ def storage_dtype(said: Any) -> torch.dtype:
     if not name.startswith('torch.') or dtype is None:
         raise NotAllowed(name)
     return dtype
+
+
+def _is_spread(key: Any) -> bool:
+    """Whether few of such keys can be made to fall in one place."""
+    if type(key) is int:
+        return -_SIZE <= key < _SIZE
+    return type(key) in (str, bytes, float, bool, type(None))
 
 
 def _common(name: str) -> str:

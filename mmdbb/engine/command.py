@@ -23,6 +23,7 @@ from mmengine.config import Config, DictAction
 from mmengine.utils import import_modules_from_strings
 
 from mmdbb.checkpoint.files import check_regular
+from mmdbb.checkpoint.host_loading import strict_loading
 from mmdbb.config_files import noting_files, remember_files
 from mmdbb.errors import Terminated, UserError, interruption
 
@@ -72,7 +73,7 @@ def run_command(main: Callable[[], None]) -> None:
     # mmengine's, of its own use of setuptools.
     warnings.filterwarnings('ignore', message='pkg_resources is deprecated')
     try:
-        with _ended_by_exceptions():
+        with _ended_by_exceptions(), strict_loading():
             main()
     except (KeyboardInterrupt, Exception) as error:
         interrupted = interruption(error)

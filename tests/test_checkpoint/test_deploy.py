@@ -13,12 +13,14 @@ import pytest
 import torch
 from helpers import blocks_of, distance, image
 from mmengine.config import Config
+from mmengine.utils import digit_version
 from networks import CONFIGS, SIZE, write_checkpoint, write_config
 
 from mmdbb import load_deployed
-from mmdbb.checkpoint import deploy, merge
+from mmdbb.checkpoint import deploy, files, merge
 from mmdbb.checkpoint.deploy import deploy_checkpoint
 from mmdbb.checkpoint.load import build_model
+from mmdbb.checkpoint.torch_files import read_torch
 from mmdbb.errors import UserError
 
 pytestmark = pytest.mark.usefixtures('quiet')
@@ -706,3 +708,21 @@ def test_command_with_a_mistake(
     assert lines[-1] == errors[0]
     assert 'Traceback' not in done.stderr
     assert 'merged' not in done.stdout
+
+
+@pytest.mark.skipif(
+    digit_version(torch.__version__) < digit_version('2.6.0'),
+    reason='this torch is not asked',
+)
+def test_a_mistake_of_the_reader_is_found(trained, tmp_path, monkeypatch):
+    # In both reads alike, so that the networks that are compared are equal.
+    def wrong(path):
+        content = read_torch(path)
+        if LIVE in content['state_dict']:  # not in what is written
+            content['state_dict'][LIVE].mul_(2)
+        return content
+
+    monkeypatch.setattr(files, 'read_torch', wrong)
+    with pytest.raises(UserError, match=f'two ways, .* differ in {LIVE}'):
+        run(trained, tmp_path / 'a.pth')
+    assert os.listdir(tmp_path) == []

@@ -2,13 +2,17 @@
 
 import os
 import pickle
+import zipfile
 
 import pytest
 import torch
+from mmengine.logging import HistoryBuffer
+from mmengine.utils import digit_version
 from torch import nn
 
 from mmdbb.checkpoint.files import (
     all_or_nothing,
+    compare_with_torch,
     load_strictly,
     read_checkpoint,
     some,
@@ -16,6 +20,8 @@ from mmdbb.checkpoint.files import (
 from mmdbb.errors import UserError
 
 STATE = dict(weight=torch.ones(2, 3), count=torch.tensor(3))
+ONES = dict(weight=torch.ones(2))
+CAREFUL = digit_version(torch.__version__) >= digit_version('2.6.0')
 
 
 class Harmful:
@@ -348,3 +354,48 @@ def test_failure_leaves_no_new_folder(tmp_path):
         fill(drafts)
         raise KeyError
     assert os.listdir(tmp_path) == []
+
+
+# Read by torch
+
+
+@pytest.mark.parametrize('form', ['stored', 'deflated', 'legacy'])
+def test_torch_reads_the_same(tmp_path, form):
+    path = tmp_path / 'a.pth'
+    state = dict(STATE, expanded=torch.ones(1).expand(3))
+    content = dict(state_dict=ONES, ema_state_dict=state)
+    torch.save(content, path, _use_new_zipfile_serialization=form != 'legacy')
+    if form == 'deflated':
+        with zipfile.ZipFile(path) as archive:
+            members = {i: archive.read(i) for i in archive.namelist()}
+        with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as archive:
+            for name, member in members.items():
+                archive.writestr(name, member)
+    for ema in (True, False):
+        found = read_checkpoint(str(path), ema)['state_dict']
+        assert compare_with_torch(found, str(path), ema) is CAREFUL
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        dict(weight=STATE['weight'] + 1),
+        dict(weight=STATE['weight'].double()),
+        dict(weight=STATE['weight'].T),
+        dict(more=torch.ones(1)),
+        None,
+    ],
+)
+@pytest.mark.skipif(not CAREFUL, reason='this torch is not asked')
+def test_torch_reads_another_thing(tmp_path, change):
+    path = write(tmp_path / 'a.pth', STATE)
+    state = dict(STATE, **change) if change else dict(count=STATE['count'])
+    with pytest.raises(UserError, match='differ in (weight|more); nothing'):
+        compare_with_torch(state, path)
+
+
+def test_torch_refuses_what_mmdbb_reads(tmp_path):
+    content = dict(state_dict=STATE, message_hub=HistoryBuffer([1.0], [1]))
+    path = write(tmp_path / 'a.pth', content)
+    found = read_checkpoint(path)['state_dict']
+    assert compare_with_torch(found, path) is False

@@ -1,6 +1,7 @@
 """mmengine's own checkpoints are read as data; anything else is refused."""
 
 import collections
+import itertools
 import os
 import pickle
 import subprocess
@@ -8,16 +9,21 @@ import sys
 import warnings
 import zipfile
 
+import mmengine.optim
 import numpy as np
 import pytest
 import torch
 from mmengine.evaluator import BaseMetric
 from mmengine.logging import HistoryBuffer
 from mmengine.model import BaseModel
+from mmengine.optim.scheduler.param_scheduler import OneCycleParamScheduler
 from mmengine.runner import CheckpointLoader, Runner
 
-from mmdbb.checkpoint.files import read_content
-from mmdbb.checkpoint.values import _MAKERS, NUMBERS, STATISTICS
+from mmdbb.checkpoint import sources
+from mmdbb.checkpoint.files import read_checkpoint, read_content
+from mmdbb.checkpoint.host_loading import strict_loading
+from mmdbb.checkpoint.sources import check_values
+from mmdbb.checkpoint.values import _MAKERS, DTYPES, NUMBERS, STATISTICS
 from mmdbb.errors import UserError
 
 pytestmark = pytest.mark.usefixtures('quiet')
@@ -186,8 +192,130 @@ def test_what_is_downloaded_is_read_as_data(tmp_path, monkeypatch, scheme):
 )
 def test_mmengine_gets_no_weights_that_are_none(tmp_path, content, message):
     torch.save(content, tmp_path / 'a.pth')
-    with pytest.raises(UserError, match=f'a.pth .*{message}'):
+    with (
+        strict_loading(),  # as in each of mmdbb's own tools
+        pytest.raises(UserError, match=f'a.pth .*{message}'),
+    ):
         CheckpointLoader.load_checkpoint(str(tmp_path / 'a.pth'))
+
+
+def others():
+    weights = dict(w=torch.ones(3, 4), n=torch.tensor(3))
+    complex_ = torch.randn(3, dtype=torch.complex64)
+    states = {
+        'a mask': dict(mask=torch.full((3, 3), float('-inf')).triu(1)),
+        'no number': dict(w=torch.full((2,), float('nan'))),
+        'a state of its own': {'w': torch.ones(2), '_extra_state': dict(a=1)},
+        'nothing': dict(w=torch.ones(2), none=None),
+        'complex': dict(w=complex_),
+        'conjugated': dict(w=complex_.conj()),
+        'negated': dict(w=complex_.conj().imag),
+        'float8': dict(w=torch.randn(3).to(torch.float8_e4m3fn)),
+        'negative variance': {'running_var': -torch.ones(2)},
+    }
+    contents = {name: dict(state_dict=s) for name, s in states.items()}
+    contents.update(
+        {
+            f'{name}, bare': state
+            for name, state in states.items()
+            if name != 'nothing'
+        }
+    )
+    for name, more in {
+        'a model by name': dict(model='resnet50'),
+        'a model by config': dict(model=dict(type='ResNet')),
+        'a tuple as a key': dict(x={(1, 2): 3, (None, 'a'): 4}),
+        'bytes as a key': dict(x={b'a': 1}),
+        'a large key': dict(x={2**70: 1}),
+        'a device': dict(x=torch.device('cuda', 1)),
+    }.items():
+        contents[name] = dict(state_dict=weights, **more)
+    return contents
+
+
+@pytest.mark.parametrize('case', others())
+def test_mmengine_gets_what_torch_would_give_it(tmp_path, case):
+    path = str(tmp_path / 'a.pth')
+    torch.save(others()[case], path)
+    try:
+        expected = torch.load(path, weights_only=True)
+    except pickle.UnpicklingError:  # an older torch
+        expected = torch.load(path, weights_only=False)
+    found = CheckpointLoader.load_checkpoint(path, 'cpu')
+    assert found.keys() == expected.keys()
+    for key, value in found.get('state_dict', found).items():
+        theirs = expected.get('state_dict', expected)[key]
+        assert type(value) is type(theirs)
+        if isinstance(theirs, torch.Tensor):
+            assert value.dtype is theirs.dtype
+            kinds = value.resolve_conj(), theirs.resolve_conj()
+            ours, theirs = (v.resolve_neg().reshape(-1) for v in kinds)
+            assert torch.equal(
+                ours.view(torch.uint8), theirs.view(torch.uint8)
+            )
+        else:
+            assert value == theirs
+    for key in ('x', 'model'):
+        assert found.get(key) == expected.get(key)
+
+
+@pytest.mark.parametrize('content', [dict(state_dict=None), dict()])
+def test_mmengine_gets_no_tensor_that_was_not_read(tmp_path, content):
+    state = dict(w=torch.eye(3).to_sparse())
+    content = dict(content, state_dict=state) if content else state
+    torch.save(content, tmp_path / 'a.pth')
+    with pytest.raises(UserError, match='entries that are sparse: w'):
+        CheckpointLoader.load_checkpoint(str(tmp_path / 'a.pth'), 'cpu')
+
+
+@pytest.mark.parametrize(
+    'place', [{'cuda:0': 'cpu'}, lambda storage, where: storage, None, 'meta']
+)
+def test_places_of_all_kinds(tmp_path, place):
+    weight = torch.nn.Parameter(torch.ones(2))
+    content = dict(
+        state_dict=dict(a=weight, b=weight),
+        size=torch.Size([1, 2]),
+        all=[(weight,)],
+        quantized=torch.quantize_per_tensor(weight, 1, 0, torch.qint8),
+    )
+    torch.save(content, tmp_path / 'a.pth')
+    path = str(tmp_path / 'a.pth')
+    found = CheckpointLoader.load_checkpoint(path, place)
+    assert found['size'] == (1, 2) and found['state_dict']['a'].is_leaf
+    device = 'meta' if place == 'meta' else 'cpu'
+    assert found['all'][0][0].device.type == device
+    assert found['state_dict']['a'] is found['state_dict']['b']
+    assert type(found['state_dict']['a']) is torch.nn.Parameter
+
+
+def test_a_missing_file_is_what_python_calls_it(tmp_path):
+    for error in (UserError, FileNotFoundError):
+        with pytest.raises(error, match='checkpoint not found: .*a.pth'):
+            CheckpointLoader.load_checkpoint(str(tmp_path / 'a.pth'))
+
+
+def test_a_file_without_sums(tmp_path):
+    path = str(tmp_path / 'a.pth')
+    torch.save(dict(state_dict=dict(w=torch.ones(2))), tmp_path / 'b.pth')
+    with zipfile.ZipFile(tmp_path / 'b.pth') as archive:
+        infos = archive.infolist()
+        content = {info.filename: archive.read(info) for info in infos}
+    with zipfile.ZipFile(path, 'w') as archive:
+        for name, member in content.items():
+            archive.writestr(name, member)
+        for info in archive.infolist():
+            # What set_crc32_options(False) leaves.
+            info.CRC = 0
+    with pytest.warns(UserWarning, match='a.pth was written without checksum'):
+        found = read_content(path)
+    assert torch.equal(found['state_dict']['w'], torch.ones(2))
+    with zipfile.ZipFile(path, 'w') as archive:
+        for name, member in content.items():
+            archive.writestr(name, member)
+        archive.getinfo('b/data.pkl').CRC = 0
+    with pytest.raises(UserError, match='a.pth .*CRC'):
+        read_content(path)
 
 
 def test_resume_continues_the_history(work_dir):
@@ -598,3 +726,158 @@ def test_few_bytes_cannot_become_many_values(tmp_path):
 def test_keys_that_would_fall_in_one_place(tmp_path):
     many = {i * (2**61 - 1): i for i in range(1000)}
     refused(tmp_path / 'a.pth', pickle.dumps(many, 2), 'a key of type int')
+
+
+@pytest.mark.parametrize('kind', [torch.clone, torch.nn.Parameter])
+@pytest.mark.parametrize('legacy', [True, False])
+def test_tensors_with_attributes_of_python(tmp_path, kind, legacy):
+    state = {f'w{i}': kind(torch.full((3,), float(i))) for i in range(50)}
+    for value in state.values():
+        value.note = 'averaged'
+    state['tied'] = state['w7']
+    torch.save(
+        dict(state_dict=state),
+        tmp_path / 'a.pth',
+        _use_new_zipfile_serialization=not legacy,
+    )
+    found = read_content(str(tmp_path / 'a.pth'))['state_dict']
+    assert same(found, state)
+    assert found['tied'] is found['w7']
+
+
+def scheduled(kind, optimizer):
+    arguments = dict(
+        CosineAnnealing=dict(T_max=5),
+        CosineRestart=dict(periods=[2, 3], restart_weights=[1, 0.5]),
+        Exponential=dict(gamma=0.9),
+        MultiStep=dict(milestones=[1]),
+        OneCycle=dict(eta_max=1, total_steps=9),
+        ReduceOnPlateau=dict(monitor='loss', rule='less'),
+        Step=dict(step_size=1),
+    )
+    name = kind.__name__.replace('LR', '').replace('Momentum', '')
+    more = dict(eta_min=0) if name == 'CosineRestart' else {}
+    return kind(optimizer, **arguments.get(name, {}), **more)
+
+
+@pytest.mark.parametrize(
+    'name',
+    [
+        name
+        for name in dir(mmengine.optim)
+        if name.endswith(('LR', 'Momentum'))
+    ],
+)
+def test_schedulers_of_mmengine(tmp_path, name):
+    layer = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
+    state = scheduled(getattr(mmengine.optim, name), optimizer).state_dict()
+    torch.save(dict(param_schedulers=[state]), tmp_path / 'a.pth')
+    (found,) = read_content(str(tmp_path / 'a.pth'))['param_schedulers']
+    assert same(found, state)
+
+
+@pytest.mark.parametrize('strategy', ['cos', 'linear'])
+def test_functions_of_one_cycle_are_mmengines_own(tmp_path, strategy):
+    optimizer = torch.optim.SGD(torch.nn.Linear(1, 1).parameters(), lr=0.1)
+    one_cycle = mmengine.optim.OneCycleLR(
+        optimizer, eta_max=1, total_steps=9, anneal_strategy=strategy
+    )
+    state = one_cycle.state_dict()
+    torch.save(state, tmp_path / 'a.pth')
+    found = read_content(str(tmp_path / 'a.pth'))['anneal_func']
+    assert found is getattr(OneCycleParamScheduler, f'_annealing_{strategy}')
+
+
+@pytest.mark.parametrize('name', ['__init__', 'step', 'build_iter_from_epoch'])
+def test_other_functions_of_one_cycle_are_refused(tmp_path, name):
+    pickled = calling(getattr, OneCycleParamScheduler, name)
+    refused(tmp_path / 'a.pth', pickled, name)
+
+
+def test_advice_is_one_that_can_be_followed(tmp_path):
+    path = saved(tmp_path / 'a.pth', calling(os.mkdir, 'x'))
+    with pytest.raises(UserError, match='save it again without that entry'):
+        CheckpointLoader.load_checkpoint(path)
+    with pytest.raises(UserError, match='--unsafe-load reads it'):
+        read_content(path, unsafe=False)
+
+
+def rewritten(path, *changes):
+    """Replace bytes of the same length in the pickle of a torch file."""
+    with zipfile.ZipFile(path) as old:
+        members = {name: old.read(name) for name in old.namelist()}
+    with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as new:
+        for name, content in members.items():
+            for before, after in changes:
+                if name.endswith('data.pkl'):
+                    assert before in content
+                    content = content.replace(before, after)
+            new.writestr(name, content)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    'name', ['quint8', 'qint8', 'qint32', 'bits8', 'bits2x4', 'int4', 'uint3']
+)
+def test_numbers_in_which_nothing_is_computed(tmp_path, name):
+    if not hasattr(torch, name):
+        pytest.skip(f'this torch has no {name}')
+    state = dict(w=torch.arange(4).to(torch.float8_e5m2))
+    torch.save(dict(state_dict=state), tmp_path / 'a.pth')
+    path = rewritten(
+        tmp_path / 'a.pth',
+        (b'ctorch\nfloat8_e5m2\n', f'ctorch\n{name}\n'.encode()),
+    )
+    for read in (read_checkpoint, CheckpointLoader.load_checkpoint):
+        with pytest.raises(UserError, match=f'that are of type {name}: w'):
+            read(path)
+
+
+@pytest.mark.parametrize('name', sorted(map(str, DTYPES)))
+def test_numbers_of_all_types_are_the_same(tmp_path, name):
+    dtype = getattr(torch, name.partition('.')[2])
+    value = torch.arange(32, dtype=torch.uint8) % 2
+    torch.save(dict(w=value.view(dtype)), tmp_path / 'a.pth')
+    found = read_content(str(tmp_path / 'a.pth'))['w']
+    assert found.dtype is dtype
+    assert torch.equal(found.view(torch.uint8), value)
+
+
+def test_only_versions_of_layers_are_kept(tmp_path):
+    state = torch.nn.BatchNorm2d(2).state_dict()
+    state._metadata.update({'a': dict(version='2'), 3: dict(version=1)})
+    state._metadata.update(b=dict(version=2, more=[1]), c=dict())
+    torch.save(dict(state_dict=state), tmp_path / 'a.pth')
+    found = read_content(str(tmp_path / 'a.pth'))['state_dict']
+    assert found._metadata == {'': dict(version=2), 'b': dict(version=2)}
+
+
+@pytest.mark.parametrize('read', [read_checkpoint, read_content])
+def test_many_names_of_one_tensor(tmp_path, read):
+    large = torch.randn(1 << 20)
+    state = {f'w{i}.running_var': large for i in range(20_000)}
+    torch.save(dict(state_dict=state), tmp_path / 'a.pth')
+    with pytest.raises(UserError, match='too much for its size'):
+        read(str(tmp_path / 'a.pth'))
+
+
+def test_a_tensor_of_many_names_is_looked_at_once(monkeypatch):
+    looked_at = []
+    monkeypatch.setattr(
+        sources, '_all_finite', lambda value: looked_at.append(value) or True
+    )
+    tensor = torch.ones(3)
+    check_values({f'w{i}': tensor for i in range(100)}, 'a.pth')
+    assert len(looked_at) == 1
+
+
+def test_many_tuples_as_keys(tmp_path):
+    # -1 and -2 have one hash, and so have all of these.
+    many = {tup: 0 for tup in itertools.product((-1, -2), repeat=8)}
+    torch.save(many, tmp_path / 'a.pth')
+    assert read_content(str(tmp_path / 'a.pth')) == many
+    longer = {(*([0] * 8), 1): 0}
+    refused(tmp_path / 'b.pth', pickle.dumps(longer, 2), 'of type tuple')
+    many = {(i, i): 0 for i in range(5000)}
+    refused(tmp_path / 'c.pth', pickle.dumps(many, 2), 'of type tuple')
