@@ -105,10 +105,11 @@ def train(config: Config, args: argparse.Namespace) -> None:
                 'config'
             )
         config.auto_scale_lr.enable = True
-    if args.resume:
+    # mmengine would believe its pointer where the config says so.
+    if args.resume or (config.get('resume') and not config.get('load_from')):
         path = (
             newest_whole_checkpoint(config)
-            if args.resume == 'auto'
+            if args.resume in (None, 'auto')
             else check_file(args.resume, 'checkpoint to resume from')
         )
         # A first start has nothing to resume, but weights to start from.
