@@ -12,7 +12,7 @@ import copy
 import os
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Iterable, NamedTuple
 
 from mmengine.config import Config, ConfigDict
 from mmengine.device import get_device
@@ -21,6 +21,7 @@ from mmengine.runner import Runner
 
 from mmdbb.checkpoint.files import read_checkpoint
 from mmdbb.checkpoint.load import give_structure_
+from mmdbb.config_files import files_of
 from mmdbb.engine.command import UserError, check_file
 from mmdbb.engine.fitting import (
     FittingCheckpointHook,
@@ -118,6 +119,7 @@ def train(config: Config, args: argparse.Namespace) -> None:
     if config.get('load_from'):
         check_file(config.load_from, 'checkpoint to start from')
     check_starts(config.model, 'model')
+    _keep_inputs(config, config.get('load_from'))
     _keep_checkpoints_whole(config)
     runner = build_runner(config)
     if args.repeatable:
@@ -165,6 +167,63 @@ def check_starts(fields: object, place: str) -> None:
     )
 
 
+def _keep_inputs(
+    config: Config, checkpoint: str | None, out: str | None = None
+) -> None:
+    """Refuse to write over what is read.
+
+    mmengine writes the config, as it is then, to the work folder, under the
+    name of its file.
+
+    Args:
+        config: From :func:`load_config`.
+        checkpoint: Path of the weights, if any.
+        out: Path of the predictions to write, if any.
+
+    Raises:
+        UserError: It names the file.
+    """
+    inputs = [*files_of(config), *([checkpoint] if checkpoint else [])]
+    if out and _is_one_of(out, inputs):
+        raise UserError(f'--out {out} is also an input')
+    if not config.filename:
+        return
+    copy = os.path.join(config.work_dir, os.path.basename(config.filename))
+    if not _is_one_of(copy, inputs):
+        return
+    if not _is_dump(config.filename) or not _is_one_of(
+        copy, [config.filename]
+    ):
+        raise UserError(
+            f'the config as it is run would be written over {copy}, which is '
+            'an input; choose another --work-dir'
+        )
+    # Work folders are tested and resumed by what mmengine wrote there: it is
+    # kept, and the config as it is run gets the name of its time.
+    object.__setattr__(config, '_filename', None)
+
+
+def _is_one_of(path: str, inputs: Iterable[str]) -> bool:
+    """Whether a path leads to one of some files, by links of any kind."""
+    for other in inputs:
+        if os.path.realpath(path) == os.path.realpath(other):
+            return True
+        try:
+            if os.path.samefile(path, other):
+                return True
+        except (OSError, ValueError):  # there is none yet, or an address
+            continue
+    return False
+
+
+def _is_dump(path: str) -> bool:
+    """Whether a config is one that mmengine wrote."""
+    with open(path, encoding='utf-8') as file:
+        text = file.read()
+    config = Config.fromfile(path, import_custom_modules=False)
+    return text.strip() == config.pretty_text.strip()
+
+
 def _keep_checkpoints_whole(config: Config) -> None:
     hook = (config.get('default_hooks') or {}).get('checkpoint')
     if hook and hook.get('type') == 'CheckpointHook':
@@ -190,6 +249,7 @@ def test(config: Config, args: argparse.Namespace) -> dict:
         raise UserError(
             f'--out takes a file that ends in .pkl or .pickle; got {args.out}'
         )
+    _keep_inputs(config, args.checkpoint, args.out)
     if config.get('test_dataloader') is None:
         raise UserError('the config has no test_dataloader')
     if args.show or args.show_dir:

@@ -144,7 +144,7 @@ def _checkpoints(
     return sorted(found, key=lambda p: found[p][1:], reverse=True)
 
 
-def _pattern(template: str) -> 're.Pattern':
+def _pattern(template: str) -> re.Pattern:
     """What the names are like that a template gives; its group is the step.
 
     Args:
