@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import os
 import re
 from pathlib import Path
@@ -29,7 +30,11 @@ from mmdbb.engine.fitting import (
     unwrapped,
 )
 from mmdbb.engine.repeatable import RepeatableHook
-from mmdbb.engine.resume import newest_whole_checkpoint
+from mmdbb.engine.resume import (
+    check_resumed,
+    explained_resume,
+    newest_whole_checkpoint,
+)
 from mmdbb.engine.whole_checkpoints import WholeCheckpointHook
 
 
@@ -126,7 +131,25 @@ def train(config: Config, args: argparse.Namespace) -> None:
         runner.register_hook(RepeatableHook())
     if config.get('load_from'):
         runner.register_hook(StartingCheckpointHook(config), 'LOWEST')
+    _explain_resume(runner)
     runner.train()
+
+
+def _explain_resume(runner: Runner) -> None:
+    """Let a state that does not fit be a mistake of the checkpoint."""
+    resume = runner.resume
+
+    @functools.wraps(resume)
+    def explained(path: str, *args: object, **kwargs: object) -> None:
+        with explained_resume(path):
+            resume(path, *args, **kwargs)
+            wrapper = runner.optim_wrapper
+            # Several are kept by name; others' runners have none of these.
+            several = getattr(wrapper, 'optim_wrappers', {None: wrapper})
+            for each in several.values():
+                check_resumed(getattr(each, 'optimizer', None), path)
+
+    runner.resume = explained
 
 
 def check_starts(fields: object, place: str) -> None:

@@ -8,22 +8,37 @@ the checkpoints themselves are asked, the newest first.
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 import re
+from numbers import Real
 from string import Formatter
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
+import numpy as np
 from mmengine.config import Config
 from mmengine.dist import is_main_process
 from mmengine.logging import HistoryBuffer
+from torch import Tensor, strided
 
 from mmdbb.checkpoint.host_loading import load_from_local
-from mmdbb.checkpoint.sources import some
+from mmdbb.checkpoint.sources import DTYPES, some
+from mmdbb.checkpoint.values import Unread
 from mmdbb.engine.whole_checkpoints import checkpoint_folder
-from mmdbb.errors import UserError
+from mmdbb.errors import UserError, interruption
 
 #: mmengine's, which only says where else to look.
 POINTER = 'last_checkpoint'
+#: A checkpoint that counts more was not written by a training.
+MOST_STEPS = 10**12
+#: Of a group of parameters: what an optimizer and its schedulers compute with.
+NUMBERS = ('lr', 'initial_lr', 'momentum', 'initial_momentum', 'weight_decay')
+#: What torch's optimizers keep in the shape of a parameter.
+LIKE_PARAMETERS = frozenset(
+    ('momentum_buffer', 'exp_avg', 'exp_avg_sq', 'max_exp_avg_sq', 'exp_inf')
+    + ('square_avg', 'grad_avg', 'acc_delta', 'sum', 'prev', 'ax')
+)
 TEMPLATES = ('epoch_{}.pth', 'iter_{}.pth')
 
 
@@ -213,25 +228,205 @@ def check_resumable(
             ('state_dict', isinstance(content.get('state_dict'), dict)),
             ('meta.epoch', _is_count(meta, 'epoch')),
             ('meta.iter', _is_count(meta, 'iter')),
+            ('meta.seed', _is_seed(meta)),
+            ('meta.cfg', _is_text(meta, 'cfg')),
             ('message_hub', _is_hub(hub)),
             ('optimizer', isinstance(optimizer, dict)),
             (
                 'param_schedulers',
-                isinstance(content.get('param_schedulers', []), (dict, list)),
+                _are_schedulers(content.get('param_schedulers', [])),
             ),
         )
         if not fits
     ]
+    if not strange:
+        strange = _strange_in_optimizers(optimizer)
     if strange:
         raise UserError(
             f'cannot resume from {path}: of another form, or missing, is '
             f'{some(strange, 9)}'
         )
+    if 'config' in meta:
+        # mmengine never writes it, but runs it to count the GPUs it names.
+        raise UserError(
+            f'cannot resume from {path}: its meta.config would be run as code'
+        )
+    infinite = _infinite_in(optimizer)
+    if infinite:
+        raise UserError(
+            f'cannot resume from {path}: not finite, or no plain numbers, is '
+            f'{some(infinite)}'
+        )
+
+
+@contextlib.contextmanager
+def explained_resume(path: str) -> Iterator[None]:
+    """Within the context, what cannot be resumed is a mistake of the file.
+
+    Args:
+        path: The file.
+
+    Raises:
+        UserError: It names the file.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        # Optimizers, schedulers and hooks of any kind take their states.
+        if interruption(error) is not None:
+            raise
+        raise UserError(
+            f'cannot resume from {path}: {type(error).__name__}: {error} '
+            '(MMDBB_TRACEBACK=1 shows where)'
+        ) from error
+
+
+def check_resumed(optimizer: Any, path: str) -> None:
+    """Raise unless an optimizer's state is of the shapes of its parameters.
+
+    torch takes any, and fails in the first step.
+
+    Args:
+        optimizer: With a state that was loaded.
+        path: The file, for the message.
+
+    Raises:
+        UserError: It says of which shapes it is.
+    """
+    # Other packages' keep states of their own shapes under the same names.
+    if not type(optimizer).__module__.startswith('torch.optim'):
+        return
+    for parameter, values in optimizer.state.items():
+        for name in LIKE_PARAMETERS.intersection(values):
+            value = values[name]
+            if value is None:
+                continue
+            found = getattr(value, 'shape', None)
+            if found != parameter.shape:
+                what = type(value).__name__ if found is None else tuple(found)
+                raise UserError(
+                    f'cannot resume from {path}: {name} of the optimizer is '
+                    f'{what} for a parameter of {tuple(parameter.shape)}'
+                )
 
 
 def _is_count(meta: Any, key: str) -> bool:
     value = meta.get(key) if isinstance(meta, dict) else None
-    return type(value) is int and value >= 0
+    return type(value) is int and 0 <= value < MOST_STEPS
+
+
+def _is_seed(meta: Any) -> bool:
+    value = meta.get('seed') if isinstance(meta, dict) else None
+    return value is None or (
+        isinstance(value, (int, np.integer)) and 0 <= value < 1 << 32
+    )
+
+
+def _is_text(meta: Any, key: str) -> bool:
+    value = meta.get(key) if isinstance(meta, dict) else None
+    return value is None or isinstance(value, str)
+
+
+def _are_schedulers(states: Any) -> bool:
+    """Whether these are states of schedulers, in a dict if of several."""
+    if isinstance(states, dict):
+        return all(
+            isinstance(each, list) and _are_schedulers(each)
+            for each in states.values()
+        )
+    return isinstance(states, list) and all(
+        isinstance(state, dict)
+        and all(isinstance(key, str) for key in state)
+        and all(
+            type(state.get(key, 0)) is int and 0 <= state.get(key, 0)
+            for key in ('last_step', '_global_step')
+        )
+        and isinstance(state.get('base_values', []), list)
+        and all(map(_is_number, state.get('base_values', [])))
+        for state in states
+    )
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is a finite number, as such or as a tensor."""
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and _is_finite(value)
+    try:
+        return isinstance(value, Real) and math.isfinite(value)
+    except OverflowError:  # an integer that is no float
+        return False
+
+
+def _optimizers(state: dict) -> Dict[str, dict]:
+    """The states by name: mmengine keeps those of several in a dict."""
+    if 'param_groups' in state or 'state' in state:
+        return {'optimizer': state}
+    return {
+        f'optimizer.{name}': value
+        for name, value in state.items()
+        if isinstance(value, dict)
+        and ('param_groups' in value or 'state' in value)
+    }
+
+
+def _strange_in_optimizers(states: dict) -> List[str]:
+    """What no optimizer of torch takes, by name."""
+    if not isinstance(states, dict):
+        return ['optimizer']
+    strange = []
+    for name, optimizer in _optimizers(states).items():
+        groups = optimizer.get('param_groups')
+        if not isinstance(groups, list) or not groups:
+            strange.append(f'{name}.param_groups')
+            groups = []
+        for i, group in enumerate(groups):
+            if not isinstance(group, dict) or not isinstance(
+                group.get('params'), list
+            ):
+                strange.append(f'{name}.param_groups.{i}')
+                continue
+            strange += [
+                f'{name}.param_groups.{i}.{key}'
+                for key in NUMBERS
+                if group.get(key) is not None and not _is_number(group[key])
+            ]
+        state = optimizer.get('state')
+        if not isinstance(state, dict):
+            strange.append(f'{name}.state')
+            continue
+        # By number, torch keeps what belongs to a parameter.
+        strange += [
+            f'{name}.state.{key}'
+            for key, value in state.items()
+            if isinstance(key, int) and not isinstance(value, dict)
+        ]
+    return strange
+
+
+def _infinite_in(states: dict) -> List[str]:
+    """Which values of optimizers' states are no finite numbers."""
+    return [
+        f'{name}.state.{key}.{entry}'
+        for name, optimizer in _optimizers(states).items()
+        for key, values in optimizer['state'].items()
+        if isinstance(values, dict)
+        for entry, value in values.items()
+        if isinstance(value, Unread)
+        or (isinstance(value, Tensor) and not _is_finite(value))
+        or (isinstance(value, float) and not math.isfinite(value))
+    ]
+
+
+def _is_finite(value: Tensor) -> bool:
+    if value.is_nested or value.layout != strided or value.is_meta:
+        return False
+    # A few bytes can claim to be many numbers, by strides of zero.
+    size = value.numel() * value.element_size()
+    if size > value.untyped_storage().nbytes():
+        return False
+    return value.dtype not in DTYPES or bool(value.isfinite().all())
 
 
 def _is_hub(hub: Any) -> bool:

@@ -287,9 +287,56 @@ def hub(**changes):
         (hub(runtime_info={3: 3}), 'message_hub'),
         (hub(runtime_info=dict(keep_ckpt_ids=['../x'])), 'message_hub'),
         (lambda c: c.pop('message_hub'), 'no state of a training'),
+        (lambda c: c['meta'].update(epoch=10**300), 'meta.epoch'),
+        (lambda c: c['meta'].update(seed='x'), 'meta.seed'),
+        (lambda c: c['meta'].update(seed=-1), 'meta.seed'),
+        (lambda c: c['meta'].update(cfg=5), 'meta.cfg'),
+        (lambda c: c['meta'].update(config='1 / 0'), 'run as code'),
+        (lambda c: c.update(param_schedulers=[1]), 'param_schedulers'),
+        (lambda c: c.update(param_schedulers=dict(a=1)), 'param_schedulers'),
+        (
+            lambda c: c['param_schedulers'][0].update(last_step='x'),
+            'param_schedulers',
+        ),
+        (
+            lambda c: c['param_schedulers'][0].update(base_values=['x']),
+            'param_schedulers',
+        ),
+        (
+            lambda c: c['optimizer'].update(param_groups=[]),
+            'optimizer.param_groups',
+        ),
+        (lambda c: c['optimizer'].update(state=3), 'optimizer.state'),
+        (lambda c: c['optimizer'].update(state={0: 5}), 'optimizer.state.0'),
+        (lambda c: group(c).update(lr='x'), 'optimizer.param_groups.0.lr'),
+        (lambda c: group(c).update(lr=10**400), 'param_groups.0.lr'),
+        (lambda c: group(c).pop('params'), 'optimizer.param_groups.0'),
+        (
+            lambda c: c.update(optimizer=dict(a=dict(param_groups=[]))),
+            'optimizer.a.param_groups',
+        ),
+        (
+            lambda c: c['optimizer']['state'][0]['momentum_buffer'].fill_(
+                float('nan')
+            ),
+            'not finite, or no plain numbers, is optimizer.state.0.momentum',
+        ),
+        (
+            # Some bytes that claim to be a TB.
+            lambda c: c['optimizer']['state'][0].update(
+                momentum_buffer=torch.zeros(1).expand(1 << 40)
+            ),
+            'optimizer.state.0.momentum_buffer',
+        ),
+        (
+            lambda c: c['optimizer']['state'][0].update(
+                momentum_buffer=torch.zeros(3).to_sparse()
+            ),
+            'epoch_3.pth',
+        ),
     ],
 )
-def test_what_nothing_can_go_on_from(work, change, part):
+def test_what_nothing_can_go_on_from(work, change, part, capsys):
     folder, cfg = work
     path = folder / 'epoch_3.pth'
     content = read_content(str(path))
@@ -297,6 +344,46 @@ def test_what_nothing_can_go_on_from(work, change, part):
     torch.save(content, path)
     cfg.dump(folder / 'config.py')
     assert newest_whole_checkpoint(cfg) == str(folder / 'epoch_2.pth')
+    assert part in capsys.readouterr().out
+
+
+def group(content):
+    return content['optimizer']['param_groups'][0]
+
+
+def of_another_shape(content):
+    for values in content['optimizer']['state'].values():
+        values['momentum_buffer'] = torch.zeros(1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    'change, part',
+    [
+        (of_another_shape, 'momentum_buffer of the optimizer is (1, 2, 3)'),
+        (lambda c: group(c)['params'].pop(), 'ValueError: loaded state dict'),
+        (
+            lambda c: c.update(param_schedulers=dict(a=c['param_schedulers'])),
+            'ValueError: dictionary update',
+        ),
+    ],
+)
+def test_a_state_that_does_not_fit_is_one_line(work, change, part, capfd):
+    folder, cfg = work
+    content = read_content(str(folder / 'epoch_2.pth'))
+    change(content)
+    torch.save(content, folder / 'bad.pth')
+    cfg.dump(folder.parent / 'config.py')
+    code = run_tool(
+        'train',
+        folder.parent / 'config.py',
+        *('--work-dir', folder.parent / 'other'),
+        *('--resume', folder / 'bad.pth'),
+        *('--cfg-options', f'experiment_name=fits{len(part)}'),
+    )
+    error = capfd.readouterr().err
+    line = error.strip().splitlines()[-1]
+    assert code == 2 and f'cannot resume from {folder / "bad.pth"}: ' in line
+    assert part in line and 'Traceback' not in error
 
 
 def test_resume_of_a_path_is_checked_as_well(work, capfd):
