@@ -16,7 +16,7 @@ from torch import nn
 from mmdbb.checkpoint.files import describe_misfit, some
 from mmdbb.checkpoint.load import own_of
 from mmdbb.checkpoint.stock import without_own_starts
-from mmdbb.engine.resume import check_resumable
+from mmdbb.engine.resume import check_resumable, saves_optimizer
 from mmdbb.errors import UserError
 from mmdbb.reparam import find_blocks
 
@@ -30,6 +30,7 @@ class StartingCheckpointHook(Hook):
 
     def __init__(self, config: Config) -> None:
         self.path, self.resume = config.load_from, config.get('resume')
+        self.needs_optimizer = saves_optimizer(config)
         model = config.model.to_dict()
         self.starts_plain = without_own_starts(model) != model
 
@@ -42,7 +43,7 @@ class StartingCheckpointHook(Hook):
                 from a file of their own.
         """
         if self.resume:
-            check_resumable(checkpoint, self.path)
+            check_resumable(checkpoint, self.path, self.needs_optimizer)
         if self.starts_plain:
             return
         state = _state_of(checkpoint)

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import os
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Iterable, NamedTuple
 
 from mmengine.config import Config, ConfigDict
 from mmengine.device import get_device
@@ -21,6 +22,7 @@ from mmengine.runner import Runner
 
 from mmdbb.checkpoint.files import read_checkpoint
 from mmdbb.checkpoint.load import give_structure_
+from mmdbb.config_files import files_of
 from mmdbb.engine.command import UserError, check_file
 from mmdbb.engine.fitting import (
     FittingCheckpointHook,
@@ -28,7 +30,11 @@ from mmdbb.engine.fitting import (
     unwrapped,
 )
 from mmdbb.engine.repeatable import RepeatableHook
-from mmdbb.engine.resume import newest_whole_checkpoint
+from mmdbb.engine.resume import (
+    check_resumed,
+    explained_resume,
+    newest_whole_checkpoint,
+)
 from mmdbb.engine.whole_checkpoints import WholeCheckpointHook
 
 
@@ -105,10 +111,11 @@ def train(config: Config, args: argparse.Namespace) -> None:
                 'config'
             )
         config.auto_scale_lr.enable = True
-    if args.resume:
+    # mmengine would believe its pointer where the config says so.
+    if args.resume or (config.get('resume') and not config.get('load_from')):
         path = (
             newest_whole_checkpoint(config)
-            if args.resume == 'auto'
+            if args.resume in (None, 'auto')
             else check_file(args.resume, 'checkpoint to resume from')
         )
         # A first start has nothing to resume, but weights to start from.
@@ -117,13 +124,32 @@ def train(config: Config, args: argparse.Namespace) -> None:
     if config.get('load_from'):
         check_file(config.load_from, 'checkpoint to start from')
     check_starts(config.model, 'model')
+    _keep_inputs(config, config.get('load_from'))
     _keep_checkpoints_whole(config)
     runner = build_runner(config)
     if args.repeatable:
         runner.register_hook(RepeatableHook())
     if config.get('load_from'):
         runner.register_hook(StartingCheckpointHook(config), 'LOWEST')
+    _explain_resume(runner)
     runner.train()
+
+
+def _explain_resume(runner: Runner) -> None:
+    """Let a state that does not fit be a mistake of the checkpoint."""
+    resume = runner.resume
+
+    @functools.wraps(resume)
+    def explained(path: str, *args: object, **kwargs: object) -> None:
+        with explained_resume(path):
+            resume(path, *args, **kwargs)
+            wrapper = runner.optim_wrapper
+            # Several are kept by name; others' runners have none of these.
+            several = getattr(wrapper, 'optim_wrappers', {None: wrapper})
+            for each in several.values():
+                check_resumed(getattr(each, 'optimizer', None), path)
+
+    runner.resume = explained
 
 
 def check_starts(fields: object, place: str) -> None:
@@ -164,6 +190,63 @@ def check_starts(fields: object, place: str) -> None:
     )
 
 
+def _keep_inputs(
+    config: Config, checkpoint: str | None, out: str | None = None
+) -> None:
+    """Refuse to write over what is read.
+
+    mmengine writes the config, as it is then, to the work folder, under the
+    name of its file.
+
+    Args:
+        config: From :func:`load_config`.
+        checkpoint: Path of the weights, if any.
+        out: Path of the predictions to write, if any.
+
+    Raises:
+        UserError: It names the file.
+    """
+    inputs = [*files_of(config), *([checkpoint] if checkpoint else [])]
+    if out and _is_one_of(out, inputs):
+        raise UserError(f'--out {out} is also an input')
+    if not config.filename:
+        return
+    copy = os.path.join(config.work_dir, os.path.basename(config.filename))
+    if not _is_one_of(copy, inputs):
+        return
+    if not _is_dump(config.filename) or not _is_one_of(
+        copy, [config.filename]
+    ):
+        raise UserError(
+            f'the config as it is run would be written over {copy}, which is '
+            'an input; choose another --work-dir'
+        )
+    # Work folders are tested and resumed by what mmengine wrote there: it is
+    # kept, and the config as it is run gets the name of its time.
+    object.__setattr__(config, '_filename', None)
+
+
+def _is_one_of(path: str, inputs: Iterable[str]) -> bool:
+    """Whether a path leads to one of some files, by links of any kind."""
+    for other in inputs:
+        if os.path.realpath(path) == os.path.realpath(other):
+            return True
+        try:
+            if os.path.samefile(path, other):
+                return True
+        except (OSError, ValueError):  # there is none yet, or an address
+            continue
+    return False
+
+
+def _is_dump(path: str) -> bool:
+    """Whether a config is one that mmengine wrote."""
+    with open(path, encoding='utf-8') as file:
+        text = file.read()
+    config = Config.fromfile(path, import_custom_modules=False)
+    return text.strip() == config.pretty_text.strip()
+
+
 def _keep_checkpoints_whole(config: Config) -> None:
     hook = (config.get('default_hooks') or {}).get('checkpoint')
     if hook and hook.get('type') == 'CheckpointHook':
@@ -189,6 +272,7 @@ def test(config: Config, args: argparse.Namespace) -> dict:
         raise UserError(
             f'--out takes a file that ends in .pkl or .pickle; got {args.out}'
         )
+    _keep_inputs(config, args.checkpoint, args.out)
     if config.get('test_dataloader') is None:
         raise UserError('the config has no test_dataloader')
     if args.show or args.show_dir:

@@ -18,6 +18,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
 from mmdbb.checkpoint.atomic import all_or_nothing
+from mmdbb.errors import UserError
 
 BACKEND = 'mmdbb_whole'
 
@@ -81,7 +82,18 @@ class WholeCheckpointHook(CheckpointHook):
                 self.backend_args = dict(backend=BACKEND)
 
     def before_train(self, runner: Runner) -> None:
-        """Take over which checkpoints there are."""
+        """Take over which checkpoints there are.
+
+        Raises:
+            UserError: If mmengine's pointer could not be written: a pipe
+                would stop the training at its first checkpoint.
+        """
+        pointer = os.path.join(runner.work_dir, 'last_checkpoint')
+        if os.path.exists(pointer) and not os.path.isfile(pointer):
+            raise UserError(
+                f'{pointer} is not a file; remove it: it says which '
+                'checkpoint was written last'
+            )
         infos = runner.message_hub.runtime_info
         for name in [n for n in infos if n.startswith('best_ckpt')]:
             folder = os.path.dirname(os.path.realpath(str(infos[name])))

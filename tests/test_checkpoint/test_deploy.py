@@ -15,6 +15,7 @@ from helpers import blocks_of, distance, image
 from mmengine.config import Config
 from mmengine.utils import digit_version
 from networks import CONFIGS, SIZE, write_checkpoint, write_config
+from torch import nn
 
 from mmdbb import load_deployed
 from mmdbb.checkpoint import deploy, files, merge
@@ -510,6 +511,37 @@ def test_a_wrong_eps_is_found(trained, nothing_left, monkeypatch, which):
         monkeypatch.setattr(deploy, 'load_deployed', wrong_model)
     with pytest.raises(UserError, match=f'differs by|no copy .*: {which}'):
         run(trained, nothing_left / 'out.pth', task)
+
+
+@pytest.mark.parametrize(
+    'other',
+    [
+        nn.AvgPool2d(3, 2, 1),
+        nn.MaxPool2d(3, 2, 1, ceil_mode=True),
+        nn.Sequential(),
+    ],
+)
+def test_a_layer_without_parameters_is_compared(
+    trained, tmp_path, nothing_left, monkeypatch, other
+):
+    """Behind a ReLU that is zero, any pooling gives zero."""
+    state = torch.load(trained['classifier'] / 'trained.pth')['state_dict']
+    state['backbone.bn1.bias'].fill_(-1e3)
+    torch.save(state, tmp_path / 'in.pth')
+
+    def wrong(*paths):
+        model = load_deployed(*paths)
+        model.backbone.maxpool = other
+        return model
+
+    monkeypatch.setattr(deploy, 'load_deployed', wrong)
+    # Without any, other sizes give other shapes.
+    with pytest.raises(UserError, match='no copy .*: backbone.maxpool|differ'):
+        run(
+            trained,
+            nothing_left / 'out.pth',
+            checkpoint=str(tmp_path / 'in.pth'),
+        )
 
 
 def test_what_is_written_is_what_was_proven(

@@ -56,6 +56,7 @@ POINTERS = {
     'of nothing': lambda path: path.write_text(f'{path.parent}/epoch_9.pth'),
     'stale': lambda path: path.write_text(f'{path.parent}/epoch_1.pth'),
     'a folder': lambda path: (path.unlink(), path.mkdir()),
+    'a pipe': lambda path: (path.unlink(), os.mkfifo(path)),
     'right': lambda path: None,
 }
 
@@ -123,6 +124,149 @@ def test_another_folder_and_name(run, tmp_path):
     assert newest_whole_checkpoint(cfg) == str(path)
 
 
+def named(run, folder, *names, pointer=None):
+    """A folder with copies of checkpoints, each written after the last."""
+    folder.mkdir(parents=True)
+    for i, name in enumerate(names):
+        shutil.copy(run / 'epoch_2.pth', folder / name)
+        os.utime(folder / name, (10**9 + i, 10**9 + i))
+    if pointer:
+        (folder / 'last_checkpoint').write_text(str(folder / pointer))
+
+
+TEMPLATES = {
+    'filled with zeros': ('ep_{:03d}.pth', ['ep_009.pth', 'ep_010.pth']),
+    'by number': ('{0:4d}-{0}.pth', ['   9-9.pth', '  10-10.pth']),
+    'with braces': ('{{{}}}.pth', ['{10}.pth']),
+    'not by time': ('ep_{}.pth', ['ep_9.pth', 'ep_8.pth', 'ep_10.pth']),
+    'of another suffix': ('ep_{}.ckpt', ['ep_10.ckpt']),
+    'one name': ('latest.pth', ['latest.pth']),
+    'one name, other runs': ('latest.pth', ['epoch_9.pth', 'latest.pth']),
+    'changed since': ('ep_{}.pth', ['epoch_9.pth', 'epoch_10.pth']),
+    'counted anew': ('ep_{}.pth', ['epoch_99.pth', 'iter_9.pth', 'ep_1.pth']),
+}
+
+
+@pytest.mark.parametrize('case', TEMPLATES)
+def test_names_of_any_template(run, tmp_path, case):
+    template, names = TEMPLATES[case]
+    named(run, tmp_path / 'run', *names)
+    cfg = run_config(tmp_path / 'run')
+    cfg.default_hooks.checkpoint.filename_tmpl = template
+    if case == 'not by time':
+        os.utime(tmp_path / 'run' / 'ep_8.pth')
+    found = newest_whole_checkpoint(cfg)
+    assert found == str(tmp_path / 'run' / names[-1])
+
+
+def test_a_name_that_only_the_pointer_knows(run, tmp_path):
+    cfg = run_config(tmp_path / 'run')
+    named(run, tmp_path / 'run', 'ep_1.pth', 'ep_2.pth', pointer='ep_2.pth')
+    found = newest_whole_checkpoint(cfg)
+    assert found == str(tmp_path / 'run' / 'ep_2.pth')
+    cut(tmp_path / 'run' / 'ep_2.pth')
+    with pytest.raises(UserError, match='is whole: .*ep_2.pth'):
+        newest_whole_checkpoint(cfg)
+
+
+@pytest.mark.parametrize('pointer', [None, 'ep_3.pth'])
+def test_names_that_nothing_knows_are_not_overwritten(run, tmp_path, pointer):
+    cfg = run_config(tmp_path / 'run')
+    named(run, tmp_path / 'run', 'ep_1.pth', 'best.pth', pointer=pointer)
+    with pytest.raises(UserError, match='best.pth, ep_1.pth.*--resume PATH'):
+        newest_whole_checkpoint(cfg)
+    # What a first start begins from may lie there.
+    (tmp_path / 'run' / 'ep_1.pth').unlink()
+    cfg.load_from = str(tmp_path / 'run' / 'best.pth')
+    if pointer:
+        with pytest.raises(UserError, match='gone is .*ep_3.pth'):
+            newest_whole_checkpoint(cfg)
+    else:
+        assert newest_whole_checkpoint(cfg) is None
+
+
+def test_no_template(run, tmp_path):
+    cfg = run_config(tmp_path / 'run')
+    cfg.default_hooks.checkpoint.filename_tmpl = 'epoch_{.pth'
+    with pytest.raises(UserError, match='filename_tmpl .*epoch_{.pth'):
+        newest_whole_checkpoint(cfg)
+
+
+def test_a_folder_in_the_template(run, tmp_path):
+    cfg = run_config(tmp_path / 'run')
+    cfg.default_hooks.checkpoint.filename_tmpl = 'parts/ep_{}.pth'
+    named(run, tmp_path / 'run' / 'parts', 'ep_1.pth')
+    found = newest_whole_checkpoint(cfg)
+    assert found == str(tmp_path / 'run' / 'parts' / 'ep_1.pth')
+
+
+@pytest.mark.parametrize('option', ['--resume', 'resume=True'])
+def test_the_tool_goes_on_by_another_template(tmp_path, option, capfd):
+    cfg = run_config(tmp_path / 'run', (1.0, 2.0))
+    cfg.default_hooks.checkpoint.update(
+        filename_tmpl='ep_{:03d}.pth', max_keep_ckpts=-1
+    )
+    cfg.train_cfg.max_epochs = 1
+    cfg.dump(tmp_path / 'config.py')
+    arguments = tmp_path / 'config.py', '--work-dir', tmp_path / 'run'
+    assert run_tool('train', *arguments) == 0
+    (tmp_path / 'run' / 'last_checkpoint').unlink()
+    before = (tmp_path / 'run' / 'ep_001.pth').read_bytes()
+    more = [option] if option == '--resume' else ['--cfg-options', option]
+    if option == '--resume':
+        more.append('--cfg-options')
+    more += ['train_cfg.max_epochs=2', 'experiment_name=again']
+    assert run_tool('train', *arguments, *more) == 0
+    assert (tmp_path / 'run' / 'ep_001.pth').read_bytes() == before
+    content = read_content(str(tmp_path / 'run' / 'ep_002.pth'))
+    assert content['meta']['epoch'] == 2
+
+
+def test_a_pipe_in_the_place_of_the_pointer(work):
+    """It would stop the training where the first checkpoint is written."""
+    folder, cfg = work
+    POINTERS['a pipe'](folder / 'last_checkpoint')
+    cfg.merge_from_dict(
+        {
+            f'{HOOK}.type': 'WholeCheckpointHook',
+            'resume': True,
+            'load_from': str(folder / 'epoch_2.pth'),
+        }
+    )
+    with pytest.raises(UserError, match='last_checkpoint is not a file'):
+        train(cfg)
+
+
+def test_a_first_start_says_so(tmp_path, capsys):
+    assert newest_whole_checkpoint(run_config(tmp_path / 'new')) is None
+    said = capsys.readouterr().out
+    assert f'nothing to resume in {tmp_path / "new"}: ' in said
+
+
+def test_a_training_that_does_not_keep_its_optimizer(work, capsys):
+    folder, cfg = work
+    for number in (1, 2, 3):
+        path = folder / f'epoch_{number}.pth'
+        content = read_content(str(path))
+        del content['optimizer']
+        torch.save(content, path)
+    with pytest.raises(UserError, match='missing, is optimizer') as error:
+        newest_whole_checkpoint(cfg)
+    assert f'in {folder} is' in str(error.value)  # once
+    cfg.default_hooks.checkpoint.save_optimizer = False
+    assert newest_whole_checkpoint(cfg) == str(folder / 'epoch_3.pth')
+    cfg.dump(folder.parent / 'config.py')
+    code = run_tool(
+        'train',
+        folder.parent / 'config.py',
+        *('--work-dir', folder, '--resume'),
+        *('--cfg-options', 'train_cfg.max_epochs=4'),
+        'experiment_name=without',
+    )
+    assert code == 0
+    assert (folder / 'epoch_4.pth').is_file()
+
+
 def hub(**changes):
     def change(content):
         content['message_hub'].update(changes)
@@ -143,9 +287,56 @@ def hub(**changes):
         (hub(runtime_info={3: 3}), 'message_hub'),
         (hub(runtime_info=dict(keep_ckpt_ids=['../x'])), 'message_hub'),
         (lambda c: c.pop('message_hub'), 'no state of a training'),
+        (lambda c: c['meta'].update(epoch=10**300), 'meta.epoch'),
+        (lambda c: c['meta'].update(seed='x'), 'meta.seed'),
+        (lambda c: c['meta'].update(seed=-1), 'meta.seed'),
+        (lambda c: c['meta'].update(cfg=5), 'meta.cfg'),
+        (lambda c: c['meta'].update(config='1 / 0'), 'run as code'),
+        (lambda c: c.update(param_schedulers=[1]), 'param_schedulers'),
+        (lambda c: c.update(param_schedulers=dict(a=1)), 'param_schedulers'),
+        (
+            lambda c: c['param_schedulers'][0].update(last_step='x'),
+            'param_schedulers',
+        ),
+        (
+            lambda c: c['param_schedulers'][0].update(base_values=['x']),
+            'param_schedulers',
+        ),
+        (
+            lambda c: c['optimizer'].update(param_groups=[]),
+            'optimizer.param_groups',
+        ),
+        (lambda c: c['optimizer'].update(state=3), 'optimizer.state'),
+        (lambda c: c['optimizer'].update(state={0: 5}), 'optimizer.state.0'),
+        (lambda c: group(c).update(lr='x'), 'optimizer.param_groups.0.lr'),
+        (lambda c: group(c).update(lr=10**400), 'param_groups.0.lr'),
+        (lambda c: group(c).pop('params'), 'optimizer.param_groups.0'),
+        (
+            lambda c: c.update(optimizer=dict(a=dict(param_groups=[]))),
+            'optimizer.a.param_groups',
+        ),
+        (
+            lambda c: c['optimizer']['state'][0]['momentum_buffer'].fill_(
+                float('nan')
+            ),
+            'not finite, or no plain numbers, is optimizer.state.0.momentum',
+        ),
+        (
+            # Some bytes that claim to be a TB.
+            lambda c: c['optimizer']['state'][0].update(
+                momentum_buffer=torch.zeros(1).expand(1 << 40)
+            ),
+            'optimizer.state.0.momentum_buffer',
+        ),
+        (
+            lambda c: c['optimizer']['state'][0].update(
+                momentum_buffer=torch.zeros(3).to_sparse()
+            ),
+            'epoch_3.pth',
+        ),
     ],
 )
-def test_what_nothing_can_go_on_from(work, change, part):
+def test_what_nothing_can_go_on_from(work, change, part, capsys):
     folder, cfg = work
     path = folder / 'epoch_3.pth'
     content = read_content(str(path))
@@ -153,6 +344,46 @@ def test_what_nothing_can_go_on_from(work, change, part):
     torch.save(content, path)
     cfg.dump(folder / 'config.py')
     assert newest_whole_checkpoint(cfg) == str(folder / 'epoch_2.pth')
+    assert part in capsys.readouterr().out
+
+
+def group(content):
+    return content['optimizer']['param_groups'][0]
+
+
+def of_another_shape(content):
+    for values in content['optimizer']['state'].values():
+        values['momentum_buffer'] = torch.zeros(1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    'change, part',
+    [
+        (of_another_shape, 'momentum_buffer of the optimizer is (1, 2, 3)'),
+        (lambda c: group(c)['params'].pop(), 'ValueError: loaded state dict'),
+        (
+            lambda c: c.update(param_schedulers=dict(a=c['param_schedulers'])),
+            'ValueError: dictionary update',
+        ),
+    ],
+)
+def test_a_state_that_does_not_fit_is_one_line(work, change, part, capfd):
+    folder, cfg = work
+    content = read_content(str(folder / 'epoch_2.pth'))
+    change(content)
+    torch.save(content, folder / 'bad.pth')
+    cfg.dump(folder.parent / 'config.py')
+    code = run_tool(
+        'train',
+        folder.parent / 'config.py',
+        *('--work-dir', folder.parent / 'other'),
+        *('--resume', folder / 'bad.pth'),
+        *('--cfg-options', f'experiment_name=fits{len(part)}'),
+    )
+    error = capfd.readouterr().err
+    line = error.strip().splitlines()[-1]
+    assert code == 2 and f'cannot resume from {folder / "bad.pth"}: ' in line
+    assert part in line and 'Traceback' not in error
 
 
 def test_resume_of_a_path_is_checked_as_well(work, capfd):

@@ -115,6 +115,74 @@ def test_a_file_that_a_config_reads_is_not_overwritten(tmp_path):
         refuse_inputs([str(tmp_path / 'values.json')], cfg)
 
 
+COPIES = {
+    'its folder': lambda folder: folder,
+    'a link to its folder': lambda folder: link(folder, 'folder'),
+    'a folder with a link': lambda folder: link(folder, 'soft'),
+    'a folder with a hard link': lambda folder: link(folder, 'hard'),
+    'a folder with its base': lambda folder: folder / 'bases',
+}
+
+
+def link(folder, kind):
+    other = folder.parent / kind
+    if kind == 'folder':
+        other.symlink_to(folder)
+    else:
+        other.mkdir()
+        make = os.symlink if kind == 'soft' else os.link
+        make(folder / 'run.py', other / 'run.py')
+    return other
+
+
+@pytest.mark.parametrize('case', COPIES)
+def test_mmengines_copy_of_the_config_is_not_written_over_it(
+    pair, tmp_path, capfd, case
+):
+    folder = tmp_path / 'configs'
+    (folder / 'bases').mkdir(parents=True)
+    shutil.copy(pair[0], folder / 'bases' / 'run.py')
+    (folder / 'run.py').write_text("_base_ = './bases/run.py'  # mine\n")
+    work_dir = COPIES[case](folder)
+    before = tree(tmp_path)
+    for name, *more in (('train',), ('test', pair[1])):
+        refused(
+            capfd,
+            'which is an input; choose another --work-dir',
+            name,
+            folder / 'run.py',
+            *more,
+            *('--work-dir', work_dir),
+        )
+    assert tree(tmp_path) == before
+
+
+def tree(folder):
+    return {p: p.read_bytes() for p in folder.rglob('*') if p.is_file()}
+
+
+def test_predictions_are_not_written_over_inputs(pair, tmp_path, capfd):
+    shutil.copy(pair[1], tmp_path / 'x.pkl')
+    (tmp_path / 'soft.pkl').symlink_to('x.pkl')
+    os.link(tmp_path / 'x.pkl', tmp_path / 'hard.pkl')
+    (tmp_path / 'base.pkl').write_text('3')
+    config = tmp_path / 'run.py'
+    config.write_text(
+        f'_base_ = {str(pair[0])!r}\n'
+        f'x = int(open({str(tmp_path / "base.pkl")!r}).read())\n'
+    )
+    before = tree(tmp_path)
+    for name in ('x', 'soft', 'hard', 'base'):
+        refused(
+            capfd,
+            f'{name}.pkl is also an input',
+            'test',
+            *(config, tmp_path / 'x.pkl', '--work-dir', tmp_path / 'work'),
+            *('--out', tmp_path / f'{name}.pkl'),
+        )
+    assert tree(tmp_path) == before
+
+
 # Kinds of files
 
 

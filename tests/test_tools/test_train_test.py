@@ -106,6 +106,18 @@ def test_resume_auto(folder, trained):
     assert 'resumed epoch: 1, iter: 2' in logs(trained)
 
 
+def test_a_work_folder_goes_on_by_the_config_in_it(folder, tmp_path):
+    """mmengine wrote it there; it is read, and stays."""
+    more = '--work-dir', tmp_path
+    tool('train', folder / 'config.py', *more)
+    config = tmp_path / 'config.py'
+    before = config.read_bytes()
+    tool('test', config, tmp_path / 'epoch_1.pth', *more)
+    tool('train', config, *more, '--resume')
+    assert config.read_bytes() == before
+    assert len(list(tmp_path.glob('*.py'))) > 1
+
+
 def test_resume_from_a_path(folder, trained, tmp_path):
     tool(
         'train',
