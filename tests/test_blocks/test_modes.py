@@ -334,6 +334,7 @@ TRAINING = dict(
     forward_mode=forward_mode,
     func_grad=func_grad,
     func_jvp=func_jvp,
+    ensemble=ensemble,
     within_a_hook=within_a_hook,
     replica=replica,
     partly_frozen=partly_frozen,
