@@ -1,5 +1,6 @@
 """Tools that are ended at some moment, or have no room: nothing half done."""
 
+import logging
 import os
 import random
 import shutil
@@ -11,6 +12,7 @@ import time
 import pytest
 from helpers import run_tool
 from mmengine.config import Config
+from mmengine.logging import MMLogger
 from networks import SIZE, write_checkpoint, write_config
 from runs import run_config, train
 
@@ -270,6 +272,11 @@ def small_disk(tmp_path):
     try:
         yield folder
     finally:
+        # mmengine's loggers keep their files; later tests would write there.
+        for logger in MMLogger._instance_dict.values():
+            for handler in list(logger.handlers):
+                if isinstance(handler, logging.FileHandler):
+                    logger.removeHandler(handler)
         subprocess.run(['umount', '-l', str(folder)], check=True)
 
 
