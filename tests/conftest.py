@@ -79,3 +79,8 @@ def sizes():
     from tiny_demo import TASKS
 
     return {task: size for task, (_, _, size) in TASKS.items()}
+
+
+def pytest_collection_modifyitems(items):
+    """The longest file first: it is one worker's, and would end alone."""
+    items.sort(key=lambda item: 'test_demo_commands' not in item.nodeid)
