@@ -190,7 +190,7 @@ class _Again(torch.autograd.Function):
     @staticmethod
     def forward(ctx, function, device, *tensors):
         ctx.function = function
-        ctx.autocast = _autocast_of(device)
+        ctx.autocast = device, autocast_dtype(device)
         ctx.save_for_backward(*tensors)
         return function(*tensors)
 
@@ -215,10 +215,6 @@ class _Again(torch.autograd.Function):
             )
         )
         return (None, None, *(next(found) if n else None for n in needed))
-
-
-def _autocast_of(device: str) -> Tuple[str, Optional[torch.dtype]]:
-    return device, autocast_dtype(device)
 
 
 def _autocast(device: str, dtype: Optional[torch.dtype]):

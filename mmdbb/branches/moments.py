@@ -14,7 +14,7 @@ equal, z is smaller than what it is computed from, by a factor
 
 *Devices.* Few GPUs have a fast double precision. There, and of half-precision
 images, the statistics are those of z itself, which is computed, measured and
-dropped.
+dropped; but for depthwise blocks on a CPU, whose covariances are variances.
 
 *Processes.* With SyncBN counts, means and covariances are summed over the
 processes in one all-reduce, in double precision.
