@@ -111,7 +111,7 @@ setup(
     python_requires='>=3.9',
     packages=find_packages(include=['mmdbb', 'mmdbb.*']),
     # The hosts are extras, because two stacks provide the same imports;
-    # mmdbb/hosts.py says what is missing where something is.
+    # mmdbb/mm/hosts.py says what is missing where something is.
     install_requires=['torch>=2.1', 'numpy', 'packaging'],
     extras_require=EXTRAS,
     cmdclass={'build_py': BuildWithMim},

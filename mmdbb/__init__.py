@@ -1,58 +1,57 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""Structural re-parameterization for OpenMMLab 2.x and plain PyTorch.
+"""Structural re-parameterization for plain PyTorch and OpenMMLab 2.x.
 
-Importing the package registers its convolution layers, so that
+The blocks need torch only. Where mmengine and mmcv are installed, importing
+the package registers the blocks with them, so that
 ``conv_cfg=dict(type='DBB')`` works in any config. ``mmdbb.backbones``, which
 needs mmpretrain, is imported on its own.
 """
 
-from mmdbb import hosts
-
-hosts.require('mmengine')
-hosts.require('mmcv')
-hosts.cure_config_bases()
+import importlib
+import importlib.util
 
 from mmdbb.blocks import (
     ACB,
     DBB,
+    OREPAConv,
+    OREPARepVGG,
+    QARepVGGConv,
+    ReparamConv2d,
+    RepVGGConv,
+)
+from mmdbb.insert import insert_blocks_, merge_into_
+from mmdbb.official import (
     OREPA,
     ACBlock,
     DiverseBranchBlock,
     OREPA_1x1,
     OREPA_LargeConv,
     OREPA_LargeConvBase,
-    OREPAConv,
-    OREPARepVGG,
-    QARepVGGConv,
     RepVGGBlock,
     RepVGGBlock_OREPA,
-    RepVGGConv,
 )
-from mmdbb.checkpoint.backbone_init import BackbonePretrainedInit
-from mmdbb.checkpoint.host_loading import read_as_data
-from mmdbb.checkpoint.load import load_deployed
-from mmdbb.checkpoint.official_init import OfficialPretrainedInit
-from mmdbb.checkpoint.plain import load_plain_weights_
-from mmdbb.checkpoint.plain_init import PlainPretrainedInit
-from mmdbb.checkpoint.torch_init import TorchDefaultInit
-from mmdbb.engine.optim import ReparamOptimWrapperConstructor
-from mmdbb.engine.reparam_hook import ReparamHook
-from mmdbb.engine.repeatable import RepeatableHook
-from mmdbb.engine.whole_checkpoints import WholeCheckpointHook
-from mmdbb.insert import insert_blocks_, merge_into_
+from mmdbb.plain.weights import load_plain_weights_
 from mmdbb.reparam import reparameterize
 from mmdbb.version import __version__
 
-read_as_data()
+#: Names that need mmengine and mmcv -> the modules that have them.
+_OF_HOSTS = {
+    'BackbonePretrainedInit': 'mmdbb.mm.starts.backbone',
+    'OfficialPretrainedInit': 'mmdbb.mm.starts.official',
+    'PlainPretrainedInit': 'mmdbb.mm.starts.plain',
+    'ReparamHook': 'mmdbb.mm.engine.reparam_hook',
+    'ReparamOptimWrapperConstructor': 'mmdbb.mm.engine.optim',
+    'RepeatableHook': 'mmdbb.mm.engine.repeatable',
+    'TorchDefaultInit': 'mmdbb.mm.starts.torch_default',
+    'WholeCheckpointHook': 'mmdbb.mm.engine.whole_checkpoints',
+    'load_deployed': 'mmdbb.mm.deploy.load',
+}
 
 __all__ = [
     'ACB',
     'ACBlock',
-    'BackbonePretrainedInit',
     'DBB',
     'DiverseBranchBlock',
-    'OfficialPretrainedInit',
-    'PlainPretrainedInit',
     'OREPA',
     'OREPAConv',
     'OREPARepVGG',
@@ -63,15 +62,30 @@ __all__ = [
     'RepVGGBlock',
     'RepVGGBlock_OREPA',
     'RepVGGConv',
-    'ReparamHook',
-    'ReparamOptimWrapperConstructor',
-    'TorchDefaultInit',
-    'RepeatableHook',
-    'WholeCheckpointHook',
+    'ReparamConv2d',
     '__version__',
     'insert_blocks_',
-    'load_deployed',
     'load_plain_weights_',
     'merge_into_',
     'reparameterize',
 ]
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except (ImportError, ValueError):  # an import hook that refuses it
+        return False
+
+
+if _is_installed('mmengine') and _is_installed('mmcv'):
+    import mmdbb.mm.registration  # noqa: F401
+
+    __all__ += list(_OF_HOSTS)
+
+
+def __getattr__(name: str):
+    if name not in _OF_HOSTS:
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    # The import says what is missing of the packages, if anything is.
+    return getattr(importlib.import_module(_OF_HOSTS[name]), name)

@@ -11,17 +11,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmdbb.blocks.branch_sum import BranchSumConv2d
 from mmdbb.blocks.build import block_of
-from mmdbb.blocks.from_plain import (
+from mmdbb.errors import UserError
+from mmdbb.files.checkpoints import load_strictly, some
+from mmdbb.modules import has_hooks
+from mmdbb.plain.blocks import (
     BRANCH_SCALE,
     NormValues,
     copy_entries_,
     plain_start,
 )
-from mmdbb.checkpoint.files import load_strictly, some
-from mmdbb.checkpoint.stock_weights import stock_state
-from mmdbb.errors import UserError
-from mmdbb.modules import has_hooks
 from mmdbb.reparam import find_blocks
+from mmdbb.stock_weights import stock_state
 from mmdbb.tracing import sole_readers
 from mmdbb.transforms import KernelBias
 
@@ -56,7 +56,7 @@ def insert_blocks_(
             arguments or a dict of keywords), to watch a run of it. Needed
             only where torch.fx cannot trace the model.
         branch_scale: Start of the gammas of all branches but ``kxk``, as a
-            share of that one's, see :mod:`mmdbb.blocks.from_plain`.
+            share of that one's, see :mod:`mmdbb.plain.blocks`.
 
     Returns:
         list: Names of the convolutions that are blocks now. Convolutions that

@@ -29,12 +29,12 @@ from mmengine.runner import CheckpointLoader
 from torch import nn
 
 from mmdbb import DBB, load_plain_weights_
-from mmdbb.checkpoint.files import load_strictly, read_checkpoint
-from mmdbb.checkpoint.formats import write_checkpoint
-from mmdbb.checkpoint.load import written_structure
-from mmdbb.checkpoint.official import read_official
-from mmdbb.engine.resume import check_resumable
 from mmdbb.errors import UserError
+from mmdbb.files.checkpoints import load_strictly, read_checkpoint
+from mmdbb.files.formats import write_checkpoint
+from mmdbb.mm.deploy.load import written_structure
+from mmdbb.mm.engine.resume import check_resumable
+from mmdbb.mm.official.convert import read_official
 
 OUTCOMES = ('refused', 'right', 'other', 'fault')
 #: Form -> at what it is damaged, where not only at its bytes.

@@ -4,7 +4,7 @@ import torch
 from helpers import randomize
 from mmengine.config import Config
 
-from mmdbb.checkpoint.load import build_model
+from mmdbb.mm.deploy.load import build_model
 
 NARROW = dict(base_channels=8, stem_channels=8)
 SHALLOW = dict(

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import distance, randomize
+from workshop.benchmark import papers
 
 from mmdbb import DBB, benchmark
-from mmdbb.benchmark import papers
-from mmdbb.engine.command import at_least_one
-from mmdbb.kernels import GeneratedKernel
+from mmdbb.kernels import ComposedKernel
+from mmdbb.mm.engine.command import at_least_one
 
 TOOL = Path(__file__).resolve().parents[1] / 'tools/benchmark.py'
 
@@ -49,7 +49,7 @@ def test_the_papers_way_is_the_same_function(network):
     with benchmark.papers_way(model):
         found = model(x)[0]
         for module in model.modules():
-            if isinstance(module, GeneratedKernel):
+            if isinstance(module, ComposedKernel):
                 composed.append('compose' in vars(module))
     assert sum(composed) >= 16
     assert distance(found, expected) < 1e-9
@@ -77,10 +77,10 @@ def test_composing_bound():
 @pytest.mark.parametrize('block', ['DBB', 'OREPA'])
 def test_growth(block, monkeypatch):
     monkeypatch.setattr(
-        sys.modules['mmdbb.benchmark.growth'], 'AXES', dict(width=(8, 16))
+        sys.modules['workshop.benchmark.growth'], 'AXES', dict(width=(8, 16))
     )
     monkeypatch.setattr(
-        sys.modules['mmdbb.benchmark.growth'],
+        sys.modules['workshop.benchmark.growth'],
         'BASE',
         dict(batch=2, width=8, resolution=6),
     )

@@ -20,7 +20,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS
 from torch import nn
 
-from mmdbb.checkpoint.load import build_model
+from mmdbb.mm.deploy.load import build_model
 from mmdbb.registry import BRANCHES
 from mmdbb.reparam import find_blocks
 

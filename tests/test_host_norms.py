@@ -5,7 +5,7 @@ from mmcv.cnn import ConvModule
 from mmengine.registry import MODELS
 from torch import nn
 
-from mmdbb.host_norms import conv_norm_pairs, norm_names
+from mmdbb.conv_norms import conv_norm_pairs, norm_names
 
 pytestmark = pytest.mark.usefixtures('quiet')
 BN = dict(type='BN')

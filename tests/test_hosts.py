@@ -8,7 +8,7 @@ import pytest
 from mmengine.config import Config
 from mmengine.config.utils import MODULE2PACKAGE
 
-from mmdbb.hosts import HOSTS, check_version, cure_config_bases, require
+from mmdbb.mm.hosts import HOSTS, check_version, cure_config_bases, require
 
 
 @pytest.mark.parametrize('name', HOSTS)
@@ -57,7 +57,7 @@ def message_of_import(folder, name, hide=False):
     )
     code = (finder if hide else '') + (
         f'import sys; sys.path.insert(0, {str(folder)!r})\n'
-        f'import mmdbb.hosts; mmdbb.hosts.require({name!r})'
+        f'import mmdbb.mm.hosts; mmdbb.mm.hosts.require({name!r})'
     )
     run = subprocess.run(
         [sys.executable, '-c', code], capture_output=True, text=True

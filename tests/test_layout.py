@@ -13,25 +13,42 @@ import pytest
 import mmdbb
 
 ROOT = Path(mmdbb.__file__).parent
-#: Each may import from those above it, and from itself. What is new belongs
-#: somewhere here.
-LAYERS = (
-    ('version', 'errors', 'registry', 'hosts'),
-    ('modules',),
+#: The lower storey, which needs torch only. Each part may import from those
+#: above it, and from itself. What is new belongs somewhere here.
+LOWER = (
+    ('version', 'errors', 'registry'),
+    ('ports', 'modules'),
     ('recompute',),
     ('geometry',),
     ('transforms',),
     ('kernels',),
     ('branches',),
     ('blocks',),
-    ('config_files', 'host_norms', 'reparam', 'tracing'),
-    ('backbones',),
-    ('checkpoint',),
-    ('insert', 'benchmark', 'engine'),
-    ('quantization',),
-    ('pruning',),
-    ('demo',),
+    ('reparam', 'conv_norms', 'tracing', 'files'),
+    ('stock_weights',),
+    ('plain', 'untouched'),
+    ('official',),
+    ('insert', 'compare'),
 )
+#: The upper storey: folders and files of `mmdbb.mm`, on top of the lower.
+UPPER = (
+    ('mm.hosts',),
+    ('mm',),
+    ('mm.host_internals', 'mm.host_loading', 'mm.config_files'),
+    ('mm.backbones', 'mm.stock'),
+    ('mm.export',),
+    ('mm.deploy',),
+    ('mm.official',),
+    ('mm.starts',),
+    ('mm.engine',),
+    ('mm.evaluation',),
+    ('mm.quantization',),
+    ('mm.pruning',),
+    ('mm.registration',),
+    # The public faces.
+    ('backbones', 'deploy', 'export', 'quantize', 'prune'),
+)
+LAYERS = LOWER + UPPER
 RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 FILES = sorted(path for path in ROOT.rglob('*.py') if '.mim' not in path.parts)
 HOST_PACKAGES = ('mmpretrain', 'mmdet', 'mmseg')
@@ -60,7 +77,8 @@ def imports_of(path):
 
 
 def part_of(module):
-    return module.split('.')[1]
+    names = module.split('.')[1:]
+    return '.'.join(names[:2] if names[0] == 'mm' else names[:1])
 
 
 INNER = [path for path in FILES if path != ROOT / '__init__.py']
@@ -112,7 +130,7 @@ def test_import_is_light():
         f'found = [n for n in {HOST_PACKAGES!r} if n in sys.modules]\n'
         'assert not found, found\n'
         "assert 'mmdbb.backbones' not in sys.modules\n"
-        "assert 'mmdbb.demo' not in sys.modules\n"
+        "assert 'workshop.demo' not in sys.modules\n"
     )
     run = subprocess.run(
         [sys.executable, '-c', code], capture_output=True, text=True
@@ -128,7 +146,7 @@ def test_all_is_importable():
 MODULES = [
     info.name
     for info in pkgutil.walk_packages([str(ROOT)], 'mmdbb.')
-    if not info.name.startswith('mmdbb.demo') and '.mim' not in info.name
+    if not info.name.startswith('workshop.demo') and '.mim' not in info.name
 ]
 
 

@@ -21,9 +21,9 @@ from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torchvision import transforms as T
 
-import mmdbb.backbones  # noqa: F401
+import mmdbb.mm.backbones  # noqa: F401
 from mmdbb.blocks.base import ReparamConv2d
-from mmdbb.checkpoint.official_names import recognise
+from mmdbb.mm.official.recognise import recognise
 from mmdbb.reparam import find_blocks
 
 ROOT = Path(__file__).resolve().parents[1] / 'configs'

@@ -6,10 +6,10 @@ import torch
 from helpers import randomize
 from mmengine.config import Config
 from torch.nn.modules.batchnorm import _BatchNorm
+from workshop.demo.prepare import prepare
 
 import mmdbb
-from mmdbb.checkpoint.load import build_model
-from mmdbb.demo.prepare import prepare
+from mmdbb.mm.deploy.load import build_model
 
 CONFIGS = Path(mmdbb.__file__).parents[1] / 'configs' / 'demo'
 #: Config, images to train and to validate on, and their size.

@@ -16,14 +16,14 @@ import torch
 
 from mmdbb import benchmark
 from mmdbb.blocks.build import registered_blocks
-from mmdbb.engine.command import (
+from mmdbb.errors import UserError
+from mmdbb.mm.engine.command import (
     Parser,
     add_image_size_argument,
     at_least_one,
     run_command,
 )
-from mmdbb.engine.measure import check_picture, print_table, report_files
-from mmdbb.errors import UserError
+from mmdbb.mm.engine.measure import check_picture, print_table, report_files
 
 
 def parse_args():

@@ -6,8 +6,9 @@ Takes some minutes on two CPU cores. A failed stage ends with exit code 1.
 
 from pathlib import Path
 
-from mmdbb.demo.run import TASKS, run_demo
-from mmdbb.engine.command import Parser, run_command, seed
+from workshop.demo.run import TASKS, run_demo
+
+from mmdbb.mm.engine.command import Parser, run_command, seed
 
 
 def main() -> None:

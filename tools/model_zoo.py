@@ -9,8 +9,9 @@ authors report are read from configs/reported.yml.
 
 from pathlib import Path
 
-from mmdbb.engine.command import Parser, run_command
-from mmdbb.engine.model_zoo import write_zoo
+from workshop.model_zoo import write_zoo
+
+from mmdbb.mm.engine.command import Parser, run_command
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -5,9 +5,10 @@ Real digits (MNIST-5k), alone and on photographs. A complete data set is left
 alone, an interrupted one completed.
 """
 
-from mmdbb.demo.layouts import LAYOUTS
-from mmdbb.demo.prepare import prepare
-from mmdbb.engine.command import Parser, at_least_one, run_command, seed
+from workshop.demo.layouts import LAYOUTS
+from workshop.demo.prepare import prepare
+
+from mmdbb.mm.engine.command import Parser, at_least_one, run_command, seed
 
 
 def main() -> None:

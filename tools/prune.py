@@ -7,7 +7,7 @@ Best after a training with KernelPenaltyHook, which makes filters short that
 are to go. tools/test.py evaluates the result, mmdbb.load_deployed loads it.
 """
 
-from mmdbb.engine.command import (
+from mmdbb.mm.engine.command import (
     Parser,
     add_config_arguments,
     add_image_choice_arguments,
@@ -17,7 +17,7 @@ from mmdbb.engine.command import (
     load_config,
     run_command,
 )
-from mmdbb.pruning.pipeline import print_pruned, prune_checkpoint
+from mmdbb.mm.pruning.pipeline import print_pruned, prune_checkpoint
 
 
 def parse_args():

@@ -14,7 +14,7 @@ writes a checkpoint and a config to train on before that: each block becomes
 one convolution with a batch norm that at first changes nothing.
 """
 
-from mmdbb.engine.command import (
+from mmdbb.mm.engine.command import (
     Parser,
     add_config_arguments,
     add_image_choice_arguments,
@@ -23,11 +23,11 @@ from mmdbb.engine.command import (
     load_config,
     run_command,
 )
-from mmdbb.quantization.calibration import SPLITS
-from mmdbb.quantization.insert_bn import insert_bn_checkpoint
-from mmdbb.quantization.onnx_static import METHODS
-from mmdbb.quantization.ptq import Options, quantize_checkpoint
-from mmdbb.quantization.tables import print_quantized
+from mmdbb.mm.evaluation.images import SPLITS
+from mmdbb.mm.quantization.insert_bn import insert_bn_checkpoint
+from mmdbb.mm.quantization.onnx_static import METHODS
+from mmdbb.mm.quantization.ptq import Options, quantize_checkpoint
+from mmdbb.mm.quantization.tables import print_quantized
 
 
 def parse_args():

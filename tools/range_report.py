@@ -4,17 +4,17 @@
 python tools/range_report.py CONFIG CHECKPOINT [--plot ranges.png]
 """
 
-from mmdbb.checkpoint.load import build_model
-from mmdbb.engine.command import (
+from mmdbb.mm.deploy.load import build_model
+from mmdbb.mm.engine.command import (
     Parser,
     add_config_arguments,
     load_config,
     run_command,
 )
-from mmdbb.engine.measure import check_picture, report_files
-from mmdbb.quantization.network import load_network
-from mmdbb.quantization.ranges import kernel_ranges
-from mmdbb.quantization.tables import plot_ranges, print_ranges
+from mmdbb.mm.engine.measure import check_picture, report_files
+from mmdbb.mm.quantization.network import load_network
+from mmdbb.mm.quantization.ranges import kernel_ranges
+from mmdbb.mm.quantization.tables import plot_ranges, print_ranges
 
 
 def parse_args():

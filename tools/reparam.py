@@ -13,9 +13,9 @@ import argparse
 
 import torch
 
-from mmdbb.checkpoint.deploy import deploy_checkpoint, export_checkpoint
-from mmdbb.checkpoint.export_formats import FORMATS, INPUT
-from mmdbb.engine.command import (
+from mmdbb.errors import UserError
+from mmdbb.mm.deploy.checkpoint import deploy_checkpoint, export_checkpoint
+from mmdbb.mm.engine.command import (
     Parser,
     add_config_arguments,
     add_image_size_argument,
@@ -24,7 +24,7 @@ from mmdbb.engine.command import (
     load_config,
     run_command,
 )
-from mmdbb.errors import UserError
+from mmdbb.mm.export.formats import FORMATS, INPUT
 
 
 def parse_args():

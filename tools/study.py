@@ -9,7 +9,7 @@ where it stopped.
 
 from pathlib import Path
 
-from mmdbb.engine.command import (
+from mmdbb.mm.engine.command import (
     Parser,
     at_least_one,
     at_least_zero,
@@ -77,9 +77,9 @@ def parse_args():
 def main():
     args = parse_args()
     import torch
+    from workshop.demo import study
 
-    from mmdbb.demo import study
-    from mmdbb.engine.measure import check_picture, report_files
+    from mmdbb.mm.engine.measure import check_picture, report_files
 
     budget = study.Budget(args.images, args.epochs, args.batch, args.lr)
     check_picture(args.plot)

@@ -1,7 +1,7 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
 """Evaluate a classifier, detector or segmentor: tools/test.py CONFIG CKPT."""
 
-from mmdbb.engine.command import (
+from mmdbb.mm.engine.command import (
     Parser,
     add_config_arguments,
     add_launcher_arguments,
@@ -10,7 +10,7 @@ from mmdbb.engine.command import (
     load_config,
     run_command,
 )
-from mmdbb.engine.launch import test
+from mmdbb.mm.engine.launch import test
 
 
 def parse_args():

@@ -1,14 +1,14 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
 """Train a classifier, a detector or a segmentor: tools/train.py CONFIG."""
 
-from mmdbb.engine.command import (
+from mmdbb.mm.engine.command import (
     Parser,
     add_config_arguments,
     add_launcher_arguments,
     load_config,
     run_command,
 )
-from mmdbb.engine.launch import train
+from mmdbb.mm.engine.launch import train
 
 
 def parse_args():

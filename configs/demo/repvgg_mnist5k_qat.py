@@ -5,7 +5,7 @@ Starts from what `configs/demo/repvgg_mnist5k.py` was trained to.
 
 _base_ = './repvgg_mnist5k.py'
 custom_imports = dict(
-    imports=['mmdbb.backbones', 'mmdbb.quantization.qat'],
+    imports=['mmdbb.backbones', 'mmdbb.quantize'],
     allow_failed_imports=False,
 )
 

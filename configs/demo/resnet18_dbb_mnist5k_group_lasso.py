@@ -5,7 +5,7 @@ See `tools/prune.py`; the filters of merged kernels are what is penalised.
 
 _base_ = './resnet18_dbb_mnist5k.py'
 custom_imports = dict(
-    imports=['mmdbb.backbones', 'mmdbb.pruning.penalty'],
+    imports=['mmdbb.backbones', 'mmdbb.prune'],
     allow_failed_imports=False,
 )
 

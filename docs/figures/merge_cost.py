@@ -19,7 +19,7 @@ MAKE = """
 import sys
 import torch
 from mmengine.config import Config
-from mmdbb.checkpoint.load import build_model
+from mmdbb.mm.deploy.load import build_model
 
 model = build_model(Config.fromfile(sys.argv[1]))
 torch.save(dict(state_dict=model.state_dict()), sys.argv[2])
@@ -36,8 +36,8 @@ def main(config):
     import torch
     from mmengine.config import Config
 
-    import mmdbb.backbones  # noqa: F401
-    from mmdbb.checkpoint.deploy import deploy_checkpoint
+    import mmdbb.mm.backbones  # noqa: F401
+    from mmdbb.mm.deploy.checkpoint import deploy_checkpoint
 
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / 'trained.pth'

@@ -4,18 +4,18 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import sys
 from typing import Callable, Iterator, Tuple, Union
 
 import torch
-from mmengine.model import BaseModule, initialize
 from torch import Tensor, nn
 
-from mmdbb.blocks.fusing import refuse_wrong_fusion
 from mmdbb.branches.base import leaf_dtype, take_geometry, zero_bias
 from mmdbb.geometry import ConvSpec, IntPair
 from mmdbb.modules import cast, fresh_weights, tensors_of
+from mmdbb.ports import PORTS
 from mmdbb.recompute import without_autocast
 from mmdbb.transforms import KernelBias
 
@@ -43,7 +43,7 @@ def _geometry(name: str, fixed: bool = False) -> property:
     return property(get, put)
 
 
-class ReparamConv2d(BaseModule):
+class ReparamConv2d(nn.Module):
     """A convolution that is trained as more than its kernel.
 
     To its host it looks like an ``nn.Conv2d``: same arguments, same
@@ -91,7 +91,10 @@ class ReparamConv2d(BaseModule):
         deploy: bool = False,
         init_cfg: Union[dict, list, None] = None,
     ) -> None:
-        super().__init__(init_cfg)
+        super().__init__()
+        self.init_cfg = copy.deepcopy(init_cfg)
+        #: Whether ``init_weights`` was called, which mmengine looks for.
+        self.is_init = False
         self.spec = ConvSpec(
             in_channels,
             out_channels,
@@ -103,7 +106,7 @@ class ReparamConv2d(BaseModule):
             padding_mode,
         )
         self._initializing = False
-        self._kept_kernel = None
+        self._cached_kernel = None
         self._wants_bias = bias
         if deploy:
             self.reparam_conv = nn.Conv2d(
@@ -276,14 +279,17 @@ class ReparamConv2d(BaseModule):
 
     def init_weights(self) -> None:
         """Apply the block's own ``init_cfg`` again, if it has one."""
-        with self._own_rules():
-            super().init_weights()
+        self._apply_init_cfg()
+        for child in self.children():
+            if hasattr(child, 'init_weights'):
+                child.init_weights()
+        self.is_init = True
 
     def _apply_init_cfg(self) -> None:
         # At construction, because many containers never call init_weights.
         if self.init_cfg:
             with self._own_rules():
-                initialize(self, self.init_cfg)
+                PORTS.initialize(self, self.init_cfg)
 
     @contextlib.contextmanager
     def _own_rules(self) -> Iterator[None]:
@@ -300,16 +306,13 @@ class ReparamConv2d(BaseModule):
         to layers by class name at any depth, and a rule such as "every norm's
         weight is 1" would undo what makes a block: its initial gammas.
         """
-        from_rule = (
-            getattr(fn, '__module__', None) == 'mmengine.model.weight_init'
-        )
-        if from_rule and not self._initializing:
+        if not self._initializing and PORTS.is_host_rule(fn):
             return self
         return super().apply(fn)
 
     def __getstate__(self) -> dict:
         # Copies and pickles compose their own kernel.
-        return dict(self.__dict__, _kept_kernel=None)
+        return dict(self.__dict__, _cached_kernel=None)
 
     def named_children(self) -> Iterator[Tuple[str, nn.Module]]:
         """As of any module.
@@ -319,7 +322,7 @@ class ReparamConv2d(BaseModule):
                 norm behind this block into a convolution before it.
         """
         if not self.deploy:
-            refuse_wrong_fusion(self, sys._getframe(1))
+            PORTS.refuse_fusion(self, sys._getframe(1))
         return super().named_children()
 
     def extra_repr(self) -> str:

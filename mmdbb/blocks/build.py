@@ -6,11 +6,12 @@ from __future__ import annotations
 import inspect
 from typing import Callable, Dict, Optional, Tuple, Type
 
-from mmengine.registry import MODELS
 from torch import nn
 
 from mmdbb.blocks.base import ReparamConv2d
 from mmdbb.geometry import ConvSpec
+from mmdbb.ports import PORTS
+from mmdbb.registry import BLOCKS
 
 _CONV_ARGS = tuple(inspect.signature(ConvSpec).parameters) + ('bias',)
 
@@ -22,43 +23,49 @@ def register_conv_layer(
 ) -> Callable[[Type[ReparamConv2d]], Type[ReparamConv2d]]:
     """Class decorator: make ``conv_cfg=dict(type=name)`` build the block.
 
-    The root registry is the one that all mm packages fall back to.
-
     Args:
         name: The layer's name in configs.
         min_kernel_size: Smallest kernel (the longer side, in pixels) that
             becomes a block, unless the config says otherwise.
         max_kernel_size: The largest one.
     """
-    smallest, largest = min_kernel_size, max_kernel_size
 
     def register(block: Type[ReparamConv2d]) -> Type[ReparamConv2d]:
-        def build(
-            *args,
-            min_kernel_size: int = smallest,
-            max_kernel_size: float = largest,
-            **kwargs,
-        ) -> nn.Module:
-            return build_conv(
-                block, args, kwargs, (min_kernel_size, max_kernel_size)
-            )
-
-        build.__doc__ = f'Build a {block.__name__}, see build_conv.'
-        build.block = block
-        block.kernel_sizes = smallest, largest
-        MODELS.register_module(name=name, module=build)
-        return block
+        block.kernel_sizes = min_kernel_size, max_kernel_size
+        return BLOCKS.register_module(name, block)
 
     return register
 
 
 def registered_blocks() -> Dict[str, Type[ReparamConv2d]]:
     """Names of blocks in configs -> their classes."""
-    return {
-        name: layer.block
-        for name, layer in MODELS.module_dict.items()
-        if hasattr(layer, 'block')
-    }
+    return dict(BLOCKS.module_dict)
+
+
+def layer_of(block: Type[ReparamConv2d]) -> Callable[..., nn.Module]:
+    """What builds a block from ``conv_cfg``, where the kernel's size asks.
+
+    Args:
+        block: A registered block.
+
+    Returns:
+        Callable: Takes the arguments of ``nn.Conv2d`` and of the block; see
+        :func:`build_conv`. Its attribute ``block`` is the class.
+    """
+    smallest, largest = block.kernel_sizes
+
+    def build(
+        *args,
+        min_kernel_size: int = smallest,
+        max_kernel_size: float = largest,
+        **kwargs,
+    ) -> nn.Module:
+        sizes = min_kernel_size, max_kernel_size
+        return build_conv(block, args, kwargs, sizes)
+
+    build.__doc__ = f'Build a {block.__name__}, see build_conv.'
+    build.block = block
+    return build
 
 
 def block_of(
@@ -86,7 +93,10 @@ def block_of(
         )
     config = dict(config or dict(type='DBB'))
     name = config.get('type')
-    layer = name if isinstance(name, type) else MODELS.get(str(name))
+    layer = name
+    if not isinstance(name, type):
+        own = BLOCKS.get(name) if name != 'Conv2d' else nn.Conv2d
+        layer = own or PORTS.find_layer(str(name))
     block = getattr(layer, 'block', layer)
     kinds = (ReparamConv2d, nn.Conv2d) if plain else ReparamConv2d
     blocks = registered_blocks()

@@ -2,7 +2,7 @@
 """A convolution and its batch norm: the block of a single branch.
 
 What a merged convolution becomes when it is to be trained on, before eight
-bits, with a norm again (:mod:`mmdbb.quantization.insert_bn`).
+bits, with a norm again (:mod:`mmdbb.mm.quantization.insert_bn`).
 """
 
 from __future__ import annotations

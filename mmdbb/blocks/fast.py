@@ -50,7 +50,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmdbb.blocks.frozen import frozen_forward
 from mmdbb.branches.base import ConvNormBranch
-from mmdbb.branches.generated import Generated
+from mmdbb.branches.composed import Generated
 from mmdbb.branches.identity import Identity
 from mmdbb.branches.moments import (
     Maps,
@@ -80,7 +80,7 @@ from mmdbb.geometry import (
     convolve,
     pad2d,
 )
-from mmdbb.kernels import GeneratedKernel
+from mmdbb.kernels import ComposedKernel
 from mmdbb.modules import is_known, is_replica, is_watched
 from mmdbb.recompute import (
     again,
@@ -148,7 +148,7 @@ def _is_left_alone(block: nn.Module, x: Tensor) -> bool:
     if x.is_meta or is_replica(block) or is_watched(block):
         return False
     layers = [m for b in block.branches.values() for m in b.children()]
-    own = (IdentityConv1x1, GeneratedKernel)
+    own = (IdentityConv1x1, ComposedKernel)
     return all(
         is_known(layer) or isinstance(layer, own)
         for layer in (*layers, *filter(None, [block.norm]))

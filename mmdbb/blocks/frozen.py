@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmdbb.blocks.kept import kept_kernel
+from mmdbb.blocks.kernel_cache import cached_kernel
 from mmdbb.branches.base import leaf_dtype
 from mmdbb.branches.moments import near_dtype, pixels_of
 from mmdbb.branches.norm import norm_scale_shift
@@ -50,7 +50,7 @@ def frozen_forward(
     alone = _without_convolution(block)
     out = torch.promote_types(x.dtype, dtype) if alone else dtype
     if not needs_grad and x.device.type == 'cpu' and not is_compiling():
-        kernel, bias = kept_kernel(block, lambda: composed(block, near))
+        kernel, bias = cached_kernel(block, lambda: composed(block, near))
         y = convolve(x.to(dtype), kernel, bias.to(dtype), block.spec)
         return y.to(out)
     if block.spec.in_channels // block.spec.groups > pixels_of(x):

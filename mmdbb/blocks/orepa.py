@@ -15,12 +15,12 @@ from typing import Optional
 from torch import Tensor
 
 from mmdbb.blocks.build import register_conv_layer
-from mmdbb.blocks.generated import GeneratedKernelConv2d
+from mmdbb.blocks.composed import ComposedKernelConv2d
 from mmdbb.blocks.repvgg import RepVGGConv
 from mmdbb.branches.base import Branch
 from mmdbb.geometry import ConvSpec, IntPair
 from mmdbb.kernels import (
-    GeneratedKernel,
+    ComposedKernel,
     KxKKernel,
     PointwiseKernel,
     StackedKernel,
@@ -29,7 +29,7 @@ from mmdbb.kernels.stack import check_flip
 
 
 @register_conv_layer('OREPA', min_kernel_size=1, max_kernel_size=math.inf)
-class OREPAConv(GeneratedKernelConv2d):
+class OREPAConv(ComposedKernelConv2d):
     """A kernel of several branches, composed before it meets an image.
 
     As in the paper's code, the form follows from the kernel's size: two
@@ -104,7 +104,7 @@ def _is_stack(kernel_size: IntPair) -> bool:
 
 def _form(
     spec: ConvSpec, internal_channels: Optional[int], flip: bool
-) -> GeneratedKernel:
+) -> ComposedKernel:
     if spec.is_pointwise:
         return PointwiseKernel(spec)
     if _is_stack(spec.kernel_size):

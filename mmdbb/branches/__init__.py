@@ -3,7 +3,7 @@
 
 from .asymmetric import Horizontal, Vertical
 from .base import Branch, ConvNormBranch, build_branch
-from .generated import Generated
+from .composed import Generated
 from .identity import Identity
 from .kxk import KxK
 from .pointwise import Pointwise

@@ -12,7 +12,6 @@ from __future__ import annotations
 from typing import Callable, Optional
 
 import torch
-from mmcv.cnn import build_norm_layer
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -24,7 +23,9 @@ from mmdbb.branches.moments import (
 )
 from mmdbb.geometry import ConvSpec, border_mask, pad2d
 from mmdbb.modules import is_known
+from mmdbb.ports import PORTS
 from mmdbb.recompute import from_forward, is_recomputing
+from mmdbb.registry import NORMS
 from mmdbb.transforms import ScaleShift, bn_scale_shift
 
 
@@ -40,9 +41,9 @@ def build_branch_norm(norm_cfg: Optional[dict], channels: int) -> _BatchNorm:
             computes something of its own.
     """
     norm_cfg = dict(type='BN') if norm_cfg is None else norm_cfg
-    norm = build_norm_layer(norm_cfg, channels)[1]
+    norm = _build(norm_cfg, channels)
     reason = None
-    if not isinstance(norm, _BatchNorm):
+    if norm is None:
         reason = 'it is not a batch norm'
     elif isinstance(norm, (nn.BatchNorm1d, nn.BatchNorm3d)):
         reason = 'it does not take images'
@@ -60,6 +61,30 @@ def build_branch_norm(norm_cfg: Optional[dict], channels: int) -> _BatchNorm:
             'their forward(), with track_running_stats=True'
         )
     return norm
+
+
+def _build(norm_cfg: dict, channels: int) -> Optional[_BatchNorm]:
+    """The norm that a config names, None if it is no batch norm."""
+    if not isinstance(norm_cfg, dict) or 'type' not in norm_cfg:
+        raise TypeError(
+            "norm_cfg must be a config such as dict(type='BN'), got "
+            f'{norm_cfg!r}'
+        )
+    args = dict(dict(eps=1e-5), **norm_cfg)
+    requires_grad = args.pop('requires_grad', True)
+    layer = args.pop('type')
+    if not isinstance(layer, type):
+        # What OpenMMLab's registry says comes first: it may be the user's.
+        layer = PORTS.find_layer(layer) or NORMS.get(layer)
+    if layer is None:
+        raise ValueError(
+            f'norm_cfg={norm_cfg} names no norm that is known; allowed: '
+            f'{sorted(NORMS.module_dict)}, and what mmengine has registered'
+        )
+    if isinstance(layer, type) and not issubclass(layer, _BatchNorm):
+        return None
+    norm = layer(channels, **args)
+    return norm.requires_grad_(requires_grad)
 
 
 def run_norm(norm: _BatchNorm, x: Tensor) -> Tensor:

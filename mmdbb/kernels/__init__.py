@@ -7,17 +7,15 @@ scale each in place of a norm, so that they add up before they meet an image.
 Three forms, by the size of the kernel, as in the paper's code.
 """
 
-from .base import GeneratedKernel
+from .base import ComposedKernel
 from .kxk import KxKKernel
 from .pointwise import PointwiseKernel
 from .stack import PlainKernel, StackedKernel
-from .start import start_as_
 
 __all__ = [
-    'GeneratedKernel',
+    'ComposedKernel',
     'KxKKernel',
     'PlainKernel',
     'PointwiseKernel',
     'StackedKernel',
-    'start_as_',
 ]

@@ -11,7 +11,7 @@ from mmdbb.modules import is_watched, tensors_of
 from mmdbb.recompute import again, is_transformed, without_autocast
 
 
-class GeneratedKernel(nn.Module):
+class ComposedKernel(nn.Module):
     """Base: calling it composes the kernel, (out, in / groups, kH, kW).
 
     Args:

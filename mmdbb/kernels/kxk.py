@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmdbb.geometry import ConvSpec, pad2d
-from mmdbb.kernels.base import GeneratedKernel, check_internal_channels
+from mmdbb.kernels.base import ComposedKernel, check_internal_channels
 from mmdbb.transforms import (
     add_patterns,
     compose_1x1_kxk,
@@ -23,7 +23,7 @@ from mmdbb.transforms import (
 SEPARABLE_EXPANSION = 8
 
 
-class KxKKernel(GeneratedKernel):
+class KxKKernel(ComposedKernel):
     """Six branches: the form for kernels below 7x7.
 
     Their scales, rows of ``scale``: the original kernel; average pooling
@@ -143,7 +143,7 @@ class KxKKernel(GeneratedKernel):
         )
 
     def forward_branches(self, x: Tensor) -> Tensor:
-        """See :meth:`GeneratedKernel.forward_branches`."""
+        """See :meth:`ComposedKernel.forward_branches`."""
         spec, groups = self.spec, self.spec.groups
         moves = dict(stride=spec.stride, dilation=spec.dilation)
         padded = pad2d(x, spec.pads, spec.padding_mode)

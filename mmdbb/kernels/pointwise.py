@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmdbb.geometry import ConvSpec, pad2d
-from mmdbb.kernels.base import GeneratedKernel
+from mmdbb.kernels.base import ComposedKernel
 from mmdbb.transforms import compose_1x1_kxk, identity_kernel
 
 
-class PointwiseKernel(GeneratedKernel):
+class PointwiseKernel(ComposedKernel):
     """Two branches: the form for 1x1 kernels.
 
     Their scales, rows of ``scale``: the original kernel; two 1x1 kernels in
@@ -52,7 +52,7 @@ class PointwiseKernel(GeneratedKernel):
         return torch.addcmul(kernel, self.origin, origin)
 
     def forward_branches(self, x: Tensor) -> Tensor:
-        """See :meth:`GeneratedKernel.forward_branches`."""
+        """See :meth:`ComposedKernel.forward_branches`."""
         spec = self.spec
         x = pad2d(x, spec.pads, spec.padding_mode)
         down, right = spec.stride

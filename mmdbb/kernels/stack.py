@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmdbb.geometry import ConvSpec, pad2d
-from mmdbb.kernels.base import GeneratedKernel
+from mmdbb.kernels.base import ComposedKernel
 from mmdbb.kernels.kxk import KxKKernel
 from mmdbb.transforms import compose_stack
 
 
-class StackedKernel(GeneratedKernel):
+class StackedKernel(ComposedKernel):
     """A stack of 3x3 kernels: the form for square kernels from 7x7 on.
 
     Args:
@@ -76,7 +76,7 @@ class StackedKernel(GeneratedKernel):
         return kernel
 
     def forward_branches(self, x: Tensor) -> Tensor:
-        """See :meth:`GeneratedKernel.forward_branches`."""
+        """See :meth:`ComposedKernel.forward_branches`."""
         spec = self.spec
         x = pad2d(x, spec.pads, spec.padding_mode)
         for i, layer in enumerate(self.layers):
@@ -104,7 +104,7 @@ class StackedKernel(GeneratedKernel):
             layer.single_init()
 
 
-class PlainKernel(GeneratedKernel):
+class PlainKernel(ComposedKernel):
     """A kernel that is a parameter.
 
     Args:

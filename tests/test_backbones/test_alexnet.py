@@ -9,11 +9,11 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmdbb.backbones import AlexNetDBB, PlainAlexNet
-from mmdbb.checkpoint.load import build_model
-from mmdbb.checkpoint.stock import stock_config
-from mmdbb.checkpoint.stock_weights import stock_state
+from mmdbb.mm.backbones import AlexNetDBB, PlainAlexNet
+from mmdbb.mm.deploy.load import build_model
+from mmdbb.mm.stock.config import stock_config
 from mmdbb.reparam import find_blocks, literal_forward, reparameterize
+from mmdbb.stock_weights import stock_state
 
 SMALL = dict(channels=(4, 6, 8, 8, 4), hidden_channels=8, num_classes=5)
 SIZE = (224, 200)  # pixels

@@ -8,12 +8,12 @@ from mmpretrain.registry import MODELS
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmdbb.backbones import MobileNetV1, MobileNetV1DBB
 from mmdbb.blocks import ACB, DBB
-from mmdbb.checkpoint.load import build_model
-from mmdbb.checkpoint.stock import stock_config
-from mmdbb.checkpoint.stock_weights import stock_state
+from mmdbb.mm.backbones import MobileNetV1, MobileNetV1DBB
+from mmdbb.mm.deploy.load import build_model
+from mmdbb.mm.stock.config import stock_config
 from mmdbb.reparam import find_blocks, literal_forward, reparameterize
+from mmdbb.stock_weights import stock_state
 
 CHANNELS = (4, 8, 4, 8, 8, 16)
 

@@ -7,10 +7,10 @@ from mmengine.registry import MODELS
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-import mmdbb.backbones  # noqa: F401
+import mmdbb.mm.backbones  # noqa: F401
 from mmdbb import OREPAConv
-from mmdbb.checkpoint.stock_weights import stock_state
 from mmdbb.kernels import StackedKernel
+from mmdbb.stock_weights import stock_state
 
 NARROW = dict(base_channels=8, stem_channels=8)
 SHAPE = (2, 3, 64, 48)

@@ -11,13 +11,13 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmdbb.backbones import PlainRepVGG, ReparamRepVGG
 from mmdbb.blocks import DBB, RepVGGConv
-from mmdbb.checkpoint.deploy import deploy_checkpoint
-from mmdbb.checkpoint.load import build_model
-from mmdbb.checkpoint.stock import stock_config
-from mmdbb.checkpoint.stock_weights import stock_state
+from mmdbb.mm.backbones import PlainRepVGG, ReparamRepVGG
+from mmdbb.mm.deploy.checkpoint import deploy_checkpoint
+from mmdbb.mm.deploy.load import build_model
+from mmdbb.mm.stock.config import stock_config
 from mmdbb.reparam import find_blocks, literal_forward, reparameterize
+from mmdbb.stock_weights import stock_state
 
 # The table of the RepVGG and OREPA code: depths, widths (times 64, 128, 256,
 # 512), groups of every second layer up to the 26th.

@@ -13,7 +13,8 @@ from mmpretrain.models import ResNet
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmdbb.backbones import (
+from mmdbb.blocks import ACB, DBB, OREPAConv
+from mmdbb.mm.backbones import (
     MobileNetV1,
     MobileNetV1DBB,
     ResNetDBB,
@@ -21,8 +22,7 @@ from mmdbb.backbones import (
     ResNetV1dDBB,
     ResNeXtDBB,
 )
-from mmdbb.blocks import ACB, DBB, OREPAConv
-from mmdbb.checkpoint.stock_weights import stock_state
+from mmdbb.stock_weights import stock_state
 
 pytestmark = pytest.mark.usefixtures('quiet')
 

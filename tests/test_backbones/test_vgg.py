@@ -11,12 +11,12 @@ from mmpretrain.registry import MODELS
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmdbb.backbones import VGGDBB
 from mmdbb.blocks import DBB
-from mmdbb.checkpoint.load import build_model
-from mmdbb.checkpoint.stock import stock_config
-from mmdbb.checkpoint.stock_weights import stock_state
+from mmdbb.mm.backbones import VGGDBB
+from mmdbb.mm.deploy.load import build_model
+from mmdbb.mm.stock.config import stock_config
 from mmdbb.reparam import find_blocks, reparameterize
+from mmdbb.stock_weights import stock_state
 
 BN = dict(type='BN', requires_grad=True)
 

@@ -304,7 +304,7 @@ def test_a_kernel_kept_in_inference_mode_serves_gradients(kind):
     x = image(2, 4, 5, 6)
     with torch.inference_mode():
         block(x)
-    kept = block._kept_kernel
+    kept = block._cached_kernel
     assert not any(t.is_inference() for t in [*kept.tensors, *kept.merged])
     x.requires_grad_()
     block(x).square().sum().backward()

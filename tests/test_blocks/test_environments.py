@@ -112,7 +112,7 @@ import copy, json, sys, torch
 import torch.distributed as dist
 from torch import nn
 from helpers import every_batch_is_large, image, randomize
-from mmdbb.benchmark import kept_megabytes
+from workshop.benchmark import kept_megabytes
 from mmdbb.blocks.build import registered_blocks
 from mmdbb.reparam import literal_forward
 

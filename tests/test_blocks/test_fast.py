@@ -234,7 +234,7 @@ def test_the_kept_kernel_is_never_stale(change, branch):
     x = image(2, 6, 5, 7)
     with torch.no_grad():
         before = block(x)
-        assert block._kept_kernel is not None
+        assert block._cached_kernel is not None
         norm = block.branches[branch].last_norm
         for tensor in (norm.weight, norm.running_mean):
             CHANGES[change](tensor)
@@ -256,8 +256,8 @@ def test_the_kept_kernel_follows_loading_and_moving():
         y = block(x.double())
         assert y.dtype == torch.float64
         assert distance(y, block.forward_branches(x.double())) < EXACT
-    assert copy.deepcopy(block)._kept_kernel is None
-    assert block._kept_kernel is not None
+    assert copy.deepcopy(block)._cached_kernel is None
+    assert block._cached_kernel is not None
 
 
 @pytest.mark.parametrize('groups', [1, 6])

@@ -107,13 +107,13 @@ def test_the_kept_kernel_follows_its_parameters():
     block = OREPAConv(4, 6, 3).double().eval()
     x = image(2, 4, 7, 8)
     block(x)
-    kept = block._kept_kernel
+    kept = block._cached_kernel
     block(x)
-    assert block._kept_kernel is kept
+    assert block._cached_kernel is kept
     for name, value in block.state_dict().items():
         value.data.add_(0.5)
         assert distance(block(x), block.forward_branches(x)) < EXACT, name
-    assert copy.deepcopy(block)._kept_kernel is None
+    assert copy.deepcopy(block)._cached_kernel is None
 
 
 def test_compiled_whole():

@@ -150,7 +150,7 @@ def test_grad_scaler():
 
 @pytest.mark.parametrize('groups', [1, 16])
 def test_bytes_kept_under_autocast(groups):
-    from mmdbb.benchmark import kept_megabytes
+    from workshop.benchmark import kept_megabytes
 
     block = DBB(16, 16, 3, padding=1, groups=groups)
     x = torch.rand(8, 16, 32, 32).bfloat16().requires_grad_()

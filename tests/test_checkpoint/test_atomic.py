@@ -13,11 +13,11 @@ import torch
 from mmengine.config import Config
 from networks import write_checkpoint, write_config
 
-from mmdbb.checkpoint.atomic import all_or_nothing
-from mmdbb.checkpoint.deploy import deploy_checkpoint
-from mmdbb.checkpoint.files import read_checkpoint
-from mmdbb.checkpoint.formats import write_checkpoint as write
 from mmdbb.errors import UserError
+from mmdbb.files.atomic import all_or_nothing
+from mmdbb.files.checkpoints import read_checkpoint
+from mmdbb.files.formats import write_checkpoint as write
+from mmdbb.mm.deploy.checkpoint import deploy_checkpoint
 
 pytestmark = [
     pytest.mark.usefixtures('quiet'),

@@ -19,10 +19,10 @@ from torch import nn
 
 from mmdbb import load_deployed
 from mmdbb.checkpoint import deploy, files, merge
-from mmdbb.checkpoint.deploy import deploy_checkpoint
-from mmdbb.checkpoint.load import build_model
-from mmdbb.checkpoint.torch_files import read_torch
 from mmdbb.errors import UserError
+from mmdbb.files.torch_files import read_torch
+from mmdbb.mm.deploy.checkpoint import deploy_checkpoint
+from mmdbb.mm.deploy.load import build_model
 
 pytestmark = pytest.mark.usefixtures('quiet')
 TOOL = Path(__file__).resolve().parents[2] / 'tools' / 'reparam.py'

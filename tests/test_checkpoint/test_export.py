@@ -28,12 +28,12 @@ from torch import nn
 import mmdbb
 from mmdbb import DBB, reparameterize
 from mmdbb.blocks import OREPAConv, OREPARepVGG
-from mmdbb.checkpoint.deploy import export_checkpoint
-from mmdbb.checkpoint.export import export_network, exportable
-from mmdbb.checkpoint.export_formats import FORMATS, ONNX_OPSET
-from mmdbb.checkpoint.export_modules import export_module, preprocessing
-from mmdbb.checkpoint.load import build_model
 from mmdbb.errors import UserError
+from mmdbb.mm.deploy.checkpoint import export_checkpoint
+from mmdbb.mm.deploy.load import build_model
+from mmdbb.mm.export.formats import FORMATS, ONNX_OPSET
+from mmdbb.mm.export.modules import export_module, preprocessing
+from mmdbb.mm.export.network import export_network, exportable
 
 pytestmark = [
     pytest.mark.usefixtures('quiet'),
@@ -369,7 +369,7 @@ def test_norms_are_folded_if_asked(fold):
 
 
 def test_says_that_it_merged(tmp_path, monkeypatch):
-    import mmdbb.checkpoint.export as export
+    import mmdbb.mm.export.network as export
 
     said = []
     monkeypatch.setattr(export, 'print_log', lambda text, _: said.append(text))

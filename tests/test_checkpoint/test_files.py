@@ -10,14 +10,14 @@ from mmengine.logging import HistoryBuffer
 from mmengine.utils import digit_version
 from torch import nn
 
-from mmdbb.checkpoint.files import (
+from mmdbb.errors import UserError
+from mmdbb.files.checkpoints import (
     all_or_nothing,
     compare_with_torch,
     load_strictly,
     read_checkpoint,
     some,
 )
-from mmdbb.errors import UserError
 
 STATE = dict(weight=torch.ones(2, 3), count=torch.tensor(3))
 ONES = dict(weight=torch.ones(2))

@@ -11,12 +11,12 @@ from mmengine.config import Config
 from networks import write_checkpoint, write_config
 
 from mmdbb import load_deployed
-from mmdbb.checkpoint.deploy import deploy_checkpoint
-from mmdbb.checkpoint.files import read_checkpoint
-from mmdbb.checkpoint.formats import is_safetensors
-from mmdbb.checkpoint.formats import write_checkpoint as write
-from mmdbb.checkpoint.load import build_model
 from mmdbb.errors import UserError
+from mmdbb.files.checkpoints import read_checkpoint
+from mmdbb.files.formats import is_safetensors
+from mmdbb.files.formats import write_checkpoint as write
+from mmdbb.mm.deploy.checkpoint import deploy_checkpoint
+from mmdbb.mm.deploy.load import build_model
 
 pytestmark = pytest.mark.usefixtures('quiet')
 STATE = dict(
@@ -139,8 +139,8 @@ import sys
 
 sys.modules['safetensors'] = None  # as if it were not installed
 import torch
-from mmdbb.checkpoint.files import read_checkpoint
-from mmdbb.checkpoint.formats import write_checkpoint
+from mmdbb.files.checkpoints import read_checkpoint
+from mmdbb.files.formats import write_checkpoint
 from mmdbb.errors import UserError
 
 for call in (

@@ -17,10 +17,10 @@ from mmengine.config import Config
 from torch import nn
 
 from mmdbb import load_deployed
-from mmdbb.checkpoint.deploy import deploy_checkpoint
-from mmdbb.checkpoint.files import in_mmengine_form, load_strictly
-from mmdbb.checkpoint.load import build_model, written_structure
 from mmdbb.errors import UserError
+from mmdbb.files.checkpoints import in_mmengine_form, load_strictly
+from mmdbb.mm.deploy.checkpoint import deploy_checkpoint
+from mmdbb.mm.deploy.load import build_model, written_structure
 
 pytestmark = pytest.mark.usefixtures('quiet')
 

@@ -31,19 +31,19 @@ from torch import nn
 from torchvision import transforms as T
 
 from mmdbb import DiverseBranchBlock, RepVGGBlock_OREPA
-from mmdbb.backbones import MobileNetV1, PlainResNet, ResNetDBB
 from mmdbb.checkpoint import hdf5, official
-from mmdbb.checkpoint.deploy import deploy_checkpoint
-from mmdbb.checkpoint.load import load_deployed
-from mmdbb.checkpoint.official import (
+from mmdbb.errors import UserError
+from mmdbb.mm.backbones import MobileNetV1, PlainResNet, ResNetDBB
+from mmdbb.mm.deploy.checkpoint import deploy_checkpoint
+from mmdbb.mm.deploy.load import load_deployed
+from mmdbb.mm.official.convert import (
     backbone_state,
     convert_official,
     load_official_backbone_,
     read_official,
 )
-from mmdbb.checkpoint.official_names import recognise
-from mmdbb.checkpoint.stock import stock_config
-from mmdbb.errors import UserError
+from mmdbb.mm.official.recognise import recognise
+from mmdbb.mm.stock.config import stock_config
 from mmdbb.reparam import find_blocks
 
 pytestmark = pytest.mark.usefixtures('quiet')

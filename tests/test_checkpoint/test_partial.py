@@ -14,16 +14,16 @@ from networks import CONFIGS, write_checkpoint, write_config
 
 import mmdbb  # noqa: F401
 from mmdbb import load_deployed
-from mmdbb.checkpoint.deploy import deploy_checkpoint
-from mmdbb.checkpoint.files import read_checkpoint
-from mmdbb.checkpoint.load import build_model
-from mmdbb.checkpoint.partial import (
+from mmdbb.errors import UserError
+from mmdbb.files.checkpoints import read_checkpoint
+from mmdbb.mm.deploy.checkpoint import deploy_checkpoint
+from mmdbb.mm.deploy.load import build_model
+from mmdbb.mm.stock.partial import (
     merge_some_,
     partial_config,
     select_blocks,
     whole_config,
 )
-from mmdbb.errors import UserError
 from mmdbb.reparam import find_blocks
 
 pytestmark = pytest.mark.usefixtures('quiet')

@@ -13,14 +13,14 @@ from mmengine.runner import CheckpointLoader
 from torch import nn
 
 import mmdbb
-import mmdbb.backbones
+import mmdbb.mm.backbones
 from mmdbb import ACB, DBB, RepVGGConv, load_plain_weights_
 from mmdbb.blocks import OREPAConv, OREPARepVGG
-from mmdbb.blocks.from_plain import NormValues, copy_entries_, plain_start
-from mmdbb.checkpoint.stock import stock_config
-from mmdbb.checkpoint.stock_weights import stock_state
 from mmdbb.errors import UserError
+from mmdbb.mm.stock.config import stock_config
+from mmdbb.plain.blocks import NormValues, copy_entries_, plain_start
 from mmdbb.reparam import literal_forward
+from mmdbb.stock_weights import stock_state
 from mmdbb.transforms import KernelBias
 
 BLOCKS = (DBB, ACB, RepVGGConv, OREPARepVGG)

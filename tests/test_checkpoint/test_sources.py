@@ -9,11 +9,11 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from mmdbb import load_deployed
-from mmdbb.checkpoint.deploy import deploy_checkpoint
-from mmdbb.checkpoint.files import read_checkpoint
-from mmdbb.checkpoint.load import build_model
-from mmdbb.checkpoint.sources import choose_weights, without_prefixes
 from mmdbb.errors import UserError
+from mmdbb.files.checkpoints import read_checkpoint
+from mmdbb.files.sources import choose_weights, without_prefixes
+from mmdbb.mm.deploy.checkpoint import deploy_checkpoint
+from mmdbb.mm.deploy.load import build_model
 
 pytestmark = pytest.mark.usefixtures('quiet')
 ONE, TWO = dict(w=torch.ones(1)), dict(w=torch.full((1,), 2.0))

@@ -12,10 +12,10 @@ from mmpretrain.models import ResNet
 from mmpretrain.registry import MODELS
 from torch import nn
 
-from mmdbb.backbones import ResNetDBB, ResNetV1cDBB
-from mmdbb.checkpoint.stock import stock_config
-from mmdbb.engine.launch import check_starts
 from mmdbb.errors import UserError
+from mmdbb.mm.backbones import ResNetDBB, ResNetV1cDBB
+from mmdbb.mm.engine.launch import check_starts
+from mmdbb.mm.stock.config import stock_config
 
 pytestmark = pytest.mark.usefixtures('quiet')
 

@@ -14,18 +14,18 @@ from networks import CONFIGS, write_checkpoint, write_config
 from torch import nn
 
 from mmdbb.blocks import DBB
-from mmdbb.checkpoint.deploy import deploy_checkpoint
-from mmdbb.checkpoint.load import build_model
-from mmdbb.checkpoint.stock import (
+from mmdbb.conv_norms import norm_names
+from mmdbb.errors import UserError
+from mmdbb.mm.deploy.checkpoint import deploy_checkpoint
+from mmdbb.mm.deploy.load import build_model
+from mmdbb.mm.pruning.penalty import KernelPenaltyHook
+from mmdbb.mm.stock.config import (
     HOOKS_IN_PLACE,
     OWN_HOOKS,
     STOCK_BACKBONES,
     stock_config,
 )
-from mmdbb.checkpoint.stock_weights import stock_state
-from mmdbb.errors import UserError
-from mmdbb.host_norms import norm_names
-from mmdbb.pruning.penalty import KernelPenaltyHook
+from mmdbb.stock_weights import stock_state
 
 pytestmark = pytest.mark.usefixtures('quiet')
 
@@ -147,9 +147,9 @@ LAZY = """
 from mmengine.config import read_base
 from mmpretrain.models import (
     GlobalAveragePooling, ImageClassifier, LinearClsHead, ResNet)
-from mmdbb.backbones import ResNetDBB
+from mmdbb.mm.backbones import ResNetDBB
 from mmdbb.blocks import OREPAConv
-from mmdbb.engine.optim import ReparamOptimWrapperConstructor
+from mmdbb.mm.engine.optim import ReparamOptimWrapperConstructor
 
 default_scope = 'mmpretrain'
 model = dict(
@@ -185,8 +185,8 @@ def test_a_config_of_classes(backbone, tmp_path):
 
 
 def test_every_hook_of_ours_is_known():
-    from mmdbb.pruning import penalty  # noqa: F401
-    from mmdbb.quantization import qat  # noqa: F401
+    from mmdbb.mm.pruning import penalty  # noqa: F401
+    from mmdbb.mm.quantization import qat  # noqa: F401
 
     ours = [
         name

@@ -20,11 +20,11 @@ from mmengine.optim.scheduler.param_scheduler import OneCycleParamScheduler
 from mmengine.runner import CheckpointLoader, Runner
 
 from mmdbb.checkpoint import sources
-from mmdbb.checkpoint.files import read_checkpoint, read_content
-from mmdbb.checkpoint.host_loading import strict_loading
-from mmdbb.checkpoint.sources import check_values
-from mmdbb.checkpoint.values import _MAKERS, DTYPES, NUMBERS, STATISTICS
 from mmdbb.errors import UserError
+from mmdbb.files.checkpoints import read_checkpoint, read_content
+from mmdbb.files.sources import check_values
+from mmdbb.files.values import _MAKERS, DTYPES, NUMBERS, STATISTICS
+from mmdbb.mm.host_loading import strict_loading
 
 pytestmark = pytest.mark.usefixtures('quiet')
 

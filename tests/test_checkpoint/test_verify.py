@@ -8,16 +8,16 @@ from networks import CONFIGS
 from torch import nn
 
 from mmdbb import DBB, reparameterize
-from mmdbb.checkpoint.load import build_model
-from mmdbb.checkpoint.stock import stock_config
-from mmdbb.checkpoint.stock_weights import stock_state
-from mmdbb.checkpoint.verify import (
+from mmdbb.compare import (
     compare_networks,
     network_outputs,
     relative_error,
 )
 from mmdbb.errors import UserError
+from mmdbb.mm.deploy.load import build_model
+from mmdbb.mm.stock.config import stock_config
 from mmdbb.reparam import find_blocks
+from mmdbb.stock_weights import stock_state
 
 pytestmark = pytest.mark.usefixtures('quiet')
 BATCH = image(2, 3, 64, 48)

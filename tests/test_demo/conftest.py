@@ -6,7 +6,7 @@ import pytest
 pytest.importorskip('mlxtend')
 pytest.importorskip('sklearn')
 
-from mmdbb.demo.prepare import prepare  # noqa: E402
+from workshop.demo.prepare import prepare  # noqa: E402
 
 TINY = dict(classification=(40, 20), detection=(8, 4), segmentation=(8, 4))
 

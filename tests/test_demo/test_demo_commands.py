@@ -11,8 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from mmdbb.demo.run import LOG, TASKS, run_demo
+from workshop.demo.run import LOG, TASKS, run_demo
 
 HOME = Path(__file__).resolve().parents[2]
 ONCE = [

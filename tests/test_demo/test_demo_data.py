@@ -9,16 +9,16 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-
-from mmdbb.demo import layouts
-from mmdbb.demo.layouts import (
+from workshop.demo import layouts
+from workshop.demo.layouts import (
     BACKGROUND_TRAIN_ID,
     CITYSCAPES_LABEL_IDS,
     LAYOUTS,
     run_length_encoding,
 )
-from mmdbb.demo.prepare import MARKER, prepare
-from mmdbb.demo.scenes import Source
+from workshop.demo.prepare import MARKER, prepare
+from workshop.demo.scenes import Source
+
 from mmdbb.errors import UserError
 
 TOOLS = Path(__file__).resolve().parents[2] / 'tools'

@@ -4,11 +4,11 @@
 from pathlib import Path
 
 import pytest
+from workshop.demo import run
+from workshop.demo.progress import Progress, summary
 
-from mmdbb.demo import run
-from mmdbb.demo.progress import Progress, summary
-from mmdbb.engine.measure import interleaved_latency
 from mmdbb.errors import UserError
+from mmdbb.mm.engine.measure import interleaved_latency
 
 HOME = Path(__file__).resolve().parents[2]
 

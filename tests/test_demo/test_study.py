@@ -9,9 +9,9 @@ import pytest
 import torch
 from mmengine.runner import Runner, set_random_seed
 from mmpretrain.registry import MODELS
+from workshop.demo import study
 
-import mmdbb.backbones  # noqa: F401
-from mmdbb.demo import study
+import mmdbb.mm.backbones  # noqa: F401
 from mmdbb.errors import UserError
 from mmdbb.reparam import find_blocks
 

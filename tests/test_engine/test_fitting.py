@@ -9,9 +9,12 @@ from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
 from mmdbb import DiverseBranchBlock
-from mmdbb.checkpoint.load import holds_blocks
-from mmdbb.engine.fitting import FittingCheckpointHook, StartingCheckpointHook
 from mmdbb.errors import UserError
+from mmdbb.mm.deploy.load import holds_blocks
+from mmdbb.mm.engine.fitting import (
+    FittingCheckpointHook,
+    StartingCheckpointHook,
+)
 
 pytestmark = pytest.mark.usefixtures('quiet')
 

@@ -11,8 +11,8 @@ from mmengine.config import Config
 from mmengine.registry import HOOKS, METRICS, MODELS, VISUALIZERS, DefaultScope
 
 import mmdbb  # noqa: F401
-from mmdbb.engine import launch
 from mmdbb.errors import UserError
+from mmdbb.mm.engine import launch
 
 ROOT = Path(__file__).resolve().parents[2] / 'configs/demo'
 CONFIGS = {

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from mmdbb.engine.measure import check_picture, print_table, report_files
 from mmdbb.errors import UserError
+from mmdbb.mm.engine.measure import check_picture, print_table, report_files
 
 NAMES = [f'backbone.layer{i}.0.a_long_name.conv1' for i in (1, 2)]
 SHARES = 'kxk 80, 1x1 10, 1x1_kxk 8, 1x1_avg 2'

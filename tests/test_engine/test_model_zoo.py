@@ -7,8 +7,7 @@ import pytest
 import yaml
 from mmcv.cnn import is_norm
 from mmengine.config import Config
-
-from mmdbb.engine.model_zoo import (
+from workshop.model_zoo import (
     BEGIN,
     COLLECTIONS,
     DATASETS,

@@ -9,8 +9,8 @@ from mmengine.model import BaseModel
 from mmengine.optim import OptimWrapper, build_optim_wrapper
 from torch import nn
 
-from mmdbb.backbones import MobileNetV1, MobileNetV1DBB, ReparamRepVGG
 from mmdbb.blocks import DBB, RepVGGConv
+from mmdbb.mm.backbones import MobileNetV1, MobileNetV1DBB, ReparamRepVGG
 from mmdbb.reparam import find_blocks
 
 TINY = dict(

@@ -10,8 +10,8 @@ from mmengine.registry import HOOKS
 from runs import run_config, train
 
 from mmdbb import ReparamHook, load_deployed
-from mmdbb.checkpoint.files import read_checkpoint
-from mmdbb.checkpoint.load import build_model
+from mmdbb.files.checkpoints import read_checkpoint
+from mmdbb.mm.deploy.load import build_model
 
 pytestmark = pytest.mark.usefixtures('quiet')
 HOOK = dict(type='ReparamHook', image_size=(32, 24))

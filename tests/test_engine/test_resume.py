@@ -9,9 +9,9 @@ import torch
 from helpers import run_tool
 from runs import run_config, train
 
-from mmdbb.checkpoint.files import read_content
-from mmdbb.engine.resume import newest_whole_checkpoint
 from mmdbb.errors import UserError
+from mmdbb.files.checkpoints import read_content
+from mmdbb.mm.engine.resume import newest_whole_checkpoint
 
 pytestmark = pytest.mark.usefixtures('quiet')
 HOOK = 'default_hooks.checkpoint'

@@ -18,9 +18,9 @@ from torch import nn
 import mmdbb
 from mmdbb import DBB, RepVGGConv, load_deployed
 from mmdbb.blocks import OREPAConv
-from mmdbb.engine import launch
 from mmdbb.errors import UserError
-from mmdbb.pruning.penalty import (
+from mmdbb.mm.engine import launch
+from mmdbb.mm.pruning.penalty import (
     KernelPenaltyHook,
     filter_lengths,
     group_lasso,
@@ -28,8 +28,8 @@ from mmdbb.pruning.penalty import (
     l1,
     penalized_blocks,
 )
-from mmdbb.pruning.pipeline import print_pruned, prune_checkpoint
-from mmdbb.pruning.structure import cost_of, prune_
+from mmdbb.mm.pruning.pipeline import print_pruned, prune_checkpoint
+from mmdbb.mm.pruning.structure import cost_of, prune_
 
 ROOT = Path(mmdbb.__file__).parents[1]
 
@@ -88,7 +88,7 @@ def test_a_training_makes_filters_short(tmp_path):
     for weight in (1e-9, 0.03):
         folder = tmp_path / f'{weight}'
         cfg = run_config(folder)
-        cfg.custom_imports.imports.append('mmdbb.pruning.penalty')
+        cfg.custom_imports.imports.append('mmdbb.prune')
         cfg.custom_hooks = [dict(type='KernelPenaltyHook', weight=weight)]
         cfg.default_hooks.logger = dict(type='LoggerHook', interval=1)
         runner = train(cfg)

@@ -14,11 +14,11 @@ from torch import nn
 
 from mmdbb import ACB, DBB, OREPARepVGG, QARepVGGConv, RepVGGConv
 from mmdbb.blocks import OREPAConv
-from mmdbb.checkpoint.export import export_network
-from mmdbb.checkpoint.export_modules import export_module
-from mmdbb.checkpoint.load import build_model
 from mmdbb.errors import UserError
-from mmdbb.quantization.fake import (
+from mmdbb.mm.deploy.load import build_model
+from mmdbb.mm.export.modules import export_module
+from mmdbb.mm.export.network import export_network
+from mmdbb.mm.quantization.fake import (
     ActivationQuantizer,
     WeightQuantizer,
     add_quantizers_,
@@ -27,10 +27,10 @@ from mmdbb.quantization.fake import (
     remove_quantizers_,
     set_quantizing_,
 )
-from mmdbb.quantization.flow import layers_to_quantize
-from mmdbb.quantization.qat import prepare_qat_
-from mmdbb.quantization.qdq import weight_scales, write_qdq
-from mmdbb.quantization.session import OnnxNetwork
+from mmdbb.mm.quantization.flow import layers_to_quantize
+from mmdbb.mm.quantization.qat import prepare_qat_
+from mmdbb.mm.quantization.qdq import weight_scales, write_qdq
+from mmdbb.mm.quantization.session import OnnxNetwork
 
 BLOCKS = (ACB, DBB, OREPAConv, OREPARepVGG, QARepVGGConv, RepVGGConv)
 

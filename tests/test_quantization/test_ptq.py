@@ -18,22 +18,23 @@ from onnx import TensorProto, helper, numpy_helper
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import mmdbb
-from mmdbb.checkpoint.deploy import deploy_checkpoint
-from mmdbb.checkpoint.load import build_model
 from mmdbb.errors import UserError
-from mmdbb.quantization.calibration import (
+from mmdbb.mm.deploy.checkpoint import deploy_checkpoint
+from mmdbb.mm.deploy.load import build_model
+from mmdbb.mm.evaluation.figures import evaluate, quiet_runner
+from mmdbb.mm.evaluation.images import (
     calibration_images,
     check_calibration,
     pad_to,
 )
-from mmdbb.quantization.evaluate import evaluate, quiet_runner
-from mmdbb.quantization.fake import quantizers, set_quantizing_
-from mmdbb.quantization.network import load_network
-from mmdbb.quantization.onnx_static import METHODS, quantize_onnx
-from mmdbb.quantization.ptq import Options, quantize_checkpoint
-from mmdbb.quantization.qat import prepare_qat_
-from mmdbb.quantization.session import OnnxNetwork, running_instead
-from mmdbb.quantization.tables import print_quantized
+from mmdbb.mm.evaluation.substitutes import running_instead
+from mmdbb.mm.quantization.fake import quantizers, set_quantizing_
+from mmdbb.mm.quantization.network import load_network
+from mmdbb.mm.quantization.onnx_static import METHODS, quantize_onnx
+from mmdbb.mm.quantization.ptq import Options, quantize_checkpoint
+from mmdbb.mm.quantization.qat import prepare_qat_
+from mmdbb.mm.quantization.session import OnnxNetwork
+from mmdbb.mm.quantization.tables import print_quantized
 
 ROOT = Path(mmdbb.__file__).parents[1]
 FEW = Options(count=8)
@@ -94,7 +95,7 @@ def test_evaluator_sees_what_the_file_computes(trained, quiet):
 @pytest.fixture(scope='module')
 def exported(trained, tmp_path_factory):
     """A float file and images to calibrate with."""
-    from mmdbb.checkpoint.export import export_network
+    from mmdbb.mm.export.network import export_network
 
     cfg, checkpoint = trained('classification')
     model = load_network(build_model(cfg), checkpoint)
@@ -380,7 +381,7 @@ def test_a_detector_of_two_stages_keeps_its_second(tmp_path, quiet):
     from mmdet.structures import DetDataSample
     from networks import write_config
 
-    from mmdbb.checkpoint.export import export_network
+    from mmdbb.mm.export.network import export_network
 
     config = write_config(tmp_path, 'detector')
     model = build_model(Config.fromfile(config))

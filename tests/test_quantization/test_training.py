@@ -14,30 +14,30 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmdbb import ACB, DBB, QARepVGGConv, RepVGGConv
 from mmdbb.blocks import ConvBN, OREPAConv
-from mmdbb.checkpoint.deploy import deploy_checkpoint
-from mmdbb.checkpoint.export import export_network
-from mmdbb.checkpoint.load import build_model
 from mmdbb.errors import UserError
-from mmdbb.quantization.fake import (
+from mmdbb.mm.deploy.checkpoint import deploy_checkpoint
+from mmdbb.mm.deploy.load import build_model
+from mmdbb.mm.evaluation.norm_statistics import calibrate_norms_
+from mmdbb.mm.export.network import export_network
+from mmdbb.mm.quantization.fake import (
     is_quantizing,
     quantizable_layers,
     remove_quantizers_,
 )
-from mmdbb.quantization.insert_bn import (
+from mmdbb.mm.quantization.insert_bn import (
     conv_bn_config,
     insert_bn_,
     insert_bn_checkpoint,
 )
-from mmdbb.quantization.network import load_network
-from mmdbb.quantization.norms import calibrate_norms_
-from mmdbb.quantization.qat import QATHook
-from mmdbb.quantization.qdq import write_qdq
-from mmdbb.quantization.ranges import (
+from mmdbb.mm.quantization.network import load_network
+from mmdbb.mm.quantization.qat import QATHook
+from mmdbb.mm.quantization.qdq import write_qdq
+from mmdbb.mm.quantization.ranges import (
     branch_kernels,
     kernel_ranges,
     signal_to_noise,
 )
-from mmdbb.quantization.tables import plot_ranges, print_ranges
+from mmdbb.mm.quantization.tables import plot_ranges, print_ranges
 from mmdbb.reparam import find_blocks
 
 # The hook
@@ -56,7 +56,7 @@ def qat_config(folder, **arguments):
     hook = dict(type='QATHook', averaging_constant=0.5, **arguments)
     cfg = run_config(folder, scores=(1.0, 2.0, 3.0))
     cfg.custom_hooks = [hook]
-    cfg.custom_imports.imports.append('mmdbb.quantization.qat')
+    cfg.custom_imports.imports.append('mmdbb.quantize')
     cfg.default_hooks.checkpoint = dict(type='CheckpointHook', interval=1)
     return cfg
 
@@ -107,7 +107,7 @@ def test_such_a_checkpoint_is_loaded_with_its_quantizers(run):
     x = image(2, 3, 24, 32, dtype=torch.float32)
     quantized = model(x)
     plain = load_network(build_model(cfg), str(folder / 'epoch_3.pth'))
-    from mmdbb.quantization.fake import set_quantizing_
+    from mmdbb.mm.quantization.fake import set_quantizing_
 
     set_quantizing_(plain, False)
     assert 0 < distance(quantized, plain(x)) < 0.5

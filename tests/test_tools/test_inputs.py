@@ -15,12 +15,12 @@ from mmengine.config import Config
 from networks import SIZE, write_checkpoint, write_config
 
 from mmdbb import load_plain_weights_
-from mmdbb.checkpoint.deploy import refuse_inputs
-from mmdbb.checkpoint.files import read_checkpoint, read_content
-from mmdbb.checkpoint.hdf5 import read_hdf5
-from mmdbb.checkpoint.load import build_model, load_deployed
 from mmdbb.errors import UserError
-from mmdbb.quantization.network import load_network
+from mmdbb.files.checkpoints import read_checkpoint, read_content
+from mmdbb.files.hdf5 import read_hdf5
+from mmdbb.mm.deploy.checkpoint import refuse_inputs
+from mmdbb.mm.deploy.load import build_model, load_deployed
+from mmdbb.mm.quantization.network import load_network
 
 pytestmark = pytest.mark.usefixtures('quiet')
 
@@ -98,7 +98,7 @@ def test_no_file_of_the_config_is_overwritten(pair, tmp_path, capfd):
 
 
 def test_a_file_that_a_config_reads_is_not_overwritten(tmp_path):
-    from mmdbb.config_files import files_of, noting_files, remember_files
+    from mmdbb.mm.config_files import files_of, noting_files, remember_files
 
     (tmp_path / 'values.json').write_text('{"x": 1}')
     (tmp_path / 'config.py').write_text(

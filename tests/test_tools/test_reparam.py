@@ -13,9 +13,9 @@ from runs import run_config
 from torch import nn
 
 from mmdbb import load_deployed
-from mmdbb.checkpoint.files import read_checkpoint
-from mmdbb.checkpoint.load import build_model
-from mmdbb.engine.fitting import unwrapped
+from mmdbb.files.checkpoints import read_checkpoint
+from mmdbb.mm.deploy.load import build_model
+from mmdbb.mm.engine.fitting import unwrapped
 from mmdbb.reparam import find_blocks
 
 pytestmark = pytest.mark.usefixtures('quiet')

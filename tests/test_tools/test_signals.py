@@ -16,11 +16,11 @@ from mmengine.logging import MMLogger
 from networks import SIZE, write_checkpoint, write_config
 from runs import run_config, train
 
-from mmdbb.checkpoint.atomic import all_or_nothing
-from mmdbb.checkpoint.deploy import deploy_checkpoint
-from mmdbb.checkpoint.files import read_checkpoint
-from mmdbb.engine.command import run_command
 from mmdbb.errors import UserError
+from mmdbb.files.atomic import all_or_nothing
+from mmdbb.files.checkpoints import read_checkpoint
+from mmdbb.mm.deploy.checkpoint import deploy_checkpoint
+from mmdbb.mm.engine.command import run_command
 
 pytestmark = [
     pytest.mark.usefixtures('quiet'),

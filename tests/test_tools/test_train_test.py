@@ -13,8 +13,8 @@ import pytest
 import torch
 from mmengine.config import Config
 
-from mmdbb.checkpoint.deploy import deploy_checkpoint
-from mmdbb.engine.command import run_command
+from mmdbb.mm.deploy.checkpoint import deploy_checkpoint
+from mmdbb.mm.engine.command import run_command
 
 NUMBERS = itertools.count()
 ROOT = Path(__file__).resolve().parents[2]

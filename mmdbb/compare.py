@@ -1,0 +1,266 @@
+# Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
+"""Whether two networks are the same function, by what they compute.
+
+One side sums branches, the other runs plain convolutions. Compared are the
+features and the outputs of every dense head; and each block by itself with
+the norm behind it, because an image may not reach it (inside a RoI head) or
+may not show an error (behind a ReLU that is zero).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Dict, Iterable, Iterator, List, NamedTuple, Sequence, Tuple
+
+import torch
+from torch import Tensor, nn
+
+from mmdbb.errors import UserError
+from mmdbb.reparam import literal_forward
+from mmdbb.stock_weights import names_in
+from mmdbb.untouched import changed_layers
+
+#: Attributes under which the host packages keep heads that read features.
+DENSE_HEADS = (
+    'head',
+    'decode_head',
+    'auxiliary_head',
+    'bbox_head',
+    'rpn_head',
+    'mask_head',
+)
+
+
+#: How far a merged network may be from the one that was trained before it is
+#: rounded, relative to the largest magnitude of a channel.
+TOLERANCE = 1e-5
+#: Channels that are smaller, as a share of the largest, are nothing but the
+#: rounding of float64.
+SMALLEST_CHANNEL = 1e-8
+
+
+class Difference(NamedTuple):
+    """How far two networks are apart.
+
+    Attributes:
+        largest: Largest difference of one number, relative to the largest
+            magnitude of the channel it belongs to.
+        output: The output it belongs to.
+        compared: Names of all outputs compared.
+    """
+
+    largest: float
+    output: str
+    compared: Tuple[str, ...]
+
+
+def prove_equal(
+    trained: nn.Module,
+    network: nn.Module,
+    batches: Sequence[Tensor],
+    tolerance: float = TOLERANCE,
+    smallest: float = SMALLEST_CHANNEL,
+) -> Difference:
+    """Compare a network with the one that was trained, in float64.
+
+    In float32, if a network cannot be run in float64.
+
+    Args:
+        trained: The network that was trained; in that precision afterwards.
+        network: The network to prove, not yet rounded; likewise.
+        batches: Normalised images, each of shape (N, C, H, W).
+        tolerance: Largest difference allowed, relative to the largest
+            magnitude of a channel.
+        smallest: Channels that are smaller, as a share of the largest, are
+            compared at that size; see :func:`relative_error`.
+
+    Returns:
+        Difference: The largest one.
+
+    Raises:
+        UserError: If the network cannot be run, or the difference is larger.
+    """
+    try:
+        difference = _compared_in(
+            torch.float64, trained, network, batches, smallest
+        )
+    except CannotRun:
+        # Some layers of others compute in single precision only.
+        difference = _compared_in(
+            torch.float32, trained, network, batches, smallest
+        )
+    if not difference.largest <= tolerance:
+        raise UserError(
+            f'the merged network differs by {difference.largest:.2e} of '
+            f"a channel's largest magnitude, more than the tolerance "
+            f'{tolerance:.0e} (in {difference.output}); nothing written'
+        )
+    return difference
+
+
+class CannotRun(UserError):
+    """A network does not take the images."""
+
+
+def _compared_in(
+    dtype: torch.dtype,
+    trained: nn.Module,
+    network: nn.Module,
+    batches: Sequence[Tensor],
+    smallest: float,
+) -> Difference:
+    return compare_networks(
+        trained.to(dtype),
+        network.to(dtype),
+        [batch.to(dtype) for batch in batches],
+        smallest,
+    )
+
+
+@torch.no_grad()
+def compare_networks(
+    model: nn.Module,
+    merged: nn.Module,
+    batches: List[Tensor],
+    smallest: float = SMALLEST_CHANNEL,
+) -> Difference:
+    """Compare a network with blocks, summed literally, with a merged one.
+
+    Args:
+        model: The network with blocks, in eval mode.
+        merged: The network without, in eval mode.
+        batches: Normalised images, each of shape (N, C, H, W).
+        smallest: As of :func:`relative_error`.
+
+    Returns:
+        Difference: The largest one.
+
+    Raises:
+        UserError: If the network cannot be run on the images, or gives
+            values that are not finite.
+    """
+    worst, where, compared = 0.0, '', {}
+    with literal_forward(model):
+        for name, expected, found in itertools.chain(
+            _outputs_of_both(model, merged, batches),
+            _layers_of_both(model, merged),
+        ):
+            compared[name] = True
+            if not expected.isfinite().all():
+                raise UserError(
+                    'the network that was trained gives values that are not '
+                    f'finite (in {name}), before it is merged'
+                )
+            error = relative_error(found, expected, smallest)
+            if _is_worse(error, worst):
+                worst, where = error, name
+    return Difference(worst, where, tuple(compared))
+
+
+def _is_worse(error: float, worst: float) -> bool:
+    # A NaN is worse than any number, and stays the worst.
+    return not (math.isnan(worst) or error <= worst)
+
+
+def relative_error(
+    found: Tensor, expected: Tensor, smallest: float = SMALLEST_CHANNEL
+) -> float:
+    """Largest difference over the largest magnitude expected, by channel.
+
+    Args:
+        found: Of any shape; from two dimensions on the second is that of
+            the channels.
+        expected: Of the same shape.
+        smallest: Channels that are smaller are measured by this share of the
+            largest; in single precision all are, by the largest itself.
+    """
+    if found.shape != expected.shape:
+        return float('nan')
+    if not expected.numel():
+        return 0.0
+    sizes = expected.abs()
+    largest = sizes.max()
+    if sizes.dim() > 1:
+        sizes = sizes.amax([0, *range(2, sizes.dim())], keepdim=True)
+    share = smallest if expected.dtype is torch.float64 else 1.0
+    scale = sizes.maximum(share * largest)
+    scale = scale.clamp_min(torch.finfo(expected.dtype).tiny)
+    return ((found - expected).abs() / scale).max().item()
+
+
+def network_outputs(model: nn.Module, images: Tensor) -> Dict[str, Tensor]:
+    """Features and outputs of all dense heads, by name.
+
+    Args:
+        model: A classifier, detector or segmentor, or any module that maps
+            images to tensors.
+        images: Normalised images of shape (N, C, H, W).
+    """
+    if not hasattr(model, 'extract_feat'):
+        return dict(_tensors('output', model(images)))
+    features = model.extract_feat(images)
+    outputs = dict(_tensors('features', features))
+    for name in DENSE_HEADS:
+        head = getattr(model, name, None)
+        if isinstance(head, nn.Module):
+            heads = head if isinstance(head, nn.ModuleList) else [head]
+            for i, each in enumerate(heads):
+                label = f'{name}.{i}' if len(heads) > 1 else name
+                outputs.update(_tensors(label, each(features)))
+    return outputs
+
+
+def _outputs_of_both(
+    model: nn.Module, merged: nn.Module, batches: List[Tensor]
+) -> Iterator[Tuple[str, Tensor, Tensor]]:
+    for batch in batches:
+        try:
+            expected = network_outputs(model, batch)
+            found = network_outputs(merged, batch)
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise CannotRun(
+                f'the network cannot be run on images of shape '
+                f'{tuple(batch.shape)}: {error}; choose another --image-size'
+            ) from error
+        for name, value in expected.items():
+            yield name, value, found[name]
+
+
+def _tensors(name: str, value) -> Iterator[Tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            yield name, value
+    elif isinstance(value, (list, tuple)):
+        for i, item in enumerate(value):
+            yield from _tensors(f'{name}.{i}', item)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _tensors(f'{name}.{key}', item)
+
+
+def _layers_of_both(
+    model: nn.Module, merged: nn.Module
+) -> Iterator[Tuple[str, Tensor, Tensor]]:
+    renamed = names_in(merged, model)
+    for layers in changed_layers(model, merged):
+        x = _input_for(model.get_submodule(layers[0]))
+        found = _run(merged, map(renamed, layers), x)
+        yield layers[0], _run(model, layers, x), found
+
+
+def _run(model: nn.Module, layers: Iterable[str], x: Tensor) -> Tensor:
+    for name in layers:
+        x = model.get_submodule(name)(x)
+    return x
+
+
+def _input_for(layer: nn.Module) -> Tensor:
+    parameter = next(layer.parameters())
+    size = [
+        2 * d * k + s
+        for d, k, s in zip(layer.dilation, layer.kernel_size, layer.stride)
+    ]
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, layer.in_channels, *size, generator=generator)
+    return x.to(parameter)

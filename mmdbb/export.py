@@ -1,0 +1,11 @@
+# Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
+"""Exporting: merged networks as ONNX, TorchScript and torch.export files."""
+
+from mmdbb.mm.deploy.checkpoint import export_checkpoint
+from mmdbb.mm.export.network import Exported, export_network
+
+__all__ = [
+    'Exported',
+    'export_checkpoint',
+    'export_network',
+]

@@ -1,0 +1,35 @@
+# Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
+"""Backbones with blocks, for mmpretrain and through it for mmdet and mmseg."""
+
+from mmdbb.mm.hosts import require
+
+require('mmpretrain')
+
+from .alexnet import AlexNetDBB, PlainAlexNet
+from .mobilenet import MobileNetV1, MobileNetV1DBB
+from .repvgg import PlainRepVGG, ReparamRepVGG
+from .resnet import (
+    PlainResNet,
+    PlainResNeXt,
+    ResNetDBB,
+    ResNetV1cDBB,
+    ResNetV1dDBB,
+    ResNeXtDBB,
+)
+from .vgg import VGGDBB
+
+__all__ = [
+    'AlexNetDBB',
+    'MobileNetV1',
+    'MobileNetV1DBB',
+    'PlainAlexNet',
+    'PlainRepVGG',
+    'PlainResNeXt',
+    'PlainResNet',
+    'ReparamRepVGG',
+    'ResNeXtDBB',
+    'ResNetDBB',
+    'ResNetV1cDBB',
+    'ResNetV1dDBB',
+    'VGGDBB',
+]

@@ -1,0 +1,169 @@
+# Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
+"""Loading what mmdbb's tools wrote, whatever structure the network has.
+
+A config cannot say that norms are folded or how many filters a layer has
+left. The checkpoint notes the first and shows the second.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from typing import Dict, List, Optional
+
+import torch
+from mmcv.cnn import fuse_conv_bn
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from mmdbb.blocks.base import ReparamConv2d
+from mmdbb.errors import UserError
+from mmdbb.files.checkpoints import load_strictly, read_checkpoint
+from mmdbb.reparam import find_blocks
+
+#: In the names of what blocks of mmdbb have that are not merged.
+_OF_A_BLOCK = re.compile(
+    r'\bbranches\.(?!\d+\.)\w+\.'  # HRNet's branches have numbers
+    r'|\bgenerator\.(layers\.\d+\.)?(origin|scale)$'
+)
+
+
+def build_model(cfg: Config) -> nn.Module:
+    """Build a config's model in eval mode, with random weights.
+
+    Raises:
+        UserError: If the config has no model, or it cannot be built.
+    """
+    if cfg.get('model') is None:
+        raise UserError('the config has no model')
+    init_default_scope(cfg.get('default_scope', 'mmengine'))
+    try:
+        # Building must not change what the config says.
+        model = MODELS.build(copy.deepcopy(cfg.model))
+    except (KeyError, TypeError, ValueError, ImportError) as error:
+        raise UserError(
+            f'cannot build the model of the config: {error}'
+        ) from error
+    model.train(False)
+    return model
+
+
+def load_deployed(config: str, checkpoint: str) -> nn.Module:
+    """Build a network that one of mmdbb's tools wrote, of any structure.
+
+    Args:
+        config: The config beside the checkpoint.
+        checkpoint: The checkpoint, of ``tools/reparam.py``,
+            ``tools/convert_official.py`` or ``tools/prune.py``.
+
+    Returns:
+        nn.Module: In eval mode, on the CPU.
+
+    Raises:
+        UserError: If the two do not fit each other.
+    """
+    loaded = read_checkpoint(checkpoint)
+    model = build_model(Config.fromfile(config))
+    model = give_structure_(model, loaded)
+    load_strictly(model, loaded['state_dict'], checkpoint)
+    return model
+
+
+def give_structure_(model: nn.Module, checkpoint: dict) -> nn.Module:
+    """Change a network as its config says into the one of a checkpoint.
+
+    Args:
+        model: As the config builds it; changed in place.
+        checkpoint: From :func:`read_checkpoint`. Its weights are not loaded.
+
+    Returns:
+        nn.Module: `model`.
+    """
+    structure = written_structure(checkpoint)
+    if structure == 'fused':
+        fuse_conv_bn(model)
+    elif structure == 'pruned':
+        _resize_(model, checkpoint['state_dict'])
+    return model
+
+
+def written_structure(checkpoint: dict) -> Optional[str]:
+    """What mmdbb noted of a checkpoint that it wrote.
+
+    Args:
+        checkpoint: From :func:`read_checkpoint`.
+
+    Returns:
+        str: ``train``, ``stock``, ``fused``, ``partial`` or ``pruned``; None
+        for others' files.
+    """
+    own = checkpoint['meta'].get('mmdbb')
+    structure = own.get('structure') if isinstance(own, dict) else None
+    return structure if isinstance(structure, str) else None
+
+
+def holds_blocks(state: Dict[str, Tensor], model: nn.Module) -> bool:
+    """Whether weights are of a network with blocks that are not merged.
+
+    Args:
+        state: Names to tensors.
+        model: The network that they are for; of another one with blocks they
+            may be as well.
+    """
+    own = {
+        f'{name}.{entry}'
+        for name, block in find_blocks(model).items()
+        if not block.deploy
+        for entry in own_of(block)
+    }
+    return any(name in own or _OF_A_BLOCK.search(name) for name in state)
+
+
+def own_of(block: ReparamConv2d) -> List[str]:
+    """Names of the entries of a block that no plain convolution has."""
+    return [n for n in block.state_dict() if n not in ('weight', 'bias')]
+
+
+def _resize_(model: nn.Module, state: Dict[str, Tensor]) -> None:
+    """Give layers the sizes that a state dict has, with values of no meaning.
+
+    Args:
+        model: The network before it was pruned.
+        state: The pruned one's entries.
+    """
+    for name, module in model.named_modules():
+        weight = state.get(f'{name}.weight')
+        own = getattr(module, 'weight', None)
+        if weight is None or not isinstance(own, Tensor):
+            continue
+        if weight.dim() != own.dim() or not weight.numel():
+            raise UserError(
+                f'the pruned {name} has weights of shape '
+                f'{tuple(weight.shape)}, the network of the config some of '
+                f'{tuple(own.shape)}'
+            )
+        if isinstance(module, nn.Conv2d):
+            depthwise = module.groups == module.in_channels > 1
+            module.out_channels = weight.shape[0]
+            if depthwise:
+                module.groups = weight.shape[0]
+            module.in_channels = weight.shape[1] * module.groups
+        elif isinstance(module, nn.Linear):
+            module.out_features, module.in_features = weight.shape
+        elif isinstance(module, _BatchNorm):
+            module.num_features = len(weight)
+        elif isinstance(module, nn.GroupNorm):
+            module.num_channels = len(weight)
+        else:
+            continue
+        for kind in (module._parameters, module._buffers):
+            for entry, value in kind.items():
+                full = state.get(f'{name}.{entry}')
+                if value is None or full is None:
+                    continue
+                new = torch.empty_like(full, device=value.device)
+                if isinstance(value, nn.Parameter):
+                    new = nn.Parameter(new, value.requires_grad)
+                kind[entry] = new

@@ -1,0 +1,336 @@
+# Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
+"""What the command-line tools share: arguments, configs, users' mistakes.
+
+A user's mistake ends a command with one line on stderr and exit code 2, Ctrl-C
+and SIGTERM with one and the shell's codes for them. A bug keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+import os
+import signal
+import sys
+import threading
+import traceback
+import warnings
+from pathlib import Path
+from typing import Callable, Iterator, NoReturn, Optional, Tuple
+
+from mmengine.config import Config, DictAction
+from mmengine.utils import import_modules_from_strings
+
+from mmdbb.errors import Terminated, UserError, interruption
+from mmdbb.files.checkpoints import check_regular
+from mmdbb.mm.config_files import noting_files, remember_files
+from mmdbb.mm.host_loading import strict_loading
+
+#: What constructors raise of arguments that are wrong.
+BAD_ARGUMENTS = (
+    AssertionError,
+    ImportError,
+    KeyError,
+    TypeError,
+    ValueError,
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors take one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print `message` to stderr and exit with code 2."""
+        self.exit(2, f'{self.prog}: {message} (see {self.prog} --help)\n')
+
+
+class CfgOptions(DictAction):
+    """`--cfg-options key=value ...`, refusing what has no such shape."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        """Merge `values` into the namespace."""
+        for value in values:
+            key, equals, _ = value.partition('=')
+            if not equals or not all(key.split('.')):
+                parser.error(
+                    f'{option_string} takes KEY=VALUE with a dotted key, as '
+                    f'in optim_wrapper.optimizer.lr=0.01; got {value!r}'
+                )
+        try:
+            super().__call__(parser, namespace, values, option_string)
+        except AssertionError as error:  # brackets that do not match
+            parser.error(f'{option_string}: {error}')
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Run a tool's `main`; a `UserError` ends it with exit code 2.
+
+    What else is the user's: a file that is missing or that the system
+    refuses, which the error names, and what cannot be built as the config
+    says.
+    """
+    # mmengine's, of its own use of setuptools.
+    warnings.filterwarnings('ignore', message='pkg_resources is deprecated')
+    try:
+        with _ended_by_exceptions(), strict_loading():
+            main()
+    except (KeyboardInterrupt, Exception) as error:
+        interrupted = interruption(error)
+        if interrupted is not None:
+            by_signal = isinstance(interrupted, Terminated)
+            what = 'terminated' if by_signal else 'interrupted'
+            print(f'{Path(sys.argv[0]).name}: {what}', file=sys.stderr)
+            number = signal.SIGTERM if by_signal else signal.SIGINT
+            sys.exit(128 + number)
+        text = _explained(error)
+        if text is None or os.environ.get('MMDBB_TRACEBACK'):
+            raise
+        line = ' '.join(text.split())
+        print(f'{Path(sys.argv[0]).name}: {line}', file=sys.stderr)
+        sys.exit(2)
+
+
+@contextlib.contextmanager
+def _ended_by_exceptions() -> Iterator[None]:
+    """Within the context SIGTERM is an exception, as Ctrl-C is."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    process = os.getpid()
+
+    def end(number, frame):
+        if os.getpid() != process:  # a child that took the handler over
+            os._exit(128 + number)
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
+def _explained(error: Exception) -> Optional[str]:
+    """What to say of a user's mistake; None for a bug."""
+    if isinstance(error, (UserError, FileNotFoundError)):
+        return str(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        return str(error)
+    if _is_of_config(error):
+        return (
+            f'cannot build what the config says: {type(error).__name__}: '
+            f'{error} (MMDBB_TRACEBACK=1 shows where)'
+        )
+    return None
+
+
+def _is_of_config(error: Exception) -> bool:
+    """Whether a part of the config could not be built as it says."""
+    if not isinstance(error, BAD_ARGUMENTS):
+        return False
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        place = frame.f_globals.get('__name__'), frame.f_code.co_name
+        if place[0] == 'mmengine.runner.runner' and place[1].startswith(
+            'build_'
+        ):
+            return True
+    return False
+
+
+def at_least_one(text: str) -> int:
+    """The type of arguments that count something.
+
+    Raises:
+        argparse.ArgumentTypeError: If it is no whole number from 1 on.
+    """
+    return _number(int, text, 1, math.inf, 'a whole number from 1 on')
+
+
+def at_least_zero(text: str) -> float:
+    """The type of arguments that limit or scale something.
+
+    Raises:
+        argparse.ArgumentTypeError: If it is no finite number from 0 on.
+    """
+    return _number(float, text, 0, math.inf, 'a finite number from 0 on')
+
+
+def seed(text: str) -> int:
+    """The type of seeds: what numpy's generators take.
+
+    Raises:
+        argparse.ArgumentTypeError: If it is no whole number of 32 bits.
+    """
+    what = 'a whole number from 0 to 2**32 - 1'
+    return _number(int, text, 0, 2**32, what)
+
+
+def _number(kind: type, text: str, low: float, end: float, what: str):
+    """The number that a text says, if it is from `low` on and below `end`."""
+    try:
+        number = kind(text)
+    except ValueError:
+        number = math.nan
+    if not low <= number < end:
+        raise argparse.ArgumentTypeError(f'must be {what}, got {text!r}')
+    return number
+
+
+def add_image_size_argument(
+    parser: argparse.ArgumentParser,
+    help: str,
+    default: Optional[Tuple[int, int]] = None,
+) -> None:
+    """Add the size of images, in pixels."""
+    parser.add_argument(
+        '--image-size',
+        nargs=2,
+        type=at_least_one,
+        default=default,
+        metavar=('HEIGHT', 'WIDTH'),
+        help=help,
+    )
+
+
+def add_image_choice_arguments(
+    parser: argparse.ArgumentParser, calib: str
+) -> None:
+    """Add which of the config's images a network is fitted and tested on.
+
+    Args:
+        parser: The command's parser.
+        calib: What the images are for.
+    """
+    parser.add_argument(
+        '--calib',
+        type=at_least_one,
+        default=128,
+        metavar='N',
+        help=f'images {calib}; default: %(default)s',
+    )
+    parser.add_argument(
+        '--metric', help='figure of the evaluator; default: its main one'
+    )
+    parser.add_argument(
+        '--seed',
+        type=seed,
+        default=0,
+        help='of the choice of images; default: 0',
+    )
+
+
+def add_config_arguments(
+    parser: argparse.ArgumentParser, work_dir: bool = True
+) -> None:
+    """Add what every command on a config takes.
+
+    Args:
+        parser: The command's parser.
+        work_dir: Whether the command writes logs or checkpoints.
+    """
+    parser.add_argument('config', help='path of the config')
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=CfgOptions,
+        metavar='KEY=VALUE',
+        help='change fields of the config, e.g. train_cfg.max_epochs=10; '
+        'lists as key="[a,b]" or key=a,b, without spaces',
+    )
+    if work_dir:
+        parser.add_argument(
+            '--work-dir',
+            help='folder for logs and checkpoints; default: work_dir of the '
+            'config, or work_dirs/NAME_OF_CONFIG',
+        )
+
+
+def add_unsafe_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the way to read a file that holds more than data."""
+    parser.add_argument(
+        '--unsafe-load',
+        action='store_true',
+        help='read a checkpoint that holds more than data, and run whatever '
+        'code is in it: only for files that you trust',
+    )
+
+
+def add_launcher_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add how the command's processes were started."""
+    parser.add_argument(
+        '--launcher',
+        choices=['none', 'pytorch', 'slurm', 'mpi'],
+        default='none',
+        help='what started the processes of a distributed run',
+    )
+    # torch's launchers pass it in one spelling or the other.
+    parser.add_argument(
+        '--local_rank',
+        '--local-rank',
+        type=int,
+        default=0,
+        help=argparse.SUPPRESS,
+    )
+
+
+def load_config(args: argparse.Namespace) -> Config:
+    """Read the config that the arguments name, with their changes.
+
+    Sets `work_dir` and `launcher` where the command has these arguments.
+
+    Args:
+        args: Parsed arguments of :func:`add_config_arguments`, and perhaps
+            of :func:`add_launcher_arguments`.
+
+    Raises:
+        UserError: The config is missing, cannot be read, cannot import what
+            it names, or has no place for one of the changes.
+    """
+    path = check_file(args.config, 'config')
+    try:
+        with noting_files() as files:
+            config = Config.fromfile(path, import_custom_modules=False)
+    except Exception as error:  # a config is code: anything may be raised
+        raise UserError(
+            f'cannot read config {path}: {type(error).__name__}: {error}'
+        ) from error
+    remember_files(config, files)
+    imports = config.get('custom_imports')
+    if imports:
+        try:
+            import_modules_from_strings(**imports)
+        except (ImportError, TypeError) as error:
+            raise UserError(
+                f'custom_imports of {path}: {error.__cause__ or error}'
+            ) from error
+    try:
+        config.merge_from_dict(args.cfg_options or {})
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        raise UserError(f'--cfg-options do not fit {path}: {error}') from error
+    if 'work_dir' in args:
+        config.work_dir = (
+            args.work_dir
+            or config.get('work_dir')
+            or os.path.join('work_dirs', Path(path).stem)
+        )
+    if 'launcher' in args:
+        config.launcher = args.launcher
+        os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    return config
+
+
+def check_file(path: str, what: str) -> str:
+    """Return `path` unless it is a local path of no regular file.
+
+    Addresses of other backends (`https://`, `torchvision://`) pass.
+
+    Raises:
+        UserError: No such file; `what` says what it should have been.
+    """
+    if '://' in path:
+        return path
+    if not os.path.exists(path) or os.path.isdir(path):
+        raise UserError(f'no such {what}: {path}')
+    check_regular(path, what)
+    return path

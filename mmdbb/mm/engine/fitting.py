@@ -1,0 +1,110 @@
+# Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
+"""Refusing checkpoints that do not fit, before mmengine loads them.
+
+mmengine loads what fits, leaves the rest as it was made and warns in the log.
+"""
+
+from __future__ import annotations
+
+import re
+
+from mmengine.config import Config
+from mmengine.hooks import Hook
+from mmengine.runner import Runner
+from torch import nn
+
+from mmdbb.errors import UserError
+from mmdbb.files.checkpoints import describe_misfit, some
+from mmdbb.mm.deploy.load import own_of
+from mmdbb.mm.engine.resume import check_resumable, saves_optimizer
+from mmdbb.mm.stock.config import without_own_starts
+from mmdbb.reparam import find_blocks
+
+
+class StartingCheckpointHook(Hook):
+    """Refuses a checkpoint that a training cannot start from.
+
+    Args:
+        config: The training's, with ``load_from`` and ``resume``.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.path, self.resume = config.load_from, config.get('resume')
+        self.needs_optimizer = saves_optimizer(config)
+        model = config.model.to_dict()
+        self.starts_plain = without_own_starts(model) != model
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Look for what a training needs.
+
+        Raises:
+            UserError: If it has nothing to resume from, or weights of plain
+                convolutions where the network has blocks, which do not start
+                from a file of their own.
+        """
+        if self.resume:
+            check_resumable(checkpoint, self.path, self.needs_optimizer)
+        if self.starts_plain:
+            return
+        state = _state_of(checkpoint)
+        lost = [
+            name
+            for name, block in find_blocks(unwrapped(runner.model)).items()
+            if not block.deploy
+            and f'{name}.weight' in state
+            and not any(f'{name}.{entry}' in state for entry in own_of(block))
+        ]
+        if lost:
+            raise UserError(
+                f'{self.path} is of a plain or merged network: it has plain '
+                f'weights for {some(lost)}, which are blocks here and would '
+                'start at random; plain weights are given to blocks by '
+                "init_cfg=dict(type='PlainPretrained', ...), see "
+                'docs/plain_weights.md'
+            )
+
+
+class FittingCheckpointHook(Hook):
+    """Refuses a checkpoint that lacks parameters of the network.
+
+    Args:
+        path: Path of the checkpoint, for the message.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Try whether it fits, by the loading code of the model's own layers.
+
+        Raises:
+            UserError: If a parameter is missing or has another shape.
+        """
+        state = _state_of(checkpoint)
+        model = unwrapped(runner.model)
+        try:
+            missing, _ = model.load_state_dict(state, strict=False)
+        except RuntimeError:  # of shapes, which for buffers are the host's
+            missing = [
+                name
+                for name, value in model.state_dict().items()
+                if name not in state or state[name].shape != value.shape
+            ]
+        if any(name in missing for name, _ in model.named_parameters()):
+            misfit = describe_misfit(state, model.state_dict())
+            raise UserError(
+                f'{self.path} does not fit the network of the config; {misfit}'
+            )
+
+
+def _state_of(checkpoint: dict) -> dict:
+    """The weights of a checkpoint as mmengine reads them."""
+    state = checkpoint.get('state_dict', checkpoint)
+    return {re.sub('^module[.]', '', name): v for name, v in state.items()}
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The network in what several GPUs and augmentation put around it."""
+    while isinstance(getattr(model, 'module', None), nn.Module):
+        model = model.module
+    return model

@@ -1,0 +1,114 @@
+# Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
+"""Another network's outputs in the place of a host's own network.
+
+The host keeps everything around its network: the data pipeline, the decoding
+of boxes, the resizing of logits, the evaluator.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Callable, Iterator, List, Tuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from mmdbb.errors import UserError
+from mmdbb.mm.export.modules import Detector, export_module
+
+
+@contextlib.contextmanager
+def running_instead(
+    model: nn.Module, network: Callable[[Tensor], List[Tensor]]
+) -> Iterator[None]:
+    """Within the context a host's model predicts by another network.
+
+    Args:
+        model: A classifier, segmentor or detector with a dense head, in eval
+            mode.
+        network: From images (N, C, H, W) to the tensors that
+            :func:`mmdbb.mm.export.network.export_network` names, in their
+            order. Its ``size`` is height and width that it takes.
+
+    Raises:
+        UserError: If there is no head that turns tensors into predictions.
+    """
+    heads = _heads(model)
+    features, maps = _structures(model, heads[-1], network.size)
+    kept = {}
+
+    def extract_feat(inputs: Tensor, *args, **kwargs):
+        if isinstance(export_module(model), Detector):
+            pad = [network.size[i] - inputs.shape[2 + i] for i in (0, 1)]
+            fits = min(pad) >= 0
+        else:
+            fits = tuple(inputs.shape[2:]) == network.size
+        if not fits:
+            raise UserError(
+                f'an image of {tuple(inputs.shape[2:])} pixels is evaluated '
+                f'by a network of {network.size}; choose another --image-size'
+            )
+        outputs = [y.to(inputs.device) for y in network(inputs)]
+        count = len(outputs) - maps.num_leaves
+        kept['maps'] = tree_unflatten(outputs[count:], maps)
+        if count:
+            return tree_unflatten(outputs[:count], features)
+        return (inputs,)
+
+    def forward(*args, **kwargs):
+        return kept['maps']
+
+    places = [(model, 'extract_feat', extract_feat)]
+    places += [(head, 'forward', forward) for head in heads]
+    for place, name, function in places:
+        setattr(place, name, function)
+    try:
+        yield
+    finally:
+        for place, name, _ in places:
+            delattr(place, name)
+
+
+def _heads(model: nn.Module) -> List[nn.Module]:
+    kind = export_module(model)
+    if isinstance(kind, Detector):
+        head = kind._dense_head(model)
+    else:
+        head = getattr(model, 'head', None) or getattr(
+            model, 'decode_head', None
+        )
+    if not isinstance(head, nn.Module):
+        raise UserError(
+            f'{type(model).__name__} has no head whose predictions could be '
+            'evaluated: quantization is for classifiers, segmentors and '
+            'detectors with a dense head'
+        )
+    return list(head) if isinstance(head, nn.ModuleList) else [head]
+
+
+@torch.no_grad()
+def _structures(model: nn.Module, head: nn.Module, size: Tuple[int, int]):
+    """How features and the head's outputs are nested."""
+    found = []
+    forward = head.forward
+
+    def watch(*args, **kwargs):  # a hook would miss calls of forward itself
+        found.append(forward(*args, **kwargs))
+        return found[-1]
+
+    parameter = next(model.parameters())
+    channels = next(
+        m.in_channels for m in model.modules() if hasattr(m, 'in_channels')
+    )
+    images = parameter.new_zeros(1, channels, *size)
+    features = list(model.extract_feat(images))
+    head.forward = watch
+    try:
+        if isinstance(export_module(model), Detector):
+            head(tuple(features))
+        else:
+            model(images, mode='tensor')
+    finally:
+        del head.forward
+    return tree_flatten(features)[1], tree_flatten(found[-1])[1]

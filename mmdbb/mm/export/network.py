@@ -1,0 +1,255 @@
+# Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
+"""Merged networks as ONNX, TorchScript and ``torch.export`` files.
+
+A file appears only after it was read again by what will run it, ONNX Runtime
+or torch, and gave what the network with its branches gives.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import os
+from typing import (
+    Callable,
+    Dict,
+    Iterator,
+    List,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Tuple,
+)
+
+import torch
+from mmcv.cnn import fuse_conv_bn
+from mmengine.logging import print_log
+from torch import Tensor, nn
+
+from mmdbb.compare import Difference, relative_error
+from mmdbb.errors import UserError
+from mmdbb.files.checkpoints import all_or_nothing
+from mmdbb.mm.export.formats import INPUT, file_format, silence
+from mmdbb.mm.export.modules import (
+    ExportModule,
+    export_module,
+    preprocessing,
+)
+from mmdbb.reparam import find_blocks, literal_forward, reparameterize
+from mmdbb.version import __version__
+
+#: The file is traced with 2 images and verified with these many.
+_BATCH, _VERIFIED_BATCHES = 2, (1, 3)
+
+
+class Exported(NamedTuple):
+    """What :func:`export_network` wrote.
+
+    Attributes:
+        path: The file.
+        blocks: How many blocks were merged for it; the model keeps its own.
+        outputs: Names and, for one image, shapes of the outputs.
+        difference: How far file and model are apart.
+        metadata: What the file says of itself.
+    """
+
+    path: str
+    blocks: int
+    outputs: Dict[str, Tuple[int, ...]]
+    difference: Difference
+    metadata: dict
+
+
+@torch.no_grad()
+def export_network(
+    model: nn.Module,
+    out: str,
+    format: str = 'onnx',
+    image_size: Tuple[int, int] = (224, 224),
+    head: bool = False,
+    fold_norms: bool = True,
+    images: Sequence[Tensor] = (),
+    channels: int = 3,
+    tolerance: float = 1e-4,
+    overwrite: bool = False,
+    seed: int = 0,
+    reference: Optional[nn.Module] = None,
+    notes: Optional[dict] = None,
+) -> Exported:
+    """Write a network for a runtime, and prove the file equal to it.
+
+    Blocks are merged first, in a copy; the log and the result say so. The
+    batch size stays free, the size of the images does not.
+
+    Args:
+        model: A classifier, segmentor, detector, backbone, or any module
+            that maps images to tensors, with blocks or without. Unchanged.
+        out: The file to write; its suffix must be the format's.
+        format: ``onnx``, ``torchscript`` or ``torch.export``.
+        image_size: Height and width in pixels.
+        head: Whether a detector's dense head is exported too, besides
+            backbone and neck.
+        fold_norms: Whether to fold norms into the convolutions before them.
+        images: Batches of normalised images (N, C, H, W) to compare on,
+            besides random ones.
+        channels: Channels of an image.
+        tolerance: Largest difference allowed, relative to the largest
+            magnitude of an output.
+        overwrite: Whether an existing file may be replaced.
+        seed: For the random images.
+        reference: The network to compare the file with, such as the one with
+            blocks that ``model`` was merged from; by default ``model``.
+        notes: What else the file shall say of itself, plain data.
+
+    Returns:
+        Exported: The file and what it was compared to.
+
+    Raises:
+        UserError: If an argument is wrong, a package is missing, the network
+            cannot be exported, or the file differs from it.
+    """
+    out = os.fspath(out)
+    kind = file_format(format, out)
+    batches = _batches((channels, *image_size), images, seed)
+    reference = model if reference is None else reference
+    with (
+        all_or_nothing(out, overwrite=overwrite) as (draft,),
+        _in_eval(model, reference),
+    ):
+        expected = _outputs(reference, head, batches)
+        module, blocks = exportable(model, head, fold_norms)
+        example = batches[0].new_zeros(_BATCH, *batches[0].shape[1:])
+        module.drop_unused(example)
+        names = list(expected[0])
+        metadata = dict(
+            notes or {},
+            version=__version__,
+            format=format,
+            merged_blocks=len(find_blocks(reference)),
+            input=dict(
+                name=INPUT,
+                shape=['batch', channels, *image_size],
+                **preprocessing(model),
+            ),
+            outputs=names,
+            tolerance=tolerance,
+        )
+        try:
+            with silence():
+                kind.write(module, example, names, metadata, draft)
+        except Exception as error:  # exporters raise whatever they meet
+            raise UserError(
+                f'{type(model).__name__} cannot be exported as {format}: '
+                f'{type(error).__name__}: {error}'
+            ) from error
+        difference = _compare(kind.load(draft), batches, expected)
+        if not difference.largest <= tolerance:
+            raise UserError(
+                f'the {format} file differs by {difference.largest:.2e} of '
+                f'the largest magnitude, more than the tolerance '
+                f'{tolerance:.0e} (in {difference.output}); nothing written'
+            )
+    return Exported(
+        out,
+        blocks,
+        {name: tuple(y.shape[1:]) for name, y in expected[0].items()},
+        difference,
+        metadata,
+    )
+
+
+def exportable(
+    model: nn.Module, head: bool = False, fold_norms: bool = True
+) -> Tuple[ExportModule, int]:
+    """A merged copy of a network, in float32 on the CPU, as one function.
+
+    Args:
+        model: As for :func:`export_network`.
+        head: As there.
+        fold_norms: As there.
+
+    Returns:
+        tuple: The module, in eval mode, and how many blocks were merged.
+    """
+    blocks = len(set(find_blocks(model).values()))
+    if blocks:
+        network = reparameterize(model)
+        print_log(
+            f'merged {blocks} blocks of a copy of the network for the export',
+            'current',
+        )
+    else:
+        network = copy.deepcopy(model)
+    for module in network.modules():
+        module.training = False
+    if fold_norms:
+        network = fuse_conv_bn(network)
+    return export_module(network.float().cpu(), head).eval(), blocks
+
+
+def _batches(
+    shape: Tuple[int, int, int], images: Sequence[Tensor], seed: int
+) -> List[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    batches = [
+        torch.randn(count, *shape, generator=generator)
+        for count in _VERIFIED_BATCHES
+    ]
+    for batch in images:
+        if tuple(batch.shape[1:]) != shape:
+            raise UserError(
+                f'images are of shape {tuple(batch.shape[1:])} as they enter '
+                f'the network, where the export is for {shape}; choose '
+                'another image size'
+            )
+        batches.append(batch.float().cpu())
+    return batches
+
+
+def _outputs(
+    model: nn.Module, head: bool, batches: List[Tensor]
+) -> List[Dict[str, Tensor]]:
+    """What the network gives for each batch, its branches summed."""
+    module, outputs = export_module(model, head), []
+    with literal_forward(model):
+        for images in batches:
+            parameter = next(model.parameters(), images)
+            try:
+                named = module.outputs(images.to(parameter))
+            except (RuntimeError, ValueError, IndexError, TypeError) as error:
+                raise UserError(
+                    f'the network cannot be run on images of shape '
+                    f'{tuple(images.shape)}: {error}; choose another image '
+                    'size'
+                ) from error
+            outputs.append({k: y.float().cpu() for k, y in named.items()})
+    return outputs
+
+
+def _compare(
+    run: Callable[[Tensor], Tuple[Tensor, ...]],
+    batches: List[Tensor],
+    expected: List[Dict[str, Tensor]],
+) -> Difference:
+    errors = dict.fromkeys(expected[0], 0.0)
+    for images, named in zip(batches, expected):
+        for (name, value), found in zip(named.items(), run(images)):
+            error = relative_error(found, value)
+            # A NaN is worse than any number.
+            error = float('inf') if math.isnan(error) else error
+            errors[name] = max(errors[name], error)
+    worst = max(errors, key=errors.get)
+    return Difference(errors[worst], worst, tuple(errors))
+
+
+@contextlib.contextmanager
+def _in_eval(*models: nn.Module) -> Iterator[None]:
+    modes = {m: m.training for model in models for m in model.modules()}
+    try:
+        for module in modes:  # the hosts' train() does more than that
+            module.training = False
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

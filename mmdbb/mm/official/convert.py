@@ -1,0 +1,275 @@
+# Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
+"""Checkpoints of the papers' repositories, in and out of mmpretrain's form.
+
+What the repositories of DBB and OREPA write: training-time and converted
+files, ``.pth``, ``.pth.tar``, and the old ``.hdf5`` with a data set for each
+parameter.
+"""
+
+from __future__ import annotations
+
+from typing import Dict, NamedTuple, Optional
+
+import torch
+from mmengine.config import Config
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from mmdbb.errors import UserError
+from mmdbb.files.checkpoints import (
+    all_or_nothing,
+    in_mmengine_form,
+    load_strictly,
+    read_checkpoint,
+    sha256,
+)
+from mmdbb.files.formats import write_checkpoint
+from mmdbb.files.hdf5 import is_hdf5, read_hdf5
+from mmdbb.mm.deploy.checkpoint import output_paths, refuse_inputs
+from mmdbb.mm.deploy.load import build_model, load_deployed
+from mmdbb.mm.hosts import require
+from mmdbb.mm.official.recognise import OfficialNetwork, recognise
+from mmdbb.reparam import find_blocks
+from mmdbb.stock_weights import norm_that_adds
+from mmdbb.version import __version__
+
+#: The papers' utils.py, val_preprocess: pixels as PIL reads and resizes them.
+TEST_PIPELINE = (
+    dict(
+        type='LoadImageFromFile',
+        imdecode_backend='pillow',
+        color_type='color_ignore_orientation',
+    ),
+    dict(type='ResizeEdge', scale=256, edge='short', backend='pillow'),
+    dict(type='CenterCrop', crop_size=224),
+    dict(type='PackInputs'),
+)
+
+
+class ConvertedOfficial(NamedTuple):
+    """What :func:`convert_official` wrote.
+
+    Attributes:
+        checkpoint: Path of the weights.
+        config: Path of the config.
+        network: What the source holds.
+        entries: How many entries were read.
+    """
+
+    checkpoint: str
+    config: str
+    network: OfficialNetwork
+    entries: int
+
+
+def convert_official(
+    source: str, out: str, overwrite: bool = False, unsafe: bool = False
+) -> ConvertedOfficial:
+    """Write an official checkpoint as mmpretrain's, with its config.
+
+    A training-time network keeps its blocks; a converted one becomes the
+    stock network. The written files are read again before they appear.
+
+    Args:
+        source: Path of the official file.
+        out: Path of the checkpoint to write, ``*.pth`` or ``*.safetensors``;
+            its config is written beside it as ``*.py``.
+        overwrite: Whether existing outputs may be replaced.
+        unsafe: Whether to run what code the file holds.
+
+    Raises:
+        UserError: If the file cannot be read, is of no network that is known,
+            lacks entries or has others, or an output cannot be written.
+    """
+    outputs = output_paths(out)
+    refuse_inputs(outputs, None, source)
+    state = read_official(source, unsafe)
+    network = recognise(state, source)
+    if len(network.head) != 2 or network.head['weight'].dim() != 2:
+        raise UserError(
+            f'{source} has no classifier: linear.weight and linear.bias'
+        )
+    require('mmpretrain')
+    import mmdbb.mm.backbones  # noqa: F401
+
+    cfg = classifier_config(network)
+    model = build_model(cfg)
+    weights = {
+        f'backbone.{name}': value
+        for name, value in backbone_state(network, model.backbone).items()
+    }
+    weights.update(
+        {f'head.fc.{name}': value for name, value in network.head.items()}
+    )
+    load_strictly(model, weights, f'{source} ({network})')
+    meta = dict(
+        cfg=cfg.pretty_text,
+        mmdbb=dict(
+            version=__version__,
+            structure='stock' if network.block is None else 'train',
+            official=str(network),
+            source_sha256=sha256(source),
+        ),
+    )
+    with all_or_nothing(*outputs, overwrite=overwrite) as drafts:
+        cfg.dump(drafts[1])
+        write_checkpoint(drafts[0], model.state_dict(), meta)
+        load_deployed(drafts[1], drafts[0])
+    return ConvertedOfficial(*outputs, network, len(state))
+
+
+def read_official(
+    path: str, unsafe: Optional[bool] = None
+) -> Dict[str, Tensor]:
+    """Read an official file: names to tensors.
+
+    Args:
+        path: A file of ``torch.save``, a bare state dict or one under
+            ``state_dict``; or a ``.hdf5`` file. ``module.`` at the start of
+            names (and there only) is left out.
+        unsafe: As of :func:`~mmdbb.files.checkpoints.read_checkpoint`.
+
+    Raises:
+        UserError: If it cannot be read, or holds numbers that no network has.
+    """
+    if is_hdf5(path):
+        state = in_mmengine_form(read_hdf5(path), path)['state_dict']
+    else:
+        state = read_checkpoint(path, unsafe=unsafe)['state_dict']
+    for name, value in state.items():
+        if name.endswith('num_batches_tracked'):
+            continue
+        if not value.is_floating_point():
+            raise UserError(
+                f'{path} is not of floating-point numbers: {name} is of '
+                f'{str(value.dtype).rpartition(".")[2]}'
+            )
+    return state
+
+
+def backbone_state(
+    network: OfficialNetwork, backbone: nn.Module
+) -> Dict[str, Tensor]:
+    """Weights for a backbone under its own names.
+
+    The bias of a converted layer goes into the norm behind it, and so does
+    nothing for a block that has a norm behind it.
+
+    Args:
+        network: What an official file holds.
+        backbone: The backbone, to know what it expects; unchanged.
+
+    Returns:
+        dict: All that the file holds; whether it fits is not checked.
+    """
+    modules = dict(backbone.named_modules())
+    expected = backbone.state_dict()
+    hosts = not find_blocks(backbone)
+    state = {}
+    for name, layer in network.layers.items():
+        place = network.network.place(name)
+        names = layer.names(place, network.network, hosts)
+        state.update(
+            {ours: layer.entries[rest] for rest, ours in names.items()}
+        )
+        norm = modules.get(place.norm)
+        bias = f'{place.conv}.bias'
+        if (
+            layer.form.norm
+            or bias in expected
+            or not isinstance(norm, _BatchNorm)
+        ):
+            continue
+        shift = state.pop(bias, None)
+        if shift is None:
+            shift = torch.zeros(layer.kernel_shape[0])
+        state.update(norm_that_adds(shift, norm, place.norm))
+    for name, value in expected.items():
+        # Files of torch before 0.4.1 have no such counters.
+        if name.endswith('num_batches_tracked'):
+            state.setdefault(name, torch.zeros_like(value))
+    return state
+
+
+def load_official_backbone_(backbone: nn.Module, path: str) -> None:
+    """Fill a backbone from an official file; the classifier is left out.
+
+    Args:
+        backbone: One of mmdbb's for a training-time file, for RepVGG's own
+            block mmpretrain's too; a plain ResNet of any host package, or a
+            plain MobileNet-V1, for a converted one.
+        path: The official file.
+
+    Raises:
+        UserError: If the file cannot be read or does not fit the backbone.
+    """
+    network = recognise(read_official(path), path)
+    has_blocks = bool(find_blocks(backbone))
+    # RepVGG's own block is mmpretrain's and ours.
+    own_block = network.block and network.block == network.network.host_block
+    if has_blocks != network.has_blocks and not own_block:
+        fits = network.backbone['type']
+        raise UserError(
+            f'{path} ({network}) fits a backbone such as {fits}, got a '
+            f'{type(backbone).__name__} {"with" if has_blocks else "without"} '
+            'blocks; see docs/official_files.md for the ways from one to the '
+            'other'
+        )
+    load_strictly(
+        backbone, backbone_state(network, backbone), f'{path} ({network})'
+    )
+
+
+def classifier_config(network: OfficialNetwork) -> Config:
+    """Config of an image classifier in mmpretrain.
+
+    With ImageNet's classes it says how the papers test the network, too.
+
+    Args:
+        network: What an official file holds, with a classifier.
+    """
+    classes, channels = network.head['weight'].shape
+    cfg = dict(
+        default_scope='mmpretrain',
+        model=dict(
+            type='ImageClassifier',
+            # The papers' utils.py: ImageNet's statistics of RGB pixels.
+            data_preprocessor=dict(
+                type='ClsDataPreprocessor',
+                num_classes=classes,
+                mean=[123.675, 116.28, 103.53],
+                std=[58.395, 57.12, 57.375],
+                to_rgb=True,
+            ),
+            backbone=network.backbone,
+            neck=dict(type='GlobalAveragePooling'),
+            head=dict(
+                type='LinearClsHead',
+                num_classes=classes,
+                in_channels=channels,
+                loss=dict(type='CrossEntropyLoss', loss_weight=1.0),
+                topk=(1, 5) if classes >= 5 else (1,),
+            ),
+        ),
+    )
+    if classes == 1000:
+        cfg.update(
+            test_dataloader=dict(
+                batch_size=32,
+                num_workers=5,
+                dataset=dict(
+                    type='ImageNet',
+                    data_root='data/imagenet',
+                    split='val',
+                    pipeline=list(TEST_PIPELINE),
+                ),
+                sampler=dict(type='DefaultSampler', shuffle=False),
+            ),
+            test_evaluator=dict(type='Accuracy', topk=(1, 5)),
+            test_cfg=dict(),
+        )
+    if network.needs_mmdbb:
+        cfg['custom_imports'] = dict(
+            imports=['mmdbb.backbones'], allow_failed_imports=False
+        )
+    return Config(cfg)

@@ -1,0 +1,290 @@
+# Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
+"""The names in the papers' checkpoints, and which network they tell of.
+
+For the repositories of DBB (https://github.com/DingXiaoH/DiverseBranchBlock)
+and of OREPA (https://github.com/JUGGHM/OREPA_CVPR2022). An entry's name is
+that of a layer (convolution and norm, or a block) and a rest; the rest tells
+what the layer is, the layers' names and kernels tell the network.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Dict, List, NamedTuple, Optional, Tuple
+
+from torch import Tensor
+
+from mmdbb.errors import UserError
+from mmdbb.files.checkpoints import some
+from mmdbb.mm.official.networks import NETWORKS, Network, Place
+from mmdbb.mm.stock.config import OWN_BACKBONES, STOCK_BACKBONES
+from mmdbb.official.blocks import ACBlock, DiverseBranchBlock, RepVGGBlock
+from mmdbb.official.orepa import (
+    OREPA,
+    OREPA_1x1,
+    OREPA_LargeConv,
+    RepVGGBlock_OREPA,
+    used_scales,
+)
+
+
+class Form(NamedTuple):
+    """What a layer can be in a file.
+
+    Attributes:
+        kernel: The entry that holds a kernel of the layer's size.
+        sign: The entry by which the form is known.
+        merged: Whether it is one convolution with a bias.
+        block: The block it is while training; None for convolution and norm.
+        names: Starts of names -> starts of names inside our block.
+        norm: Whether a norm follows under names of its own.
+    """
+
+    kernel: str
+    sign: str
+    merged: bool
+    block: Optional[str] = None
+    names: Tuple[Tuple[str, str], ...] = ()
+    norm: bool = False
+
+
+def _block_form(
+    kernel: str, block: str, official: type, norm: bool = False
+) -> Form:
+    names = tuple((t, o.partition('.')[2]) for t, o in official.names)
+    return Form(kernel, kernel, False, block, names, norm)
+
+
+def _merged_form(name: str) -> Form:
+    return Form(f'{name}.weight', f'{name}.weight', True)
+
+
+FORMS = (
+    Form('conv.weight', 'bn.weight', False, norm=True),
+    Form('conv.weight', 'conv.bias', True),
+    _block_form('dbb_origin.conv.weight', 'DBB', DiverseBranchBlock),
+    _block_form('square_conv.weight', 'ACB', ACBlock),
+    _block_form('rbr_dense.conv.weight', 'RepVGGConv', RepVGGBlock),
+    _block_form(
+        'rbr_dense.weight_rbr_origin', 'OREPARepVGG', RepVGGBlock_OREPA
+    ),
+    _block_form('weight_orepa_origin', 'OREPA', OREPA, norm=True),
+    _block_form('weight_or1x1_origin', 'OREPA', OREPA_1x1, norm=True),
+    # Of a stack the first kernel is as wide as the whole.
+    _block_form(
+        'weight0.weight_orepa_origin', 'OREPA', OREPA_LargeConv, norm=True
+    ),
+    *map(
+        _merged_form,
+        (
+            'dbb_reparam',
+            'fused_conv',
+            'rbr_reparam',
+            'orepa_reparam',
+            'or1x1_reparam',
+            'or_large_reparam',
+        ),
+    ),
+)
+
+
+class Layer(NamedTuple):
+    """A layer of an official network.
+
+    Attributes:
+        form: What it is.
+        entries: The rests of its names -> tensors.
+    """
+
+    form: Form
+    entries: Dict[str, Tensor]
+
+    @property
+    def kernel_shape(self) -> Tuple[int, ...]:
+        """Shape of the kernel: (out, in / groups, kH, kW)."""
+        return tuple(self.entries[self.form.kernel].shape)
+
+    def names(
+        self, place: Place, network: Network, hosts: bool = True
+    ) -> Dict[str, str]:
+        """Rests of the entries' names -> our names; the known ones.
+
+        Args:
+            place: Where the layer stands.
+            network: The family.
+            hosts: Whether a block that the host has too is the host's; else
+                it is that of mmdbb.
+        """
+        form = self.form
+        starts = [('bn.', f'{place.norm}.')] if form.norm else []
+        if form.merged:
+            stem = form.kernel[: -len('weight')]
+            starts.append((stem, f'{place.conv}.'))
+        elif form.block is None:
+            starts.append(('conv.', f'{place.conv}.'))
+        elif hosts and form.block == network.host_block:
+            starts += [
+                (t, f'{place.block}.{o}') for t, o in network.host_names
+            ]
+        else:
+            starts += [(t, f'{place.conv}.{o}') for t, o in form.names]
+        names = {}
+        for rest in self.entries:
+            for theirs, ours in starts:
+                if rest.startswith(theirs):
+                    names[rest] = ours + rest[len(theirs) :]
+                    break
+        return names
+
+
+class OfficialNetwork(NamedTuple):
+    """What an official file holds.
+
+    Attributes:
+        network: Its family.
+        layers: Names of layers -> layers.
+        head: ``weight`` and ``bias`` of the classifier; empty without one.
+        backbone: Config of our backbone.
+        block: The block it was trained with, if that can be seen.
+        merged: Whether it is converted for inference.
+    """
+
+    network: Network
+    layers: Dict[str, Layer]
+    head: Dict[str, Tensor]
+    backbone: dict
+    block: Optional[str]
+    merged: bool
+
+    @property
+    def has_blocks(self) -> bool:
+        """Whether the backbone has blocks of mmdbb."""
+        return self.block not in (None, self.network.host_block)
+
+    @property
+    def needs_mmdbb(self) -> bool:
+        """Whether the backbone is one of mmdbb's own."""
+        name = self.backbone['type'].rpartition('.')[2]
+        return name in (*STOCK_BACKBONES, *OWN_BACKBONES)
+
+    def __str__(self) -> str:
+        """A line for people."""
+        cfg, name = self.backbone, self.network.name
+        if 'groups' in cfg:
+            name = 'ResNeXt'
+        if 'stage_blocks' in cfg:
+            name += f' of {"-".join(map(str, cfg["stage_blocks"]))} blocks'
+        elif 'depth' in cfg:
+            name += f'-{cfg["depth"]}'
+        if isinstance(cfg.get('arch'), str):
+            name += f'-{cfg["arch"]}'
+        if 'base_channels' in cfg:
+            name += f' of {cfg["base_channels"]} base channels'
+        structure = 'converted' if self.merged else 'training-time'
+        return f'{name}, {self.block or "no blocks"}, {structure}'
+
+
+def recognise(state: Dict[str, Tensor], path: str) -> OfficialNetwork:
+    """Tell architecture, block and structure from names and shapes.
+
+    Args:
+        state: The official names -> tensors.
+        path: The file they come from, for messages.
+
+    Raises:
+        UserError: If it is no network of the papers', or a layer is missing
+            or unknown.
+    """
+    state = _with_stage0(state)
+    network = _network_of(state, path)
+    head = {
+        name.partition('.')[2]: value
+        for name, value in state.items()
+        if name in ('linear.weight', 'linear.bias')
+    }
+    layers = _layers_of(state, network, path)
+    merged = {layer.form.merged for layer in layers.values()}
+    blocks = {layer.form.block for layer in layers.values()} - {None}
+    if len(merged) > 1 or len(blocks) > 1:
+        raise UserError(
+            f'{path} is neither a training-time nor a converted file: some '
+            'of its layers are merged, or it mixes blocks; found '
+            f'{sorted({layer.form.kernel for layer in layers.values()})}'
+        )
+    block = next(iter(blocks), None)
+    try:
+        shapes = {name: layer.kernel_shape for name, layer in layers.items()}
+        backbone = network.backbone(shapes, block, merged.pop())
+    except KeyError as error:
+        raise UserError(
+            f'{path} lacks layer {error.args[0]} of its {network.name}'
+        ) from error
+    except ValueError as error:
+        raise UserError(f'{path}: {error}') from error
+    is_merged = next(iter(layers.values())).form.merged
+    return OfficialNetwork(network, layers, head, backbone, block, is_merged)
+
+
+def _with_stage0(state: Dict[str, Tensor]) -> Dict[str, Tensor]:
+    """Undo the old hdf5 files' way to leave 'stage0.' out."""
+    if not any(name.startswith('stage1.') for name in state):
+        return state
+    return {
+        name
+        if re.match(r'stage\d|linear\.', name)
+        else f'stage0.{name}': value
+        for name, value in state.items()
+    }
+
+
+def _network_of(state: Dict[str, Tensor], path: str) -> Network:
+    for network in NETWORKS:
+        if any(network.sign.match(name) for name in state):
+            return network
+    raise UserError(
+        f'{path} holds no network of the papers, whose names start as in '
+        f'stage1.0.conv1 or stem.0.depthwise; found {some(list(state))}'
+    )
+
+
+def _layers_of(
+    state: Dict[str, Tensor], network: Network, path: str
+) -> Dict[str, Layer]:
+    groups: Dict[str, Dict[str, Tensor]] = {}
+    unknown: List[str] = []
+    for name, value in state.items():
+        match = network.layer.match(name)
+        if match:
+            groups.setdefault(match[1], {})[name[match.end() :]] = value
+        elif name not in ('linear.weight', 'linear.bias'):
+            unknown.append(name)
+    layers = {}
+    for name, entries in groups.items():
+        form = _form_of(entries)
+        if form is None:
+            unknown += [f'{name}.{rest}' for rest in entries]
+            continue
+        if 'rbr_dense.vector' in entries:
+            vector = entries['rbr_dense.vector']
+            entries['rbr_dense.vector'] = used_scales(vector)
+        layers[name] = layer = Layer(form, entries)
+        known = layer.names(network.place(name), network)
+        unknown += [f'{name}.{rest}' for rest in entries if rest not in known]
+        if len(layer.kernel_shape) != 4 or 0 in layer.kernel_shape:
+            raise UserError(
+                f'{path}: {name}.{form.kernel} is no kernel: its shape is '
+                f'{layer.kernel_shape}'
+            )
+    if unknown:
+        raise UserError(
+            f'{path} looks like a {network.name} of the papers, but has '
+            f'entries that it does not have: {some(unknown)}'
+        )
+    return layers
+
+
+def _form_of(entries: Dict[str, Tensor]) -> Optional[Form]:
+    for form in FORMS:
+        if form.kernel in entries and form.sign in entries:
+            return form
+    return None

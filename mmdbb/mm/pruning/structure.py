@@ -1,0 +1,198 @@
+# Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
+"""Networks with fewer filters: pruning them, and what they cost.
+
+No config says how many filters a pruned network has in each layer; its
+weights do. So what is written is the stock network's config and the pruned
+weights, and `mmdbb.load_deployed` takes the sizes from their shapes.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Dict, List, NamedTuple, Optional, Tuple
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from mmdbb.compare import DENSE_HEADS
+from mmdbb.errors import UserError, require_packages
+from mmdbb.mm.export.modules import (
+    FEATURE_READERS,
+    Detector,
+    export_module,
+)
+from mmdbb.reparam import find_blocks
+
+#: What a checkpoint of a pruned network notes of itself.
+STRUCTURE = 'pruned'
+
+
+def require_torch_pruning():
+    """Import ``torch_pruning``.
+
+    Raises:
+        UserError: If it is missing.
+    """
+    require_packages('pruning', 'pruning', 'torch_pruning')
+    import torch_pruning
+
+    return torch_pruning
+
+
+def prune_(
+    model: nn.Module,
+    ratio: float,
+    image_size: Tuple[int, int],
+    everywhere: bool = True,
+    order: int = 2,
+    round_to: Optional[int] = None,
+) -> Dict[str, Tuple[int, int]]:
+    """Remove the filters whose kernels are the shortest, with what reads them.
+
+    Layers whose channels must agree, because their outputs are added, lose
+    the same ones. Heads keep their channels.
+
+    Args:
+        model: A merged network: classifier, segmentor, detector, or any
+            module that maps images to tensors. Changed in place.
+        ratio: Share of the filters to remove, between 0 and 1.
+        image_size: Height and width in pixels of an image that it takes.
+        everywhere: Whether lengths are compared across layers; else each
+            layer loses the same share.
+        order: Of the norm that measures a filter, 1 or 2.
+        round_to: What the numbers of channels are to be multiples of.
+
+    Returns:
+        dict: By layer that lost some, the number of filters before and after.
+
+    Raises:
+        UserError: If there are blocks, a value is not allowed, or the network
+            cannot be pruned.
+    """
+    pruning = require_torch_pruning()
+    if not 0 < ratio < 1:
+        raise UserError(f'the ratio must lie between 0 and 1, got {ratio:g}')
+    if round_to is not None and round_to < 1:
+        raise UserError(
+            f'channels can be multiples of 1 or more, got {round_to}'
+        )
+    if find_blocks(model):
+        raise UserError(
+            f'{type(model).__name__} is not merged: filters of branches '
+            'cannot be removed one by one'
+        )
+    module = _as_function(model)
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)  # it follows gradients
+    before = _filters(model)
+    images = next(model.parameters()).new_zeros(
+        2, _channels(model), *image_size
+    )
+    modes = {m: m.training for m in model.modules()}
+    try:
+        for m in modes:
+            m.training = False
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            pruner = pruning.pruner.MagnitudePruner(
+                module,
+                images,
+                importance=pruning.importance.GroupMagnitudeImportance(
+                    p=order, target_types=[nn.Conv2d, nn.Linear]
+                ),
+                global_pruning=everywhere,
+                pruning_ratio=ratio,
+                # Nothing is left of a layer whose filters all go.
+                max_pruning_ratio=max(ratio, 0.9),
+                ignored_layers=_heads(model),
+                round_to=round_to,
+            )
+            pruner.step()
+        with torch.no_grad():
+            module(images)
+    except UserError:
+        raise
+    except Exception as error:  # whatever following an unknown forward does
+        raise UserError(
+            f'{type(model).__name__} cannot be pruned: '
+            f'{type(error).__name__}: {error}'
+        ) from error
+    finally:
+        for m, mode in modes.items():
+            m.training = mode
+    after = _filters(model)
+    changed = {
+        name: (count, after[name])
+        for name, count in before.items()
+        if after[name] != count
+    }
+    if not changed:
+        raise UserError(
+            f'no filter was removed by ratio {ratio:g}: it is too small for '
+            'the layers, or all of them belong to heads'
+        )
+    return changed
+
+
+class Cost(NamedTuple):
+    """What a network costs.
+
+    Attributes:
+        parameters: Their number.
+        flops: Floating-point operations for one image, two for each product
+            and sum.
+    """
+
+    parameters: int
+    flops: int
+
+
+@torch.no_grad()
+def cost_of(model: nn.Module, image_size: Tuple[int, int]) -> Cost:
+    """Count parameters and operations.
+
+    Args:
+        model: A network, in eval mode.
+        image_size: Height and width of an image in pixels.
+    """
+    images = next(model.parameters()).new_zeros(
+        1, _channels(model), *image_size
+    )
+    with FlopCounterMode(display=False) as counter:
+        _as_function(model)(images)
+    parameters = sum(p.numel() for p in model.parameters())
+    return Cost(parameters, counter.get_total_flops())
+
+
+def _as_function(model: nn.Module) -> nn.Module:
+    kind = export_module(model)
+    return export_module(model, head=isinstance(kind, Detector))
+
+
+def _channels(model: nn.Module) -> int:
+    """Channels of an image."""
+    return next(
+        m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)
+    )
+
+
+def _filters(model: nn.Module) -> Dict[str, int]:
+    return {
+        name: module.weight.shape[0]
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Conv2d, nn.Linear))
+    }
+
+
+def _heads(model: nn.Module) -> List[nn.Module]:
+    """What gives the network's outputs, whose channels have a meaning."""
+    names = (*DENSE_HEADS, *FEATURE_READERS)
+    heads = [getattr(model, name, None) for name in names]
+    heads = [head for head in heads if isinstance(head, nn.Module)]
+    if heads:
+        return heads
+    layers = [
+        m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))
+    ]
+    return layers[-1:]  # a plain network's last layer

@@ -1,0 +1,202 @@
+# Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
+"""A batch norm after each merged convolution, to train on before INT8.
+
+The merged network has lost the norms that kept its activations in range.
+Ding et al. insert new ones and train on (RepVGG's repository, section
+"Quantization", https://github.com/DingXiaoH/RepVGG). Here each block becomes
+the block of a single branch, :class:`mmdbb.blocks.ConvBN`: the merged kernel
+without its bias, and a norm whose statistics are those of the data, whose
+weight and bias undo them. So at first nothing changes; and all that knows
+blocks (merging, exporting, quantization-aware training) folds the norm again.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Callable, NamedTuple
+
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+
+from mmdbb.branches.base import zero_bias
+from mmdbb.compare import Difference, compare_networks
+from mmdbb.errors import UserError
+from mmdbb.files.checkpoints import all_or_nothing
+from mmdbb.files.formats import write_checkpoint
+from mmdbb.mm.deploy.checkpoint import output_paths, refuse_inputs
+from mmdbb.mm.deploy.load import build_model
+from mmdbb.mm.evaluation.images import calibration_images
+from mmdbb.mm.evaluation.norm_statistics import moments_of
+from mmdbb.mm.quantization.network import load_network
+from mmdbb.mm.stock.config import STOCK_BACKBONES, without_own_starts
+from mmdbb.reparam import find_blocks
+from mmdbb.version import __version__
+
+_TOLERANCE = 1e-4
+#: Larger than any; a config cannot hold infinity.
+_LARGEST_KERNEL = 1000
+
+
+class Inserted(NamedTuple):
+    """What :func:`insert_bn_checkpoint` wrote.
+
+    Attributes:
+        checkpoint: Path of the weights.
+        config: Path of the config.
+        blocks: How many blocks became a convolution and a norm.
+        difference: How far the networks are apart, in eval mode.
+    """
+
+    checkpoint: str
+    config: str
+    blocks: int
+    difference: Difference
+
+
+def insert_bn_checkpoint(
+    cfg: Config,
+    checkpoint: str,
+    out: str,
+    count: int = 128,
+    split: str = 'train',
+    overwrite: bool = False,
+    seed: int = 0,
+) -> Inserted:
+    """Merge each block of a checkpoint and put a calibrated norm behind it.
+
+    Args:
+        cfg: Config that the checkpoint was trained with.
+        checkpoint: Path of the trained checkpoint, with blocks.
+        out: Path of the checkpoint to write, ``*.pth``; its config is written
+            beside it as ``*.py``. It starts from the checkpoint.
+        count: Images to calibrate with.
+        split: Whose dataloader they come from.
+        overwrite: Whether existing outputs may be replaced.
+        seed: Of the choice of images.
+
+    Raises:
+        UserError: If an input is wrong, or the networks differ.
+    """
+    outputs = output_paths(out)
+    refuse_inputs(outputs, cfg, checkpoint)
+    model = load_network(build_model(cfg), checkpoint)
+    blocks = find_blocks(model)
+    if not blocks:
+        raise UserError(
+            f'{checkpoint} is merged already: the network of its config has '
+            'no block to put a norm behind'
+        )
+    new_cfg = conv_bn_config(cfg)
+    network = build_model(new_cfg)
+    images = calibration_images(cfg, model, count, split, seed=seed)
+    try:
+        insert_bn_(network, model, images)
+    except ValueError as error:
+        raise UserError(f'{checkpoint}: {error}') from error
+    with all_or_nothing(*outputs, overwrite=overwrite) as drafts:
+        difference = compare_networks(model, network, [images[:2]])
+        if not difference.largest <= _TOLERANCE:
+            raise UserError(
+                f'the network with inserted norms differs by '
+                f'{difference.largest:.2e} of the largest magnitude (in '
+                f'{difference.output}); nothing written'
+            )
+        # Where the first training wrote, this one would replace its files.
+        new_cfg.pop('work_dir', None)
+        new_cfg.update(load_from=outputs[0], resume=False)
+        new_cfg.dump(drafts[1])
+        meta = dict(
+            mmdbb=dict(
+                version=__version__,
+                structure='train',
+                calibration_images=len(images),
+                max_error=difference.largest,
+            )
+        )
+        write_checkpoint(drafts[0], network.state_dict(), meta)
+    return Inserted(*outputs, len(blocks), difference)
+
+
+def conv_bn_config(cfg: Config) -> Config:
+    """A config whose blocks are all :class:`mmdbb.blocks.ConvBN`.
+
+    Args:
+        cfg: Config of a network with blocks.
+
+    Returns:
+        Config: A copy, without what blocks start from.
+    """
+    return Config(_with_conv_bn(without_own_starts(cfg.to_dict())))
+
+
+def _with_conv_bn(node):
+    if isinstance(node, (list, tuple)):
+        return type(node)(_with_conv_bn(item) for item in node)
+    if not isinstance(node, dict):
+        return node
+    node = {k: _with_conv_bn(v) for k, v in node.items()}
+    backbone = str(node.get('type', '')).rpartition('.')[2]
+    if backbone in STOCK_BACKBONES and node.get('block') is None:
+        default = 'RepVGGConv' if backbone == 'ReparamRepVGG' else 'DBB'
+        node['block'] = dict(type=default)
+    for key in ('conv_cfg', 'block'):
+        layer = node.get(key)
+        if isinstance(layer, dict) and 'type' in layer:
+            build = MODELS.get(str(layer['type']).rpartition('.')[2])
+            if hasattr(build, 'block'):
+                node[key] = _conv_bn(layer, build)
+    return node
+
+
+def _conv_bn(layer: dict, build: Callable) -> dict:
+    """The layer's config, for the same kernels as before."""
+    new = dict(type='ConvBN')
+    if layer.get('norm_cfg'):
+        new['norm_cfg'] = layer['norm_cfg']
+    defaults = inspect.signature(build).parameters
+    for key in ('min_kernel_size', 'max_kernel_size'):
+        new[key] = min(layer.get(key, defaults[key].default), _LARGEST_KERNEL)
+    return new
+
+
+@torch.no_grad()
+def insert_bn_(network: nn.Module, model: nn.Module, images: Tensor) -> None:
+    """Fill a network of ``ConvBN`` with what another one computes.
+
+    Args:
+        network: As ``model``, but with a ``ConvBN`` for each block; it gets
+            the weights.
+        model: The trained network, in eval mode.
+        images: Normalised images (N, C, H, W) to calibrate the norms with.
+
+    Raises:
+        ValueError: If a kernel is not finite, or a norm has no weight.
+    """
+    blocks = find_blocks(model)
+    inside = tuple(f'{name}.' for name in blocks)
+    state = {
+        name: value
+        for name, value in model.state_dict().items()
+        if not name.startswith(inside)
+    }
+    network.load_state_dict(state, strict=False)
+    moments = moments_of(model, blocks, images)
+    for name, block in blocks.items():
+        branch = network.get_submodule(name).branches['kxk']
+        norm = branch.norm
+        if not norm.affine:
+            raise ValueError(
+                f'the norm behind {name} would need weight and bias; its '
+                'norm_cfg says affine=False'
+            )
+        conv = block.to_conv()
+        bias = zero_bias(conv.weight) if conv.bias is None else conv.bias
+        # Where no image comes along, any statistics do.
+        mean, var = moments.get(name, (bias, torch.ones_like(bias)))
+        branch.conv.weight.copy_(conv.weight)
+        norm.running_mean.copy_(mean - bias.double())
+        norm.running_var.copy_(var)
+        norm.weight.copy_((norm.running_var.double() + norm.eps).sqrt())
+        norm.bias.copy_(mean)

@@ -1,0 +1,86 @@
+# Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
+"""Loading what is to be quantized: trained, merged, or trained for INT8."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from mmdbb.errors import UserError
+from mmdbb.files.checkpoints import load_strictly, read_checkpoint
+from mmdbb.mm.deploy.load import give_structure_, holds_blocks
+from mmdbb.mm.quantization.fake import (
+    REDUCED_LIMIT,
+    WEIGHT,
+    set_quantizing_,
+)
+from mmdbb.mm.quantization.qat import is_qat_state, prepare_qat_
+from mmdbb.reparam import find_blocks
+
+#: Entries of a quantizer of which there may be one a channel.
+_A_CHANNEL = ('scale', 'zero_point', 'min_val', 'max_val')
+
+
+def load_network(model: nn.Module, checkpoint: str) -> nn.Module:
+    """Load a checkpoint into the network of its config.
+
+    Args:
+        model: As the config builds it; changed in place.
+        checkpoint: Path of a checkpoint of a training, also one that was
+            quantization-aware, or of one that ``tools/reparam.py`` wrote.
+
+    Returns:
+        nn.Module: The network in eval mode; with quantizers, turned on, if
+        the checkpoint has them.
+
+    Raises:
+        UserError: If the two do not belong together.
+    """
+    loaded = read_checkpoint(checkpoint)
+    state = loaded['state_dict']
+    give_structure_(model, loaded)
+    if holds_blocks(state, model) and not find_blocks(model):
+        raise UserError(
+            f'{checkpoint} is not merged, and its config is of a merged '
+            'network; give the config that it was trained with'
+        )
+    if is_qat_state(state):
+        try:
+            prepare_qat_(model, **_arguments(state))
+        except ValueError as error:
+            raise UserError(f'{checkpoint}: {error}') from error
+        _take_shapes(model, state)
+    load_strictly(model, state, checkpoint)
+    if is_qat_state(state):
+        set_quantizing_(model)
+    return model.eval()
+
+
+def _arguments(state: dict) -> dict:
+    """What quantizers a checkpoint has, by their entries."""
+    dims = {
+        value.dim()
+        for name, value in state.items()
+        if name.endswith(f'.{WEIGHT}.activation_post_process.min_val')
+    }
+    limits = {
+        int(value)
+        for name, value in state.items()
+        if name.endswith(f'.{WEIGHT}.limit') and value.numel() == 1
+    }
+    return dict(
+        per_channel=dims != {0},
+        reduce_range=limits == {REDUCED_LIMIT},
+    )
+
+
+def _take_shapes(model: nn.Module, state: dict) -> None:
+    """Scales a channel have the length that training gave them."""
+    for name, module in model.named_modules():
+        for entry, value in module._buffers.items():
+            full = f'{name}.{entry}'
+            if '_quantizer' not in name or full not in state:
+                continue
+            if entry not in _A_CHANNEL:
+                continue
+            if value.shape != state[full].shape:
+                module._buffers[entry] = value.new_empty(state[full].shape)

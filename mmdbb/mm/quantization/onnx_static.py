@@ -1,0 +1,268 @@
+# Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
+"""Static quantization of an ONNX file, by ``onnxruntime.quantization``.
+
+The result is in the QDQ form: ``QuantizeLinear`` and ``DequantizeLinear``
+nodes around what runs in integers, weights as int8 with one scale a channel,
+activations as uint8 with one scale a tensor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence
+
+import numpy as np
+from torch import Tensor
+
+from mmdbb.errors import UserError, require_packages
+from mmdbb.files.sources import shown
+from mmdbb.mm.evaluation.images import check_calibration
+
+#: What writing and running INT8 files imports.
+PACKAGES = ('onnx', 'onnxruntime', 'onnxscript')
+METHODS = ('minmax', 'entropy', 'percentile')
+#: Nodes that only a quantized file has.
+QUANTIZED = (
+    'QuantizeLinear',
+    'DequantizeLinear',
+    'DynamicQuantizeLinear',
+    'ConvInteger',
+    'MatMulInteger',
+    'QLinearConv',
+    'QLinearMatMul',
+)
+#: Statistics need more digits; that of a group norm, ONNX Runtime refuses.
+NOT_BY_DEFAULT = (
+    'InstanceNormalization',
+    'LayerNormalization',
+    'BatchNormalization',
+)
+_DOMAINS = ('', 'ai.onnx', 'com.microsoft')
+#: Images that run through the calibration at once.
+_BATCH = 8
+
+
+class Layers(NamedTuple):
+    """What became of a file's nodes.
+
+    Attributes:
+        quantized: How many convolutions and matrix products have int8
+            weights.
+        left: Other operators that stay in floating point, with their counts.
+    """
+
+    quantized: int
+    left: Dict[str, int]
+
+
+def quantize_onnx(
+    path: str,
+    out: str,
+    images: Tensor,
+    method: str = 'minmax',
+    per_channel: bool = True,
+    reduce_range: bool = False,
+    op_types: Optional[Sequence[str]] = None,
+    percentile: float = 99.99,
+) -> Layers:
+    """Quantize a file to INT8.
+
+    Args:
+        path: The file to read: an ONNX network in float32, blocks merged.
+        out: The file to write.
+        images: Normalised images (N, C, H, W) to calibrate with.
+        method: Where activations are cut off: one of :data:`METHODS`.
+        per_channel: Whether each output channel of a weight has a scale of
+            its own.
+        reduce_range: Whether weights use seven bits, for processors whose
+            eight-bit products saturate (x86 without VNNI).
+        op_types: Operators to quantize; by default all that ONNX Runtime can,
+            without the norms that are left (:data:`NOT_BY_DEFAULT`).
+        percentile: Share of the values, in percent, that method
+            ``percentile`` keeps.
+
+    Returns:
+        Layers: What was quantized, and what was left.
+
+    Raises:
+        UserError: If an argument is wrong, the file is quantized already, or
+            ONNX Runtime cannot quantize it.
+    """
+    require_packages('quantization', 'quantization', *PACKAGES)
+    import onnx
+    from onnxruntime import quantization as ort
+
+    if method not in METHODS:
+        raise UserError(
+            f'method must be one of {", ".join(METHODS)}; got {method!r}'
+        )
+    check_calibration(images)
+    model = onnx.load(path)
+    check_float(model, path)
+    op_types = _operators(model, path, op_types)
+    options = dict(CalibPercentile=percentile)
+    try:
+        with _quiet():
+            ort.quantize_static(
+                model,
+                out,
+                _reader(images, model.graph.input[0].name),
+                quant_format=ort.QuantFormat.QDQ,
+                op_types_to_quantize=op_types,
+                per_channel=per_channel,
+                reduce_range=reduce_range,
+                activation_type=ort.QuantType.QUInt8,
+                weight_type=ort.QuantType.QInt8,
+                calibrate_method=dict(
+                    minmax=ort.CalibrationMethod.MinMax,
+                    entropy=ort.CalibrationMethod.Entropy,
+                    percentile=ort.CalibrationMethod.Percentile,
+                )[method],
+                extra_options=options,
+            )
+    except Exception as error:  # it raises whatever it meets
+        raise UserError(
+            f'ONNX Runtime cannot quantize {path}: {type(error).__name__}: '
+            f'{error}'
+        ) from error
+    written = onnx.load(out)
+    layers = layers_of(written)
+    if not layers.quantized:
+        raise UserError(
+            f'nothing in {path} was quantized; its operators: '
+            f'{", ".join(sorted({n.op_type for n in model.graph.node}))}'
+        )
+    return layers
+
+
+def check_float(model, path: str) -> None:
+    """Refuse a file that is quantized already.
+
+    Args:
+        model: What ``onnx.load`` read.
+        path: Its path, for the message.
+
+    Raises:
+        UserError: If it is.
+    """
+    found = {node.op_type for node in model.graph.node} & set(QUANTIZED)
+    if found:
+        raise UserError(
+            f'{path} is quantized already: it has {", ".join(sorted(found))}'
+        )
+
+
+def check_weights(model, path: str) -> None:
+    """Refuse weights that stand elsewhere, or are none.
+
+    Args:
+        model: What ``onnx.load`` read, without external data.
+        path: Its path, for the message.
+
+    Raises:
+        UserError: If there are some.
+    """
+    import onnx
+    from onnx.external_data_helper import uses_external_data
+
+    for tensor in model.graph.initializer:
+        if uses_external_data(tensor):
+            raise UserError(
+                f'{path} keeps the weights {shown(tensor.name)} in another '
+                'file; save it with its weights inside'
+            )
+        try:
+            finite = np.isfinite(onnx.numpy_helper.to_array(tensor)).all()
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f'{path} is not an ONNX file: {shown(tensor.name)} is damaged'
+            ) from error
+        if not finite:
+            raise UserError(
+                f'{path} has values that are not finite: {shown(tensor.name)}'
+            )
+
+
+def layers_of(model) -> Layers:
+    """Count what a QDQ file runs in integers and what not.
+
+    Args:
+        model: What ``onnx.load`` read.
+    """
+    dequantized = {
+        output
+        for node in model.graph.node
+        if node.op_type == 'DequantizeLinear'
+        for output in node.output
+    }
+    quantized, left = 0, {}
+    for node in model.graph.node:
+        if node.op_type in ('QuantizeLinear', 'DequantizeLinear'):
+            continue
+        if node.op_type in ('Conv', 'ConvTranspose', 'Gemm', 'MatMul'):
+            if set(node.input[:2]) <= dequantized:
+                quantized += 1
+                continue
+        elif any(name in dequantized for name in node.input):
+            continue
+        left[node.op_type] = left.get(node.op_type, 0) + 1
+    return Layers(quantized, left)
+
+
+def _operators(
+    model, path: str, op_types: Optional[Sequence[str]]
+) -> List[str]:
+    """The operators to quantize, checked."""
+    from onnxruntime.quantization.registry import (
+        QDQRegistry,
+        QLinearOpsRegistry,
+    )
+
+    known = sorted(set(QDQRegistry) | set(QLinearOpsRegistry))
+    for name in op_types or ():
+        if name not in known:
+            raise UserError(
+                f'ONNX Runtime cannot quantize the operator {name}; it can: '
+                f'{", ".join(known)}'
+            )
+    for node in model.graph.node:
+        if node.domain not in _DOMAINS:
+            raise UserError(
+                f'{path} has the operator {node.domain}.{node.op_type}, '
+                'which ONNX Runtime can neither run nor quantize'
+            )
+    if not any(node.op_type in known for node in model.graph.node):
+        raise UserError(f'{path} has no operator that can be quantized')
+    return list(op_types or (n for n in known if n not in NOT_BY_DEFAULT))
+
+
+def _reader(images: Tensor, name: str):
+    from onnxruntime.quantization import CalibrationDataReader
+
+    class Reader(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.batches = iter(images.split(_BATCH))
+
+        def get_next(self):
+            batch = next(self.batches, None)
+            if batch is None:
+                return None
+            return {name: batch.contiguous().numpy()}
+
+        def __len__(self) -> int:
+            return -(-len(images) // _BATCH)
+
+    return Reader()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    # It advises a preprocessing that the export has done, and prints.
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.redirect_stdout(None):
+            yield
+    finally:
+        logging.disable(before)

@@ -1,0 +1,287 @@
+# Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
+"""The INT8 file of a network that was trained for it.
+
+The float network is exported and its nodes are put between
+``QuantizeLinear`` and ``DequantizeLinear``, exactly where the quantizers
+stood in training and with their scales. The form is that of
+``onnxruntime.quantization``: int8 weights with a scale a channel, int32
+biases, uint8 activations.
+"""
+
+from __future__ import annotations
+
+from typing import Dict, List, NamedTuple, Optional
+
+import numpy as np
+import torch
+from torch import nn
+
+from mmdbb.errors import UserError
+from mmdbb.mm.quantization.fake import (
+    INPUT,
+    OUTPUT,
+    WEIGHT,
+    WeightQuantizer,
+    quantizable_layers,
+)
+from mmdbb.mm.quantization.onnx_static import Layers, check_float, layers_of
+
+#: The exported network stands in a module of this name.
+_PREFIX = 'network.'
+
+
+class Scale(NamedTuple):
+    """How a tensor of activations is quantized.
+
+    Attributes:
+        scale: What one step is worth.
+        zero_point: The integer that stands for zero, 0 to 255.
+    """
+
+    scale: float
+    zero_point: int
+
+
+def write_qdq(path: str, out: str, model: nn.Module) -> Layers:
+    """Quantize an exported file as its network was trained.
+
+    Args:
+        path: The float file of the network, blocks merged and norms folded.
+        out: The file to write.
+        model: The network with its quantizers.
+
+    Returns:
+        Layers: What runs in integers, and what does not.
+
+    Raises:
+        UserError: If the file is quantized already, or none of its nodes
+            belongs to a layer of the network; or ranges were never learned.
+    """
+    import onnx
+
+    exported = onnx.load(path)
+    check_float(exported, path)
+    layers = quantizable_layers(model)
+    writer = _Writer(exported)
+    for index, node in enumerate(exported.graph.node):
+        name = _layer_of(node)
+        if name not in layers:
+            continue
+        layer = layers[name]
+        source = _scale(layer._modules[INPUT], f'{name}.{INPUT}')
+        target = None
+        holder = getattr(layer, 'output_holder', None)
+        if holder is not None:
+            quantizer = model.get_submodule(holder)._modules[OUTPUT]
+            target = _scale(quantizer, f'{holder}.{OUTPUT}')
+        writer.quantize(index, source, target, layer._modules[WEIGHT])
+    writer.finish()
+    onnx.checker.check_model(exported)
+    onnx.save(exported, out)
+    found = layers_of(exported)
+    if not found.quantized:
+        raise UserError(
+            f'nothing in {path} belongs to a layer that was trained for INT8'
+        )
+    return found
+
+
+def _layer_of(node) -> str:
+    """The name of the layer that a node computes, by that of its weight."""
+    if node.op_type not in ('Conv', 'Gemm'):
+        return ''
+    name = node.input[1]
+    if not name.startswith(_PREFIX) or not name.endswith('.weight'):
+        return ''
+    return name[len(_PREFIX) : -len('.weight')]
+
+
+def _scale(quantizer: nn.Module, name: str) -> Scale:
+    low = quantizer.activation_post_process.min_val
+    if not low.numel() or not torch.isfinite(low).all():
+        raise UserError(
+            f'{name} has seen no data: train with the quantizers turned on '
+            'before writing the file'
+        )
+    return Scale(quantizer.scale.item(), int(quantizer.zero_point.item()))
+
+
+class _Writer:
+    """Puts nodes of a graph between quantization and its inverse."""
+
+    def __init__(self, model) -> None:
+        from onnx import numpy_helper
+
+        self.graph = model.graph
+        self._arrays = {
+            i.name: numpy_helper.to_array(i) for i in self.graph.initializer
+        }
+        self._outputs = {output.name for output in self.graph.output}
+        self._before: Dict[int, List] = {}
+        self._after: Dict[int, List] = {}
+        self._made: Dict[tuple, str] = {}
+        self._new = []
+
+    def quantize(
+        self,
+        index: int,
+        source: Scale,
+        target: Optional[Scale],
+        quantizer: WeightQuantizer,
+    ) -> None:
+        """Quantize a node's input, weight, bias and perhaps its output.
+
+        Args:
+            index: Of a ``Conv`` or ``Gemm`` in the graph.
+            source: For its input.
+            target: For its output; None to leave it.
+            quantizer: Of the weight.
+        """
+        node = self.graph.node[index]
+        before = self._before.setdefault(index, [])
+        weight_name = node.input[1]
+        bias_name = node.input[2] if len(node.input) > 2 else None
+        node.input[0] = self._activation(node.input[0], source, before)
+        axis, limit = 0, quantizer.quant_max
+        if node.op_type == 'Gemm':
+            attributes = {a.name: a.i for a in node.attribute}
+            axis = 0 if attributes.get('transB') else 1
+        weight = self._arrays[weight_name]
+        bias = self._arrays[bias_name] if bias_name else None
+        scales = weight_scales(
+            weight,
+            bias,
+            source.scale,
+            limit,
+            axis if quantizer.per_channel else None,
+        )
+        node.input[1] = self._constant(
+            weight_name,
+            weight,
+            scales,
+            np.int8,
+            limit,
+            axis,
+            before,
+            source.scale,
+        )
+        if bias is not None:
+            node.input[2] = self._constant(
+                bias_name,
+                bias,
+                scales * np.float32(source.scale),
+                np.int32,
+                2**31 - 1,
+                0,
+                before,
+                source.scale,
+            )
+        if target is not None and node.output[0] not in self._outputs:
+            name = node.output[0]
+            node.output[0] = f'{name}_float'
+            after = self._after.setdefault(index, [])
+            self._pair(node.output[0], name, target, after)
+
+    def finish(self) -> None:
+        """Put the new nodes where they belong, drop unused weights."""
+        nodes = []
+        for index, node in enumerate(self.graph.node):
+            nodes += self._before.get(index, [])
+            nodes.append(node)
+            nodes += self._after.get(index, [])
+        copies = [type(node).FromString(n.SerializeToString()) for n in nodes]
+        del self.graph.node[:]
+        self.graph.node.extend(copies)
+        self.graph.initializer.extend(self._new)
+        used = {name for node in copies for name in node.input}
+        kept = [i for i in self.graph.initializer if i.name in used]
+        del self.graph.initializer[:]
+        self.graph.initializer.extend(kept)
+        del self.graph.value_info[:]
+
+    def _activation(self, name: str, scale: Scale, nodes: List) -> str:
+        key = (name, scale)
+        if key not in self._made:
+            count = sum(made[0] == name for made in self._made)
+            result = f'{name}_DequantizeLinear_Output_{count}'
+            self._pair(name, result, scale, nodes)
+            self._made[key] = result
+        return self._made[key]
+
+    def _pair(self, name: str, result: str, scale: Scale, nodes: List) -> None:
+        from onnx.helper import make_node
+
+        constants = [
+            self._add(f'{result}_scale', np.float32(scale.scale)),
+            self._add(f'{result}_zero_point', np.uint8(scale.zero_point)),
+        ]
+        integers = f'{result}_quantized'
+        nodes += [
+            make_node('QuantizeLinear', [name, *constants], [integers]),
+            make_node('DequantizeLinear', [integers, *constants], [result]),
+        ]
+
+    def _constant(
+        self, name, values, scales, kind, limit, axis, nodes, key
+    ) -> str:
+        from onnx.helper import make_node
+
+        if (name, key) in self._made:
+            return self._made[name, key]
+        shape = [1] * values.ndim
+        if scales.ndim:
+            shape[axis] = -1
+        divisors = scales.astype(np.float64).reshape(shape)
+        exact = values.astype(np.float64) / divisors
+        integers = np.clip(np.rint(exact), -limit, limit).astype(kind)
+        count = sum(made[0] == name for made in self._made)
+        label = f'{name}_{count}' if count else name
+        result = f'{label}_DequantizeLinear_Output'
+        inputs = [
+            self._add(f'{label}_quantized', integers),
+            self._add(f'{label}_scale', scales.astype(np.float32)),
+            self._add(f'{label}_zero_point', np.zeros(scales.shape, kind)),
+        ]
+        along = dict(axis=axis) if scales.ndim else {}
+        nodes.append(make_node('DequantizeLinear', inputs, [result], **along))
+        self._made[name, key] = result
+        return result
+
+    def _add(self, name: str, values) -> str:
+        from onnx import numpy_helper
+
+        array = np.asarray(values)
+        self._new.append(numpy_helper.from_array(array, name))
+        return name
+
+
+def weight_scales(
+    weight: np.ndarray,
+    bias: Optional[np.ndarray],
+    source: float,
+    limit: int,
+    axis: Optional[int] = 0,
+) -> np.ndarray:
+    """One scale a channel, or one for all, as torch's observers choose it.
+
+    Where the bias would not fit into 32 bits beside a vanishing kernel, the
+    scale is larger: that kernel is as good as zero.
+
+    Args:
+        weight: With the output channels along ``axis``.
+        bias: Shape (out,), or None.
+        source: Scale of the layer's input.
+        limit: Largest integer of a weight.
+        axis: Of the output channels; None for one scale.
+
+    Returns:
+        numpy.ndarray: Shape (out,), or () for one scale; float32.
+    """
+    others = tuple(i for i in range(weight.ndim) if i != axis)
+    scales = np.abs(weight).max(axis=others).astype(np.float32) / limit
+    scales = np.maximum(scales, np.finfo(np.float32).eps)
+    if bias is not None:
+        room = np.float32(source) * (2**31 - 1) / 2
+        largest = np.abs(bias) if axis is not None else np.abs(bias).max()
+        scales = np.maximum(scales, largest / room)
+    return np.asarray(scales, np.float32)

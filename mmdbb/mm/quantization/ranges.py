@@ -1,0 +1,184 @@
+# Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
+"""What eight bits will do to merged kernels, before anything is quantized.
+
+A channel's integers are spread evenly over its range, so one large weight
+takes digits from all others. The report shows how large the ranges are, how
+far they differ, which branch the largest weights come from, and the ratio of
+signal to rounding noise that follows.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Dict, List, NamedTuple, Optional
+
+import torch
+from torch import Tensor, nn
+
+from mmdbb.blocks.base import ReparamConv2d
+from mmdbb.blocks.branch_sum import BranchSumConv2d
+from mmdbb.branches.norm import norm_scale_shift
+from mmdbb.conv_norms import norm_names
+from mmdbb.errors import UserError
+from mmdbb.mm.quantization.fake import WeightQuantizer, quantizable_layers
+from mmdbb.transforms import KernelBias, fuse_conv_bn
+
+#: Weights beyond so many standard deviations of their kernel are outliers.
+OUTLIER = 6.0
+
+
+class KernelRange(NamedTuple):
+    """One layer's kernel, as it is deployed.
+
+    Attributes:
+        name: The layer.
+        kind: Its class: a block's, or that of a plain layer.
+        low: Smallest weight.
+        high: Largest weight.
+        outliers: Share of the weights beyond :data:`OUTLIER` standard
+            deviations.
+        spread: Largest range of an output channel over the median one.
+        branches: For each branch, what share of the weights that are the
+            largest of their channels comes from it; by magnitude, of all
+            channels. Empty for plain layers.
+        snr: Decibels of signal over rounding noise, one scale a channel.
+        snr_per_tensor: The same with one scale for the kernel.
+        channels: Largest magnitude of each output channel.
+    """
+
+    name: str
+    kind: str
+    low: float
+    high: float
+    outliers: float
+    spread: float
+    branches: Dict[str, float]
+    snr: float
+    snr_per_tensor: float
+    channels: List[float]
+
+
+@torch.no_grad()
+def kernel_ranges(model: nn.Module) -> List[KernelRange]:
+    """Look at the kernels of all layers that INT8 is for.
+
+    Args:
+        model: A network, with blocks or merged. A batch norm that its host
+            puts behind a layer counts as folded.
+
+    Returns:
+        list: One entry a layer, in the network's order.
+
+    Raises:
+        UserError: If there is no such layer, or a kernel is not finite.
+    """
+    norms = norm_names(model)
+    found = []
+    for name, layer in quantizable_layers(model).items():
+        norm = model.get_submodule(norms[name]) if name in norms else None
+        if not isinstance(norm, nn.modules.batchnorm._BatchNorm):
+            norm = None
+        found.append(_kernel_range(name, layer, norm))
+    if not found:
+        raise UserError(
+            f'{type(model).__name__} has no block, convolution or linear '
+            'layer to report on'
+        )
+    return found
+
+
+def _kernel_range(
+    name: str, layer: nn.Module, norm: Optional[nn.Module]
+) -> KernelRange:
+    if isinstance(layer, ReparamConv2d):
+        kernel = layer.get_equivalent_kernel_bias().kernel
+    else:
+        kernel = layer.weight
+    scale = _scale(norm, kernel)
+    kernel = kernel.double() * scale
+    if not kernel.isfinite().all():
+        raise UserError(f'the kernel of {name} is not finite')
+    sizes = kernel.abs().flatten(1).amax(1)
+    spread = sizes.max() / sizes.median().clamp_min(1e-300)
+    deviation = kernel.std(correction=0).clamp_min(1e-300)
+    outliers = (kernel.abs() > OUTLIER * deviation).double().mean()
+    kind = type(layer).__name__
+    return KernelRange(
+        name,
+        kind,
+        kernel.min().item(),
+        kernel.max().item(),
+        outliers.item(),
+        spread.item(),
+        _shares(layer, kernel, scale),
+        signal_to_noise(kernel),
+        signal_to_noise(kernel, per_channel=False),
+        sizes.tolist(),
+    )
+
+
+def _scale(norm: Optional[nn.Module], kernel: Tensor) -> Tensor:
+    """By what the norm multiplies each output channel, for broadcasting."""
+    shape = (-1, *[1] * (kernel.dim() - 1))
+    ones = kernel.new_ones(kernel.shape[0], dtype=torch.float64)
+    if norm is None:
+        return ones.reshape(shape)
+    return norm_scale_shift(norm).scale.double().reshape(shape)
+
+
+def _shares(
+    layer: nn.Module, kernel: Tensor, scale: Tensor
+) -> Dict[str, float]:
+    """Which branch the channels' largest weights come from."""
+    if not isinstance(layer, BranchSumConv2d) or layer.deploy:
+        return {}
+    place = kernel.abs().flatten(1).argmax(1, keepdim=True)
+    parts = {
+        branch: part.double().mul(scale).flatten(1).gather(1, place).abs()
+        for branch, part in branch_kernels(layer).items()
+    }
+    total = sum(parts.values()).clamp_min(1e-300)
+    return {n: (part / total).mean().item() for n, part in parts.items()}
+
+
+def branch_kernels(block: BranchSumConv2d) -> Dict[str, Tensor]:
+    """What each branch adds to a block's equivalent kernel.
+
+    Args:
+        block: A block that is not merged.
+
+    Returns:
+        dict: By branch, a kernel (out, in / groups, kH, kW); their sum is the
+        equivalent kernel.
+    """
+    parts = {}
+    for name, branch in block.branches.items():
+        part = block.kernel_bias_of(branch)
+        if block.norm is not None:
+            zero = KernelBias(part.kernel, torch.zeros_like(part.bias))
+            part = fuse_conv_bn(zero, norm_scale_shift(block.norm))
+        parts[name] = part.kernel
+    return parts
+
+
+def signal_to_noise(kernel: Tensor, per_channel: bool = True) -> float:
+    """Decibels of a kernel's energy over that of its rounding to INT8.
+
+    Args:
+        kernel: Shape (out, in / groups, kH, kW) or (out, in).
+        per_channel: Whether each output channel has a scale of its own.
+
+    Returns:
+        float: Infinite for a kernel of zeros.
+    """
+    if per_channel:
+        quantizer = WeightQuantizer().to(kernel.device)
+        rounded = quantizer(kernel.float()).to(kernel)
+    else:
+        step = kernel.abs().max().clamp_min(1e-300) / 127
+        rounded = (kernel / step).round() * step
+    noise = (kernel - rounded).square().sum().item()
+    signal = kernel.square().sum().item()
+    if not noise or not signal:
+        return math.inf
+    return 10 * math.log10(signal / noise)

@@ -1,0 +1,327 @@
+# Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
+"""The blocks under the names and with the arguments of the papers' code.
+
+For models in plain PyTorch that were written against the papers' repositories
+(DiverseBranchBlock, ACNet, RepVGG): change the import, keep the rest. State
+dicts of the originals load as they are.
+"""
+
+from __future__ import annotations
+
+from typing import Optional, Tuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmdbb.blocks.acb import ACB
+from mmdbb.blocks.base import ReparamConv2d, refuse_merged
+from mmdbb.blocks.dbb import DBB
+from mmdbb.blocks.repvgg import RepVGGConv
+from mmdbb.geometry import ConvSpec
+from mmdbb.plain.branch_sums import dense_branch
+from mmdbb.transforms import KernelBias
+
+
+class OfficialBlock(nn.Module):
+    """A block, then a nonlinearity, as the papers' code combines them.
+
+    Args:
+        block: The block.
+        nonlinear: What follows it; nothing if None.
+    """
+
+    #: Start of a name in the paper's code -> start of the name here.
+    names: Tuple[Tuple[str, str], ...] = ()
+
+    def __init__(
+        self, block: ReparamConv2d, nonlinear: Optional[nn.Module] = None
+    ) -> None:
+        super().__init__()
+        # Built merged or merged later, the entries have the same names.
+        self.block = block.reparam_conv if block.deploy else block
+        self.nonlinear = nn.Identity() if nonlinear is None else nonlinear
+
+    @property
+    def deploy(self) -> bool:
+        """Whether the block is merged."""
+        return getattr(self.block, 'deploy', True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """From (N, in, H, W) to (N, out, H', W')."""
+        return self.nonlinear(self.block(x))
+
+    def get_equivalent_kernel_bias(self) -> KernelBias:
+        """See :meth:`ReparamConv2d.get_equivalent_kernel_bias`."""
+        if isinstance(self.block, nn.Conv2d):
+            return KernelBias(self.block.weight, self.block.bias)
+        return self.block.get_equivalent_kernel_bias()
+
+    def switch_to_deploy(self) -> None:
+        """Put a plain ``nn.Conv2d`` in the block's place. Idempotent."""
+        if isinstance(self.block, ReparamConv2d):
+            self.block = self.block.to_conv()
+
+    def init_gamma(self, gamma_value: float) -> None:
+        """Set the weight of each branch's last norm, or scale.
+
+        Raises:
+            ValueError: If the block is merged.
+        """
+        refuse_merged(self, 'gammas to initialise')
+        self.block.init_gamma(gamma_value)
+
+    def single_init(self) -> None:
+        """Start as the original convolution alone.
+
+        Raises:
+            ValueError: If the block is merged.
+        """
+        self.init_gamma(0.0)
+        dense = self.block.branches[dense_branch(self.block)]
+        nn.init.ones_(dense.last_norm.weight)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        for key in [k for k in state_dict if k.startswith(prefix)]:
+            name = key[len(prefix) :]
+            for theirs, ours in self.names:
+                if name.startswith(theirs):
+                    renamed = prefix + ours + name[len(theirs) :]
+                    state_dict[renamed] = state_dict.pop(key)
+                    break
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class DiverseBranchBlock(OfficialBlock):
+    """``DiverseBranchBlock`` of the DBB paper's code, for any geometry.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        kernel_size: Height and width in pixels, or one number.
+        stride: Step in pixels.
+        padding: Pixels on each side; need not be ``kernel_size // 2`` here.
+        dilation: Distance of two taps in pixels.
+        groups: Number of groups.
+        internal_channels_1x1_3x3: Width inside the 1x1-KxK branch.
+        deploy: Whether to build the merged convolution.
+        nonlinear: Module that follows the block.
+        single_init: Whether only the original branch starts with gamma 1.
+
+    Examples:
+        >>> import torch
+        >>> block = DiverseBranchBlock(4, 8, 3, padding=1).eval()
+        >>> x = torch.rand(1, 4, 6, 5)
+        >>> before = block(x)
+        >>> block.switch_to_deploy()
+        >>> torch.allclose(before, block(x), atol=1e-5)
+        True
+    """
+
+    names = (
+        ('dbb_origin.conv.', 'block.branches.kxk.conv.'),
+        ('dbb_origin.bn.', 'block.branches.kxk.norm.'),
+        ('dbb_1x1.conv.', 'block.branches.1x1.conv.'),
+        ('dbb_1x1.bn.', 'block.branches.1x1.norm.'),
+        ('dbb_avg.conv.', 'block.branches.1x1_avg.conv1.'),
+        ('dbb_avg.bn.bn.', 'block.branches.1x1_avg.norm1.'),
+        ('dbb_avg.avgbn.', 'block.branches.1x1_avg.norm2.'),
+        ('dbb_1x1_kxk.idconv1.', 'block.branches.1x1_kxk.conv1.'),
+        ('dbb_1x1_kxk.conv1.', 'block.branches.1x1_kxk.conv1.'),
+        ('dbb_1x1_kxk.bn1.bn.', 'block.branches.1x1_kxk.norm1.'),
+        ('dbb_1x1_kxk.conv2.', 'block.branches.1x1_kxk.conv2.'),
+        ('dbb_1x1_kxk.bn2.', 'block.branches.1x1_kxk.norm2.'),
+        ('dbb_reparam.', 'block.'),
+    )
+
+    def __init__(
+        self,
+        in_channels,
+        out_channels,
+        kernel_size,
+        stride=1,
+        padding=0,
+        dilation=1,
+        groups=1,
+        internal_channels_1x1_3x3: Optional[int] = None,
+        deploy: bool = False,
+        nonlinear: Optional[nn.Module] = None,
+        single_init: bool = False,
+    ) -> None:
+        branches = None
+        if internal_channels_1x1_3x3 is not None:
+            spec = ConvSpec(
+                in_channels, out_channels, kernel_size, groups=groups
+            )
+            branches = [
+                dict(type=n, internal_channels=internal_channels_1x1_3x3)
+                if n == '1x1_kxk'
+                else n
+                for n in DBB.preset_for(spec)
+            ]
+        block = DBB(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            branches=branches,
+            deploy=deploy,
+            single_init=single_init,
+        )
+        super().__init__(block, nonlinear)
+
+
+class ACBlock(OfficialBlock):
+    """``ACBlock`` of the ACNet and DBB papers' code.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        kernel_size: Height and width in pixels, or one number.
+        stride: Step in pixels.
+        padding: Pixels on each side.
+        dilation: Distance of two taps in pixels.
+        groups: Number of groups.
+        padding_mode: As in ``nn.Conv2d``.
+        deploy: Whether to build the merged convolution.
+        use_affine: Whether the norms have a weight and a bias.
+        reduce_gamma: Whether all gammas start with one third.
+        gamma_init: Start value of all gammas.
+        nonlinear: Module that follows the block.
+        single_init: Whether only the square branch starts with gamma 1.
+    """
+
+    names = (
+        ('square_conv.', 'block.branches.kxk.conv.'),
+        ('square_bn.', 'block.branches.kxk.norm.'),
+        ('ver_conv.', 'block.branches.kx1.conv.'),
+        ('ver_bn.', 'block.branches.kx1.norm.'),
+        ('hor_conv.', 'block.branches.1xk.conv.'),
+        ('hor_bn.', 'block.branches.1xk.norm.'),
+        ('fused_conv.', 'block.'),
+    )
+
+    def __init__(
+        self,
+        in_channels,
+        out_channels,
+        kernel_size,
+        stride=1,
+        padding=0,
+        dilation=1,
+        groups=1,
+        padding_mode: str = 'zeros',
+        deploy: bool = False,
+        use_affine: bool = True,
+        reduce_gamma: bool = False,
+        gamma_init: Optional[float] = None,
+        nonlinear: Optional[nn.Module] = None,
+        single_init: bool = False,
+    ) -> None:
+        block = ACB(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            padding_mode=padding_mode,
+            deploy=deploy,
+            norm_cfg=dict(type='BN', affine=use_affine),
+            reduce_gamma=reduce_gamma,
+            gamma_init=gamma_init,
+            single_init=single_init,
+        )
+        super().__init__(block, nonlinear)
+
+
+class RepVGGBlock(OfficialBlock):
+    """``RepVGGBlock`` of the RepVGG paper's code: block, SE, ReLU.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        kernel_size: Height and width in pixels, or one number.
+        stride: Step in pixels.
+        padding: Pixels on each side.
+        dilation: Distance of two taps in pixels.
+        groups: Number of groups.
+        padding_mode: As in ``nn.Conv2d``.
+        deploy: Whether to build the merged convolution.
+        use_se: Whether a squeeze-and-excitation follows; merging keeps it.
+    """
+
+    names = (
+        ('rbr_identity.', 'block.branches.identity.norm.'),
+        ('rbr_dense.conv.', 'block.branches.kxk.conv.'),
+        ('rbr_dense.bn.', 'block.branches.kxk.norm.'),
+        ('rbr_1x1.conv.', 'block.branches.1x1.conv.'),
+        ('rbr_1x1.bn.', 'block.branches.1x1.norm.'),
+        ('rbr_reparam.', 'block.'),
+    )
+    block_type = RepVGGConv
+
+    def __init__(
+        self,
+        in_channels,
+        out_channels,
+        kernel_size,
+        stride=1,
+        padding=0,
+        dilation=1,
+        groups=1,
+        padding_mode: str = 'zeros',
+        deploy: bool = False,
+        use_se: bool = False,
+    ) -> None:
+        block = self.block_type(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            padding_mode=padding_mode,
+            deploy=deploy,
+        )
+        super().__init__(block, nn.ReLU())
+        self.se = (
+            SEBlock(out_channels, out_channels // 16)
+            if use_se
+            else nn.Identity()
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.nonlinear(self.se(self.block(x)))
+
+    def get_custom_L2(self) -> Tensor:
+        """See :meth:`RepVGGConv.get_custom_L2`."""
+        refuse_merged(self, 'custom L2')
+        return self.block.get_custom_L2()
+
+
+class SEBlock(nn.Module):
+    """Squeeze-and-excitation as in the RepVGG paper's code.
+
+    Hu et al., "Squeeze-and-Excitation Networks", CVPR 2018
+    (https://arxiv.org/abs/1709.01507).
+
+    Args:
+        input_channels: Channels in and out.
+        internal_neurons: Channels between the two layers.
+    """
+
+    def __init__(self, input_channels: int, internal_neurons: int) -> None:
+        super().__init__()
+        self.down = nn.Conv2d(input_channels, internal_neurons, 1)
+        self.up = nn.Conv2d(internal_neurons, input_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scale each channel of (N, C, H, W) by a gate of the image."""
+        gate = F.adaptive_avg_pool2d(x, 1)
+        gate = self.up(F.relu(self.down(gate)))
+        return x * gate.sigmoid()

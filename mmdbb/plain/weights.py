@@ -1,0 +1,327 @@
+# Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
+"""A plain network's weights in a network with blocks: the same function.
+
+Every block starts as the plain convolution it stands for, and where it has
+absorbed a norm as convolution and norm (:mod:`mmdbb.plain.blocks`). All
+else is loaded as it is.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import re
+from typing import Callable, Dict, List, NamedTuple, Optional, Union
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from mmdbb.blocks.base import ReparamConv2d
+from mmdbb.conv_norms import norm_names
+from mmdbb.errors import UserError
+from mmdbb.files.checkpoints import read_checkpoint, some
+from mmdbb.plain.blocks import (
+    BRANCH_SCALE,
+    NormValues,
+    copy_entries_,
+    plain_start,
+)
+from mmdbb.ports import PORTS
+from mmdbb.reparam import find_blocks
+from mmdbb.stock_weights import stem_in_sequence
+from mmdbb.transforms import KernelBias
+
+State = Dict[str, Tensor]
+Rename = Callable[[str], str]
+
+
+class PlainLoaded(NamedTuple):
+    """What :func:`load_plain_weights_` did.
+
+    Attributes:
+        blocks: Names of the blocks that start as plain convolutions.
+        missing: Names outside of blocks that the file does not have.
+        unexpected: Names in the file that the network has no place for.
+        mismatched: Names outside of blocks whose shapes differ; not loaded.
+    """
+
+    blocks: List[str]
+    missing: List[str]
+    unexpected: List[str]
+    mismatched: List[str]
+
+
+@torch.no_grad()
+def load_plain_weights_(
+    model: nn.Module,
+    weights: Union[str, State],
+    prefix: Optional[str] = None,
+    branch_scale: float = BRANCH_SCALE,
+) -> PlainLoaded:
+    """Load a plain network's weights into a network with blocks, in place.
+
+    In eval mode the network then computes what the plain one does. Nothing
+    is changed if a block cannot be filled.
+
+    Args:
+        model: A network with blocks, or a part of one such as its backbone.
+        weights: A state dict, or any checkpoint that mmengine's
+            ``CheckpointLoader`` reads: a path, an address,
+            ``torchvision://resnet50``, ``open-mmlab://resnet50_v1c``. Names
+            are those of torchvision or of the OpenMMLab packages, with or
+            without ``backbone.``.
+        prefix: Load only what stands under this name, e.g. ``'backbone.'``.
+        branch_scale: Start of the gammas of all branches but ``kxk``, as a
+            share of that one's, see :mod:`mmdbb.plain.blocks`.
+
+    Returns:
+        PlainLoaded: What was loaded and what was not. Missing, unexpected
+        and misshapen entries outside of blocks are logged, as mmengine does.
+
+    Raises:
+        UserError: If the checkpoint cannot be read, the model has no blocks,
+            or a block has no weights there or cannot take them.
+
+    Examples:
+        >>> from mmdbb import DBB
+        >>> model = nn.Sequential(DBB(3, 8, 3)).eval()
+        >>> plain = nn.Sequential(nn.Conv2d(3, 8, 3)).eval()
+        >>> loaded = load_plain_weights_(model, plain.state_dict())
+        >>> x = torch.rand(1, 3, 6, 5)
+        >>> torch.allclose(model(x), plain(x), atol=1e-5)
+        True
+    """
+    source = weights if isinstance(weights, str) else 'the state dict'
+    blocks = find_blocks(model)
+    if not blocks:
+        raise UserError(
+            f'{type(model).__name__} has no blocks; a plain network loads '
+            "plain weights by init_cfg of type 'Pretrained'"
+        )
+    state = state_under(weights, prefix)
+    if any('.branches.' in name for name in state):
+        raise UserError(
+            f'{source} is of a network with blocks, not of a plain one; load '
+            "it by init_cfg of type 'Pretrained'"
+        )
+    places = _Places(model, blocks)
+    state = _fitting_names(state, places.expected)
+    starts, complaints = {}, []
+    for name, block in blocks.items():
+        if block in starts:
+            continue
+        try:
+            starts[block] = places.start_of(name, state, branch_scale)
+        except ValueError as error:
+            complaints.append(f'{name or "the block"}: {error}')
+    if complaints:
+        raise UserError(
+            f'{source} does not fit the network; {some(complaints)}. A part '
+            'of the network that the file is not of is left out by loading '
+            'into the other part, e.g. model.backbone'
+        )
+
+    plain = {n: v for n, v in places.outside.items() if n in state}
+    mismatched = [n for n, v in plain.items() if v.shape != state[n].shape]
+    loaded = PlainLoaded(
+        list(blocks),
+        [
+            name
+            for name in places.outside
+            if name not in state and not name.endswith('num_batches_tracked')
+        ],
+        [name for name in state if name not in places.expected],
+        mismatched,
+    )
+    for block, entries in starts.items():
+        copy_entries_(block, entries)
+    for name, value in plain.items():
+        if name not in mismatched:
+            value.copy_(state[name])
+    _log(loaded, source)
+    return loaded
+
+
+class _Places:
+    """Where a plain network's entries belong in a network with blocks."""
+
+    def __init__(
+        self, model: nn.Module, blocks: Dict[str, ReparamConv2d]
+    ) -> None:
+        modules = dict(model.named_modules(remove_duplicate=False))
+        self.blocks = blocks
+        self.norms = {
+            conv: (norm, modules[norm])
+            for conv, norm in norm_names(model).items()
+            if conv in blocks and norm in modules
+        }
+        inside = tuple(f'{name}.' if name else '' for name in blocks)
+        #: Entries that are loaded as they are.
+        self.outside = {
+            name: value
+            for name, value in model.state_dict().items()
+            if not name.startswith(inside)
+        }
+        self.expected = set(self.outside)
+        for name in blocks:
+            self.expected.update(_under(name, ('weight', 'bias')))
+            norm, module = self.norms.get(name, (None, None))
+            if isinstance(module, nn.Identity):
+                self.expected.update(_under(norm, _NORM_ENTRIES))
+
+    def start_of(self, name: str, state: State, branch_scale: float) -> State:
+        """What a block starts with; a ValueError says why it cannot."""
+        block = self.blocks[name]
+        kernel, bias = (state.get(n) for n in _under(name, ('weight', 'bias')))
+        norm, module = self.norms.get(name, (None, None))
+        absorbed = isinstance(module, nn.Identity)
+        missing = []
+        if kernel is None:
+            missing = _under(name, ('weight',))
+        elif kernel.dim() != 4:
+            raise ValueError(
+                f'the plain kernel has shape {tuple(kernel.shape)}'
+            )
+        elif bias is None:
+            if block._wants_bias and not absorbed:
+                missing = _under(name, ('bias',))
+            bias = kernel.new_zeros(kernel.shape[0])
+        values = None
+        if absorbed or _is_tracking(module):
+            mean, var, weight, shift, count = (
+                state.get(n) for n in _under(norm, _NORM_ENTRIES)
+            )
+            if mean is not None and var is not None:
+                # What the plain network adds to the variance is in no file;
+                # the config gives all norms the same.
+                norms = [*block.modules()] if absorbed else [module]
+                eps = next(
+                    (n.eps for n in norms if isinstance(n, _BatchNorm)), 0.0
+                )
+                values = NormValues(mean, var, weight, shift, eps, count)
+            elif absorbed:
+                missing += _under(norm, ('running_mean', 'running_var'))
+        if missing:
+            raise ValueError(f'missing: {some(missing)}')
+        if values is not None:
+            channels = (kernel.shape[0],)
+            for entry, value in zip(_NORM_ENTRIES[:4], values[:4]):
+                if value is not None and tuple(value.shape) != channels:
+                    raise ValueError(
+                        f'{norm}.{entry} has shape {tuple(value.shape)}, the '
+                        f'block needs {channels}'
+                    )
+        return plain_start(
+            block, KernelBias(kernel, bias), values, absorbed, branch_scale
+        )
+
+
+_NORM_ENTRIES = (
+    'running_mean',
+    'running_var',
+    'weight',
+    'bias',
+    'num_batches_tracked',
+)
+
+
+def _under(name: Optional[str], entries) -> List[str]:
+    return [f'{name}.{entry}' if name else entry for entry in entries]
+
+
+def _is_tracking(norm: Optional[nn.Module]) -> bool:
+    return isinstance(norm, _BatchNorm) and norm.track_running_stats
+
+
+def state_under(weights: Union[str, State], prefix: Optional[str]) -> State:
+    """Read weights, and of these what stands under a name.
+
+    Args:
+        weights: Path or address of a checkpoint, or its state dict.
+        prefix: The name, which is left out; None for all weights.
+
+    Raises:
+        UserError: If they cannot be read, or nothing stands there.
+    """
+    state = _read(weights) if isinstance(weights, str) else weights
+    source = weights if isinstance(weights, str) else 'the state dict'
+    if not isinstance(state, dict) or not all(
+        isinstance(value, Tensor) for value in state.values()
+    ):
+        raise UserError(f'{source} is no state dict: not all are tensors')
+    state = {re.sub(r'^module\.', '', n): v for n, v in state.items()}
+    if prefix:
+        start = prefix if prefix.endswith('.') else f'{prefix}.'
+        state = {
+            name[len(start) :]: value
+            for name, value in state.items()
+            if name.startswith(start)
+        }
+        if not state:
+            raise UserError(f'{source} has nothing under {start}')
+    return state
+
+
+def _read(path: str) -> State:
+    if '://' not in path:
+        return read_checkpoint(os.path.expanduser(path))['state_dict']
+    checkpoint = PORTS.read_address(path)
+    return checkpoint.get('state_dict', checkpoint)
+
+
+def _fitting_names(state: State, expected: set) -> State:
+    """The state under the names of the network, as far as there are any."""
+    best = max(
+        (
+            {stem(place(name)): value for name, value in state.items()}
+            for place, stem in itertools.product(_BACKBONES, _STEMS)
+        ),
+        key=lambda renamed: len(expected.intersection(renamed)),
+    )
+    return best
+
+
+def _same(name: str) -> str:
+    return name
+
+
+def _bare(name: str) -> str:
+    return re.sub(r'^backbone\.', '', name)
+
+
+def _in_classifier(name: str) -> str:
+    return (
+        re.sub(r'^fc\.', 'head.fc.', name)
+        if name[:3] == 'fc.'
+        else (f'backbone.{name}')
+    )
+
+
+def _stem_in_modules(name: str) -> str:
+    """A deep stem's names in mmdet and mmseg -> those in mmpretrain."""
+    match = re.fullmatch(r'((?:.*\.)?)stem\.([013467])\.(\w+)', name)
+    if not match:
+        return name
+    number, is_norm = divmod(int(match[2]), 3)
+    layer = 'bn' if is_norm else 'conv'
+    return f'{match[1]}stem.{number}.{layer}.{match[3]}'
+
+
+_BACKBONES: List[Rename] = [_same, _bare, _in_classifier]
+_STEMS: List[Rename] = [_same, _stem_in_modules, stem_in_sequence]
+
+
+def _log(loaded: PlainLoaded, source: str) -> None:
+    PORTS.log(
+        f'{len(loaded.blocks)} blocks start as the plain convolutions of '
+        f'{source}'
+    )
+    for what, names in (
+        ('missing in', loaded.missing),
+        ('unexpected in', loaded.unexpected),
+        ('of another shape in', loaded.mismatched),
+    ):
+        if names:
+            PORTS.log(f'{what} {source}: {", ".join(names)}', logging.WARNING)

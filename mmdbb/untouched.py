@@ -1,0 +1,167 @@
+# Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
+"""What merging leaves as it was, and how it is rounded: number by number.
+
+Outputs need not show an error: behind a ReLU that is zero, the stem may have
+the wrong sign. So what no block touches must be a copy, bit by bit, in a
+layer of the same arguments; and what is written must be what was proven,
+rounded once.
+"""
+
+from __future__ import annotations
+
+from typing import Dict, Iterator, List
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from mmdbb.blocks.base import ReparamConv2d
+from mmdbb.conv_norms import norm_names
+from mmdbb.errors import UserError
+from mmdbb.files.sources import some
+from mmdbb.reparam import find_blocks
+from mmdbb.stock_weights import names_in
+
+
+def changed_layers(model: nn.Module, merged: nn.Module) -> Iterator[List[str]]:
+    """Layers that are other ones after merging, each with the norm behind it.
+
+    Args:
+        model: The network with blocks.
+        merged: The network after merging, its norms perhaps folded.
+
+    Yields:
+        list: Names in `model`: of a block and, if there is one, of the norm
+        behind it, which may hold the merged bias; or of a convolution and
+        the norm that was folded into it.
+    """
+    norms = norm_names(model)
+    modules = dict(merged.named_modules(remove_duplicate=False))
+    renamed = names_in(merged, model)
+    blocks = find_blocks(model)
+    for name in blocks:
+        yield [name, norms[name]] if name in norms else [name]
+    for name, parent in model.named_modules():
+        if isinstance(parent, ReparamConv2d):
+            continue
+        last = None
+        for child, module in parent.named_children():
+            path = f'{name}.{child}' if name else child
+            if isinstance(module, (nn.Conv2d, ReparamConv2d)):
+                last = path
+            elif isinstance(module, _BatchNorm) and last is not None:
+                # mmcv folds each norm into the convolution before it.
+                folded = isinstance(modules.get(renamed(path)), nn.Identity)
+                if (
+                    folded
+                    and norms.get(last) != path
+                    or (folded and last not in blocks)
+                ):
+                    yield [last, path]
+                last = None
+
+
+def prove_untouched(model: nn.Module, merged: nn.Module) -> None:
+    """Raise unless all that merging leaves alone is a copy.
+
+    Args:
+        model: The network that was trained.
+        merged: The network after merging, in the same precision.
+
+    Raises:
+        UserError: If an entry or an argument differs, is missing or is new.
+    """
+    renamed = names_in(merged, model)
+    left = {
+        name for name, block in find_blocks(merged).items() if not block.deploy
+    }
+    changed = {
+        layer
+        for layers in changed_layers(model, merged)
+        for layer in layers
+        if renamed(layers[0]) not in left
+    }
+    found, others = merged.state_dict(), []
+    for name, value in model.state_dict().items():
+        if _is_under(name, changed):
+            continue
+        copy = found.get(renamed(name))
+        if copy is None or copy.dtype != value.dtype:
+            others.append(name)
+        elif not torch.equal(copy, value):
+            others.append(name)
+    known = {renamed(name) for name in model.state_dict()}
+    places = {renamed(layer) for layer in changed}
+    others += [n for n in found if n not in known and not _is_under(n, places)]
+    modules = dict(merged.named_modules())
+    for name, module in model.named_modules():
+        own = [*module._parameters.values(), *module._buffers.values()]
+        has_values = any(value is not None for value in own)
+        # Pooling and the like, which is all that its class and arguments
+        # say; classes of what contains others change with the config's.
+        is_function = next(module.children(), None) is None and not has_values
+        if not has_values and not is_function:
+            continue
+        other = modules.get(renamed(name))
+        if isinstance(module, ReparamConv2d) or (
+            # A norm behind a block is a norm with the same arguments still.
+            _is_under(name, changed)
+            and not (
+                has_values
+                and name in changed
+                and isinstance(other, _BatchNorm)
+            )
+        ):
+            continue
+        if is_function and other is None:
+            continue  # only names of parameters are known elsewhere
+        if other is None or other.extra_repr() != module.extra_repr():
+            others.append(name)
+        elif is_function and type(other) is not type(module):
+            others.append(name)
+    if others:
+        raise UserError(
+            'the merged network is no copy of the trained one where no block '
+            f'is: {some(others)}; nothing written'
+        )
+
+
+def prove_rounded(
+    written: Dict[str, Tensor],
+    exact: Dict[str, Tensor],
+    dtypes: Dict[str, torch.dtype],
+) -> None:
+    """Raise unless what was written is what was proven, rounded once.
+
+    Args:
+        written: The entries of a file.
+        exact: What was proven.
+        dtypes: What each entry is rounded to.
+
+    Raises:
+        UserError: It names the entries.
+    """
+    others = sorted(written.keys() ^ exact.keys())
+    others += [
+        name
+        for name in exact
+        if name in written
+        and (
+            written[name].dtype != dtypes[name]
+            or not torch.equal(written[name], exact[name].to(dtypes[name]))
+        )
+    ]
+    if others:
+        raise UserError(
+            'what was written is not what was proven, rounded: '
+            f'{some(others)}; nothing written'
+        )
+
+
+def _is_under(name: str, layers: set) -> bool:
+    """Whether a name is of one of the layers, or of something in it."""
+    while name:
+        if name in layers:
+            return True
+        name = name.rpartition('.')[0]
+    return '' in layers
