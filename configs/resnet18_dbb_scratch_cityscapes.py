@@ -3,7 +3,13 @@
 # (mobilenet-v3-d8-scratch_lraspp_4xb4-320k): 320k iterations of 16 images.
 _base_ = './resnet18_dbb_cityscapes.py'
 
-model = dict(backbone=dict(init_cfg=None))
+model = dict(
+    backbone=dict(
+        # As the ImageNet recipes: baseline and blocks start alike.
+        zero_init_residual=False,
+        init_cfg=dict(_delete_=True, type='TorchDefault'),
+    ),
+)
 
 train_dataloader = dict(batch_size=4)
 param_scheduler = [

@@ -11,6 +11,9 @@ model = dict(
         type='mmpretrain.ResNetDBB',
         depth=50,
         out_indices=(0, 1, 2, 3),
+        zero_init_residual=False,  # as mmdet's
         norm_cfg=dict(type='SyncBN', requires_grad=True),
+        # As the ImageNet recipes: baseline and blocks start alike.
+        init_cfg=dict(type='TorchDefault'),
     ),
 )

@@ -402,7 +402,7 @@ def test_segmentors_are_dilated_as_their_base(name):
     ],
 )
 def test_repvgg_decay_is_the_papers(block, decayed):
-    values = optimizer_values(f'repvgg-a1_{block}_imagenet')
+    values = optimizer_values(f'repvgg-a1_{block}_rerun_imagenet')
     for key, (_, decay) in values.items():
         assert (decay == 1e-4) == key.endswith(tuple(decayed)), key
 
@@ -448,16 +448,20 @@ def test_papers_configs_fine_tune_and_others_say_scratch(name):
     backbone = Config.fromfile(ROOT / name).model.backbone
     start = backbone.get('init_cfg')
     if '_scratch_' in name:
-        assert not start
+        assert start == dict(type='TorchDefault')
+        assert not backbone.zero_init_residual
         assert backbone.get('frozen_stages', -1) == -1
         assert not backbone.get('norm_eval', False)
         return
-    plain = '_from_plain_' in name
-    kind = 'PlainPretrained' if plain else 'BackbonePretrained'
-    assert start.type == kind
-    if not plain and 'dbbconv' not in name:
+    if '_from_plain_' in name:
+        baseline = '_plain_from_plain_' in name
+        assert start.type == ('' if baseline else 'Plain') + 'Pretrained'
+        assert '://' in start.checkpoint
+        return
+    assert start.type == 'BackbonePretrained'
+    if 'dbbconv' not in name:
         # The stem of the papers' weights, not mmseg's.
-        assert backbone.type == 'mmpretrain.ResNetDBB'
+        assert re.fullmatch(r'mm(pretrain|seg)\.ResNet(DBB)?', backbone.type)
 
 
 @pytest.mark.parametrize('network', ['resnet18_dbb', 'resnet50_orepa'])
@@ -508,7 +512,7 @@ def test_scratch_is_long():
 
 
 @pytest.mark.parametrize(
-    'name', [n for n in DOWNSTREAM if not re.search('scratch|plain', n)]
+    'name', [n for n in DOWNSTREAM if not re.search('scratch|from_plain', n)]
 )
 def test_a_missing_start_is_said_before_anything_else(
     name, tmp_path, monkeypatch, capsys

@@ -1,7 +1,7 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
 """What tools/reparam.py takes for a large network: seconds and memory.
 
-  python docs/figures/merge_cost.py configs/resnet101_dbb_imagenet.py
+  python docs/figures/merge_cost.py configs/resnet101_dbb_rerun_imagenet.py
 
 makes a checkpoint of the config's network in a process of its own, then
 merges, writes and verifies as the tool does. Linux only, whose unit of

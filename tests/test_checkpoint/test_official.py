@@ -637,7 +637,7 @@ def test_repvgg_file_starts_the_recipes_backbone(block, tmp_path):
     """And mmpretrain's own, as ever."""
     name = 'orepa_repo_repvgg_repvgg_train.pth.tar'
     path = unpack(name, tmp_path)
-    config = HOME / 'configs' / 'repvgg-a0_repvgg_imagenet.py'
+    config = HOME / 'configs' / 'repvgg-a0_repvgg_rerun_imagenet.py'
     cfg = Config.fromfile(config).model.backbone
     assert cfg.block.type == 'RepVGGConv'
     cfg.update(arch=REPVGG, init_cfg=dict(type=INIT, checkpoint=path))

@@ -108,7 +108,7 @@ def test_docs_and_metafile_agree(models):
 WRITTEN = (
     'alexnet_dbb_imagenet',
     'repvgg-a0_orepa_imagenet',
-    'repvgg-a0_repvgg_imagenet',
+    'repvgg-a0_repvgg_rerun_imagenet',
     'resnet18_dbb_imagenet',
     'resnet18_orepa_imagenet',
     'vgg16_dbb_cifar10',

@@ -1,5 +1,5 @@
 # RepVGG-A2, otherwise as RepVGG-A0.
-_base_ = './repvgg-a0_repvgg_imagenet.py'
+_base_ = './repvgg-a0_plain_rerun_imagenet.py'
 
 model = dict(
     backbone=dict(arch='A2'),

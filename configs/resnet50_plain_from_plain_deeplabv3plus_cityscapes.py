@@ -1,0 +1,10 @@
+# DeepLabV3+ on Cityscapes with a ResNet-50-v1c without blocks: the baseline,
+# from the same ImageNet weights.
+_base_ = './resnet50_dbb_from_plain_deeplabv3plus_cityscapes.py'
+
+model = dict(
+    backbone=dict(
+        type='mmseg.ResNetV1c',
+        init_cfg=dict(type='Pretrained'),
+    ),
+)
