@@ -25,9 +25,9 @@ from mmengine.structures import InstanceData, PixelData
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import mmdbb
-from mmdbb.blocks import OREPA
+from mmdbb.official import OREPA
 from mmdbb.blocks.base import ReparamConv2d
-from mmdbb.checkpoint import official
+from mmdbb.mm.official import convert as official
 from mmdbb.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1] / 'configs'
