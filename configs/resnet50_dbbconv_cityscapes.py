@@ -13,7 +13,9 @@ model = dict(
         conv_cfg=dict(type='DBB'),
         init_cfg=dict(
             type='BackbonePretrained',
-            checkpoint='work_dirs/resnet50_dbbconv_rerun_imagenet/epoch_120.pth',
+            checkpoint=(
+                'work_dirs/resnet50_dbbconv_rerun_imagenet/epoch_120.pth'
+            ),
         ),
     ),
 )

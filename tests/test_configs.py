@@ -25,10 +25,10 @@ from mmengine.structures import InstanceData, PixelData
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import mmdbb
-from mmdbb.official import OREPA
 from mmdbb.blocks.base import ReparamConv2d
-from mmdbb.mm.official import convert as official
 from mmdbb.errors import UserError
+from mmdbb.mm.official import convert as official
+from mmdbb.official import OREPA
 
 ROOT = Path(__file__).resolve().parents[1] / 'configs'
 KEYS = Path(__file__).parent / 'data' / 'official' / 'keys.json.xz'
