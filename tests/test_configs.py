@@ -512,6 +512,28 @@ def test_scratch_is_long():
 
 
 @pytest.mark.parametrize(
+    'name', [n for n in DOWNSTREAM if '_plain_scratch_' in n]
+)
+def test_from_scratch_a_baseline_starts_as_its_blocks(name):
+    states = []
+    for block in ('plain', 'dbb'):
+        config = Config.fromfile(ROOT / name.replace('plain', block))
+        narrow(config.model)
+        torch.manual_seed(3)
+        with DefaultScope.overwrite_default_scope(config.default_scope):
+            backbone = MODELS.build(config.model.backbone)
+        backbone.init_weights()
+        states.append(dict(backbone.named_parameters()))
+    plain, blocks = states
+    shared = plain.keys() & blocks.keys()
+    assert {'conv1.weight', 'bn1.weight'} <= shared < plain.keys()
+    for key in shared:
+        assert torch.equal(plain[key], blocks[key]), key
+    # No residual branch starts as zero.
+    assert all(value.any() for n, value in plain.items() if 'weight' in n)
+
+
+@pytest.mark.parametrize(
     'name', [n for n in DOWNSTREAM if not re.search('scratch|from_plain', n)]
 )
 def test_a_missing_start_is_said_before_anything_else(
