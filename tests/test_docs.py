@@ -11,6 +11,8 @@ import contextlib
 import io
 import re
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 from typing import List, NamedTuple
 
@@ -25,7 +27,7 @@ from mmdbb.registry import BRANCHES
 from mmdbb.reparam import find_blocks
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
+PAGES = [*sorted(ROOT.glob('*.md')), *sorted((ROOT / 'docs').glob('*.md'))]
 SHELL = ('bash', 'sh', 'shell')
 INFO = ('python', 'python config', 'python no-run', 'text', 'bibtex', *SHELL)
 
@@ -180,3 +182,21 @@ def test_figure_is_what_its_script_draws(tmp_path):
     figure = runpy.run_path(str(script))['main'](tmp_path / 'block.svg')
     assert figure.stat().st_size < 150_000
     assert (script.parent / 'block.svg').stat().st_size < 150_000
+
+
+def test_tour_prints_what_its_page_shows():
+    script = ROOT / 'docs' / 'tour.py'
+    run = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    (shown,) = blocks_of(script.with_suffix('.md'), 'text')
+    found, expected = (
+        re.sub(r'[\d.]+(e[-+]\d+|%)?', '#', text).split()
+        for text in (run.stdout, shown.text)
+    )
+    assert found == expected  # numbers depend on the machine
+    text = script.read_text()
+    assert len(text.splitlines()) <= 120
+    imported = re.findall(r'^(?:import|from) (\w+)', text, re.MULTILINE)
+    assert set(imported) == {'torch', 'mmdbb'}

@@ -19,7 +19,7 @@ from mmengine.model import BaseModel
 from mmengine.optim.scheduler.param_scheduler import OneCycleParamScheduler
 from mmengine.runner import CheckpointLoader, Runner
 
-from mmdbb.checkpoint import sources
+from mmdbb.files import sources
 from mmdbb.errors import UserError
 from mmdbb.files.checkpoints import read_checkpoint, read_content
 from mmdbb.files.sources import check_values

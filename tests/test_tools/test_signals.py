@@ -213,7 +213,7 @@ def test_the_next_call_removes_what_nobody_works_in(tmp_path):
 def test_a_file_system_without_locks(tmp_path, monkeypatch):
     import errno
 
-    from mmdbb.checkpoint import atomic
+    from mmdbb.files import atomic
 
     def refuse(*arguments):
         raise OSError(errno.ENOLCK, 'no locks')

@@ -14,7 +14,7 @@ from mmdbb.compare import network_outputs
 _BATCH = 32
 
 
-class Moments(NamedTuple):
+class ChannelMoments(NamedTuple):
     """Of the pixels of all images, a channel, in float64.
 
     Attributes:
@@ -32,7 +32,7 @@ def moments_of(
     modules: Dict[str, nn.Module],
     images: Tensor,
     of_input: bool = False,
-) -> Dict[str, Moments]:
+) -> Dict[str, ChannelMoments]:
     """Mean and variance of what modules return, or of what they are given.
 
     Args:
@@ -71,7 +71,7 @@ def moments_of(
     for name, (count, first, second) in sums.items():
         mean = first / count
         var = (second / count - mean.square()).clamp_min(0)
-        found[name] = Moments(mean, var)
+        found[name] = ChannelMoments(mean, var)
     return found
 
 
