@@ -30,6 +30,19 @@ def test_centre_exact():
     assert ConvSpec(1, 1, 4, padding=2).centre == (2, 2)
 
 
+def test_of_two_taps_equally_near_the_later_is_the_centre():
+    # Taps at -1 and 1 pixel, in both directions or in one.
+    spec = ConvSpec(1, 1, 2, padding=1, dilation=2)
+    assert spec.pads == (1, 1, 1, 1)
+    assert spec.centre == (1, 1)
+    assert spec.pads_of((1, 1)) == (-1, 1, -1, 1)
+    spec = ConvSpec(1, 1, (4, 3), padding=(3, 2), dilation=2)
+    assert spec.centre == (2, 1)
+    assert spec.offset_of((1, 3)) == (2, 0)
+    spec = ConvSpec(1, 1, (2, 4), padding='same', dilation=2)
+    assert spec.centre == (1, 2)
+
+
 def test_pads_of_exact():
     assert ConvSpec(1, 1, 3, padding=1).pads_of((1, 1)) == (0, 0, 0, 0)
     assert ConvSpec(1, 1, 3, padding=0).pads_of((1, 1)) == (-1,) * 4
