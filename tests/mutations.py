@@ -15,25 +15,31 @@ its tests end in any other way than by failing.
 """
 
 import argparse
+import compileall
 import concurrent.futures
+import importlib.util
+import multiprocessing
 import os
+import py_compile
 import queue
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import NamedTuple, Tuple
+from typing import Any, Callable, NamedTuple, Tuple
 
 ROOT = Path(__file__).resolve().parents[1]
 #: Seconds after which a broken package counts as hanging.
 TIMEOUT = 900
-#: Exit codes of pytest.
-PASSED, FAILED = 0, 1
+#: Exit codes of pytest, and one of ours.
+PASSED, FAILED, NOT_A_COPY = 0, 1, 64
+#: What takes long to import, and imports nothing of the package.
+PRELOADED = ['torch', 'torchvision', 'mmcv.cnn', 'mmengine.runner', 'pytest']
 LEFT_OUT = shutil.ignore_patterns(
-    '.*', '__pycache__', '*.egg-info', 'build', 'dist', 'work_dirs', 'data.npz'
+    '.*', '__pycache__', '*.egg-info', 'build', 'dist', 'work_dirs'
 )
+_CONTEXT = multiprocessing.get_context('forkserver')
 
 
 class Mutation(NamedTuple):
@@ -878,47 +884,39 @@ def broken(mutation: Mutation, root: Path = ROOT) -> str:
     return source.replace(mutation.text, mutation.replacement)
 
 
+# ------------------------------------------------------------------ running
+
+
 class Copy:
     """A copy of the checkout, in which tests run.
 
     Args:
         root: The checkout.
-        folder: An empty folder.
+        folder: Where the copy goes.
         package: The package that must be imported from the copy.
     """
 
     def __init__(self, root: Path, folder: Path, package: str) -> None:
-        self.root = folder / 'checkout'
+        self.root, self.package = folder / 'checkout', package
         shutil.copytree(root, self.root, ignore=LEFT_OUT)
-        # Compiled files are told from stale ones by seconds and bytes, which
-        # two mutations may share.
-        self._environment = dict(
-            os.environ,
-            PYTHONPATH=str(self.root),
-            PYTHONDONTWRITEBYTECODE='1',
-            OMP_NUM_THREADS='1',
+        # Told from stale ones by their source, not by its size and second.
+        compileall.compile_dir(
+            self.root / package,
+            quiet=2,
+            invalidation_mode=py_compile.PycInvalidationMode.CHECKED_HASH,
         )
-        code = f'import {package}; print({package}.__file__)'
-        place = Path(self._run('-c', code).stdout.splitlines()[-1]).resolve()
-        if not place.is_relative_to(self.root.resolve()):
-            raise RuntimeError(f'the tests would import {place}, not a copy')
+        self._log = folder / 'log'
 
-    def _run(self, *arguments: str) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            [sys.executable, '-W', 'ignore', *arguments],
-            cwd=self.root,
-            env=self._environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=TIMEOUT,
-        )
-
-    def test(self, tests: Tuple[str, ...]) -> subprocess.CompletedProcess:
-        """Run tests until one fails."""
-        return self._run(
-            '-m', 'pytest', '-x', '-q', '-p', 'no:cacheprovider', *tests
-        )
+    def test(self, tests: Tuple[str, ...]) -> Tuple[int, str]:
+        """Run tests until one fails: pytest's exit code and output."""
+        arguments = (tests, self.root, self.package, self._log)
+        run = _CONTEXT.Process(target=_run_tests, args=arguments)
+        run.start()
+        run.join(TIMEOUT)
+        if run.exitcode is None:
+            run.kill()
+            run.join()
+        return run.exitcode, self._log.read_text()
 
     def verdict(self, mutation: Mutation) -> str:
         """Break a line, test, mend it: ``killed``, or what is wrong."""
@@ -926,18 +924,41 @@ class Copy:
         before = path.read_text()
         try:
             path.write_text(broken(mutation, self.root))
-            run = self.test(mutation.tests)
+            code, output = self.test(mutation.tests)
         except ValueError as error:
             return str(error)
-        except subprocess.TimeoutExpired:
-            return f'its tests took more than {TIMEOUT} s'
         finally:
             path.write_text(before)
-        if run.returncode == FAILED:
+        if code == FAILED:
             return 'killed'
-        if run.returncode == PASSED:
+        if code == PASSED:
             return 'SURVIVED'
-        return f'no test ran: exit code {run.returncode}\n{run.stdout[-2000:]}'
+        return f'no test ran: exit code {code}\n{output[-2000:]}\n'
+
+
+def _run_tests(
+    tests: Tuple[str, ...], root: Path, package: str, log: Path
+) -> None:
+    """In a process of its own: end with pytest's exit code."""
+    with open(log, 'w') as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.chdir(root)
+    # The processes that tests start import the copy as well.
+    os.environ['PYTHONPATH'] = str(root)
+    os.environ['PYTHONDONTWRITEBYTECODE'] = '1'
+    sys.dont_write_bytecode = True
+    ours = {str(ROOT), str(ROOT / 'tests'), ''}
+    sys.path[:] = [str(root), *(p for p in sys.path if p not in ours)]
+    found = Path(importlib.util.find_spec(package).origin).resolve()
+    if not found.is_relative_to(root.resolve()):
+        print(f'the tests would import {found}, which is no copy')
+        sys.exit(NOT_A_COPY)
+
+    import pytest
+
+    options = ['-x', '-q', '-W', 'ignore', '-p', 'no:cacheprovider']
+    sys.exit(int(pytest.main([*options, *tests])))
 
 
 def run_all(
@@ -947,35 +968,43 @@ def run_all(
     jobs: int = 1,
 ) -> int:
     """Try each line of the table; how many were not killed."""
+    # What the server of processes has imported, each of them has; it starts
+    # with the first one, and one thread is all that a fork keeps.
+    os.environ['OMP_NUM_THREADS'] = '1'
+    _CONTEXT.set_forkserver_preload(PRELOADED)
     copies = queue.SimpleQueue()
 
-    def verdict(mutation: Mutation) -> Tuple[Mutation, str, float]:
+    def with_a_copy(run: Callable[[Copy], Any]) -> Tuple[Any, float]:
         copy, start = copies.get(), time.monotonic()
         try:
-            found = copy.verdict(mutation)
-            return mutation, found, time.monotonic() - start
+            return run(copy), time.monotonic() - start
         finally:
             copies.put(copy)
 
-    bad = 0
-    with tempfile.TemporaryDirectory(prefix='mutations-') as folder:
+    names = dict.fromkeys(name for row in table for name in row.tests)
+    names = [n for n in names if n.partition('::')[0] not in {*names} - {n}]
+    with (
+        tempfile.TemporaryDirectory(prefix='mutations-') as folder,
+        concurrent.futures.ThreadPoolExecutor(jobs) as pool,
+    ):
         for i in range(jobs):
             copies.put(Copy(root, Path(folder) / str(i), package))
-        copy = copies.get()
-        names = dict.fromkeys(name for row in table for name in row.tests)
-        run = copy.test(tuple(names))
-        copies.put(copy)
-        if run.returncode != PASSED:
-            print(f'the tests fail without any mutation:\n{run.stdout}')
-            return len(table)
-        with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-            for mutation, found, seconds in pool.map(verdict, table):
-                bad += found != 'killed'
-                print(
-                    f'{found}: {mutation.path}: {mutation.breaks} '
-                    f'({seconds:.0f} s)',
-                    flush=True,
-                )
+        unbroken = pool.map(
+            lambda name: with_a_copy(lambda copy: copy.test((name,))), names
+        )
+        for name, ((code, output), _) in zip(names, unbroken):
+            if code != PASSED:
+                print(f'{name} fails without any mutation:\n{output}')
+                pool.shutdown(cancel_futures=True)
+                return len(table)
+        bad = 0
+        verdicts = pool.map(
+            lambda row: with_a_copy(lambda copy: copy.verdict(row)), table
+        )
+        for row, (found, seconds) in zip(table, verdicts):
+            bad += found != 'killed'
+            line = f'{found}: {row.path}: {row.breaks} ({seconds:.0f} s)'
+            print(line, flush=True)
     print(f'{len(table) - bad} of {len(table)} killed')
     return bad
 

@@ -41,6 +41,8 @@ def test_of_two_taps_equally_near_the_later_is_the_centre():
     assert spec.offset_of((1, 3)) == (2, 0)
     spec = ConvSpec(1, 1, (2, 4), padding='same', dilation=2)
     assert spec.centre == (1, 2)
+    # Near in pixels, which are not taps: those at 0 and 2 here.
+    assert ConvSpec(1, 1, 4, padding=2, dilation=2).centre == (1, 1)
 
 
 def test_pads_of_exact():

@@ -87,4 +87,4 @@ def test_the_runner_tells_what_survives(tmp_path, capsys):
     # A test that fails anyway kills nothing.
     (root / 'tests' / 'test_tiny.py').write_text('def test_half(): assert 0')
     assert run_all((row('/ 2', '/ 3'),), root, 'tiny') == 1
-    assert 'fail without any mutation' in capsys.readouterr().out
+    assert 'fails without any mutation' in capsys.readouterr().out
