@@ -72,6 +72,7 @@ FAST_IS_LITERAL = f'{FAST}::test_fast_equals_literal'
 CHECKPOINTING = 'tests/test_blocks/test_checkpointing.py'
 MODE = 'tests/test_blocks/test_modes.py::test_mode'
 PRECISION = 'tests/test_blocks/test_precision.py'
+EXACT_AUTOCAST = f'{PRECISION}::test_autocast_is_as_exact_as_the_literal_sum'
 PROPERTIES = 'tests/test_blocks/test_properties.py'
 REFERENCE = 'tests/test_blocks/test_reference.py'
 OREPA = 'tests/test_blocks/test_orepa.py'
@@ -152,7 +153,7 @@ TABLE = (
         'total = grad.sum(over, keepdim=True, dtype=ctx.dtype)',
         'total = grad.sum(over, keepdim=True).to(ctx.dtype)',
         "the precision of a bias's gradient",
-        (PRECISION, GEOMETRY),
+        (f'{GEOMETRY}::test_a_shift_gets_its_gradient_in_its_own_precision',),
     ),
     # ----------------------------------------------------------- transforms
     Mutation(
@@ -316,7 +317,7 @@ TABLE = (
         'origin.copy_(kernel - generator.compose())',
         'origin.copy_(kernel)',
         'a composed kernel that starts as another',
-        (PLAIN,),
+        (f'{PLAIN}::test_composed_kernel_is_the_plain_one',),
     ),
     Mutation(
         'mmdbb/kernels/start.py',
@@ -345,14 +346,14 @@ TABLE = (
         'cov = cov / count - rest[..., None] * rest[..., None, :]',
         'cov = cov / count',
         'what rounding the mean leaves in the covariance',
-        (FAST,),
+        (f'{FAST}::test_moments_of_float32_are_rounded_as_float64',),
     ),
     Mutation(
         'mmdbb/branches/moments.py',
         'mean = centre.to(wide).reshape(groups, -1) + rest',
         'mean = centre.to(wide).reshape(groups, -1)',
         'what rounding leaves in the mean',
-        (FAST,),
+        (f'{FAST}::test_moments_of_float32_are_rounded_as_float64',),
     ),
     Mutation(
         'mmdbb/branches/moments.py',
@@ -366,14 +367,14 @@ TABLE = (
         'return torch.float32 if half else torch.float64',
         'return torch.float32',
         "the covariance's precision",
-        (PRECISION, FAST),
+        (f'{PRECISION}::test_correlated_channels',),
     ),
     Mutation(
         'mmdbb/branches/moments.py',
         'torch.var_mean(z, (0, 2, 3), correction=0)',
         'torch.var_mean(z, (0, 2, 3))',
         'a biased variance of maps that are not kept',
-        (PRECISION,),
+        (EXACT_AUTOCAST,),
     ),
     Mutation(
         'mmdbb/branches/moments.py',
@@ -510,7 +511,7 @@ TABLE = (
         'if from_rule and not self._initializing:',
         'if False:',
         "the host's rules stop at a block",
-        (BASE, SUM, FAST, 'tests/test_hosts_integration.py'),
+        ('tests/test_hosts_integration.py::test_blocks_survive_init_weights',),
     ),
     Mutation(
         'mmdbb/blocks/base.py',
@@ -531,7 +532,7 @@ TABLE = (
         'if pixels <= 1 or _batch_pixels',
         'if _batch_pixels',
         'one value a channel before the block',
-        (FAST,),
+        (f'{FAST}::test_one_pixel_with_a_border_raises_as_batch_norm_does',),
     ),
     Mutation(
         'mmdbb/blocks/fast.py',
@@ -559,14 +560,20 @@ TABLE = (
         'shift = shift + moments.mean_through(exact - kernel)',
         'shift = shift + 0',
         'the rounding of a scaled 1x1',
-        (PRECISION, FAST),
+        (
+            f'{PRECISION}::test_correlated_channels',
+            f'{FAST}::test_float32_is_as_exact_as_the_literal_sum',
+        ),
     ),
     Mutation(
         'mmdbb/blocks/fast.py',
         'batch.stats.mean_through(exact - kernel) * area',
         'batch.stats.mean_through(exact - kernel)',
         'the rounding of a pooled 1x1',
-        (PRECISION, FAST),
+        (
+            f'{PRECISION}::test_correlated_channels',
+            f'{FAST}::test_float32_is_as_exact_as_the_literal_sum',
+        ),
     ),
     Mutation(
         'mmdbb/blocks/fast.py',
@@ -580,7 +587,7 @@ TABLE = (
         'len(modes) != 1 or (modes',
         'False or (modes',
         'norms of which some are frozen',
-        (FAST,),
+        (f'{FAST}::test_mixed_modes_and_frozen_parameters',),
     ),
     Mutation(
         'mmdbb/blocks/frozen.py',
@@ -601,14 +608,14 @@ TABLE = (
         'a.dtype == b.dtype and torch.equal(a, b)',
         'a.dtype == b.dtype',
         'a kept kernel that is stale',
-        (FAST,),
+        (f'{FAST}::test_the_kept_kernel_is_never_stale',),
     ),
     Mutation(
         'mmdbb/blocks/kept.py',
         'or kept.structure != structure',
         '',
         'a kept kernel of another eps',
-        (WATCHED,),
+        (f'{WATCHED}::test_the_kept_kernel_follows_eps',),
     ),
     Mutation(
         'mmdbb/blocks/build.py',
@@ -636,14 +643,14 @@ TABLE = (
         'values.mean - plain.bias',
         'values.mean',
         "the mean that a plain convolution's bias moves",
-        (PLAIN,),
+        (f'{PLAIN}::test_statistics_are_those_of_a_convolution_without_bias',),
     ),
     Mutation(
         'mmdbb/blocks/start_sum.py',
         'branch_scale * gamma.abs()',
         'branch_scale * gamma',
         'the sign of the gammas that branches start with',
-        (PLAIN, INSERT),
+        (f'{PLAIN}::test_branches_start_on_the_positive_side',),
     ),
     # -------------------------------------------------------------- tracing
     Mutation(
@@ -686,7 +693,7 @@ TABLE = (
         'module.training = mode',
         'module.training = False',
         'the mode after looking',
-        (INSERT,),
+        (f'{INSERT}::test_looking_changes_nothing',),
     ),
     # -------------------------------------------------------------- reparam
     Mutation(
@@ -708,7 +715,10 @@ TABLE = (
         'for key, hook in hooks.items() if computes_weight(hook)',
         'for key, hook in hooks.items() if False',
         'hooks that computed a weight, handed on',
-        (WATCHED,),
+        (
+            f'{WATCHED}::test_a_pruned_bias_of_the_block_itself',
+            f'{WATCHED}::test_merged_as_forward_computes_after_a_step',
+        ),
     ),
     Mutation(
         'mmdbb/reparam.py',
@@ -723,35 +733,35 @@ TABLE = (
         'absorbed = absorbed and not has_hooks(norm)',
         'absorbed = absorbed and True',
         'norms with hooks stay',
-        (INSERT,),
+        (f'{INSERT}::test_norms_and_convs_with_hooks_stay',),
     ),
     Mutation(
         'mmdbb/insert.py',
         'absorbed = absorbed and norm.track_running_stats',
         'absorbed = absorbed and True',
         'norms without statistics stay',
-        (INSERT,),
+        (f'{INSERT}::test_other_norms_stay',),
     ),
     Mutation(
         'mmdbb/insert.py',
         'eps=norm.eps, momentum=norm.momentum',
         'eps=norm.eps',
         "the norm's momentum",
-        (INSERT,),
+        (f'{INSERT}::test_takes_over_what_the_modules_were',),
     ),
     Mutation(
         'mmdbb/insert.py',
         'return block.train(conv.training)',
         'return block',
         "the convolution's mode",
-        (INSERT,),
+        (f'{INSERT}::test_takes_over_what_the_modules_were',),
     ),
     Mutation(
         'mmdbb/insert.py',
         'type(conv) is nn.Conv2d and not has_hooks(conv)',
         'type(conv) is nn.Conv2d',
         'convolutions with hooks stay',
-        (INSERT,),
+        (f'{INSERT}::test_norms_and_convs_with_hooks_stay',),
     ),
     # ------------------------------------------------------------ recompute
     Mutation(
@@ -768,7 +778,7 @@ TABLE = (
         'a forward pass that a backward pass starts',
         (
             f'{MODE}[training within_a_hook-collapsed-DBB]',
-            CHECKPOINTING,
+            f'{CHECKPOINTING}::test_norms_keep_their_statistics_after_an_exception',
         ),
     ),
     Mutation(
@@ -776,7 +786,7 @@ TABLE = (
         'ctx.autocast = device, autocast_dtype(device)',
         'ctx.autocast = device, None',
         'autocast in what is computed again',
-        (PRECISION,),
+        (EXACT_AUTOCAST,),
     ),
     Mutation(
         'mmdbb/recompute.py',
@@ -806,42 +816,47 @@ TABLE = (
         "    '_backward_hooks',\n",
         '',
         'backward hooks are seen',
-        (WATCHED,),
+        (f'{WATCHED}::test_every_hook_is_called',),
     ),
     Mutation(
         'mmdbb/modules.py',
         "has_hooks(each) or 'forward' in vars(each) or is_par",
         'has_hooks(each) or is_par',
         'a forward put in place of a layer of a block',
-        (WATCHED,),
+        (
+            f'{WATCHED}::test_a_forward_put_in_place_of_a_layers_own_is_refused',
+        ),
     ),
     Mutation(
         'mmdbb/modules.py',
         'is_parametrized(module) or any(',
         'any(',
         'a parametrization of the block itself',
-        (WATCHED,),
+        (
+            f'{WATCHED}::test_a_stateful_parametrization_takes_one_step',
+            f'{WATCHED}::test_merged_as_forward_computes_after_a_step',
+        ),
     ),
     Mutation(
         'mmdbb/modules.py',
         'return type(layer).forward in KNOWN_FORWARDS',
         'return True',
         'layers with a forward of their own',
-        (WATCHED,),
+        (f'{WATCHED}::test_layers_with_a_forward_of_their_own',),
     ),
     Mutation(
         'mmdbb/modules.py',
         'do_power_iteration=False',
         'do_power_iteration=True',
         'a spectral norm that merging moves',
-        (WATCHED,),
+        (f'{WATCHED}::test_merged_as_forward_computes_after_a_step',),
     ),
     Mutation(
         'mmdbb/modules.py',
         'for each, attribute, weight in reversed(stale):',
         'for each, attribute, weight in ():',
         'weights put back after merging',
-        (WATCHED,),
+        (f'{WATCHED}::test_merged_as_forward_computes_after_a_step',),
     ),
     # ------------------------------------------------ found by earlier runs
     Mutation(
@@ -849,21 +864,27 @@ TABLE = (
         'else state[name].to(value.dtype)',
         'else state[name]',
         'integers of merged files',
-        ('tests/test_checkpoint/test_files.py',),
+        (
+            'tests/test_checkpoint/test_files.py::test_merged_files_keep_their_floats_and_get_the_models_integers',
+        ),
     ),
     Mutation(
         'mmdbb/checkpoint/atomic.py',
         'os.fsync(file.fileno())',
         'file.fileno()',
         'a disk that is full only in the end',
-        ('tests/test_checkpoint/test_atomic.py',),
+        (
+            'tests/test_checkpoint/test_atomic.py::test_a_disk_that_shows_only_at_the_end_that_it_is_full',
+        ),
     ),
     Mutation(
         'mmdbb/quantization/qdq.py',
         'scales = np.maximum(scales, largest / room)',
         'scales = np.maximum(scales, 0)',
         'a scale raised for a large bias',
-        ('tests/test_quantization/test_fake.py',),
+        (
+            'tests/test_quantization/test_fake.py::test_a_scale_is_raised_where_the_bias_would_not_fit',
+        ),
     ),
 )
 

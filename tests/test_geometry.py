@@ -7,7 +7,13 @@ from helpers import EXACT, distance, geometries, image
 from hypothesis import given, settings
 from torch import nn
 
-from mmdbb.geometry import PADDING_MODES, ConvSpec, border_mask, pad2d
+from mmdbb.geometry import (
+    PADDING_MODES,
+    ConvSpec,
+    add_shift,
+    border_mask,
+    pad2d,
+)
 
 
 def test_pads_exact():
@@ -179,6 +185,17 @@ def test_pad2d_of_every_mode(mode):
     found = pad2d(x, (1, 2, 3, 0), mode)
     torch_mode = 'constant' if mode == 'zeros' else mode
     assert torch.equal(found, F.pad(x, (3, 0, 1, 2), torch_mode))
+
+
+def test_a_shift_gets_its_gradient_in_its_own_precision():
+    """A sum of many halves, rounded to half, would be another number."""
+    x = torch.zeros(1, 2, 40, 40, dtype=torch.bfloat16, requires_grad=True)
+    shift = torch.zeros(2, 1, 1, requires_grad=True)
+    grad = image(1, 2, 40, 40).to(torch.bfloat16)
+    add_shift(x * 1, shift).backward(grad)
+    expected = grad.double().sum((0, 2, 3))
+    assert distance(expected.bfloat16(), expected) > 1e-4
+    assert distance(shift.grad.flatten(), expected) < 1e-6
 
 
 def test_border_mask_exact():

@@ -301,6 +301,17 @@ def test_moments_keep_their_digits_beside_a_large_mean():
     assert distance(cov, exact) < 1e-4
 
 
+def test_moments_of_float32_are_rounded_as_float64():
+    """The batch's mean is rounded to float32, and what that costs undone."""
+    x = image(2, 4, 9, 7, dtype=torch.float32) + 1e5
+    pixels = x.double().transpose(0, 1).flatten(1)
+    mean, cov, _ = moments_of(x, 1)
+    centred = pixels.mean(1) - 1e5
+    assert (centred.float() != x.mean((0, 2, 3)) - 1e5).any()
+    assert distance(mean[0] - 1e5, centred) < 1e-9
+    assert distance(cov[0], torch.cov(pixels, correction=0)) < 1e-9
+
+
 def test_moments_gradient():
     x = image(2, 4, 3, 2).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: moments_of(x, 2)[:2], x)
