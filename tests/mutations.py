@@ -529,13 +529,6 @@ TABLE = (
     ),
     Mutation(
         'mmdbb/blocks/fast.py',
-        'if pixels <= 1 or _batch_pixels',
-        'if _batch_pixels',
-        'one value a channel before the block',
-        (f'{FAST}::test_one_pixel_with_a_border_raises_as_batch_norm_does',),
-    ),
-    Mutation(
-        'mmdbb/blocks/fast.py',
         'mask_kernel(kernel2, value.to(near) - shift, spec.groups)',
         'mask_kernel(kernel2, value.to(near), spec.groups)',
         'the border beside the constant inside',
