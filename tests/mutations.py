@@ -645,7 +645,7 @@ TABLE = (
         'reader = found[0] if len(set(found)) == 1 else None',
         'reader = found[0]',
         'a convolution before two norms',
-        (f'{INSERT}::test_follows_the_data',),
+        (f'{INSERT}::test_as_many_calls_are_not_the_same_calls',),
     ),
     Mutation(
         'mmdbb/tracing.py',
