@@ -1,10 +1,11 @@
-# make install | demo | test | lint | bench | fuzz, each for one stack of host
-# packages:
+# make install | demo | test | lint | bench | fuzz | mutate, each for one stack of
+# host packages:
 #
 #   make test                      mmengine, mmcv, mmpretrain, mmdet, mmseg
 #   make test STACK=onedl          the same imports from the onedl forks
 #   make demo TASK=detection       classification (default), detection or
 #                                  segmentation
+#   make mutate                    break line after line, see what tests notice
 #
 # Every target builds what is missing of the environment first.
 STACK ?= openmmlab
@@ -21,7 +22,7 @@ SHELL := bash
 # The installer's last line is the environment's folder.
 IN_ENV = venv=$$(requirements/install.sh $(STACK) | tail -n 1) && "$$venv/bin/python"
 
-.PHONY: install demo test lint bench fuzz
+.PHONY: install demo test lint bench fuzz mutate
 
 install:
 	@$(IN_ENV) --version
@@ -39,6 +40,10 @@ lint:
 # Damaged files by the thousand: make fuzz CASES=100000 SEED=1
 fuzz:
 	@OMP_NUM_THREADS=1 $(IN_ENV) tests/fuzz.py --cases $(CASES) --seed $(SEED)
+
+# Each line of a table is broken in a copy, and some test must fail.
+mutate:
+	@$(IN_ENV) tests/mutations.py --jobs 2
 
 bench:
 	@$(IN_ENV) tools/benchmark.py --network resnet18 resnet50 mobilenet \

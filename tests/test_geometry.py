@@ -7,7 +7,13 @@ from helpers import EXACT, distance, geometries, image
 from hypothesis import given, settings
 from torch import nn
 
-from mmdbb.geometry import PADDING_MODES, ConvSpec, border_mask, pad2d
+from mmdbb.geometry import (
+    PADDING_MODES,
+    ConvSpec,
+    add_shift,
+    border_mask,
+    pad2d,
+)
 
 
 def test_pads_exact():
@@ -28,6 +34,21 @@ def test_centre_exact():
     assert ConvSpec(1, 1, 2, padding=1).centre == (1, 1)
     assert ConvSpec(1, 1, 4, padding='same').centre == (1, 1)
     assert ConvSpec(1, 1, 4, padding=2).centre == (2, 2)
+
+
+def test_of_two_taps_equally_near_the_later_is_the_centre():
+    # Taps at -1 and 1 pixel, in both directions or in one.
+    spec = ConvSpec(1, 1, 2, padding=1, dilation=2)
+    assert spec.pads == (1, 1, 1, 1)
+    assert spec.centre == (1, 1)
+    assert spec.pads_of((1, 1)) == (-1, 1, -1, 1)
+    spec = ConvSpec(1, 1, (4, 3), padding=(3, 2), dilation=2)
+    assert spec.centre == (2, 1)
+    assert spec.offset_of((1, 3)) == (2, 0)
+    spec = ConvSpec(1, 1, (2, 4), padding='same', dilation=2)
+    assert spec.centre == (1, 2)
+    # Near in pixels, which are not taps: those at 0 and 2 here.
+    assert ConvSpec(1, 1, 4, padding=2, dilation=2).centre == (1, 1)
 
 
 def test_pads_of_exact():
@@ -164,6 +185,17 @@ def test_pad2d_of_every_mode(mode):
     found = pad2d(x, (1, 2, 3, 0), mode)
     torch_mode = 'constant' if mode == 'zeros' else mode
     assert torch.equal(found, F.pad(x, (3, 0, 1, 2), torch_mode))
+
+
+def test_a_shift_gets_its_gradient_in_its_own_precision():
+    """A sum of many halves, rounded to half, would be another number."""
+    x = torch.zeros(1, 2, 40, 40, dtype=torch.bfloat16, requires_grad=True)
+    shift = torch.zeros(2, 1, 1, requires_grad=True)
+    grad = image(1, 2, 40, 40).to(torch.bfloat16)
+    add_shift(x * 1, shift).backward(grad)
+    expected = grad.double().sum((0, 2, 3))
+    assert distance(expected.bfloat16(), expected) > 1e-4
+    assert distance(shift.grad.flatten(), expected) < 1e-6
 
 
 def test_border_mask_exact():

@@ -253,6 +253,25 @@ def test_follows_the_data(model_type, absorbed, watched):
         assert distance(found, expected) < EXACT
 
 
+class TwoByTwo(Misleading):
+    """A convolution runs twice and so does a norm, only once together."""
+
+    def forward(self, x):
+        y = self.norm2(self.conv2(self.norm1(self.conv1(x))))
+        return self.norm2(self.norm_of_nothing(self.conv2(y)))
+
+
+@pytest.mark.parametrize('watched', [False, True])
+def test_as_many_calls_are_not_the_same_calls(watched):
+    model = randomize(TwoByTwo()).double().eval()
+    plain, x = copy.deepcopy(model), image(2, 3, 9, 8)
+    example = x if watched else None
+    readers = {model.conv1: model.norm1, model.conv2: None}
+    assert sole_readers(model, example) == readers
+    insert_blocks_(model, example=example)
+    assert distance(model(x), plain(x)) < EXACT
+
+
 @pytest.mark.parametrize('example', ['tuple', 'keywords'])
 def test_examples_are_arguments(example):
     class Two(Misleading):

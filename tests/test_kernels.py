@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import EXACT, distance, image
 from torch import nn
 
@@ -97,6 +98,31 @@ def test_internal_channels():
             KxKKernel(spec, wrong)
     with pytest.raises(ValueError, match='multiple of groups=1, got True'):
         KxKKernel(ConvSpec(8, 8, 3), True)
+
+
+@pytest.mark.parametrize('groups', [1, 2, 3, 6])
+@pytest.mark.parametrize('times', [1, 2])
+def test_the_inner_1x1_starts_as_the_identity_of_each_group(groups, times):
+    spec = ConvSpec(6, 12, 3, groups=groups)
+    kernel = KxKKernel(spec, internal_channels=6 * times).double()
+    x = image(2, 6, 4, 5)
+    found = F.conv2d(x, kernel.inner1 + kernel.identity, groups=groups)
+    each = x.unflatten(1, (groups, -1))
+    expected = torch.cat([each] * times, 2).flatten(1, 2)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize('groups', [1, 2])
+def test_a_stack_of_kernels_that_are_not_square(groups):
+    first = image(4, 6 // groups, 2, 5, seed=1)
+    second = image(8, 4 // groups, 4, 3, seed=2)
+    x = image(2, 6, 9, 11)
+    expected = F.conv2d(
+        F.conv2d(x, first, groups=groups), second, groups=groups
+    )
+    kernel = compose_stack(first, second, groups)
+    assert kernel.shape == (8, 6 // groups, 5, 7)
+    assert distance(F.conv2d(x, kernel, groups=groups), expected) < EXACT
 
 
 @pytest.mark.parametrize('groups', [1, 2])

@@ -54,14 +54,14 @@ FILES = sorted(path for path in ROOT.rglob('*.py') if '.mim' not in path.parts)
 HOST_PACKAGES = ('mmpretrain', 'mmdet', 'mmseg')
 
 
-def module_of(path):
-    parts = ('mmdbb', *path.relative_to(ROOT).with_suffix('').parts)
+def module_of(path, root=ROOT):
+    parts = ('mmdbb', *path.relative_to(root).with_suffix('').parts)
     return '.'.join(parts[:-1] if parts[-1] == '__init__' else parts)
 
 
-def imports_of(path):
+def imports_of(path, root=ROOT):
     """Full names of all modules that a file imports, wherever it does."""
-    package = module_of(path).split('.')
+    package = module_of(path, root).split('.')
     if path.name != '__init__.py':
         package.pop()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -84,11 +84,11 @@ def part_of(module):
 INNER = [path for path in FILES if path != ROOT / '__init__.py']
 
 
-@pytest.mark.parametrize('path', INNER, ids=module_of)
-def test_imports_point_one_way(path):
-    part = part_of(module_of(path))
+def check_directions(path, root=ROOT):
+    """Fail if a file imports from its own floor or from above it."""
+    part = part_of(module_of(path, root))
     assert part in RANK, f'say in LAYERS where mmdbb.{part} belongs'
-    for name in imports_of(path):
+    for name in imports_of(path, root):
         if not name.startswith('mmdbb.'):
             # From the package itself nothing is imported inside of it.
             assert name != 'mmdbb' or path.name == '__init__.py', name
@@ -98,11 +98,41 @@ def test_imports_point_one_way(path):
             assert RANK[other] < RANK[part], f'{part} imports {other}'
 
 
-def test_the_test_of_directions_bites(tmp_path):
-    found = list(imports_of(ROOT / 'blocks' / 'dbb.py'))
-    assert 'mmdbb.blocks.branch_sum' in found
-    found = list(imports_of(ROOT / 'branches' / '__init__.py'))
-    assert 'mmdbb.branches.kxk' in found
+@pytest.mark.parametrize('path', INNER, ids=module_of)
+def test_imports_point_one_way(path):
+    check_directions(path)
+
+
+@pytest.mark.parametrize(
+    ('place', 'source', 'message'),
+    [
+        ('blocks/new.py', 'import mmdbb.pruning', 'blocks imports pruning'),
+        ('blocks/new.py', 'from mmdbb import insert', 'blocks imports insert'),
+        ('blocks/new.py', 'from ..reparam import find_blocks', 'reparam'),
+        ('blocks/__init__.py', 'from ..reparam import a', 'imports reparam'),
+        ('geometry.py', 'from . import transforms', 'imports transforms'),
+        (
+            'branches/new.py',
+            'def late():\n    from mmdbb.blocks.dbb import DBB',
+            'branches imports blocks',
+        ),
+        # Two of one floor know nothing of each other.
+        ('tracing.py', 'from mmdbb.reparam import a', 'tracing imports'),
+        ('blocks/new.py', 'import mmdbb', 'mmdbb'),
+        ('elsewhere/new.py', 'import torch', 'say in LAYERS where'),
+    ],
+)
+def test_the_test_of_directions_bites(tmp_path, place, source, message):
+    path = tmp_path / place
+    path.parent.mkdir(exist_ok=True)
+    allowed = 'import torch\nfrom mmdbb.errors import UserError\n'
+    if place.startswith('blocks/'):
+        allowed += 'from .base import Base\nfrom ..geometry import pad2d\n'
+        path.write_text(allowed)
+        check_directions(path, tmp_path)
+    path.write_text(f'{allowed}{source}\n')
+    with pytest.raises(AssertionError, match=message):
+        check_directions(path, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -115,13 +145,62 @@ def test_the_core_names_no_host_package(path):
     assert not set(imports_of(path)) & set(HOST_PACKAGES)
 
 
-def test_tools_only_parse_arguments():
-    for path in (ROOT.parent / 'tools').glob('*.py'):
-        assert not [
-            node
-            for node in ast.walk(ast.parse(path.read_text()))
-            if isinstance(node, ast.ClassDef)
-        ], f'{path.name} has work in it that belongs into the package'
+TOOLS = sorted((ROOT.parent / 'tools').glob('*.py'))
+#: What still works in a tool, by file: the benchmark runs and draws there.
+WORKING = {'benchmark.py': {'measure', 'draw_growth'}}
+
+
+def work_in(source):
+    """Names of what does more than parse arguments, call and print.
+
+    Classes; functions with a loop in a loop, of any kind, or with more than
+    20 statements, unless they add arguments to a parser.
+    """
+    loops = (ast.For, ast.While, ast.comprehension)
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.ClassDef):
+            yield node.name
+        if not isinstance(node, ast.FunctionDef):
+            continue
+        inner = list(ast.walk(node))
+        nested = any(
+            isinstance(loop, (ast.For, ast.While))
+            and sum(isinstance(n, loops) for n in ast.walk(loop)) > 1
+            for loop in inner
+        )
+        long = sum(isinstance(n, ast.stmt) for n in inner) > 21
+        if nested or any(isinstance(n, ast.While) for n in inner):
+            yield node.name
+        elif long and node.name != 'parse_args':
+            yield node.name
+
+
+@pytest.mark.parametrize('path', TOOLS, ids=lambda path: path.name)
+def test_tools_only_parse_arguments(path):
+    working = WORKING.get(path.name, set())
+    assert set(work_in(path.read_text())) == working, (
+        f'{path.name} has work in it that belongs into the package'
+    )
+
+
+@pytest.mark.parametrize(
+    'work',
+    [
+        'class Job:\n    pass',
+        'def job():\n    while True:\n        step()',
+        'def job(a):\n    for i in a:\n        b = [j for j in i]',
+        'def job(a):\n    for i in a:\n        for j in i:\n            f(j)',
+        'def job():\n' + '    step()\n' * 21,
+    ],
+)
+def test_the_test_of_tools_bites(work):
+    tool = (
+        'def parse_args():\n'
+        + '    parser.add_argument()\n' * 30
+        + 'def main():\n    for row in run(parse_args()):\n        print(row)'
+    )
+    assert not list(work_in(tool))
+    assert [name.lower() for name in work_in(f'{tool}\n{work}')] == ['job']
 
 
 def test_import_is_light():

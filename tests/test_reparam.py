@@ -9,7 +9,7 @@ from torch import nn
 
 import mmdbb
 from mmdbb import ACB, DBB, DiverseBranchBlock, reparameterize
-from mmdbb.blocks import RepVGGConv
+from mmdbb.blocks import ReparamConv2d, RepVGGConv
 from mmdbb.reparam import find_blocks, literal_forward
 
 
@@ -85,6 +85,21 @@ def test_nothing_of_ours_is_left(net, inplace):
 def test_shared_blocks_stay_shared(net, inplace):
     merged = reparameterize(net, inplace=inplace)
     assert merged.again is merged.shared
+
+
+@pytest.mark.parametrize('inplace', [True, False])
+def test_shared_blocks_are_merged_once(net, inplace, monkeypatch):
+    merged, to_conv = [], ReparamConv2d.to_conv
+
+    def counted(block, *args):
+        merged.append(block)
+        return to_conv(block, *args)
+
+    monkeypatch.setattr(ReparamConv2d, 'to_conv', counted)
+    expected = [net.stem[1], net.shared, net.stages['a']]
+    reparameterize(net, inplace=inplace)
+    assert len(merged) == 3
+    assert all(a is b for a, b in zip(merged, expected))
 
 
 def test_merge_is_not_trivial(net):

@@ -308,6 +308,14 @@ def test_pad_kernel_is_the_small_convolution(small, large, offset, padding):
     assert distance(found, F.conv2d(inner, kernel, groups=2)) < EXACT
 
 
+def test_pad_kernel_in_the_middle_of_an_even_kernel_exact():
+    """Of two middle taps the first, as ``padding='same'`` has it."""
+    one = torch.ones(1, 1, 1, 1)
+    found = pad_kernel(one, (2, 4))
+    assert found.tolist() == [[[[0, 1, 0, 0], [0, 0, 0, 0]]]]
+    assert pad_kernel(one, (3, 2)).tolist() == [[[[0, 0], [1, 0], [0, 0]]]]
+
+
 def test_pad_kernel_refuses_what_does_not_fit():
     small = torch.ones(1, 1, 3, 3)
     with pytest.raises(ValueError, match=r'\(3, 3\).*does not fit.*\(2, 5\)'):

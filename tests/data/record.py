@@ -10,6 +10,30 @@ what the files beside it hold, from the states, inputs and gradients of outputs
 in them, and exits with 1 where a number differs. ``--out`` writes files with
 the same cases and fields, of random numbers of its own.
 
+What each file is, and where it comes from (DiverseBranchBlock at 8d2b16b,
+OREPA_CVPR2022 at 3ed037b, in float64):
+
+- ``dbb``: DBB's ``DiverseBranchBlock`` of ``diversebranchblock.py``
+- ``acb``: its ``ACBlock`` of ``acb.py``
+- ``orepa``: OREPA's ``OREPA``, ``OREPA_1x1``, ``OREPA_LargeConv`` and
+  ``OREPA_LargeConvBase`` of ``blocks.py``
+- ``repvgg``: its ``RepVGGBlock`` and ``RepVGGBlock_OREPA`` of
+  ``blocks_repvgg.py``
+- ``two_forwards``: one 3x3 block of most of these classes, two batches before
+  one backward pass; written by ``--out``
+
+The first four are the project's reference vectors (``shared/reference``): all
+cases of its ``dbb`` and ``acb``, 7 of 10 of its ``orepa`` and 4 of 5 of its
+``repvgg``; the tests' data stay below 4 MB. ``--check FOLDER`` holds the whole
+reference to the papers' code as well, with ``--files`` naming these four.
+
+This script makes no other file here. ``official/`` has tiny networks in the
+papers' own checkpoint format with an input and an output each, and the names
+and shapes of the full-size ones (``keys.json.xz``): copies of the reference's
+``checkpoints`` and ``official_keys``. ``papers.json.xz`` has starts and
+training steps that the papers' code computed; ``tests/papers.py`` has what the
+code was given.
+
 A ``.json`` has each case's class, arguments and shape of the input, or a list
 of shapes: that many forward passes before one backward pass. The ``.npz``
 beside it has arrays ``CASE/FIELD``: ``state/*`` before the step, ``input``,

@@ -191,6 +191,14 @@ def test_internal_channels_default():
     assert isinstance(depthwise.conv1, nn.Conv2d)
 
 
+def test_only_depthwise_is_twice_as_wide_inside():
+    """In the paper's code: where there are as many groups as outputs."""
+    for outside, width in ((4, 8), (8, 4), (12, 4)):
+        spec = ConvSpec(4, outside, 3, groups=4)
+        branch = build_branch('1x1_kxk', spec)
+        assert branch.kernel1.shape == (width, 1, 1, 1)
+
+
 @pytest.mark.parametrize('groups', [1, 2, 4])
 def test_1x1_starts_as_the_identity(groups):
     branch = PointwiseKxK(

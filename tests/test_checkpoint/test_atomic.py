@@ -1,5 +1,6 @@
 """Killed, interrupted or out of disk: the old files or the new ones."""
 
+import errno
 import itertools
 import os
 import resource
@@ -205,6 +206,30 @@ def test_full_device(tmp_path, name):
         UserError, match=f'cannot write {name}: No space left on device'
     ):
         write(str(tmp_path / name), state(1), {})
+
+
+@pytest.mark.parametrize('full', [0, 1])
+def test_a_disk_that_shows_only_at_the_end_that_it_is_full(
+    tmp_path, monkeypatch, full
+):
+    """As with delayed allocation, or over a network: writing is no proof."""
+    write_pair(tmp_path, 1)
+    synced, fsync = [], os.fsync
+
+    def fails_once(descriptor):
+        # Nothing is in its place before all of them are on the disk.
+        assert numbers(tmp_path) == (1, 1)
+        synced.append(os.fstat(descriptor).st_ino)
+        if len(synced) == full + 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, 'fsync', fails_once)
+    with pytest.raises(UserError, match='cannot write to .*No space left'):
+        write_pair(tmp_path, 2)
+    assert len(set(synced)) == full + 1
+    assert numbers(tmp_path) == (1, 1)
+    assert sorted(os.listdir(tmp_path)) == sorted(NAMES)
 
 
 def limited(work, size, report):

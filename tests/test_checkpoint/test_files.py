@@ -241,6 +241,25 @@ def test_what_does_not_fit(change, message):
     assert torch.equal(model.weight, before)
 
 
+def test_merged_files_keep_their_floats_and_get_the_models_integers():
+    model = nn.BatchNorm2d(3)
+    state = {
+        name: value.half() if value.is_floating_point() else value.int() + 7
+        for name, value in model.state_dict().items()
+    }
+    load_strictly(model, state, 'a.pth', keep_dtype=True)
+    assert model.running_var.dtype == model.weight.dtype == torch.float16
+    # What counts batches counts on: an int32 would end at two billion.
+    assert model.num_batches_tracked.dtype == torch.int64
+    assert model.num_batches_tracked == 7
+    # Without it the model's own dtypes stay.
+    other = nn.BatchNorm2d(3)
+    load_strictly(other, state, 'a.pth')
+    assert other.weight.dtype == torch.float32
+    assert other.num_batches_tracked.dtype == torch.int64
+    assert other.num_batches_tracked == 7
+
+
 def test_some():
     assert some(['a', 'b', 'c']) == 'a, b, c'
     assert some(list('abcde'), 2) == 'a, b and 3 more'

@@ -181,6 +181,17 @@ def test_training_starts_near_the_plain_network(block_type, case):
     assert errors[1] < 6e-3 and errors[2] < 4e-3
 
 
+def test_branches_start_on_the_positive_side():
+    """A share of the plain gamma's size, whatever that gamma's sign."""
+    block, _, norm = started_block(
+        DBB, GEOMETRIES[0], 'absorbed', branch_scale=0.25
+    )
+    assert (norm.weight < -0.01).any() and (norm.weight > 0.01).any()
+    expected = 0.25 * block.branches['kxk'].norm.weight.abs()
+    for name in ('1x1', '1x1_avg', '1x1_kxk'):
+        assert torch.equal(block.branches[name].last_norm.weight, expected)
+
+
 def test_carries_the_norm_over():
     block, _, norm = started_block(DBB, GEOMETRIES[0], 'absorbed')
     own = block.branches['kxk'].norm

@@ -277,6 +277,24 @@ def test_bias_beside_a_vanishing_kernel_fits():
     assert weight_scales(weight, bias, 0.1, 127, axis=None).shape == ()
 
 
+@pytest.mark.parametrize('axis', [0, None])
+def test_a_scale_is_raised_where_the_bias_would_not_fit(axis):
+    weight = np.array([[[[1e-9]]], [[[-1e-8]]]], np.float32)
+    bias = np.array([3.0, -5.0], np.float32)
+    source, largest = 1e-3, 2**31 - 1
+    alone = weight_scales(weight, None, source, 127, axis)
+    # Without the rule no 32 bits would do, which is what it is there for.
+    assert np.all(np.abs(bias / (alone.astype(float) * source)) > largest)
+    scales = weight_scales(weight, bias, source, 127, axis)
+    assert scales.shape == alone.shape and scales.dtype == np.float32
+    integers = np.rint(bias / (scales.astype(float) * source))
+    assert np.all(np.abs(integers) < 0.75 * largest)
+    assert np.abs(integers).max() > 0.25 * largest
+    # A bias that fits leaves the scale alone, whatever its sign.
+    small = weight_scales(weight, np.float32(1e-9) * bias, source, 127, axis)
+    assert np.array_equal(small, alone)
+
+
 def test_ranges_that_were_never_learned(tmp_path):
     pytest.importorskip('onnxruntime')
     model = nn.Sequential(nn.Conv2d(3, 4, 1))

@@ -1,0 +1,1037 @@
+"""Break one line of the package at a time, and see whether a test notices.
+
+    make mutate
+    python tests/mutations.py --only moments.py 'SyncBN' --jobs 2
+
+Each line of the table below is broken in a copy of the checkout, never in the
+working tree, and the tests named beside it run there until one fails. First
+all of those tests run once on the unbroken copy: a test that always fails
+would kill everything.
+
+A line that survives is code that nothing holds. Write the test that fails,
+with a computation of its own, or take the line out of the package. The exit
+code is 1 if a line survives, if its text is not found exactly once, or if
+its tests end in any other way than by failing.
+"""
+
+import argparse
+import compileall
+import concurrent.futures
+import importlib.util
+import multiprocessing
+import os
+import py_compile
+import queue
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, Callable, NamedTuple, Tuple
+
+ROOT = Path(__file__).resolve().parents[1]
+#: Seconds after which a broken package counts as hanging.
+TIMEOUT = 900
+#: Exit codes of pytest, and one of ours.
+PASSED, FAILED, NOT_A_COPY = 0, 1, 64
+#: What takes long to import, and imports nothing of the package.
+PRELOADED = ['torch', 'torchvision', 'mmcv.cnn', 'mmengine.runner', 'pytest']
+LEFT_OUT = shutil.ignore_patterns(
+    '.*', '__pycache__', '*.egg-info', 'build', 'dist', 'work_dirs'
+)
+_CONTEXT = multiprocessing.get_context('forkserver')
+
+
+class Mutation(NamedTuple):
+    """A line that matters.
+
+    Attributes:
+        path: The file, from the checkout's root.
+        text: What is broken; it stands in the file exactly once.
+        replacement: What takes its place.
+        breaks: What is wrong then, in a few words.
+        tests: Names of files or tests, of which one must fail.
+    """
+
+    path: str
+    text: str
+    replacement: str
+    breaks: str
+    tests: Tuple[str, ...]
+
+
+GEOMETRY = 'tests/test_geometry.py'
+TRANSFORMS = 'tests/test_transforms.py'
+KERNELS = 'tests/test_kernels.py'
+BRANCHES = 'tests/test_branches/test_branches.py'
+NORMS = 'tests/test_branches/test_norm.py'
+BASE = 'tests/test_blocks/test_base.py'
+SUM = 'tests/test_blocks/test_branch_sum.py'
+FAST = 'tests/test_blocks/test_fast.py'
+FAST_IS_LITERAL = f'{FAST}::test_fast_equals_literal'
+CHECKPOINTING = 'tests/test_blocks/test_checkpointing.py'
+MODE = 'tests/test_blocks/test_modes.py::test_mode'
+PRECISION = 'tests/test_blocks/test_precision.py'
+EXACT_AUTOCAST = f'{PRECISION}::test_autocast_is_as_exact_as_the_literal_sum'
+PROPERTIES = 'tests/test_blocks/test_properties.py'
+REFERENCE = 'tests/test_blocks/test_reference.py'
+OREPA = 'tests/test_blocks/test_orepa.py'
+WATCHED = 'tests/test_blocks/test_watched.py'
+PROCESSES = 'tests/test_blocks/test_environments.py'
+SYNC = f'{PROCESSES}::test_sync_bn_in_two_processes'
+PLAIN = 'tests/test_checkpoint/test_plain.py'
+REPARAM = 'tests/test_reparam.py'
+INSERT = 'tests/test_insert.py'
+
+TABLE = (
+    # ------------------------------------------------------------- geometry
+    Mutation(
+        'mmdbb/geometry.py',
+        'min((k // 2, (k - 1) // 2), key',
+        'min(((k - 1) // 2, k // 2), key',
+        'the tie between the two middle taps',
+        (GEOMETRY,),
+    ),
+    Mutation(
+        'mmdbb/geometry.py',
+        'key=lambda tap: abs(tap * d - before)',
+        'key=lambda tap: abs(tap - before)',
+        'dilation in the choice of the centre',
+        (GEOMETRY,),
+    ),
+    Mutation(
+        'mmdbb/geometry.py',
+        'before = d * (k - 1) // 2',
+        'before = (d * (k - 1) + 1) // 2',
+        "the larger side of padding='same'",
+        (GEOMETRY,),
+    ),
+    Mutation(
+        'mmdbb/geometry.py',
+        '0 if s == k else c',
+        '0 if s == k else (k - 1) // 2',
+        'the offset of a small kernel',
+        (GEOMETRY,),
+    ),
+    Mutation(
+        'mmdbb/geometry.py',
+        'after - d * (k - first - s)',
+        'after - d * (k - first - 1)',
+        'pads behind a kernel of several taps',
+        (GEOMETRY,),
+    ),
+    Mutation(
+        'mmdbb/geometry.py',
+        'x.shape[-2] - bottom, left',
+        'x.shape[-2] - top, left',
+        'cropping at the bottom',
+        (GEOMETRY,),
+    ),
+    Mutation(
+        'mmdbb/geometry.py',
+        'inside, (left, right, top, bottom), value',
+        'inside, (right, left, top, bottom), value',
+        'the sides of the border',
+        (GEOMETRY,),
+    ),
+    Mutation(
+        'mmdbb/geometry.py',
+        'self.groups == self.in_channels == self.out_channels',
+        'self.groups == self.in_channels',
+        'depthwise or grouped',
+        (GEOMETRY,),
+    ),
+    Mutation(
+        'mmdbb/geometry.py',
+        "self.padding_mode == 'zeros' and any(self.pads)",
+        'any(self.pads)',
+        'a border of reflected pixels',
+        (FAST_IS_LITERAL,),
+    ),
+    Mutation(
+        'mmdbb/geometry.py',
+        'total = grad.sum(over, keepdim=True, dtype=ctx.dtype)',
+        'total = grad.sum(over, keepdim=True).to(ctx.dtype)',
+        "the precision of a bias's gradient",
+        (f'{GEOMETRY}::test_a_shift_gets_its_gradient_in_its_own_precision',),
+    ),
+    # ----------------------------------------------------------- transforms
+    Mutation(
+        'mmdbb/transforms.py',
+        'scale = (var + eps).rsqrt()',
+        'scale = var.rsqrt()',
+        'eps',
+        (TRANSFORMS,),
+    ),
+    Mutation(
+        'mmdbb/transforms.py',
+        'shift = -mean * scale',
+        'shift = mean * scale',
+        "the mean's sign",
+        (TRANSFORMS,),
+    ),
+    Mutation(
+        'mmdbb/transforms.py',
+        'conv.bias * norm.scale + norm.shift',
+        'conv.bias + norm.shift',
+        'the bias through a norm',
+        (TRANSFORMS,),
+    ),
+    Mutation(
+        'mmdbb/transforms.py',
+        '(fused.bias - norm.shift) / norm.scale',
+        '(fused.bias + norm.shift) / norm.scale',
+        'a norm taken out again',
+        (TRANSFORMS,),
+    ),
+    Mutation(
+        'mmdbb/transforms.py',
+        'bias.reshape(out) + second.bias',
+        'bias.reshape(out)',
+        'the bias behind a 1x1 and a KxK',
+        (TRANSFORMS,),
+    ),
+    Mutation(
+        'mmdbb/transforms.py',
+        'eye.repeat(groups, 1).reshape',
+        'eye.repeat_interleave(groups, 0).reshape',
+        'the identity kernel of groups',
+        (TRANSFORMS,),
+    ),
+    Mutation(
+        'mmdbb/transforms.py',
+        '(first.kernel / area).expand',
+        'first.kernel.expand',
+        "average pooling's count",
+        (TRANSFORMS,),
+    ),
+    Mutation(
+        'mmdbb/transforms.py',
+        'kernel, (offset[1], after[1], offset[0], after[0])',
+        'kernel, (offset[0], after[0], offset[1], after[1])',
+        'rows and columns of a padded kernel',
+        (TRANSFORMS,),
+    ),
+    Mutation(
+        'mmdbb/transforms.py',
+        'offset = tuple((k - s) // 2 for',
+        'offset = tuple((k - s + 1) // 2 for',
+        'the middle of an even kernel',
+        (TRANSFORMS,),
+    ),
+    Mutation(
+        'mmdbb/transforms.py',
+        'kernel = kernel.reshape(out, taps, inside).transpose(1, 2)',
+        'kernel = kernel.reshape(out, inside, taps)',
+        'taps and inputs of a composed kernel',
+        (TRANSFORMS,),
+    ),
+    Mutation(
+        'mmdbb/transforms.py',
+        'rows.permute(1, 2, 0, 3)',
+        'rows.reshape(groups, -1, *rows.shape[2:]).transpose(1, 2)',
+        "the order of a separable branch's rows",
+        (REFERENCE, OREPA),
+    ),
+    Mutation(
+        'mmdbb/transforms.py',
+        '    if flip:\n        second',
+        '    if not flip:\n        second',
+        'the flip in a stack',
+        (KERNELS,),
+    ),
+    Mutation(
+        'mmdbb/transforms.py',
+        'padding=(h - 1, w - 1), groups',
+        'padding=(w - 1, h - 1), groups',
+        'a stack of kernels that are not square',
+        (KERNELS,),
+    ),
+    Mutation(
+        'mmdbb/transforms.py',
+        'channel - 1 < half',
+        'channel < half',
+        'where the frequency prior turns',
+        (KERNELS,),
+    ),
+    Mutation(
+        'mmdbb/transforms.py',
+        'torch.pi * column * (channel - half) / width',
+        'torch.pi * column * channel / width',
+        'the frequencies along the columns',
+        (KERNELS,),
+    ),
+    # -------------------------------------------------------------- kernels
+    Mutation(
+        'mmdbb/kernels/kxk.py',
+        'torch.eye(inside).repeat(-(-internal_channels // inside), 1)',
+        'torch.eye(inside).repeat_interleave('
+        '-(-internal_channels // inside), 0)',
+        'the identity inside of groups',
+        (KERNELS, REFERENCE),
+    ),
+    Mutation(
+        'mmdbb/kernels/kxk.py',
+        'row * size[1] + column',
+        'row * size[0] + column',
+        'the centre in a row of taps',
+        (PROPERTIES,),
+    ),
+    Mutation(
+        'mmdbb/kernels/kxk.py',
+        'separable.reshape(spec.groups, -1).t()',
+        'separable.reshape(spec.groups, -1)',
+        'the scales of a separable branch in groups',
+        (REFERENCE, PROPERTIES),
+    ),
+    Mutation(
+        'mmdbb/kernels/kxk.py',
+        '(1 + (spec.groups > 4))',
+        '(1 + (spec.groups >= 4))',
+        'the width of the 1x1 in groups',
+        (KERNELS,),
+    ),
+    Mutation(
+        'mmdbb/kernels/pointwise.py',
+        'if each > inside:',
+        'if inside > each:',
+        'which 1x1 starts as the identity',
+        (KERNELS,),
+    ),
+    Mutation(
+        'mmdbb/kernels/pointwise.py',
+        'self.inner1, self.inner2 * inner, self.spec.groups',
+        'self.inner1 * inner, self.inner2, self.spec.groups',
+        'which 1x1 has the scale',
+        (REFERENCE, PROPERTIES),
+    ),
+    Mutation(
+        'mmdbb/kernels/stack.py',
+        'kernel, other, self.spec.groups, flip',
+        'kernel, others[-1], self.spec.groups, flip',
+        'the order of kernels in a stack',
+        (KERNELS,),
+    ),
+    Mutation(
+        'mmdbb/kernels/start.py',
+        'origin.copy_(kernel - generator.compose())',
+        'origin.copy_(kernel)',
+        'a composed kernel that starts as another',
+        (f'{PLAIN}::test_composed_kernel_is_the_plain_one',),
+    ),
+    Mutation(
+        'mmdbb/kernels/start.py',
+        'share * wanted / own, 1.0',
+        'share * wanted, 1.0',
+        'the share of the other branches',
+        (f'{PLAIN}::test_composed_kernel_starts_with_a_share_of_the_others',),
+    ),
+    Mutation(
+        'mmdbb/kernels/base.py',
+        'with without_autocast(next(tensors_of(self)).device):',
+        'if True:',
+        'composing in half precision',
+        (KERNELS,),
+    ),
+    Mutation(
+        'mmdbb/kernels/base.py',
+        'or is_watched(self)',
+        '',
+        'parametrizations that take a step when read',
+        (f'{WATCHED}::test_a_stateful_parametrization_takes_one_step',),
+    ),
+    # ------------------------------------------------------------- branches
+    Mutation(
+        'mmdbb/branches/moments.py',
+        'cov = cov / count - rest[..., None] * rest[..., None, :]',
+        'cov = cov / count',
+        'what rounding the mean leaves in the covariance',
+        (f'{FAST}::test_moments_of_float32_are_rounded_as_float64',),
+    ),
+    Mutation(
+        'mmdbb/branches/moments.py',
+        'mean = centre.to(wide).reshape(groups, -1) + rest',
+        'mean = centre.to(wide).reshape(groups, -1)',
+        'what rounding leaves in the mean',
+        (f'{FAST}::test_moments_of_float32_are_rounded_as_float64',),
+    ),
+    Mutation(
+        'mmdbb/branches/moments.py',
+        'kernel = (grad_cov + grad_cov.transpose(-1, -2)) / count',
+        'kernel = 2 * grad_cov / count',
+        "the gradient of a covariance's half",
+        (f'{FAST}::test_moments_gradient',),
+    ),
+    Mutation(
+        'mmdbb/branches/moments.py',
+        'return torch.float32 if half else torch.float64',
+        'return torch.float32',
+        "the covariance's precision",
+        (f'{PRECISION}::test_correlated_channels',),
+    ),
+    Mutation(
+        'mmdbb/branches/moments.py',
+        'torch.var_mean(z, (0, 2, 3), correction=0)',
+        'torch.var_mean(z, (0, 2, 3))',
+        'a biased variance of maps that are not kept',
+        (f'{FAST}::test_statistics_behind_a_1x1_are_those_of_its_output',),
+    ),
+    Mutation(
+        'mmdbb/branches/moments.py',
+        '_Sum.apply(sums * moments.count, norm.process_group)',
+        '_Sum.apply(sums, norm.process_group)',
+        'SyncBN: processes with unequal batches',
+        (SYNC,),
+    ),
+    Mutation(
+        'mmdbb/branches/moments.py',
+        'return _Sum.apply(grad, ctx.group), None',
+        'return grad, None',
+        'SyncBN: gradients of the other processes',
+        (SYNC,),
+    ),
+    Mutation(
+        'mmdbb/branches/moments.py',
+        'second = cov + mean[..., None] * mean[..., None, :]',
+        'second = cov',
+        'SyncBN: processes whose means differ',
+        (SYNC,),
+    ),
+    Mutation(
+        'mmdbb/branches/norm.py',
+        'stats.count / (stats.count - 1)',
+        'stats.count / stats.count',
+        'the unbiased running variance',
+        (FAST_IS_LITERAL,),
+    ),
+    Mutation(
+        'mmdbb/branches/norm.py',
+        'norm.running_mean.lerp_(stats.mean.to(dtype), momentum)',
+        'norm.running_mean.lerp_(stats.mean.to(dtype), 1 - momentum)',
+        'the momentum',
+        (FAST_IS_LITERAL,),
+    ),
+    Mutation(
+        'mmdbb/branches/norm.py',
+        'momentum = 1 / norm.num_batches_tracked.item()',
+        'momentum = 1 / (norm.num_batches_tracked.item() + 1)',
+        'the cumulative average',
+        (f'{FAST}::test_cumulative_momentum',),
+    ),
+    Mutation(
+        'mmdbb/branches/norm.py',
+        'if norm.training and is_recomputing():',
+        'if False:',
+        'statistics counted twice by checkpoints',
+        (CHECKPOINTING,),
+    ),
+    Mutation(
+        'mmdbb/branches/norm.py',
+        'if is_recomputing() or not norm.track_running_stats:',
+        'if not norm.track_running_stats:',
+        'statistics counted twice by the fast way',
+        (CHECKPOINTING, f'{FAST}::test_gradient_checkpointing'),
+    ),
+    Mutation(
+        'mmdbb/branches/norm.py',
+        'with torch.no_grad():\n        value = norm_scale',
+        'if True:\n        value = norm_scale',
+        "the border's value detached",
+        (NORMS, REFERENCE),
+    ),
+    Mutation(
+        'mmdbb/branches/norm.py',
+        'return from_forward(mean, value, norm.running_mean)',
+        'return value',
+        'the border of a segment that runs again',
+        (
+            f'{MODE}[training checkpointed_views-collapsed-DBB]',
+            f'{MODE}[training checkpointed_views-small-DBB]',
+        ),
+    ),
+    Mutation(
+        'mmdbb/branches/norm.py',
+        'value.to(y.dtype).reshape(1, -1, 1, 1),',
+        '0 * value.to(y.dtype).reshape(1, -1, 1, 1),',
+        'a border of zeros',
+        (NORMS,),
+    ),
+    Mutation(
+        'mmdbb/branches/base.py',
+        "padding_mode=spec.padding_mode if own_padding else 'zeros'",
+        "padding_mode='zeros'",
+        "a branch's padding mode",
+        (BRANCHES,),
+    ),
+    Mutation(
+        'mmdbb/branches/base.py',
+        'pad_kernel(kernel, spec.kernel_size, offset), bias',
+        'pad_kernel(kernel, spec.kernel_size), bias',
+        "a branch's place in an even kernel",
+        (BRANCHES,),
+    ),
+    Mutation(
+        'mmdbb/branches/identity.py',
+        'pad_kernel(kernel, spec.kernel_size, spec.centre), bias',
+        'pad_kernel(kernel, spec.kernel_size), bias',
+        "the identity's place in an even kernel",
+        (BRANCHES,),
+    ),
+    Mutation(
+        'mmdbb/branches/pointwise_kxk.py',
+        'kernel.reshape(groups, -1, inner, *size)',
+        'kernel.reshape(-1, groups, inner, *size).transpose(0, 1)',
+        'the groups of a border',
+        (FAST_IS_LITERAL,),
+    ),
+    Mutation(
+        'mmdbb/branches/pointwise_kxk.py',
+        'spec.in_channels * (1 + spec.is_depthwise)',
+        'spec.in_channels * (1 + (spec.groups == spec.in_channels))',
+        'the width inside of a depthwise block',
+        (BRANCHES,),
+    ),
+    Mutation(
+        'mmdbb/branches/pointwise_avg.py',
+        'channels, spec.kernel_size, channels, x.dtype',
+        'channels, spec.kernel_size, 1, x.dtype',
+        'pooling channel by channel, dilated',
+        (BRANCHES,),
+    ),
+    # --------------------------------------------------------------- blocks
+    Mutation(
+        'mmdbb/blocks/base.py',
+        'cast(self, work, dtype)',
+        'cast(self, work, own_dtype)',
+        'the precision that kernels are composed in',
+        (BASE,),
+    ),
+    Mutation(
+        'mmdbb/blocks/base.py',
+        'if from_rule and not self._initializing:',
+        'if False:',
+        "the host's rules stop at a block",
+        ('tests/test_hosts_integration.py::test_blocks_survive_init_weights',),
+    ),
+    Mutation(
+        'mmdbb/blocks/base.py',
+        'return conv.train(self.training)',
+        'return conv',
+        'the mode of a merged convolution',
+        (BASE,),
+    ),
+    Mutation(
+        'mmdbb/blocks/branch_sum.py',
+        'bias = bias + self.bias',
+        'bias = bias * 1',
+        "a block's own bias, merged",
+        (SUM,),
+    ),
+    Mutation(
+        'mmdbb/blocks/fast.py',
+        'mask_kernel(kernel2, value.to(near) - shift, spec.groups)',
+        'mask_kernel(kernel2, value.to(near), spec.groups)',
+        'the border beside the constant inside',
+        (FAST_IS_LITERAL,),
+    ),
+    Mutation(
+        'mmdbb/blocks/fast.py',
+        '(value.reshape(-1, 1, 1) - constant) * b',
+        'value.reshape(-1, 1, 1) * b',
+        'the border of pooling',
+        (FAST_IS_LITERAL,),
+    ),
+    Mutation(
+        'mmdbb/blocks/fast.py',
+        'if key not in self.borders:',
+        'if True:',
+        'the border of what is computed again',
+        (f'{REFERENCE}::test_two_forwards_before_one_backward',),
+    ),
+    Mutation(
+        'mmdbb/blocks/fast.py',
+        'shift = shift + moments.mean_through(exact - kernel)',
+        'shift = shift + 0',
+        'the rounding of a scaled 1x1',
+        (f'{FAST}::test_a_normalised_1x1_is_centred_beside_a_large_mean',),
+    ),
+    Mutation(
+        'mmdbb/blocks/fast.py',
+        'return spec.stride == (1, 1) and not any(spec.pads_of((1, 1)))',
+        'return not any(spec.pads_of((1, 1)))',
+        'a 1x1 with a stride reads some pixels only',
+        (FAST_IS_LITERAL,),
+    ),
+    Mutation(
+        'mmdbb/blocks/fast.py',
+        'len(modes) != 1 or (modes',
+        'False or (modes',
+        'norms of which some are frozen',
+        (f'{FAST}::test_one_frozen_norm_among_others',),
+    ),
+    Mutation(
+        'mmdbb/blocks/frozen.py',
+        'kernel = kernel * after.scale.reshape(-1, 1, 1, 1)',
+        'kernel = kernel * 1',
+        "the border's gradient behind the norm of a sum",
+        (FAST_IS_LITERAL,),
+    ),
+    Mutation(
+        'mmdbb/blocks/frozen.py',
+        'kernel = (scale * nothing / area)',
+        'kernel = (scale * nothing)',
+        "the border's gradient of pooling",
+        (FAST_IS_LITERAL,),
+    ),
+    Mutation(
+        'mmdbb/blocks/kept.py',
+        'a.dtype == b.dtype and torch.equal(a, b)',
+        'a.dtype == b.dtype',
+        'a kept kernel that is stale',
+        (f'{FAST}::test_the_kept_kernel_is_never_stale',),
+    ),
+    Mutation(
+        'mmdbb/blocks/kept.py',
+        'or kept.structure != structure',
+        '',
+        'a kept kernel of another eps',
+        (f'{WATCHED}::test_the_kept_kernel_follows_eps',),
+    ),
+    Mutation(
+        'mmdbb/blocks/build.py',
+        'if low <= max(spec.kernel_size) <= high:',
+        'if low <= min(spec.kernel_size) <= high:',
+        'which kernels become blocks',
+        ('tests/test_blocks/test_build.py',),
+    ),
+    Mutation(
+        'mmdbb/blocks/fusing.py',
+        'if seen is not None and norm is not None:',
+        'if False:',
+        "mmcv's fusing across a block",
+        ('tests/test_blocks/test_fusing.py',),
+    ),
+    Mutation(
+        'mmdbb/blocks/repvgg.py',
+        '.scale.detach().reshape',
+        '.scale.reshape',
+        'constants in the custom L2',
+        (OREPA,),
+    ),
+    Mutation(
+        'mmdbb/blocks/start_sum.py',
+        'values.mean - plain.bias',
+        'values.mean',
+        "the mean that a plain convolution's bias moves",
+        (f'{PLAIN}::test_statistics_are_those_of_a_convolution_without_bias',),
+    ),
+    Mutation(
+        'mmdbb/blocks/start_sum.py',
+        'branch_scale * gamma.abs()',
+        'branch_scale * gamma',
+        'the sign of the gammas that branches start with',
+        (f'{PLAIN}::test_branches_start_on_the_positive_side',),
+    ),
+    # -------------------------------------------------------------- tracing
+    Mutation(
+        'mmdbb/tracing.py',
+        'reader is not None and count[reader] == len(found)',
+        'reader is not None',
+        'a norm that reads two convolutions',
+        (f'{INSERT}::test_follows_the_data',),
+    ),
+    Mutation(
+        'mmdbb/tracing.py',
+        'reader = found[0] if len(set(found)) == 1 else None',
+        'reader = found[0]',
+        'a convolution before two norms',
+        (f'{INSERT}::test_as_many_calls_are_not_the_same_calls',),
+    ),
+    Mutation(
+        'mmdbb/tracing.py',
+        "if len(users) == 1 and users[0].op == 'call_module'",
+        "if users[0].op == 'call_module'",
+        'a convolution that a sum reads too',
+        (f'{INSERT}::test_follows_the_data',),
+    ),
+    Mutation(
+        'mmdbb/tracing.py',
+        'watch.read(output)  #',
+        'pass  #',
+        'a convolution that the caller reads too',
+        (f'{INSERT}::test_follows_the_data',),
+    ),
+    Mutation(
+        'mmdbb/tracing.py',
+        'reader = next(iter(readers)) if len(readers) == 1 else None',
+        'reader = max(readers, key=bool, default=None)',
+        'several readers in a run that is watched',
+        (f'{INSERT}::test_follows_the_data',),
+    ),
+    Mutation(
+        'mmdbb/tracing.py',
+        'module.training = mode',
+        'module.training = False',
+        'the mode after looking',
+        (f'{INSERT}::test_looking_changes_nothing',),
+    ),
+    # -------------------------------------------------------------- reparam
+    Mutation(
+        'mmdbb/reparam.py',
+        'if block in convs:',
+        'if False:',
+        'shared blocks merged once',
+        (REPARAM,),
+    ),
+    Mutation(
+        'mmdbb/reparam.py',
+        '            _hand_hooks_on(block, conv)\n',
+        '',
+        'hooks handed on',
+        (f'{WATCHED}::test_hooks_on_a_block_stay_with_its_convolution',),
+    ),
+    Mutation(
+        'mmdbb/reparam.py',
+        'for key, hook in hooks.items() if computes_weight(hook)',
+        'for key, hook in hooks.items() if False',
+        'hooks that computed a weight, handed on',
+        (
+            f'{WATCHED}::test_a_pruned_bias_of_the_block_itself',
+            f'{WATCHED}::test_merged_as_forward_computes_after_a_step',
+        ),
+    ),
+    Mutation(
+        'mmdbb/reparam.py',
+        "vars(block).pop('forward_train', None)",
+        'pass',
+        'the end of the literal forward',
+        (REPARAM,),
+    ),
+    # --------------------------------------------------------------- insert
+    Mutation(
+        'mmdbb/insert.py',
+        'absorbed = absorbed and not has_hooks(norm)',
+        'absorbed = absorbed and True',
+        'norms with hooks stay',
+        (f'{INSERT}::test_norms_and_convs_with_hooks_stay',),
+    ),
+    Mutation(
+        'mmdbb/insert.py',
+        'absorbed = absorbed and norm.track_running_stats',
+        'absorbed = absorbed and True',
+        'norms without statistics stay',
+        (f'{INSERT}::test_other_norms_stay',),
+    ),
+    Mutation(
+        'mmdbb/insert.py',
+        'eps=norm.eps, momentum=norm.momentum',
+        'eps=norm.eps',
+        "the norm's momentum",
+        (f'{INSERT}::test_takes_over_what_the_modules_were',),
+    ),
+    Mutation(
+        'mmdbb/insert.py',
+        'return block.train(conv.training)',
+        'return block',
+        "the convolution's mode",
+        (f'{INSERT}::test_takes_over_what_the_modules_were',),
+    ),
+    Mutation(
+        'mmdbb/insert.py',
+        'type(conv) is nn.Conv2d and not has_hooks(conv)',
+        'type(conv) is nn.Conv2d',
+        'convolutions with hooks stay',
+        (f'{INSERT}::test_norms_and_convs_with_hooks_stay',),
+    ),
+    # ------------------------------------------------------------ recompute
+    Mutation(
+        'mmdbb/recompute.py',
+        't.view_as(t) if n else t.detach()',
+        't.detach().requires_grad_(n)',
+        'gradients that are differentiated again',
+        (f'{MODE}[training gradient_penalty-depthwise-DBB]',),
+    ),
+    Mutation(
+        'mmdbb/recompute.py',
+        "if frame.f_globals.get('__name__') in _ENGINE:",
+        'if False:',
+        'a forward pass that a backward pass starts',
+        (
+            f'{MODE}[training within_a_hook-collapsed-DBB]',
+            f'{CHECKPOINTING}::test_norms_keep_their_statistics_after_an_exception',
+        ),
+    ),
+    Mutation(
+        'mmdbb/recompute.py',
+        'ctx.autocast = device, autocast_dtype(device)',
+        'ctx.autocast = device, None',
+        'autocast in what is computed again',
+        (EXACT_AUTOCAST,),
+    ),
+    Mutation(
+        'mmdbb/recompute.py',
+        '        found.used = True\n',
+        '',
+        'equal batches that were run twice',
+        (
+            f'{MODE}[training checkpointed_views_reentrant-collapsed-DBB]',
+            f'{MODE}[training checkpointed_views-collapsed-DBB]',
+            f'{MODE}[training twice_in_a_segment-collapsed-DBB]',
+            f'{MODE}[training nested_checkpoints-collapsed-DBB]',
+        ),
+    ),
+    Mutation(
+        'mmdbb/recompute.py',
+        'order = inside\n',
+        'order = inside[::-1]\n',
+        'the order of values within a segment',
+        (
+            f'{MODE}[training twice_in_a_segment-collapsed-DBB]',
+            f'{MODE}[training nested_checkpoints-collapsed-DBB]',
+        ),
+    ),
+    # -------------------------------------------------------------- modules
+    Mutation(
+        'mmdbb/modules.py',
+        "    '_backward_hooks',\n",
+        '',
+        'backward hooks are seen',
+        (f'{WATCHED}::test_every_hook_is_called',),
+    ),
+    Mutation(
+        'mmdbb/modules.py',
+        "has_hooks(each) or 'forward' in vars(each) or is_par",
+        'has_hooks(each) or is_par',
+        'a forward put in place of a layer of a block',
+        (
+            f'{WATCHED}::test_a_forward_put_in_place_of_a_layers_own_is_refused',
+        ),
+    ),
+    Mutation(
+        'mmdbb/modules.py',
+        'is_parametrized(module) or any(',
+        'any(',
+        'a parametrization of the block itself',
+        (
+            f'{WATCHED}::test_a_stateful_parametrization_takes_one_step',
+            f'{WATCHED}::test_merged_as_forward_computes_after_a_step',
+        ),
+    ),
+    Mutation(
+        'mmdbb/modules.py',
+        'return type(layer).forward in KNOWN_FORWARDS',
+        'return True',
+        'layers with a forward of their own',
+        (f'{WATCHED}::test_layers_with_a_forward_of_their_own',),
+    ),
+    Mutation(
+        'mmdbb/modules.py',
+        'do_power_iteration=False',
+        'do_power_iteration=True',
+        'a spectral norm that merging moves',
+        (f'{WATCHED}::test_merged_as_forward_computes_after_a_step',),
+    ),
+    Mutation(
+        'mmdbb/modules.py',
+        'for each, attribute, weight in reversed(stale):',
+        'for each, attribute, weight in ():',
+        'weights put back after merging',
+        (f'{WATCHED}::test_merged_as_forward_computes_after_a_step',),
+    ),
+    # ------------------------------------------------ found by earlier runs
+    Mutation(
+        'mmdbb/checkpoint/files.py',
+        'else state[name].to(value.dtype)',
+        'else state[name]',
+        'integers of merged files',
+        (
+            'tests/test_checkpoint/test_files.py::test_merged_files_keep_their_floats_and_get_the_models_integers',
+        ),
+    ),
+    Mutation(
+        'mmdbb/checkpoint/atomic.py',
+        'os.fsync(file.fileno())',
+        'file.fileno()',
+        'a disk that is full only in the end',
+        (
+            'tests/test_checkpoint/test_atomic.py::test_a_disk_that_shows_only_at_the_end_that_it_is_full',
+        ),
+    ),
+    Mutation(
+        'mmdbb/quantization/qdq.py',
+        'scales = np.maximum(scales, largest / room)',
+        'scales = np.maximum(scales, 0)',
+        'a scale raised for a large bias',
+        (
+            'tests/test_quantization/test_fake.py::test_a_scale_is_raised_where_the_bias_would_not_fit',
+        ),
+    ),
+)
+
+
+def broken(mutation: Mutation, root: Path = ROOT) -> str:
+    """The file's text with the mutation in it.
+
+    Raises:
+        ValueError: If the text to break is not there exactly once.
+    """
+    source = (root / mutation.path).read_text()
+    found = source.count(mutation.text)
+    if found != 1:
+        raise ValueError(
+            f'{mutation.path}: {mutation.text!r} stands there {found} times, '
+            'and should once'
+        )
+    return source.replace(mutation.text, mutation.replacement)
+
+
+# ------------------------------------------------------------------ running
+
+
+class Copy:
+    """A copy of the checkout, in which tests run.
+
+    Args:
+        root: The checkout.
+        folder: Where the copy goes.
+        package: The package that must be imported from the copy.
+    """
+
+    def __init__(self, root: Path, folder: Path, package: str) -> None:
+        self.root, self.package = folder / 'checkout', package
+        shutil.copytree(root, self.root, ignore=LEFT_OUT)
+        # Told from stale ones by their source, not by its size and second.
+        compileall.compile_dir(
+            self.root / package,
+            quiet=2,
+            invalidation_mode=py_compile.PycInvalidationMode.CHECKED_HASH,
+        )
+        self._log = folder / 'log'
+
+    def test(self, tests: Tuple[str, ...]) -> Tuple[int, str]:
+        """Run tests until one fails: pytest's exit code and output."""
+        arguments = (tests, self.root, self.package, self._log)
+        run = _CONTEXT.Process(target=_run_tests, args=arguments)
+        run.start()
+        run.join(TIMEOUT)
+        if run.exitcode is None:
+            run.kill()
+            run.join()
+        return run.exitcode, self._log.read_text()
+
+    def verdict(self, mutation: Mutation) -> str:
+        """Break a line, test, mend it: ``killed``, or what is wrong."""
+        path = self.root / mutation.path
+        before = path.read_text()
+        try:
+            path.write_text(broken(mutation, self.root))
+            code, output = self.test(mutation.tests)
+        except ValueError as error:
+            return str(error)
+        finally:
+            path.write_text(before)
+        if code == FAILED:
+            return 'killed'
+        if code == PASSED:
+            return 'SURVIVED'
+        return f'no test ran: exit code {code}\n{output[-2000:]}\n'
+
+
+def _run_tests(
+    tests: Tuple[str, ...], root: Path, package: str, log: Path
+) -> None:
+    """In a process of its own: end with pytest's exit code."""
+    with open(log, 'w') as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.chdir(root)
+    # The processes that tests start import the copy as well.
+    os.environ['PYTHONPATH'] = str(root)
+    os.environ['PYTHONDONTWRITEBYTECODE'] = '1'
+    sys.dont_write_bytecode = True
+    ours = {str(ROOT), str(ROOT / 'tests'), ''}
+    sys.path[:] = [str(root), *(p for p in sys.path if p not in ours)]
+    found = Path(importlib.util.find_spec(package).origin).resolve()
+    if not found.is_relative_to(root.resolve()):
+        print(f'the tests would import {found}, which is no copy')
+        sys.exit(NOT_A_COPY)
+
+    import pytest
+
+    options = ['-x', '-q', '-W', 'ignore', '-p', 'no:cacheprovider']
+    sys.exit(int(pytest.main([*options, *tests])))
+
+
+def run_all(
+    table: Tuple[Mutation, ...],
+    root: Path = ROOT,
+    package: str = 'mmdbb',
+    jobs: int = 1,
+) -> int:
+    """Try each line of the table; how many were not killed."""
+    # What the server of processes has imported, each of them has; it starts
+    # with the first one, and one thread is all that a fork keeps.
+    os.environ['OMP_NUM_THREADS'] = '1'
+    _CONTEXT.set_forkserver_preload(PRELOADED)
+    copies = queue.SimpleQueue()
+
+    def with_a_copy(run: Callable[[Copy], Any]) -> Tuple[Any, float]:
+        copy, start = copies.get(), time.monotonic()
+        try:
+            return run(copy), time.monotonic() - start
+        finally:
+            copies.put(copy)
+
+    names = dict.fromkeys(name for row in table for name in row.tests)
+    names = [n for n in names if n.partition('::')[0] not in {*names} - {n}]
+    with (
+        tempfile.TemporaryDirectory(prefix='mutations-') as folder,
+        concurrent.futures.ThreadPoolExecutor(jobs) as pool,
+    ):
+        for i in range(jobs):
+            copies.put(Copy(root, Path(folder) / str(i), package))
+        unbroken = pool.map(
+            lambda name: with_a_copy(lambda copy: copy.test((name,))), names
+        )
+        for name, ((code, output), _) in zip(names, unbroken):
+            if code != PASSED:
+                print(f'{name} fails without any mutation:\n{output}')
+                pool.shutdown(cancel_futures=True)
+                return len(table)
+        bad = 0
+        verdicts = pool.map(
+            lambda row: with_a_copy(lambda copy: copy.verdict(row)), table
+        )
+        for row, (found, seconds) in zip(table, verdicts):
+            bad += found != 'killed'
+            line = f'{found}: {row.path}: {row.breaks} ({seconds:.0f} s)'
+            print(line, flush=True)
+    print(f'{len(table) - bad} of {len(table)} killed')
+    return bad
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument(
+        '--only',
+        nargs='+',
+        default=[''],
+        metavar='WORDS',
+        help='lines of the table whose path or description has these words',
+    )
+    parser.add_argument('--jobs', type=int, default=1, help='at once')
+    args = parser.parse_args()
+    table = tuple(
+        row
+        for row in TABLE
+        if any(words in f'{row.path}: {row.breaks}' for words in args.only)
+    )
+    if not table:
+        parser.error(f'no line of the table has {args.only}')
+    sys.exit(1 if run_all(table, jobs=args.jobs) else 0)
+
+
+if __name__ == '__main__':
+    main()
