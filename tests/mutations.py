@@ -313,14 +313,14 @@ TABLE = (
         (KERNELS,),
     ),
     Mutation(
-        'mmdbb/kernels/start.py',
+        'mmdbb/plain/kernels.py',
         'origin.copy_(kernel - generator.compose())',
         'origin.copy_(kernel)',
         'a composed kernel that starts as another',
         (f'{PLAIN}::test_composed_kernel_is_the_plain_one',),
     ),
     Mutation(
-        'mmdbb/kernels/start.py',
+        'mmdbb/plain/kernels.py',
         'share * wanted / own, 1.0',
         'share * wanted, 1.0',
         'the share of the other branches',
@@ -584,14 +584,14 @@ TABLE = (
         (FAST_IS_LITERAL,),
     ),
     Mutation(
-        'mmdbb/blocks/kept.py',
+        'mmdbb/blocks/kernel_cache.py',
         'a.dtype == b.dtype and torch.equal(a, b)',
         'a.dtype == b.dtype',
         'a kept kernel that is stale',
         (f'{FAST}::test_the_kept_kernel_is_never_stale',),
     ),
     Mutation(
-        'mmdbb/blocks/kept.py',
+        'mmdbb/blocks/kernel_cache.py',
         'or kept.structure != structure',
         '',
         'a kept kernel of another eps',
@@ -619,14 +619,14 @@ TABLE = (
         (OREPA,),
     ),
     Mutation(
-        'mmdbb/blocks/start_sum.py',
+        'mmdbb/plain/branch_sums.py',
         'values.mean - plain.bias',
         'values.mean',
         "the mean that a plain convolution's bias moves",
         (f'{PLAIN}::test_statistics_are_those_of_a_convolution_without_bias',),
     ),
     Mutation(
-        'mmdbb/blocks/start_sum.py',
+        'mmdbb/plain/branch_sums.py',
         'branch_scale * gamma.abs()',
         'branch_scale * gamma',
         'the sign of the gammas that branches start with',
@@ -840,7 +840,7 @@ TABLE = (
     ),
     # ------------------------------------------------ found by earlier runs
     Mutation(
-        'mmdbb/checkpoint/files.py',
+        'mmdbb/files/checkpoints.py',
         'else state[name].to(value.dtype)',
         'else state[name]',
         'integers of merged files',
@@ -849,7 +849,7 @@ TABLE = (
         ),
     ),
     Mutation(
-        'mmdbb/checkpoint/atomic.py',
+        'mmdbb/files/atomic.py',
         'os.fsync(file.fileno())',
         'file.fileno()',
         'a disk that is full only in the end',
@@ -858,7 +858,7 @@ TABLE = (
         ),
     ),
     Mutation(
-        'mmdbb/quantization/qdq.py',
+        'mmdbb/mm/quantization/qdq.py',
         'scales = np.maximum(scales, largest / room)',
         'scales = np.maximum(scales, 0)',
         'a scale raised for a large bias',

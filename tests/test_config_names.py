@@ -7,7 +7,7 @@ import pytest
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 
-import mmdbb.backbones  # noqa: F401
+import mmdbb.mm.backbones  # noqa: F401
 from mmdbb.mm.stock.config import stock_config
 
 ROOT = Path(__file__).resolve().parents[1]
