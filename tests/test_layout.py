@@ -35,9 +35,12 @@ UPPER = (
     ('mm.hosts',),
     ('mm',),
     ('mm.host_internals', 'mm.host_loading', 'mm.config_files'),
-    ('mm.backbones', 'mm.stock'),
-    ('mm.export',),
+    ('mm.backbones', 'mm.stock', 'mm.structure'),
+    # What outputs are read again by.
+    ('mm.deploy.load', 'mm.deploy.images'),
+    ('mm.outputs',),
     ('mm.deploy',),
+    ('mm.export',),
     ('mm.official',),
     ('mm.starts',),
     ('mm.engine',),
@@ -78,6 +81,9 @@ def imports_of(path):
 
 def part_of(module):
     names = module.split('.')[1:]
+    file = '.'.join(names[:3])
+    if file in RANK:  # of its folder, but on a floor of its own
+        return file
     return '.'.join(names[:2] if names[0] == 'mm' else names[:1])
 
 

@@ -10,7 +10,7 @@ import sys
 import time
 
 import pytest
-from helpers import run_tool
+from helpers import deploy, run_tool
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 from networks import SIZE, write_checkpoint, write_config
@@ -19,7 +19,6 @@ from runs import run_config, train
 from mmdbb.errors import UserError
 from mmdbb.files.atomic import all_or_nothing
 from mmdbb.files.checkpoints import read_checkpoint
-from mmdbb.mm.deploy.checkpoint import deploy_checkpoint
 from mmdbb.mm.engine.command import run_command
 
 pytestmark = [
@@ -213,7 +212,7 @@ def test_the_next_call_removes_what_nobody_works_in(tmp_path):
 def test_a_file_system_without_locks(tmp_path, monkeypatch):
     import errno
 
-    from mmdbb.checkpoint import atomic
+    from mmdbb.files import atomic
 
     def refuse(*arguments):
         raise OSError(errno.ENOLCK, 'no locks')
@@ -291,7 +290,7 @@ def test_a_disk_that_is_full(pair, small_disk, suffix, overwrite):
         for path in outputs:
             path.write_text('old')
     with pytest.raises(UserError, match='No space left on device'):
-        deploy_checkpoint(
+        deploy(
             Config.fromfile(pair[0]),
             pair[1],
             str(outputs[0]),
