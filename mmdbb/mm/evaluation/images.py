@@ -36,7 +36,20 @@ class Calibration(NamedTuple):
         model: nn.Module,
         size: Optional[Tuple[int, int]] = None,
     ) -> Tensor:
-        """The images; the arguments are :func:`calibration_images`'."""
+        """The images, as they enter the network.
+
+        Args:
+            cfg: Config with the dataloader.
+            model: Its ``data_preprocessor`` normalises, as in a test.
+            size: Height and width in pixels that smaller images are padded
+                to, right and below; by default those of the first image.
+
+        Returns:
+            Tensor: Shape (N, C, H, W).
+
+        Raises:
+            UserError: If there are none from which a range can be learned.
+        """
         return calibration_images(
             cfg, model, self.count, self.split, size, self.seed
         )
