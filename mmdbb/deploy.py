@@ -3,12 +3,19 @@
 
 from mmdbb.mm.deploy.checkpoint import Deployed, deploy_checkpoint
 from mmdbb.mm.deploy.load import load_deployed
-from mmdbb.mm.deploy.merge import Merged, merge_checkpoint
+from mmdbb.mm.deploy.merge import Merged, MergeOptions, merge_checkpoint
+from mmdbb.mm.outputs import Contents, Proof, Source
 from mmdbb.mm.stock.config import stock_config
+from mmdbb.mm.structure import Structure
 
 __all__ = [
+    'Contents',
     'Deployed',
+    'MergeOptions',
     'Merged',
+    'Proof',
+    'Source',
+    'Structure',
     'deploy_checkpoint',
     'load_deployed',
     'merge_checkpoint',

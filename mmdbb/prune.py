@@ -1,12 +1,22 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
 """Pruning: penalties on merged kernels, and networks with fewer filters."""
 
+from mmdbb.mm.evaluation.images import Calibration
+from mmdbb.mm.outputs import Source
 from mmdbb.mm.pruning.penalty import KernelPenaltyHook
-from mmdbb.mm.pruning.pipeline import prune_checkpoint
+from mmdbb.mm.pruning.pipeline import (
+    Pruned,
+    PruneOptions,
+    prune_checkpoint,
+)
 from mmdbb.mm.pruning.structure import prune_
 
 __all__ = [
+    'Calibration',
     'KernelPenaltyHook',
+    'PruneOptions',
+    'Pruned',
+    'Source',
     'prune_',
     'prune_checkpoint',
 ]

@@ -32,9 +32,9 @@ from mmdbb import DBB, load_plain_weights_
 from mmdbb.errors import UserError
 from mmdbb.files.checkpoints import load_strictly, read_checkpoint
 from mmdbb.files.formats import write_checkpoint
-from mmdbb.mm.deploy.load import written_structure
 from mmdbb.mm.engine.resume import check_resumable
 from mmdbb.mm.official.convert import read_official
+from mmdbb.mm.structure import written_structure
 
 OUTCOMES = ('refused', 'right', 'other', 'fault')
 #: Form -> at what it is damaged, where not only at its bytes.

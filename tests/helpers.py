@@ -203,3 +203,31 @@ def run_tool(name, *arguments):
     finally:
         sys.argv = argv
     return 0
+
+
+def deploy(cfg, checkpoint, out, overwrite=False, **options):
+    """`deploy_checkpoint`, its options in a row."""
+    from mmdbb.deploy import MergeOptions, Proof, Source, deploy_checkpoint
+
+    source = {n: options.pop(n) for n in ('ema', 'unsafe') if n in options}
+    return deploy_checkpoint(
+        Source(cfg, str(checkpoint), **source),
+        str(out),
+        _taken(MergeOptions, options),
+        _taken(Proof, options),
+        overwrite,
+        **options,
+    )
+
+
+def export(model, out, format='onnx', image_size=(224, 224), **options):
+    """`export_network`, its proof in a row."""
+    from mmdbb.export import Proof, export_network
+
+    proof = _taken(Proof, dict(options, image_size=image_size))
+    options = {k: v for k, v in options.items() if k not in Proof._fields}
+    return export_network(model, out, format, proof=proof, **options)
+
+
+def _taken(kind, options):
+    return kind(**{n: options.pop(n) for n in kind._fields if n in options})

@@ -35,9 +35,12 @@ UPPER = (
     ('mm.hosts',),
     ('mm',),
     ('mm.host_internals', 'mm.host_loading', 'mm.config_files'),
-    ('mm.backbones', 'mm.stock'),
-    ('mm.export',),
+    ('mm.backbones', 'mm.stock', 'mm.structure'),
+    # What outputs are read again by.
+    ('mm.deploy.load', 'mm.deploy.images'),
+    ('mm.outputs',),
     ('mm.deploy',),
+    ('mm.export',),
     ('mm.official',),
     ('mm.starts',),
     ('mm.engine',),
@@ -78,6 +81,9 @@ def imports_of(path, root=ROOT):
 
 def part_of(module):
     names = module.split('.')[1:]
+    file = '.'.join(names[:3])
+    if file in RANK:  # of its folder, but on a floor of its own
+        return file
     return '.'.join(names[:2] if names[0] == 'mm' else names[:1])
 
 
@@ -201,6 +207,105 @@ def test_the_test_of_tools_bites(work):
     )
     assert not list(work_in(tool))
     assert [name.lower() for name in work_in(f'{tool}\n{work}')] == ['job']
+
+
+#: The most parameters of a function, `self` not counted: what is more belongs
+#: into a dataclass or a NamedTuple with a docstring.
+MOST_PARAMETERS = 8
+#: Functions that may take more, because others say what they take: the
+#: reason, and their names.
+TAKE_MORE = {
+    "nn.Conv2d's arguments": ('blocks.base.ReparamConv2d.__init__',),
+    "nn.Conv2d's arguments and the papers', by position too": (
+        'official.blocks.ACBlock.__init__',
+        'official.blocks.DiverseBranchBlock.__init__',
+        'official.blocks.RepVGGBlock.__init__',
+        'official.orepa.OREPA.__init__',
+        'official.orepa.OREPA_1x1.__init__',
+        'official.orepa.OREPA_LargeConvBase.__init__',
+        'official.orepa.RepVGGBlock_OREPA.__init__',
+    ),
+    "what configs give mmpretrain's own networks and blocks": (
+        'mm.backbones.alexnet.PlainAlexNet.__init__',
+        'mm.backbones.mobilenet.MobileNetV1.__init__',
+        'mm.backbones.repvgg.RepVGGUnit.__init__',
+    ),
+    "arguments of torch's _rebuild_tensor_v3, as files have them": (
+        'files.values.Values._tensor_3',
+    ),
+}
+#: Functions whose results are tuples of a form that others laid down.
+#: Name -> what stands in the tuple.
+UNPACKED = {
+    'pads_of': 'pixels above, below, left and right',
+    '_of': "an argument of numpy's own pickles",
+}
+
+
+def functions_of(path):
+    """Full names of all functions of a file, with their definitions."""
+
+    def inside(node, name):
+        for child in ast.iter_child_nodes(node):
+            named = isinstance(
+                child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+            )
+            full = f'{name}.{child.name}' if named else name
+            if named and not isinstance(child, ast.ClassDef):
+                yield full, child
+            yield from inside(child, full)
+
+    return inside(ast.parse(path.read_text()), module_of(path))
+
+
+def parameters_of(function):
+    given = function.args
+    names = [*given.posonlyargs, *given.args, *given.kwonlyargs]
+    names = [parameter.arg for parameter in names]
+    rest = [p.arg for p in (given.vararg, given.kwarg) if p is not None]
+    return [*names[names[:1] in (['self'], ['cls']) :], *rest]
+
+
+def test_functions_take_few_parameters():
+    counts = {
+        name: len(parameters_of(function))
+        for path in FILES
+        for name, function in functions_of(path)
+    }
+    many = {n for n, count in counts.items() if count > MOST_PARAMETERS}
+    known = {f'mmdbb.{name}' for names in TAKE_MORE.values() for name in names}
+    assert many == known
+
+
+def unpacked_calls(tree):
+    """Names of functions whose results are taken apart by position."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Assign):
+            continue
+        for target in node.targets:
+            if (
+                isinstance(target, ast.Tuple)
+                and len(target.elts) > 3
+                and isinstance(node.value, ast.Call)
+            ):
+                function = node.value.func
+                yield getattr(function, 'attr', getattr(function, 'id', ''))
+
+
+def test_results_are_read_by_name():
+    found = {
+        name
+        for path in FILES
+        for name in unpacked_calls(ast.parse(path.read_text()))
+    }
+    assert found == set(UNPACKED)
+
+
+def test_the_tests_of_signatures_bite():
+    (function,) = ast.parse('def f(self, a, *b, c=1, **d): pass').body
+    assert parameters_of(function) == ['a', 'c', 'b', 'd']
+    assert list(unpacked_calls(ast.parse('a, b, c, d = x.f()'))) == ['f']
+    assert not list(unpacked_calls(ast.parse('a, b, c = f()')))
 
 
 def test_import_is_light():

@@ -17,7 +17,13 @@ from mmdbb.mm.engine.command import (
     load_config,
     run_command,
 )
-from mmdbb.mm.pruning.pipeline import print_pruned, prune_checkpoint
+from mmdbb.mm.pruning.pipeline import print_pruned
+from mmdbb.prune import (
+    Calibration,
+    PruneOptions,
+    Source,
+    prune_checkpoint,
+)
 
 
 def parse_args():
@@ -78,22 +84,23 @@ def parse_args():
 
 def main():
     args = parse_args()
-    result = prune_checkpoint(
-        load_config(args),
-        args.checkpoint,
-        args.out,
+    options = PruneOptions(
         ratio=args.ratio,
-        everywhere=not args.each_layer,
-        order=args.norm,
+        each_layer=args.each_layer,
+        norm=args.norm,
         round_to=args.round_to,
         length=args.length,
         lr_scale=args.lr_scale,
+        calibration=Calibration(args.calib, seed=args.seed),
+    )
+    result = prune_checkpoint(
+        Source(load_config(args), args.checkpoint),
+        args.out,
+        options,
         onnx=args.onnx,
-        count=args.calib,
         image_size=tuple(args.image_size) if args.image_size else None,
         metric=args.metric,
         overwrite=args.force,
-        seed=args.seed,
     )
     print_pruned(result)
 

@@ -24,10 +24,15 @@ from mmdbb.mm.engine.command import (
     run_command,
 )
 from mmdbb.mm.evaluation.images import SPLITS
-from mmdbb.mm.quantization.insert_bn import insert_bn_checkpoint
 from mmdbb.mm.quantization.onnx_static import METHODS
-from mmdbb.mm.quantization.ptq import Options, quantize_checkpoint
 from mmdbb.mm.quantization.tables import print_quantized
+from mmdbb.quantize import (
+    Calibration,
+    QuantizeOptions,
+    Source,
+    insert_bn_checkpoint,
+    quantize_checkpoint,
+)
 
 
 def parse_args():
@@ -95,16 +100,11 @@ def parse_args():
 
 def main():
     args = parse_args()
-    config = load_config(args)
+    source = Source(load_config(args), args.checkpoint)
+    calibration = Calibration(args.calib, args.calib_split, args.seed)
     if args.insert_bn:
         inserted = insert_bn_checkpoint(
-            config,
-            args.checkpoint,
-            args.out,
-            count=args.calib,
-            split=args.calib_split,
-            overwrite=args.force,
-            seed=args.seed,
+            source, args.out, calibration, overwrite=args.force
         )
         print(f'{inserted.blocks} blocks: a convolution and a norm each')
         print(
@@ -114,24 +114,22 @@ def main():
         print(f'weights: {inserted.checkpoint}')
         print(f'config:  {inserted.config}')
         return
+    options = QuantizeOptions(
+        calibration=calibration,
+        method=args.method,
+        per_channel=not args.per_tensor,
+        reduce_range=args.reduce_range,
+        op_types=args.op_types,
+    )
     result = quantize_checkpoint(
-        config,
-        args.checkpoint,
+        source,
         args.out,
-        Options(
-            count=args.calib,
-            split=args.calib_split,
-            method=args.method,
-            per_channel=not args.per_tensor,
-            reduce_range=args.reduce_range,
-            op_types=args.op_types,
-        ),
+        options,
         image_size=tuple(args.image_size) if args.image_size else None,
         metric=args.metric,
         max_drop=args.max_drop,
         evaluated=not args.no_test,
         overwrite=args.force,
-        seed=args.seed,
     )
     print_quantized(result)
 

@@ -13,8 +13,9 @@ import argparse
 
 import torch
 
+from mmdbb.deploy import MergeOptions, Proof, Source, deploy_checkpoint
 from mmdbb.errors import UserError
-from mmdbb.mm.deploy.checkpoint import deploy_checkpoint, export_checkpoint
+from mmdbb.export import export_checkpoint
 from mmdbb.mm.engine.command import (
     Parser,
     add_config_arguments,
@@ -110,33 +111,31 @@ def parse_args():
 
 def main():
     args = parse_args()
-    common = dict(
+    source = Source(
+        load_config(args), args.checkpoint, args.ema, args.unsafe_load
+    )
+    proof = Proof(
         images=args.images,
         image_size=tuple(args.image_size),
-        overwrite=args.force,
-        dtype=getattr(torch, args.dtype),
-        ema=args.ema,
-        unsafe=args.unsafe_load,
+        tolerance=args.tolerance,
     )
-    if args.tolerance is not None:
-        common['tolerance'] = args.tolerance
     if args.format in FORMATS:
-        export(args, common)
+        export(args, source, proof)
     else:
-        deploy(args, common)
+        deploy(args, source, proof)
 
 
-def deploy(args, common):
+def deploy(args, source, proof):
     if args.head:
         raise UserError(f'--head is not for the format {args.format}')
-    result = deploy_checkpoint(
-        load_config(args),
-        args.checkpoint,
-        args.out,
+    options = MergeOptions(
         fuse=args.format == 'fused',
         only=args.only,
         skip=args.skip,
-        **common,
+        dtype=getattr(torch, args.dtype),
+    )
+    result = deploy_checkpoint(
+        source, args.out, options, proof, overwrite=args.force
     )
     before, after = result.parameters
     print(f'took the weights: {result.weights}')
@@ -148,19 +147,20 @@ def deploy(args, common):
     print(f'config:  {result.config}')
 
 
-def export(args, common):
+def export(args, source, proof):
     if args.only or args.skip:
         raise UserError(
             f'--only and --skip leave blocks, which the format {args.format} '
             'does not have'
         )
     result = export_checkpoint(
-        load_config(args),
-        args.checkpoint,
+        source,
         args.out,
         args.format,
         head=args.head,
-        **common,
+        dtype=getattr(torch, args.dtype),
+        proof=proof,
+        overwrite=args.force,
     )
     notes = result.metadata
     print(f'took the weights: {notes["weights"]}')

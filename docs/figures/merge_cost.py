@@ -37,7 +37,7 @@ def main(config):
     from mmengine.config import Config
 
     import mmdbb.mm.backbones  # noqa: F401
-    from mmdbb.mm.deploy.checkpoint import deploy_checkpoint
+    from mmdbb.deploy import Source, deploy_checkpoint
 
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / 'trained.pth'
@@ -48,7 +48,7 @@ def main(config):
         before, start = peak(), time.perf_counter()
         worked = time.process_time()
         result = deploy_checkpoint(
-            Config.fromfile(config), str(source), f'{folder}/out.pth'
+            Source(Config.fromfile(config), str(source)), f'{folder}/out.pth'
         )
         seconds, added = time.perf_counter() - start, peak() - before
         worked = time.process_time() - worked

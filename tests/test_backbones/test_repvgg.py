@@ -13,7 +13,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mmdbb.blocks import DBB, RepVGGConv
 from mmdbb.mm.backbones import PlainRepVGG, ReparamRepVGG
-from mmdbb.mm.deploy.checkpoint import deploy_checkpoint
 from mmdbb.mm.deploy.load import build_model
 from mmdbb.mm.stock.config import stock_config
 from mmdbb.reparam import find_blocks, literal_forward, reparameterize
@@ -169,8 +168,13 @@ def test_merges_to_the_stock_network(arch, block, stock, deploy, tmp_path):
     checkpoint, out = str(tmp_path / 'a.pth'), str(tmp_path / 'b.pth')
     torch.save(dict(state_dict=model.float().state_dict()), checkpoint)
     for fuse in (False, True):
-        deployed = deploy_checkpoint(
-            cfg, checkpoint, out, fuse, image_size=(40, 56), overwrite=fuse
+        deployed = deploy(
+            cfg,
+            checkpoint,
+            out,
+            fuse=fuse,
+            image_size=(40, 56),
+            overwrite=fuse,
         )
         assert deployed.blocks == 7
 

@@ -11,6 +11,7 @@ import time
 
 import pytest
 import torch
+from helpers import deploy
 from mmengine.config import Config
 from networks import write_checkpoint, write_config
 
@@ -18,7 +19,6 @@ from mmdbb.errors import UserError
 from mmdbb.files.atomic import all_or_nothing
 from mmdbb.files.checkpoints import read_checkpoint
 from mmdbb.files.formats import write_checkpoint as write
-from mmdbb.mm.deploy.checkpoint import deploy_checkpoint
 
 pytestmark = [
     pytest.mark.usefixtures('quiet'),
@@ -262,7 +262,7 @@ def test_disk_full_while_deploying(tmp_path, suffix, size):
     cfg = Config.fromfile(config)  # writes a copy of it
     read, report = os.pipe()
     limited(
-        lambda: deploy_checkpoint(
+        lambda: deploy(
             cfg,
             checkpoint,
             str(folder / f'a{suffix}'),

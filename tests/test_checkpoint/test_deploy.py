@@ -11,18 +11,20 @@ import mmpretrain
 import numpy as np
 import pytest
 import torch
-from helpers import blocks_of, distance, image
+from helpers import blocks_of, deploy, distance, image
 from mmengine.config import Config
 from mmengine.utils import digit_version
 from networks import CONFIGS, SIZE, write_checkpoint, write_config
 from torch import nn
 
 from mmdbb import load_deployed
-from mmdbb.checkpoint import deploy, files, merge
 from mmdbb.errors import UserError
+from mmdbb.files import checkpoints
 from mmdbb.files.torch_files import read_torch
-from mmdbb.mm.deploy.checkpoint import deploy_checkpoint
-from mmdbb.mm.deploy.load import build_model
+from mmdbb.mm import outputs
+from mmdbb.mm.deploy import checkpoint as deploying
+from mmdbb.mm.deploy import merge
+from mmdbb.mm.deploy.load import build_model, network_of
 
 pytestmark = pytest.mark.usefixtures('quiet')
 TOOL = Path(__file__).resolve().parents[2] / 'tools' / 'reparam.py'
@@ -50,7 +52,7 @@ def picture(path, seed=0, shape=(40, 30, 3)):
 def run(trained, out, task='classifier', **options):
     folder = trained[task]
     options.setdefault('image_size', SIZE)
-    return deploy_checkpoint(
+    return deploy(
         Config.fromfile(folder / 'config.py'),
         options.pop('checkpoint', str(folder / 'trained.pth')),
         str(out),
@@ -120,7 +122,7 @@ def test_a_deep_stem_becomes_that_of_mmseg(tmp_path, fuse):
     )
     cfg.dump(tmp_path / 'config.py')
     checkpoint = write_checkpoint(tmp_path / 'config.py', tmp_path / 't.pth')
-    result = deploy_checkpoint(
+    result = deploy(
         Config.fromfile(tmp_path / 'config.py'),
         checkpoint,
         str(tmp_path / 'out.pth'),
@@ -332,7 +334,7 @@ BAD_CONFIGS = {
 def test_bad_configs(trained, nothing_left, case):
     text, message = BAD_CONFIGS[case]
     with pytest.raises(UserError, match=message):
-        deploy_checkpoint(
+        deploy(
             Config.fromstring(text, '.py'),
             str(trained['classifier'] / 'trained.pth'),
             str(nothing_left / 'out.pth'),
@@ -499,8 +501,8 @@ def test_a_wrong_eps_is_found(trained, nothing_left, monkeypatch, which):
         cfg.model.backbone.norm_cfg = dict(type='BN', eps=2e-5)
         return cfg
 
-    def wrong_model(*paths):
-        model = load_deployed(*paths)
+    def wrong_model(*described):
+        model = network_of(*described)
         model.get_submodule(which).eps = 2e-5
         return model
 
@@ -508,7 +510,7 @@ def test_a_wrong_eps_is_found(trained, nothing_left, monkeypatch, which):
     if which == 'all':
         monkeypatch.setattr(merge, 'stock_config', wrong)
     else:
-        monkeypatch.setattr(deploy, 'load_deployed', wrong_model)
+        monkeypatch.setattr(outputs, 'network_of', wrong_model)
     # The first norm outside of blocks, where all have another eps.
     named = 'backbone.bn1' if which == 'all' else which
     with pytest.raises(UserError, match=f'differs by|no copy .*: {named}'):
@@ -531,12 +533,12 @@ def test_a_layer_without_parameters_is_compared(
     state['backbone.bn1.bias'].fill_(-1e3)
     torch.save(state, tmp_path / 'in.pth')
 
-    def wrong(*paths):
-        model = load_deployed(*paths)
+    def wrong(*described):
+        model = network_of(*described)
         model.backbone.maxpool = other
         return model
 
-    monkeypatch.setattr(deploy, 'load_deployed', wrong)
+    monkeypatch.setattr(outputs, 'network_of', wrong)
     # Without any, other sizes give other shapes.
     with pytest.raises(UserError, match='no copy .*: backbone.maxpool|differ'):
         run(
@@ -550,7 +552,7 @@ def test_what_is_written_is_what_was_proven(
     trained, nothing_left, monkeypatch
 ):
     """A disk that keeps one bit wrong."""
-    write = deploy.write_checkpoint
+    write = outputs.write_checkpoint
 
     def wrong(path, state, meta):
         state = {name: value.clone() for name, value in state.items()}
@@ -558,22 +560,21 @@ def test_what_is_written_is_what_was_proven(
         first.view(torch.int32).reshape(-1)[0] ^= 1
         write(path, state, meta)
 
-    monkeypatch.setattr(deploy, 'write_checkpoint', wrong)
+    monkeypatch.setattr(outputs, 'write_checkpoint', wrong)
     with pytest.raises(UserError, match='not what was proven, rounded: backb'):
         run(trained, nothing_left / 'out.pth')
 
 
 def test_the_source_is_read_twice(trained, nothing_left, monkeypatch):
     """A reader that gives other numbers each time is found."""
-    read, number = merge.read_checkpoint, iter(range(9))
+    read, number = outputs.read_checkpoint, iter(range(9))
 
     def unsure(path, *args):
         loaded = read(path, *args)
         loaded['state_dict']['backbone.conv1.weight'][0] += next(number)
         return loaded
 
-    monkeypatch.setattr(merge, 'read_checkpoint', unsure)
-    monkeypatch.setattr(deploy, 'read_checkpoint', unsure)
+    monkeypatch.setattr(outputs, 'read_checkpoint', unsure)
     with pytest.raises(UserError, match='no copy|differs|read in two ways'):
         run(trained, nothing_left / 'out.pth')
 
@@ -617,7 +618,7 @@ def test_an_interruption_leaves_nothing(trained, nothing_left, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(deploy, 'prove_equal', interrupted)
+    monkeypatch.setattr(deploying, 'prove_equal', interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(trained, nothing_left / 'new' / 'out.pth')
 
@@ -756,7 +757,7 @@ def test_a_mistake_of_the_reader_is_found(trained, tmp_path, monkeypatch):
             content['state_dict'][LIVE].mul_(2)
         return content
 
-    monkeypatch.setattr(files, 'read_torch', wrong)
+    monkeypatch.setattr(checkpoints, 'read_torch', wrong)
     with pytest.raises(UserError, match=f'two ways, .* differ in {LIVE}'):
         run(trained, tmp_path / 'a.pth')
     assert os.listdir(tmp_path) == []

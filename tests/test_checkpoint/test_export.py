@@ -13,7 +13,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from helpers import SINGLE, blocks_of, distance, image, randomize
+from helpers import SINGLE, blocks_of, distance, export, image, randomize
 from mmengine.config import Config
 from networks import (
     BN,
@@ -29,7 +29,7 @@ import mmdbb
 from mmdbb import DBB, reparameterize
 from mmdbb.blocks import OREPAConv, OREPARepVGG
 from mmdbb.errors import UserError
-from mmdbb.mm.deploy.checkpoint import export_checkpoint
+from mmdbb.export import Proof, Source, export_checkpoint
 from mmdbb.mm.deploy.load import build_model
 from mmdbb.mm.export.formats import FORMATS, ONNX_OPSET
 from mmdbb.mm.export.modules import export_module, preprocessing
@@ -201,7 +201,7 @@ def test_file_gives_what_the_network_gives(
 ):
     model = model_of(name)
     out = str(tmp_path / f'net{FORMATS[format].suffix}')
-    result = export_network(model, out, format, SIZE, head=head)
+    result = export(model, out, format, SIZE, head=head)
     assert result.path == out and list(result.outputs) == names
     assert result.blocks == len(blocks_of(model)) > 0
     assert result.difference.largest < SINGLE
@@ -220,7 +220,7 @@ def test_file_gives_what_the_network_gives(
 @pytest.fixture(scope='module')
 def onnx_file(model_of, tmp_path_factory):
     path = str(tmp_path_factory.mktemp('onnx') / 'net.onnx')
-    return path, export_network(model_of('segmentor'), path, 'onnx', SIZE)
+    return path, export(model_of('segmentor'), path, 'onnx', SIZE)
 
 
 def test_onnx_model_is_clean(onnx_file):
@@ -240,7 +240,7 @@ def test_onnx_model_is_clean(onnx_file):
 def test_files_name_no_path_of_this_machine(model_of, tmp_path):
     for format, kind in FORMATS.items():
         out = tmp_path / f'net{kind.suffix}'
-        export_network(model_of('classifier'), str(out), format, SIZE)
+        export(model_of('classifier'), str(out), format, SIZE)
         data = out.read_bytes()
         for path in (nn.__file__, export_network.__code__.co_filename):
             assert path.encode() not in data, format
@@ -326,7 +326,7 @@ class Backbone(nn.Module):
 def test_any_network(how, names, tmp_path):
     model = randomize(Backbone(how)).double()
     out = tmp_path / 'net.pt'
-    result = export_network(model, out, 'torchscript', (6, 7))
+    result = export(model, out, 'torchscript', (6, 7))
     assert list(result.outputs) == names
     assert out.stat().st_size < 100_000  # without what is for training
     x = image(2, 3, 6, 7)
@@ -344,7 +344,7 @@ def test_network_is_unchanged(tmp_path):
     model.one[1].eval()
     state = copy.deepcopy(model.state_dict())
     modes = [module.training for module in model.modules()]
-    export_network(model, str(tmp_path / 'net.pt'), 'torchscript', (6, 7))
+    export(model, str(tmp_path / 'net.pt'), 'torchscript', (6, 7))
     assert [module.training for module in model.modules()] == modes
     assert len(blocks_of(model)) == 2 and model.for_training is not None
     for name, value in model.state_dict().items():
@@ -354,7 +354,7 @@ def test_network_is_unchanged(tmp_path):
 def test_merged_network(tmp_path):
     model = reparameterize(randomize(Backbone('tensor')))
     out = str(tmp_path / 'net.pt')
-    result = export_network(model, out, 'torchscript', (6, 7))
+    result = export(model, out, 'torchscript', (6, 7))
     assert result.blocks == 0
     assert result.difference.largest < SINGLE
 
@@ -369,12 +369,14 @@ def test_norms_are_folded_if_asked(fold):
 
 
 def test_says_that_it_merged(tmp_path, monkeypatch):
-    import mmdbb.mm.export.network as export
+    import mmdbb.mm.export.network as network
 
     said = []
-    monkeypatch.setattr(export, 'print_log', lambda text, _: said.append(text))
+    monkeypatch.setattr(
+        network, 'print_log', lambda text, _: said.append(text)
+    )
     model = randomize(Backbone('tensor'))
-    export_network(model, str(tmp_path / 'net.pt'), 'torchscript', (6, 7))
+    export(model, str(tmp_path / 'net.pt'), 'torchscript', (6, 7))
     assert said == ['merged 2 blocks of a copy of the network for the export']
 
 
@@ -383,9 +385,9 @@ def test_given_images_are_compared_too(tmp_path):
     out = str(tmp_path / 'net.pt')
     bad = torch.full((1, 3, 6, 7), float('nan'))
     with pytest.raises(UserError, match='differs by inf'):
-        export_network(model, out, 'torchscript', (6, 7), images=[bad])
+        export(model, out, 'torchscript', (6, 7), images=[bad])
     good = image(2, 3, 6, 7)
-    export_network(model, out, 'torchscript', (6, 7), images=[good])
+    export(model, out, 'torchscript', (6, 7), images=[good])
 
 
 # Torch's exporters called on a network that is not merged
@@ -423,7 +425,7 @@ def test_exporting_unmerged_blocks_directly_is_correct(
 
 def refused(match, *args, **kwargs):
     with pytest.raises(UserError, match=match):
-        export_network(*args, **kwargs)
+        export(*args, **kwargs)
 
 
 @pytest.fixture
@@ -470,7 +472,7 @@ def test_other_packages_are_not_asked_for(net, tmp_path, monkeypatch):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, '__import__', without)
-    export_network(net, str(tmp_path / 'net.pt'), 'torchscript', (6, 7))
+    export(net, str(tmp_path / 'net.pt'), 'torchscript', (6, 7))
 
 
 def test_existing_file(net, tmp_path):
@@ -478,7 +480,7 @@ def test_existing_file(net, tmp_path):
     out.write_text('precious')
     refused('output exists', net, str(out), 'torchscript', (6, 7))
     assert out.read_text() == 'precious'
-    export_network(net, str(out), 'torchscript', (6, 7), overwrite=True)
+    export(net, str(out), 'torchscript', (6, 7), overwrite=True)
     assert out.read_bytes()[:2] == b'PK'
 
 
@@ -505,7 +507,7 @@ def test_wrong_norm_fold_is_found(tmp_path):
     model = randomize(Crossed())
     out = str(tmp_path / 'net.pt')
     refused('differs by', model, out, 'torchscript', (6, 7))
-    export_network(model, out, 'torchscript', (6, 7), fold_norms=False)
+    export(model, out, 'torchscript', (6, 7), fold_norms=False)
 
 
 def test_head_of_what_is_no_detector(net, model_of, tmp_path):
@@ -625,12 +627,11 @@ def test_checkpoint_of_a_detector(tmp_path):
     out = tmp_path / 'net.pt'
     size = (64, 64)  # a multiple of what the preprocessor pads to
     result = export_checkpoint(
-        Config.fromfile(config),
-        checkpoint,
+        Source(Config.fromfile(config), checkpoint),
         str(out),
         'torchscript',
         head=True,
-        image_size=size,
+        proof=Proof(image_size=size),
     )
     assert result.metadata['merged_blocks'] == 14
     assert result.metadata['weights'] == 'the only ones, state_dict'
@@ -651,11 +652,10 @@ def test_image_size_that_the_preprocessor_changes(tmp_path):
         UserError, match=r'\(3, 64, 64\) as they .*\(3, 64, 48'
     ):
         export_checkpoint(
-            Config.fromfile(config),
-            checkpoint,
+            Source(Config.fromfile(config), checkpoint),
             str(tmp_path / 'net.pt'),
             'torchscript',
-            image_size=(64, 48),
+            proof=Proof(image_size=(64, 48)),
         )
     assert not (tmp_path / 'net.pt').exists()
 
@@ -667,5 +667,8 @@ def test_output_that_is_the_checkpoint(trained, tmp_path):
     cfg = Config.fromfile(config)
     with pytest.raises(UserError, match='is also an input'):
         export_checkpoint(
-            cfg, str(source), str(source), 'torchscript', overwrite=True
+            Source(cfg, str(source)),
+            str(source),
+            'torchscript',
+            overwrite=True,
         )

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from helpers import distance, image
+from helpers import deploy, distance, image
 from mmengine.config import Config
 from networks import write_checkpoint, write_config
 
@@ -15,7 +15,6 @@ from mmdbb.errors import UserError
 from mmdbb.files.checkpoints import read_checkpoint
 from mmdbb.files.formats import is_safetensors
 from mmdbb.files.formats import write_checkpoint as write
-from mmdbb.mm.deploy.checkpoint import deploy_checkpoint
 from mmdbb.mm.deploy.load import build_model
 
 pytestmark = pytest.mark.usefixtures('quiet')
@@ -37,7 +36,7 @@ def trained(tmp_path_factory):
 
 
 def run(trained, out, **options):
-    return deploy_checkpoint(
+    return deploy(
         Config.fromfile(trained[0]),
         options.pop('checkpoint', trained[1]),
         str(out),

@@ -11,7 +11,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from fuzz import MUTATIONS, OUTCOMES, SUMS, fuzz
-from helpers import distance, image, randomize
+from helpers import deploy, distance, image, randomize
 from hypothesis import given, settings
 from mmengine.config import Config
 from torch import nn
@@ -19,8 +19,8 @@ from torch import nn
 from mmdbb import load_deployed
 from mmdbb.errors import UserError
 from mmdbb.files.checkpoints import in_mmengine_form, load_strictly
-from mmdbb.mm.deploy.checkpoint import deploy_checkpoint
-from mmdbb.mm.deploy.load import build_model, written_structure
+from mmdbb.mm.deploy.load import build_model
+from mmdbb.mm.structure import written_structure
 
 pytestmark = pytest.mark.usefixtures('quiet')
 
@@ -137,7 +137,7 @@ def test_what_is_written_of_damaged_files_is_right(tmp_path):
         MUTATIONS[i % len(MUTATIONS)](data, draw)
         source.write_bytes(data)
         try:
-            deploy_checkpoint(
+            deploy(
                 cfg, str(source), str(out), image_size=(7, 9), overwrite=True
             )
         except UserError:

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import distance, randomize
+from helpers import deploy, distance, randomize
 from helpers import run_tool as tool
 from mmengine.config import Config
 from mmengine.registry import MODELS as ROOT_MODELS
@@ -31,11 +31,11 @@ from torch import nn
 from torchvision import transforms as T
 
 from mmdbb import DiverseBranchBlock, RepVGGBlock_OREPA
-from mmdbb.checkpoint import hdf5, official
 from mmdbb.errors import UserError
+from mmdbb.files import hdf5
 from mmdbb.mm.backbones import MobileNetV1, PlainResNet, ResNetDBB
-from mmdbb.mm.deploy.checkpoint import deploy_checkpoint
 from mmdbb.mm.deploy.load import load_deployed
+from mmdbb.mm.official import convert as official
 from mmdbb.mm.official.convert import (
     backbone_state,
     convert_official,
@@ -231,7 +231,7 @@ def test_repvgg_of_each_block(block, tmp_path):
 
 def test_written_network_merges_to_the_plain_one(resnet, tmp_path):
     result = convert_official(resnet[0], str(tmp_path / 'out.pth'))
-    merged = deploy_checkpoint(
+    merged = deploy(
         Config.fromfile(result.config),
         result.checkpoint,
         str(tmp_path / 'plain.pth'),

@@ -7,7 +7,7 @@ import mmpretrain
 import mmseg.apis
 import pytest
 import torch
-from helpers import distance, image
+from helpers import deploy, distance, image
 from mmengine.config import Config
 from mmengine.registry import MODELS
 from networks import CONFIGS, write_checkpoint, write_config
@@ -16,7 +16,6 @@ import mmdbb  # noqa: F401
 from mmdbb import load_deployed
 from mmdbb.errors import UserError
 from mmdbb.files.checkpoints import read_checkpoint
-from mmdbb.mm.deploy.checkpoint import deploy_checkpoint
 from mmdbb.mm.deploy.load import build_model
 from mmdbb.mm.stock.partial import (
     merge_some_,
@@ -55,7 +54,7 @@ def trained(tmp_path_factory):
 
 def run(trained, task, out, **options):
     config, checkpoint, _ = trained[task]
-    return deploy_checkpoint(
+    return deploy(
         Config.fromfile(options.pop('config', config)),
         options.pop('checkpoint', checkpoint),
         str(out),

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import distance, image
+from helpers import deploy, distance, image
 from mmengine.config import Config
 from runs import run_config, train
 from torch import nn
@@ -12,7 +12,6 @@ from mmdbb import load_deployed
 from mmdbb.errors import UserError
 from mmdbb.files.checkpoints import read_checkpoint
 from mmdbb.files.sources import choose_weights, without_prefixes
-from mmdbb.mm.deploy.checkpoint import deploy_checkpoint
 from mmdbb.mm.deploy.load import build_model
 
 pytestmark = pytest.mark.usefixtures('quiet')
@@ -170,7 +169,7 @@ def run(tmp_path_factory):
 
 def deployed(run, name, out, **options):
     folder = run[0]
-    return deploy_checkpoint(
+    return deploy(
         Config.fromfile(folder / 'config.py'),
         str(folder / name),
         str(out),

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from helpers import EXACT, blocks_of, distance, image, randomize
+from helpers import EXACT, blocks_of, deploy, distance, image, randomize
 from mmcv.cnn import ConvModule
 from mmengine.config import Config
 from mmengine.registry import HOOKS, MODELS
@@ -16,7 +16,6 @@ from torch import nn
 from mmdbb.blocks import DBB
 from mmdbb.conv_norms import norm_names
 from mmdbb.errors import UserError
-from mmdbb.mm.deploy.checkpoint import deploy_checkpoint
 from mmdbb.mm.deploy.load import build_model
 from mmdbb.mm.pruning.penalty import KernelPenaltyHook
 from mmdbb.mm.stock.config import (
@@ -178,7 +177,7 @@ def test_a_config_of_classes(backbone, tmp_path):
     assert not mentions_ours(found.pretty_text)
     assert not blocks_of(build_model(found))
     checkpoint = write_checkpoint(path, tmp_path / 'trained.pth')
-    result = deploy_checkpoint(
+    result = deploy(
         Config.fromfile(path), checkpoint, str(tmp_path / 'out.pth')
     )
     assert 0 < result.difference.largest < 1e-4
@@ -426,7 +425,7 @@ def test_stock_files_load_where_mmdbb_is_not(tmp_path):
         trained.load_state_dict(torch.load(checkpoint)['state_dict'])
         expected[task] = trained.extract_feat(x)
         out = str(folder / 'out.pth')
-        deploy_checkpoint(cfg, checkpoint, out, image_size=(64, 48))
+        deploy(cfg, checkpoint, out, image_size=(64, 48))
     (tmp_path / 'load.py').write_text(LOAD)
     run = subprocess.run(
         [sys.executable, 'load.py', *CONFIGS],

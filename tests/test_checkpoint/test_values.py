@@ -19,8 +19,8 @@ from mmengine.model import BaseModel
 from mmengine.optim.scheduler.param_scheduler import OneCycleParamScheduler
 from mmengine.runner import CheckpointLoader, Runner
 
-from mmdbb.files import sources
 from mmdbb.errors import UserError
+from mmdbb.files import sources
 from mmdbb.files.checkpoints import read_checkpoint, read_content
 from mmdbb.files.sources import check_values
 from mmdbb.files.values import _MAKERS, DTYPES, NUMBERS, STATISTICS

@@ -28,10 +28,18 @@ from mmdbb.mm.pruning.penalty import (
     l1,
     penalized_blocks,
 )
-from mmdbb.mm.pruning.pipeline import print_pruned, prune_checkpoint
-from mmdbb.mm.pruning.structure import cost_of, prune_
+from mmdbb.mm.pruning.pipeline import print_pruned
+from mmdbb.mm.pruning.structure import cost_of
+from mmdbb.prune import (
+    Calibration,
+    PruneOptions,
+    Source,
+    prune_,
+    prune_checkpoint,
+)
 
 ROOT = Path(mmdbb.__file__).parents[1]
+FEW = Calibration(8)
 
 # Penalties
 
@@ -158,13 +166,10 @@ def test_pipeline(task, trained, sizes, tmp_path, quiet, capsys):
     cfg.work_dir = str(tmp_path / 'work')
     out = str(tmp_path / 'pruned.pth')
     result = prune_checkpoint(
-        cfg,
-        checkpoint,
+        Source(cfg, checkpoint),
         out,
-        ratio=0.4,
-        length=1,
+        PruneOptions(ratio=0.4, length=1, calibration=FEW),
         onnx=str(tmp_path / 'pruned.onnx'),
-        count=8,
     )
     names = [stage.name for stage in result.stages]
     assert names == ['merged', 'pruned', 'trained on']
@@ -186,17 +191,23 @@ def test_before_it_is_trained_on_the_network_is_the_merged_one(
     pytest.importorskip('torch_pruning')
     cfg, checkpoint = trained('classification')
     out = str(tmp_path / 'pruned.pth')
-    result = prune_checkpoint(cfg, checkpoint, out, ratio=0.1, count=8)
+    result = prune_checkpoint(
+        Source(cfg, checkpoint), out, PruneOptions(ratio=0.1, calibration=FEW)
+    )
     model = load_deployed(result.config, out)
     state = torch.load(out, weights_only=True)
     assert state['meta']['mmdbb']['structure'] == 'pruned'
     assert result.filters[1] < result.filters[0]
     assert model.head.fc.out_features == 10
     with pytest.raises(UserError, match='output exists'):
-        prune_checkpoint(cfg, checkpoint, out, ratio=0.1, count=8)
+        prune_checkpoint(
+            Source(cfg, checkpoint),
+            out,
+            PruneOptions(ratio=0.1, calibration=FEW),
+        )
     for mine in (checkpoint, cfg.filename[: -len('.py')] + '.pth'):
         with pytest.raises(UserError, match='is also an input'):
-            prune_checkpoint(cfg, checkpoint, mine, overwrite=True)
+            prune_checkpoint(Source(cfg, checkpoint), mine, overwrite=True)
 
 
 @pytest.mark.parametrize(
@@ -210,8 +221,11 @@ def test_before_it_is_trained_on_the_network_is_the_merged_one(
 def test_wrong_numbers(arguments, message, tmp_path):
     pytest.importorskip('torch_pruning')
     out = str(tmp_path / 'o.pth')
+    onnx = arguments.pop('onnx', None)
     with pytest.raises(UserError, match=message):
-        prune_checkpoint(None, 'none.pth', out, **arguments)
+        prune_checkpoint(
+            Source(None, 'none.pth'), out, PruneOptions(**arguments), onnx
+        )
     with pytest.raises(UserError, match='multiples of 1 or more, got 0'):
         prune_(small(), 0.5, (8, 8), round_to=0)
 
@@ -220,7 +234,7 @@ def test_a_missing_package(trained, tmp_path, monkeypatch):
     cfg, checkpoint = trained('classification')
     monkeypatch.setitem(sys.modules, 'torch_pruning', None)
     with pytest.raises(UserError, match=r'pip install -e "\.\[pruning\]"$'):
-        prune_checkpoint(cfg, checkpoint, str(tmp_path / 'o.pth'))
+        prune_checkpoint(Source(cfg, checkpoint), str(tmp_path / 'o.pth'))
     assert not list(tmp_path.iterdir())
 
 
@@ -253,7 +267,9 @@ def test_a_pruned_network_is_evaluated(trained, tmp_path, quiet):
     pytest.importorskip('torch_pruning')
     cfg, checkpoint = trained('classification')
     out = str(tmp_path / 'pruned.pth')
-    result = prune_checkpoint(cfg, checkpoint, out, ratio=0.4, count=8)
+    result = prune_checkpoint(
+        Source(cfg, checkpoint), out, PruneOptions(ratio=0.4, calibration=FEW)
+    )
     pruned = Config.fromfile(result.config)
     pruned.update(work_dir=str(tmp_path), experiment_name='pruned')
     arguments = dict.fromkeys(('out', 'show', 'show_dir', 'tta'))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import distance, image
+from helpers import distance, export, image
 from mmengine.config import Config
 from networks import CONFIGS, SIZE
 from tiny_demo import tame
@@ -17,7 +17,6 @@ from mmdbb.blocks import OREPAConv
 from mmdbb.errors import UserError
 from mmdbb.mm.deploy.load import build_model
 from mmdbb.mm.export.modules import export_module
-from mmdbb.mm.export.network import export_network
 from mmdbb.mm.quantization.fake import (
     ActivationQuantizer,
     WeightQuantizer,
@@ -225,7 +224,7 @@ def test_integers_agree_with_fake_quantization(task, tmp_path, quiet):
     assert list(plain.state_dict()) == names
     assert [type(m) for m in plain.modules()] == types
     path, out = str(tmp_path / 'float.onnx'), str(tmp_path / 'int8.onnx')
-    export_network(plain, path, image_size=SIZE, head=task == 'detector')
+    export(plain, path, image_size=SIZE, head=task == 'detector')
     layers = write_qdq(path, out, model)
     assert layers.quantized >= 11 and 'Conv' not in layers.left
     x = image(4, 3, *SIZE, seed=5, dtype=torch.float32)
@@ -255,7 +254,7 @@ def test_integers_agree_to_the_step(arguments, tmp_path):
     plain = copy.deepcopy(model)
     remove_quantizers_(plain)
     path, out = str(tmp_path / 'float.onnx'), str(tmp_path / 'int8.onnx')
-    export_network(plain, path, image_size=SIZE)
+    export(plain, path, image_size=SIZE)
     write_qdq(path, out, model)
     x = image(2, 3, *SIZE, seed=5, dtype=torch.float32)
     with torch.no_grad():
@@ -299,7 +298,7 @@ def test_ranges_that_were_never_learned(tmp_path):
     pytest.importorskip('onnxruntime')
     model = nn.Sequential(nn.Conv2d(3, 4, 1))
     path = str(tmp_path / 'float.onnx')
-    export_network(model, path, image_size=(8, 8))
+    export(model, path, image_size=(8, 8))
     prepare_qat_(model, (8, 8))
     with pytest.raises(UserError, match='0.input_quantizer has seen no data'):
         write_qdq(path, str(tmp_path / 'int8.onnx'), model)

@@ -13,13 +13,13 @@ import torch
 pytest.importorskip('onnxruntime')
 
 import onnx
+from helpers import deploy
 from mmengine.config import Config
 from onnx import TensorProto, helper, numpy_helper
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import mmdbb
 from mmdbb.errors import UserError
-from mmdbb.mm.deploy.checkpoint import deploy_checkpoint
 from mmdbb.mm.deploy.load import build_model
 from mmdbb.mm.evaluation.figures import evaluate, quiet_runner
 from mmdbb.mm.evaluation.images import (
@@ -31,13 +31,18 @@ from mmdbb.mm.evaluation.substitutes import running_instead
 from mmdbb.mm.quantization.fake import quantizers, set_quantizing_
 from mmdbb.mm.quantization.network import load_network
 from mmdbb.mm.quantization.onnx_static import METHODS, quantize_onnx
-from mmdbb.mm.quantization.ptq import Options, quantize_checkpoint
 from mmdbb.mm.quantization.qat import prepare_qat_
 from mmdbb.mm.quantization.session import OnnxNetwork
 from mmdbb.mm.quantization.tables import print_quantized
+from mmdbb.quantize import (
+    Calibration,
+    QuantizeOptions,
+    Source,
+    quantize_checkpoint,
+)
 
 ROOT = Path(mmdbb.__file__).parents[1]
-FEW = Options(count=8)
+FEW = QuantizeOptions(calibration=Calibration(8))
 
 
 @pytest.mark.parametrize(
@@ -46,7 +51,9 @@ FEW = Options(count=8)
 def test_each_task(task, trained, sizes, tmp_path, quiet, capsys):
     cfg, checkpoint = trained(task)
     out = str(tmp_path / 'int8.onnx')
-    result = quantize_checkpoint(cfg, checkpoint, out, FEW, max_drop=None)
+    result = quantize_checkpoint(
+        Source(cfg, checkpoint), out, FEW, max_drop=None
+    )
     assert result.image_size == sizes[task]
     names = [stage.name for stage in result.stages]
     assert names == ['trained', 'merged', 'int8']
@@ -95,12 +102,12 @@ def test_evaluator_sees_what_the_file_computes(trained, quiet):
 @pytest.fixture(scope='module')
 def exported(trained, tmp_path_factory):
     """A float file and images to calibrate with."""
-    from mmdbb.mm.export.network import export_network
+    from helpers import export
 
     cfg, checkpoint = trained('classification')
     model = load_network(build_model(cfg), checkpoint)
     path = str(tmp_path_factory.mktemp('float') / 'float.onnx')
-    export_network(model, path, image_size=(32, 32))
+    export(model, path, image_size=(32, 32))
     return path, calibration_images(cfg, model, 16)
 
 
@@ -179,7 +186,7 @@ def test_a_checkpoint_trained_for_seven_bits(trained, tmp_path, quiet):
         model(images)
     qat, out = str(tmp_path / 'qat.pth'), str(tmp_path / 'int8.onnx')
     torch.save(dict(state_dict=model.state_dict()), qat)
-    result = quantize_checkpoint(cfg, qat, out, max_drop=None)
+    result = quantize_checkpoint(Source(cfg, qat), out, max_drop=None)
     assert result.images == 0 and result.layers.quantized >= 11
     file = onnx.load(out)
     weights = {
@@ -217,7 +224,10 @@ def test_drop_above_the_limit(trained, tmp_path, quiet):
         r'top1 falls by .* more than --max-drop -200; nothing written',
         tmp_path,
         lambda: quantize_checkpoint(
-            cfg, checkpoint, str(tmp_path / 'o.onnx'), FEW, max_drop=-200
+            Source(cfg, checkpoint),
+            str(tmp_path / 'o.onnx'),
+            FEW,
+            max_drop=-200,
         ),
     )
 
@@ -225,10 +235,12 @@ def test_drop_above_the_limit(trained, tmp_path, quiet):
 def test_merged_files(trained, tmp_path, quiet):
     cfg, checkpoint = trained('classification')
     stock = str(tmp_path / 'stock.pth')
-    deploy_checkpoint(cfg, checkpoint, stock, image_size=(32, 32))
+    deploy(cfg, checkpoint, stock, image_size=(32, 32))
     merged = Config.fromfile(tmp_path / 'stock.py')
     out = str(tmp_path / 'int8.onnx')
-    result = quantize_checkpoint(merged, stock, out, FEW, evaluated=False)
+    result = quantize_checkpoint(
+        Source(merged, stock), out, FEW, evaluated=False
+    )
     assert result.stages[0].figure is None and result.drop is None
     note = {p.key: p.value for p in onnx.load(out).metadata_props}['mmdbb']
     assert json.loads(note)['quantization']['images'] == 8
@@ -236,29 +248,29 @@ def test_merged_files(trained, tmp_path, quiet):
     expect(
         'quantized already: it has DequantizeLinear, QuantizeLinear',
         tmp_path,
-        lambda: quantize_checkpoint(merged, out, again, FEW),
+        lambda: quantize_checkpoint(Source(merged, out), again, FEW),
     )
     expect(
         'is not merged, and its config is of a merged network',
         tmp_path,
-        lambda: quantize_checkpoint(merged, checkpoint, again, FEW),
+        lambda: quantize_checkpoint(Source(merged, checkpoint), again, FEW),
     )
     expect(
         'does not fit the network of the config',
         tmp_path,
-        lambda: quantize_checkpoint(cfg, stock, again, FEW),
+        lambda: quantize_checkpoint(Source(cfg, stock), again, FEW),
     )
     expect(
         'output exists',
         tmp_path,
-        lambda: quantize_checkpoint(merged, stock, out, FEW),
+        lambda: quantize_checkpoint(Source(merged, stock), out, FEW),
     )
     (tmp_path / 'text.onnx').write_text('no network')
     expect(
         'text.onnx is not an ONNX file',
         tmp_path,
         lambda: quantize_checkpoint(
-            merged, str(tmp_path / 'text.onnx'), again, FEW
+            Source(merged, str(tmp_path / 'text.onnx')), again, FEW
         ),
     )
 
@@ -270,10 +282,12 @@ def test_float_onnx_files(trained, exported, tmp_path, quiet):
         r'takes images of \(32, 32\) pixels, got --image-size \(64, 32\)',
         tmp_path,
         lambda: quantize_checkpoint(
-            cfg, exported[0], out, FEW, image_size=(64, 32)
+            Source(cfg, exported[0]), out, FEW, image_size=(64, 32)
         ),
     )
-    result = quantize_checkpoint(cfg, exported[0], out, FEW, max_drop=None)
+    result = quantize_checkpoint(
+        Source(cfg, exported[0]), out, FEW, max_drop=None
+    )
     assert [stage.name for stage in result.stages] == ['merged', 'int8']
 
 
@@ -346,7 +360,9 @@ def test_a_missing_package(package, trained, tmp_path, monkeypatch):
     expect(
         rf'needs {package} \(.*\); in the .*: pip install -e "\.\[quantizat',
         tmp_path,
-        lambda: quantize_checkpoint(cfg, checkpoint, str(tmp_path / 'o.onnx')),
+        lambda: quantize_checkpoint(
+            Source(cfg, checkpoint), str(tmp_path / 'o.onnx')
+        ),
     )
 
 
@@ -378,15 +394,14 @@ def test_the_command(trained, tmp_path):
 
 def test_a_detector_of_two_stages_keeps_its_second(tmp_path, quiet):
     """The file gives features and proposals' maps, the RoI head reads both."""
+    from helpers import export
     from mmdet.structures import DetDataSample
     from networks import write_config
-
-    from mmdbb.mm.export.network import export_network
 
     config = write_config(tmp_path, 'detector')
     model = build_model(Config.fromfile(config))
     path = str(tmp_path / 'detector.onnx')
-    export_network(model, path, image_size=(64, 64), head=True)
+    export(model, path, image_size=(64, 64), head=True)
     sample = DetDataSample(
         metainfo=dict(
             img_shape=(64, 64),

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from helpers import EXACT, distance, image, randomize
+from helpers import EXACT, deploy, distance, export, image, randomize
 from mmengine.config import Config
 from runs import run_config, train
 from tiny_demo import tame
@@ -15,10 +15,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mmdbb import ACB, DBB, QARepVGGConv, RepVGGConv
 from mmdbb.blocks import ConvBN, OREPAConv
 from mmdbb.errors import UserError
-from mmdbb.mm.deploy.checkpoint import deploy_checkpoint
 from mmdbb.mm.deploy.load import build_model
 from mmdbb.mm.evaluation.norm_statistics import calibrate_norms_
-from mmdbb.mm.export.network import export_network
 from mmdbb.mm.quantization.fake import (
     is_quantizing,
     quantizable_layers,
@@ -38,6 +36,7 @@ from mmdbb.mm.quantization.ranges import (
     signal_to_noise,
 )
 from mmdbb.mm.quantization.tables import plot_ranges, print_ranges
+from mmdbb.quantize import Calibration, Source
 from mmdbb.reparam import find_blocks
 
 # The hook
@@ -120,7 +119,7 @@ def test_a_checkpoint_from_before_has_no_ranges(run, tmp_path):
     path = str(tmp_path / 'float.onnx')
     float_model = copy.deepcopy(model)
     remove_quantizers_(float_model)
-    export_network(float_model, path, image_size=(32, 32))
+    export(float_model, path, image_size=(32, 32))
     with pytest.raises(UserError, match='input_quantizer has seen no data'):
         write_qdq(path, str(tmp_path / 'int8.onnx'), model)
 
@@ -166,7 +165,11 @@ def inserted(trained, tmp_path_factory):
     cfg = copy.deepcopy(cfg)
     cfg.update(work_dir='first', resume=True)
     out = str(tmp_path_factory.mktemp('inserted') / 'bn.pth')
-    return cfg, checkpoint, insert_bn_checkpoint(cfg, checkpoint, out, 16)
+    return (
+        cfg,
+        checkpoint,
+        insert_bn_checkpoint(Source(cfg, checkpoint), out, Calibration(16)),
+    )
 
 
 def test_inserted_norms_change_nothing(inserted):
@@ -189,23 +192,23 @@ def test_inserted_norms_change_nothing(inserted):
 def test_inserting_norms_replaces_no_input(trained):
     cfg, checkpoint = trained('classification')
     with pytest.raises(UserError, match='is also an input'):
-        insert_bn_checkpoint(cfg, checkpoint, checkpoint, 4, overwrite=True)
+        insert_bn_checkpoint(
+            Source(cfg, checkpoint), checkpoint, Calibration(4), overwrite=True
+        )
 
 
 def test_inserted_norms_are_folded_again(inserted, tmp_path):
     _, _, result = inserted
     cfg = Config.fromfile(result.config)
     out = str(tmp_path / 'stock.pth')
-    deployed = deploy_checkpoint(
-        cfg, result.checkpoint, out, image_size=(32, 32)
-    )
+    deployed = deploy(cfg, result.checkpoint, out, image_size=(32, 32))
     assert deployed.difference.largest < 1e-4
 
 
 def test_what_is_merged_has_no_place_for_norms(inserted, tmp_path):
     _, _, result = inserted
     out = str(tmp_path / 'stock.pth')
-    deploy_checkpoint(
+    deploy(
         Config.fromfile(result.config),
         result.checkpoint,
         out,
@@ -213,7 +216,9 @@ def test_what_is_merged_has_no_place_for_norms(inserted, tmp_path):
     )
     cfg = Config.fromfile(str(tmp_path / 'stock.py'))
     with pytest.raises(UserError, match='is merged already: the network'):
-        insert_bn_checkpoint(cfg, out, str(tmp_path / 'bn.pth'), 4)
+        insert_bn_checkpoint(
+            Source(cfg, out), str(tmp_path / 'bn.pth'), Calibration(4)
+        )
     assert not (tmp_path / 'bn.pth').exists()
 
 

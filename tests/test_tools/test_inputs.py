@@ -18,8 +18,8 @@ from mmdbb import load_plain_weights_
 from mmdbb.errors import UserError
 from mmdbb.files.checkpoints import read_checkpoint, read_content
 from mmdbb.files.hdf5 import read_hdf5
-from mmdbb.mm.deploy.checkpoint import refuse_inputs
 from mmdbb.mm.deploy.load import build_model, load_deployed
+from mmdbb.mm.outputs import refuse_inputs
 from mmdbb.mm.quantization.network import load_network
 
 pytestmark = pytest.mark.usefixtures('quiet')

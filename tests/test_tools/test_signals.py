@@ -10,7 +10,7 @@ import sys
 import time
 
 import pytest
-from helpers import run_tool
+from helpers import deploy, run_tool
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 from networks import SIZE, write_checkpoint, write_config
@@ -19,7 +19,6 @@ from runs import run_config, train
 from mmdbb.errors import UserError
 from mmdbb.files.atomic import all_or_nothing
 from mmdbb.files.checkpoints import read_checkpoint
-from mmdbb.mm.deploy.checkpoint import deploy_checkpoint
 from mmdbb.mm.engine.command import run_command
 
 pytestmark = [
@@ -291,7 +290,7 @@ def test_a_disk_that_is_full(pair, small_disk, suffix, overwrite):
         for path in outputs:
             path.write_text('old')
     with pytest.raises(UserError, match='No space left on device'):
-        deploy_checkpoint(
+        deploy(
             Config.fromfile(pair[0]),
             pair[1],
             str(outputs[0]),

@@ -11,9 +11,9 @@ import mmcv
 import numpy as np
 import pytest
 import torch
+from helpers import deploy
 from mmengine.config import Config
 
-from mmdbb.mm.deploy.checkpoint import deploy_checkpoint
 from mmdbb.mm.engine.command import run_command
 
 NUMBERS = itertools.count()
@@ -161,7 +161,7 @@ def test_a_training_cannot_start_from_a_merged_file(
 ):
     merged = tmp_path / 'merged.pth'
     cfg = Config.fromfile(folder / 'config.py')
-    deploy_checkpoint(cfg, str(trained / 'epoch_1.pth'), str(merged))
+    deploy(cfg, str(trained / 'epoch_1.pth'), str(merged))
     options = ('--resume', merged)
     if not resume:
         options = ('--cfg-options', f'load_from={merged}')
@@ -184,7 +184,7 @@ def test_weights_of_the_rest_come_beside_a_start_of_the_blocks(
 ):
     merged = tmp_path / 'merged.pth'
     cfg = Config.fromfile(folder / 'config.py')
-    deploy_checkpoint(cfg, str(trained / 'epoch_1.pth'), str(merged))
+    deploy(cfg, str(trained / 'epoch_1.pth'), str(merged))
     tool(
         'train',
         folder / 'config.py',

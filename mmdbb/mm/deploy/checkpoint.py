@@ -3,11 +3,9 @@
 
 from __future__ import annotations
 
-import os
-from typing import NamedTuple, Optional, Sequence, Tuple
+from typing import NamedTuple, Optional, Tuple
 
 import torch
-from mmengine.config import Config
 from torch import nn
 
 from mmdbb.compare import (
@@ -16,24 +14,15 @@ from mmdbb.compare import (
     Difference,
     prove_equal,
 )
-from mmdbb.errors import UserError
-from mmdbb.files.checkpoints import (
-    all_or_nothing,
-    compare_with_torch,
-    load_strictly,
-    read_checkpoint,
+from mmdbb.files.checkpoints import compare_with_torch
+from mmdbb.mm.deploy.merge import (
+    MergeOptions,
+    merge_checkpoint,
+    trained_network,
 )
-from mmdbb.files.formats import SUFFIXES, write_checkpoint
-from mmdbb.mm.config_files import files_of
-from mmdbb.mm.deploy.images import input_batches
-from mmdbb.mm.deploy.load import load_deployed
-from mmdbb.mm.deploy.merge import merge_checkpoint, trained_network
-from mmdbb.mm.export.formats import file_format
-from mmdbb.mm.export.network import Exported, export_network
-from mmdbb.untouched import prove_rounded, prove_untouched
-
-#: Of what a runtime computes, in single precision.
-EXPORT_TOLERANCE = 1e-4
+from mmdbb.mm.outputs import Proof, Source, output_paths, writing
+from mmdbb.mm.structure import Structure
+from mmdbb.untouched import prove_untouched
 
 
 class Deployed(NamedTuple):
@@ -46,7 +35,7 @@ class Deployed(NamedTuple):
         parameters: Numbers of parameters before and after.
         difference: How far the two networks are apart.
         tolerance: How far they might have been.
-        structure: ``stock``, ``fused`` or ``partial``.
+        structure: ``STOCK``, ``FUSED`` or ``PARTIAL``.
         left: How many blocks were left as they are.
         weights: Which weights were taken from the source.
     """
@@ -57,26 +46,17 @@ class Deployed(NamedTuple):
     parameters: Tuple[int, int]
     difference: Difference
     tolerance: float
-    structure: str
+    structure: Structure
     left: int
     weights: str
 
 
 def deploy_checkpoint(
-    cfg: Config,
-    checkpoint: str,
+    source: Source,
     out: str,
-    fuse: bool = False,
-    images: Sequence[str] = (),
-    image_size: Tuple[int, int] = (224, 224),
-    tolerance: float = TOLERANCE,
+    options: Optional[MergeOptions] = None,
+    proof: Optional[Proof] = None,
     overwrite: bool = False,
-    seed: int = 0,
-    only: Sequence[str] = (),
-    skip: Sequence[str] = (),
-    dtype: torch.dtype = torch.float64,
-    ema: Optional[bool] = None,
-    unsafe: bool = False,
 ) -> Deployed:
     """Write the stock network of a trained checkpoint, and prove it equal.
 
@@ -84,167 +64,64 @@ def deploy_checkpoint(
     outputs as the network with its branches, which is read a second time.
 
     Args:
-        cfg: Config that the checkpoint was trained with.
-        checkpoint: Path of the trained checkpoint.
+        source: The trained checkpoint and its config.
         out: Path of the checkpoint to write, ``*.pth`` or
             ``*.safetensors``; its config is written beside it as ``*.py``.
-        fuse: Whether to fold the norms into the convolutions too.
-        images: Paths of images to compare on, besides random ones.
-        image_size: Height and width in pixels to compare at.
-        tolerance: Largest difference allowed before rounding, relative to
-            the largest magnitude of a channel.
+        options: How to merge; by default everything, and norms stay. Where
+            blocks are left, what is written needs mmdbb.
+        proof: What to compare the two networks on.
         overwrite: Whether existing outputs may be replaced.
-        seed: For the random images.
-        only: As of :func:`~mmdbb.mm.deploy.merge.merge_checkpoint`, as are
-            the following. What is written then keeps the other blocks, and
-            needs mmdbb.
-        skip: Patterns for blocks to leave.
-        dtype: What kernels and norms are composed in.
-        ema: Whether to take averaged weights.
-        unsafe: Whether to run what code the checkpoint holds.
 
     Raises:
         UserError: If an input is wrong, or the networks differ.
     """
-    outputs = output_paths(out)
-    refuse_inputs(outputs, cfg, checkpoint, *images)
-    merged = merge_checkpoint(
-        cfg, checkpoint, fuse, only, skip, dtype, ema, unsafe
-    )
-    parameters = (_count(merged.trained), _count(merged.network))
-    # It is read again, if that does not run the file's code again.
-    trained = merged.trained if unsafe else None
-    merged = merged._replace(trained=None)
-    exact, meta = merged.network.state_dict(), merged.meta
-    with all_or_nothing(*outputs, overwrite=overwrite) as drafts:
-        merged.cfg.dump(drafts[1])
-        write_checkpoint(drafts[0], merged.rounded(), meta)
-        network = load_deployed(drafts[1], drafts[0])
-        load_strictly(network, exact, drafts[0], keep_dtype=True)
+    options, proof = options or MergeOptions(), proof or Proof()
+    tolerance = TOLERANCE if proof.tolerance is None else proof.tolerance
+    checkpoint, config = output_paths(out)
+    with writing(
+        source, checkpoint, config, inputs=proof.paths, overwrite=overwrite
+    ) as drafts:
+        merged = merge_checkpoint(source, options)
+        parameters = (_count(merged.trained), _count(merged.network))
+        # It is read again, if that does not run the file's code again.
+        trained = merged.trained if source.unsafe else None
+        merged = merged._replace(trained=None, network=None)
+        contents = merged.contents
+        network = drafts.network(contents)
         if trained is None:
-            state = read_checkpoint(checkpoint, ema)['state_dict']
-            compare_with_torch(state, checkpoint, ema)
-            trained = trained_network(cfg, state, checkpoint)
-            del state
+            trained = _trained_again(source)
         # What is composed in less has errors of the largest channel's size.
-        smallest = SMALLEST_CHANNEL if dtype is torch.float64 else 1.0
+        exact = options.dtype is torch.float64
         difference = prove_equal(
             trained,
             network,
-            input_batches(trained, images, image_size, seed),
+            proof.batches(trained),
             tolerance,
-            smallest,
+            SMALLEST_CHANNEL if exact else 1.0,
         )
         prove_untouched(trained, network)
-        del trained
-        meta['mmdbb'].update(max_error=difference.largest, tolerance=tolerance)
-        write_checkpoint(drafts[0], merged.rounded(), meta)
-        written = read_checkpoint(drafts[0])['state_dict']
-        prove_rounded(written, exact, merged.dtypes)
-    return Deployed(
-        *outputs,
-        len(merged.merged),
-        parameters,
-        difference,
-        tolerance,
-        merged.structure,
-        merged.left,
-        merged.weights,
-    )
-
-
-def export_checkpoint(
-    cfg: Config,
-    checkpoint: str,
-    out: str,
-    format: str,
-    head: bool = False,
-    images: Sequence[str] = (),
-    image_size: Tuple[int, int] = (224, 224),
-    tolerance: float = EXPORT_TOLERANCE,
-    overwrite: bool = False,
-    seed: int = 0,
-    dtype: torch.dtype = torch.float64,
-    ema: Optional[bool] = None,
-    unsafe: bool = False,
-) -> Exported:
-    """Write a trained checkpoint's network for a runtime, and prove it.
-
-    Args:
-        cfg: As of :func:`deploy_checkpoint`, as are those not named here.
-        checkpoint: Path of the trained checkpoint.
-        out: The file to write, of the format's suffix.
-        format: ``onnx``, ``torchscript`` or ``torch.export``.
-        head: Whether a detector's dense head is exported too.
-        images: Paths of images to compare on.
-        image_size: Height and width in pixels that the network will take.
-        tolerance: Largest difference allowed.
-        overwrite: Whether an existing output may be replaced.
-        seed: For the random images.
-        dtype: What kernels and norms are composed in.
-        ema: Whether to take averaged weights.
-        unsafe: Whether to run what code the checkpoint holds.
-
-    Raises:
-        UserError: If an input is wrong, a package is missing, or the file
-            differs from the network.
-    """
-    file_format(format, out)  # before the work
-    refuse_inputs([out], cfg, checkpoint, *images)
-    merged = merge_checkpoint(
-        cfg, checkpoint, fuse=True, dtype=dtype, ema=ema, unsafe=unsafe
-    )
-    own = merged.meta['mmdbb']
-    trained = merged.trained.float()
-    return export_network(
-        merged.network,
-        out,
-        format,
-        image_size,
-        head,
-        fold_norms=False,  # they are
-        images=input_batches(trained, images, image_size, seed),
-        tolerance=tolerance,
-        overwrite=overwrite,
-        seed=seed,
-        reference=trained,
-        notes={key: own[key] for key in ('weights', 'source_sha256')},
-    )
-
-
-def output_paths(out: str) -> Tuple[str, str]:
-    """The checkpoint and the config beside it.
-
-    Raises:
-        UserError: If ``out`` has no suffix of a checkpoint.
-    """
-    suffix = next((s for s in SUFFIXES if out.endswith(s)), None)
-    if suffix is None:
-        raise UserError(
-            f'the output must end in {" or ".join(SUFFIXES)}, got {out}'
+        del trained, network
+        drafts.write(
+            contents.noting(max_error=difference.largest, tolerance=tolerance)
         )
-    return out, out[: -len(suffix)] + '.py'
+    return Deployed(
+        checkpoint=checkpoint,
+        config=config,
+        blocks=len(merged.merged),
+        parameters=parameters,
+        difference=difference,
+        tolerance=tolerance,
+        structure=contents.structure,
+        left=merged.left,
+        weights=contents.weights,
+    )
 
 
-def refuse_inputs(
-    outputs: Sequence[str], cfg: Optional[Config], *inputs: str
-) -> None:
-    """Raise if a file would be written over one that is read.
-
-    Args:
-        outputs: Paths to write.
-        cfg: The config, which may have been read from several files; None if
-            there is none.
-        inputs: Paths of other files that are read.
-
-    Raises:
-        UserError: It names the path.
-    """
-    files = files_of(cfg) if cfg is not None else ()
-    read = {os.path.realpath(path) for path in (*files, *inputs)}
-    for path in outputs:
-        if os.path.realpath(path) in read:
-            raise UserError(f'output {path} is also an input')
+def _trained_again(source: Source) -> nn.Module:
+    """The network that was trained, by a second read of its weights."""
+    state = source.read()['state_dict']
+    compare_with_torch(state, source.checkpoint, source.ema)
+    return trained_network(source.cfg, state, source.checkpoint)
 
 
 def _count(model: nn.Module) -> int:

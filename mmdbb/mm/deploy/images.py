@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from typing import List, Sequence, Tuple
+from typing import List, Tuple, Union
 
 import mmcv
 import numpy as np
@@ -20,50 +20,66 @@ from mmdbb.files.checkpoints import check_regular
 MOST_PIXELS = 1 << 26
 
 
-def input_batches(
-    model: nn.Module,
-    images: Sequence[str],
-    size: Tuple[int, int],
-    seed: int,
-) -> List[Tensor]:
-    """Random and given images, as the model's preprocessor leaves them.
+def random_batch(model: nn.Module, size: Tuple[int, int], seed: int) -> Tensor:
+    """Two random images, as the model's preprocessor leaves them.
 
     Args:
         model: The model.
-        images: Paths of images.
-        size: Height and width in pixels that they are brought to.
-        seed: For the random ones.
+        size: Height and width in pixels.
+        seed: The same images come from the same seed.
 
-    Raises:
-        UserError: If an image cannot be read.
+    Returns:
+        Tensor: Normalised images (2, 3, H, W).
     """
     generator = np.random.default_rng(seed)
-    batches = [
-        [
-            generator.integers(0, 256, (*size, 3), dtype=np.uint8)
-            for _ in range(2)
-        ]
+    images = [
+        generator.integers(0, 256, (*size, 3), dtype=np.uint8)
+        for _ in range(2)
     ]
-    for path in images:
-        try:
-            check_regular(path, 'image')
-            with Image.open(path) as header:
-                pixels = math.prod(header.size)
-            if pixels > MOST_PIXELS:
-                raise UserError(
-                    f'it has {pixels:,} pixels; at most {MOST_PIXELS:,} are '
-                    'read'
-                )
-            image = mmcv.imread(path)
-        except UnidentifiedImageError as error:
-            raise UserError(f'not an image: {path}') from error
-        except Exception as error:
-            # Decoders fail in many ways, Pillow on bombs by one of its own.
-            raise UserError(f'cannot read image {path}: {error}') from error
-        if image is None:
-            raise UserError(f'not an image: {path}')
-        batches.append([mmcv.imresize(image, size[::-1])])
-    return [_preprocessed(model, batch) for batch in batches]
+    return _preprocessed(model, images)
+
+
+def given_batch(
+    model: nn.Module, image: Union[str, Tensor], size: Tuple[int, int]
+) -> Tensor:
+    """An image from a file, as the model's preprocessor leaves it.
+
+    Args:
+        model: The model.
+        image: Path of the image; or a batch that is preprocessed already,
+            which is returned as it is.
+        size: Height and width in pixels that an image from a file is
+            brought to.
+
+    Returns:
+        Tensor: Normalised images (N, C, H, W).
+
+    Raises:
+        UserError: If the image cannot be read.
+    """
+    if isinstance(image, Tensor):
+        return image
+    return _preprocessed(model, [mmcv.imresize(_read(image), size[::-1])])
+
+
+def _read(path: str) -> np.ndarray:
+    try:
+        check_regular(path, 'image')
+        with Image.open(path) as header:
+            pixels = math.prod(header.size)
+        if pixels > MOST_PIXELS:
+            raise UserError(
+                f'it has {pixels:,} pixels; at most {MOST_PIXELS:,} are read'
+            )
+        image = mmcv.imread(path)
+    except UnidentifiedImageError as error:
+        raise UserError(f'not an image: {path}') from error
+    except Exception as error:
+        # Decoders fail in many ways, Pillow on bombs by one of its own.
+        raise UserError(f'cannot read image {path}: {error}') from error
+    if image is None:
+        raise UserError(f'not an image: {path}')
+    return image
 
 
 def _preprocessed(model: nn.Module, images: List[np.ndarray]) -> Tensor:

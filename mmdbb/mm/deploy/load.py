@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
-from typing import Dict, List, Optional
+from typing import Dict, List
 
 import torch
 from mmcv.cnn import fuse_conv_bn
@@ -21,6 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mmdbb.blocks.base import ReparamConv2d
 from mmdbb.errors import UserError
 from mmdbb.files.checkpoints import load_strictly, read_checkpoint
+from mmdbb.mm.structure import Structure, written_structure
 from mmdbb.reparam import find_blocks
 
 #: In the names of what blocks of mmdbb have that are not merged.
@@ -65,10 +66,26 @@ def load_deployed(config: str, checkpoint: str) -> nn.Module:
         UserError: If the two do not fit each other.
     """
     loaded = read_checkpoint(checkpoint)
-    model = build_model(Config.fromfile(config))
-    model = give_structure_(model, loaded)
+    model = network_of(config, loaded)
     load_strictly(model, loaded['state_dict'], checkpoint)
     return model
+
+
+def network_of(config: str, checkpoint: dict) -> nn.Module:
+    """Build the network that two files describe, with random weights.
+
+    Args:
+        config: Path of the config.
+        checkpoint: The checkpoint's content, as :func:`read_checkpoint` gives
+            it. The network gets its structure, not its weights.
+
+    Returns:
+        nn.Module: In eval mode, on the CPU.
+
+    Raises:
+        UserError: If the network cannot be built.
+    """
+    return give_structure_(build_model(Config.fromfile(config)), checkpoint)
 
 
 def give_structure_(model: nn.Module, checkpoint: dict) -> nn.Module:
@@ -82,26 +99,11 @@ def give_structure_(model: nn.Module, checkpoint: dict) -> nn.Module:
         nn.Module: `model`.
     """
     structure = written_structure(checkpoint)
-    if structure == 'fused':
+    if structure is Structure.FUSED:
         fuse_conv_bn(model)
-    elif structure == 'pruned':
+    elif structure is Structure.PRUNED:
         _resize_(model, checkpoint['state_dict'])
     return model
-
-
-def written_structure(checkpoint: dict) -> Optional[str]:
-    """What mmdbb noted of a checkpoint that it wrote.
-
-    Args:
-        checkpoint: From :func:`read_checkpoint`.
-
-    Returns:
-        str: ``train``, ``stock``, ``fused``, ``partial`` or ``pruned``; None
-        for others' files.
-    """
-    own = checkpoint['meta'].get('mmdbb')
-    structure = own.get('structure') if isinstance(own, dict) else None
-    return structure if isinstance(structure, str) else None
 
 
 def holds_blocks(state: Dict[str, Tensor], model: nn.Module) -> bool:

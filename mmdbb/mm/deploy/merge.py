@@ -13,17 +13,10 @@ from torch import Tensor, nn
 from mmdbb.blocks.base import ReparamConv2d, leaf_dtype
 from mmdbb.conv_norms import norm_names
 from mmdbb.errors import UserError
-from mmdbb.files.checkpoints import (
-    load_strictly,
-    read_checkpoint,
-    sha256,
-    some,
-)
-from mmdbb.mm.deploy.load import (
-    build_model,
-    holds_blocks,
-    written_structure,
-)
+from mmdbb.files.checkpoints import load_strictly
+from mmdbb.files.sources import some
+from mmdbb.mm.deploy.load import build_model, holds_blocks
+from mmdbb.mm.outputs import Contents, Source
 from mmdbb.mm.stock.config import stock_config
 from mmdbb.mm.stock.partial import (
     merge_some_,
@@ -31,9 +24,26 @@ from mmdbb.mm.stock.partial import (
     select_blocks,
     whole_config,
 )
+from mmdbb.mm.structure import Structure, written_structure
 from mmdbb.reparam import find_blocks
 from mmdbb.stock_weights import names_in, stock_state
-from mmdbb.version import __version__
+
+
+class MergeOptions(NamedTuple):
+    """How blocks are merged, and which.
+
+    Attributes:
+        fuse: Whether to fold the norms into the convolutions too.
+        only: Patterns for the names of the blocks to merge; by default all.
+        skip: Patterns for the names of blocks to leave as they are.
+        dtype: What kernels and norms are composed in, ``torch.float64`` or
+            ``torch.float32``.
+    """
+
+    fuse: bool = False
+    only: Sequence[str] = ()
+    skip: Sequence[str] = ()
+    dtype: torch.dtype = torch.float64
 
 
 class Merged(NamedTuple):
@@ -42,91 +52,64 @@ class Merged(NamedTuple):
     Attributes:
         trained: The network with blocks, in eval mode.
         network: The network to deploy, in eval mode, before it is rounded.
-        dtypes: Entry of the network -> the precision to round it to, which
-            is the checkpoint's.
-        cfg: Its config.
-        meta: The notes to write beside its weights.
-        structure: ``stock``; ``fused`` if norms are folded too; ``partial``
-            if blocks are left.
+        contents: What to write of it: the config, the weights before they are
+            rounded, and what is noted beside them.
         merged: Names of the blocks merged now.
         left: How many blocks are left as they are.
-        weights: Which weights were taken from the checkpoint.
     """
 
     trained: nn.Module
     network: nn.Module
-    dtypes: Dict[str, torch.dtype]
-    cfg: Config
-    meta: dict
-    structure: str
+    contents: Contents
     merged: List[str]
     left: int
-    weights: str
-
-    def rounded(self) -> Dict[str, Tensor]:
-        """The weights to write: each number rounded once."""
-        return {
-            name: value.to(self.dtypes[name])
-            for name, value in self.network.state_dict().items()
-        }
 
 
 def merge_checkpoint(
-    cfg: Config,
-    checkpoint: str,
-    fuse: bool = False,
-    only: Sequence[str] = (),
-    skip: Sequence[str] = (),
-    dtype: torch.dtype = torch.float64,
-    ema: Optional[bool] = None,
-    unsafe: bool = False,
+    source: Source, options: Optional[MergeOptions] = None
 ) -> Merged:
     """Merge the network of a checkpoint, in memory.
 
     Args:
-        cfg: Config that the checkpoint was trained with.
-        checkpoint: Path of the trained checkpoint.
-        fuse: Whether to fold the norms into the convolutions too.
-        only: Patterns for the names of the blocks to merge; by default all.
-        skip: Patterns for the names of blocks to leave as they are.
-        dtype: What kernels and norms are composed in, ``torch.float64`` or
-            ``torch.float32``.
-        ema: True for the averaged weights, False for those that training
-            went on with; None for the averaged ones if there are any.
-        unsafe: Whether to run what code the checkpoint holds.
+        source: The trained checkpoint and its config.
+        options: How to merge; by default everything, and norms stay.
 
     Raises:
         UserError: If an input is wrong.
     """
-    loaded = read_checkpoint(checkpoint, ema, unsafe)
+    cfg, checkpoint = source.cfg, source.checkpoint
+    options = options or MergeOptions()
+    loaded = source.read()
     state, meta = loaded['state_dict'], loaded['meta']
     taken = loaded['weights']
     del loaded  # with the optimizer's state
     structure = written_structure(dict(meta=meta))
-    if structure in ('stock', 'fused'):
+    if structure in (Structure.STOCK, Structure.FUSED):
         raise UserError(
-            f'{checkpoint} is merged already (structure: {structure})'
+            f'{checkpoint} is merged already (structure: {structure.value})'
         )
     trained = trained_network(cfg, state, checkpoint)
     del state
     own_dtype = _own_dtypes(trained)
-    trained = trained.to(dtype)
+    trained = trained.to(options.dtype)
     blocks = find_blocks(trained)
     left = {n: b for n, b in blocks.items() if not b.deploy}
-    merged = select_blocks(left, only, skip)
+    merged = select_blocks(left, options.only, options.skip)
     partial = len(merged) < len(left)
-    if partial and fuse:
+    if partial and options.fuse:
         raise UserError(
             '--fuse folds norms into merged blocks; it does not go with '
             f'blocks that are left: {some(sorted(left.keys() - merged))}'
         )
     make = _partly_merged if partial else _stock
     try:
-        network, new_cfg = make(cfg, trained, merged, dtype)
+        network, new_cfg = make(cfg, trained, merged, options.dtype)
     except ValueError as error:
         raise UserError(f'{checkpoint}: {error}') from error
-    if fuse:
+    structure = Structure.PARTIAL if partial else Structure.STOCK
+    if options.fuse:
         network = fuse_conv_bn(network)
+        structure = Structure.FUSED
     renamed = names_in(network, trained)
     own_dtypes = {renamed(name): own for name, own in own_dtype.items()}
     dtypes = {
@@ -136,27 +119,21 @@ def merge_checkpoint(
         for name, value in network.state_dict().items()
     }
     _refuse_overflow(network, dtypes, checkpoint)
-    structure = 'partial' if partial else 'fused' if fuse else 'stock'
-    own = dict(
-        version=__version__,
+    contents = Contents(
+        cfg=new_cfg,
+        state=network.state_dict(),
         structure=structure,
         weights=taken,
-        source_sha256=sha256(checkpoint),
+        dtypes=dtypes,
+        meta=meta,
+        notes=dict(merged=list(new_cfg.model.merged)) if partial else {},
     )
-    if partial:
-        own['merged'] = list(new_cfg.model.merged)
-    kept = {k: v for k, v in meta.items() if k != 'cfg'}
-    meta = dict(kept, cfg=new_cfg.pretty_text, mmdbb=own)
     return Merged(
-        trained,
-        network,
-        dtypes,
-        new_cfg,
-        meta,
-        structure,
-        merged,
-        len(left) - len(merged),
-        taken,
+        trained=trained,
+        network=network,
+        contents=contents,
+        merged=merged,
+        left=len(left) - len(merged),
     )
 
 

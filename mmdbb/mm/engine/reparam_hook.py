@@ -16,7 +16,9 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
 from mmdbb.errors import interruption
-from mmdbb.mm.deploy.checkpoint import deploy_checkpoint, output_paths
+from mmdbb.mm.deploy.checkpoint import deploy_checkpoint
+from mmdbb.mm.deploy.merge import MergeOptions
+from mmdbb.mm.outputs import Proof, Source, output_paths
 
 
 @HOOKS.register_module()
@@ -31,9 +33,13 @@ class ReparamHook(Hook):
 
     Args:
         suffix: What follows the checkpoint's name.
-        options: Arguments of
-            :func:`~mmdbb.mm.deploy.checkpoint.deploy_checkpoint`, e.g.
-            ``image_size=(64, 64)`` for the comparison, or ``fuse=True``.
+        ema: True to merge the averaged weights, False for those that training
+            goes on with; None for the averaged ones if there are any.
+        unsafe: Whether to run what code the checkpoint holds.
+        options: Fields of :class:`~mmdbb.mm.outputs.Proof`, such as
+            ``image_size=(64, 64)`` for the comparison, and of
+            :class:`~mmdbb.mm.deploy.merge.MergeOptions`, such as
+            ``fuse=True``.
 
     Examples:
         >>> HOOKS.build(dict(type='ReparamHook', image_size=(64, 64))).priority
@@ -43,11 +49,25 @@ class ReparamHook(Hook):
     # After CheckpointHook (VERY_LOW), in whose files it reads.
     priority = 'LOWEST'
 
-    def __init__(self, suffix: str = '_deploy', **options) -> None:
+    def __init__(
+        self,
+        suffix: str = '_deploy',
+        ema: Optional[bool] = None,
+        unsafe: bool = False,
+        **options,
+    ) -> None:
         if not suffix:
             raise ValueError("suffix must not be empty; got ''")
-        self.suffix = suffix
-        self.options = options
+        known = (*Proof._fields, *MergeOptions._fields)
+        unknown = [name for name in options if name not in known]
+        if unknown:
+            raise TypeError(
+                f'ReparamHook has no {", ".join(unknown)}; it has suffix, '
+                f'ema, unsafe, {", ".join(known)}'
+            )
+        self.suffix, self.ema, self.unsafe = suffix, ema, unsafe
+        self.proof = _of(Proof, options)
+        self.merging = _of(MergeOptions, options)
         #: Metric -> path and score of the best checkpoint that is known.
         self.known: Optional[Dict[str, Tuple[str, object]]] = None
 
@@ -73,11 +93,12 @@ class ReparamHook(Hook):
         try:
             with _random_numbers_kept():
                 result = deploy_checkpoint(
-                    runner.cfg,
-                    path,
+                    # Whoever trains cannot pass --unsafe-load.
+                    Source(runner.cfg, path, self.ema, self.unsafe or None),
                     self._out(path),
+                    self.merging,
+                    self.proof,
                     overwrite=True,
-                    **self.options,
                 )
         except Exception as error:
             if interruption(error) is not None:
@@ -114,6 +135,11 @@ def best_checkpoints(runner: Runner) -> Dict[str, Tuple[str, object]]:
         for name, path in infos.items()
         if name.startswith('best_ckpt') and path
     }
+
+
+def _of(kind: type, options: dict) -> tuple:
+    """A NamedTuple of those options that are fields of it."""
+    return kind(**{n: options[n] for n in kind._fields if n in options})
 
 
 @contextlib.contextmanager

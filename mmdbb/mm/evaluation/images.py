@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Optional, Tuple
+from typing import NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,58 @@ from torch import Tensor, nn
 from mmdbb.errors import UserError
 
 SPLITS = ('train', 'val', 'test')
+
+
+class Calibration(NamedTuple):
+    """Which images of the config's data sets a network is calibrated with.
+
+    Attributes:
+        count: How many images; fewer if the data set has fewer.
+        split: Whose dataloader they come from: one of :data:`SPLITS`.
+        seed: Of shuffling and augmentation.
+    """
+
+    count: int = 128
+    split: str = 'train'
+    seed: int = 0
+
+    def images(
+        self,
+        cfg: Config,
+        model: nn.Module,
+        size: Optional[Tuple[int, int]] = None,
+    ) -> Tensor:
+        """The images, as they enter the network.
+
+        Args:
+            cfg: Config with the dataloader.
+            model: Its ``data_preprocessor`` normalises, as in a test.
+            size: Height and width in pixels that smaller images are padded
+                to, right and below; by default those of the first image.
+
+        Returns:
+            Tensor: Shape (N, C, H, W).
+
+        Raises:
+            UserError: If there are none from which a range can be learned.
+        """
+        return calibration_images(
+            cfg, model, self.count, self.split, size, self.seed
+        )
+
+
+def first_size(
+    cfg: Config, model: nn.Module, seed: int = 0
+) -> Tuple[int, int]:
+    """Height and width in pixels of the test set's first image.
+
+    Args:
+        cfg: Config with the test dataloader.
+        model: Its ``data_preprocessor`` pads, as in a test.
+        seed: Of shuffling and augmentation.
+    """
+    images = calibration_images(cfg, model, 1, 'test', seed=seed)
+    return tuple(images.shape[-2:])
 
 
 def calibration_images(

@@ -18,7 +18,6 @@ from typing import (
     List,
     NamedTuple,
     Optional,
-    Sequence,
     Tuple,
 )
 
@@ -29,18 +28,21 @@ from torch import Tensor, nn
 
 from mmdbb.compare import Difference, relative_error
 from mmdbb.errors import UserError
-from mmdbb.files.checkpoints import all_or_nothing
 from mmdbb.mm.export.formats import INPUT, file_format, silence
 from mmdbb.mm.export.modules import (
     ExportModule,
     export_module,
     preprocessing,
 )
+from mmdbb.mm.outputs import Proof, writing
 from mmdbb.reparam import find_blocks, literal_forward, reparameterize
 from mmdbb.version import __version__
 
 #: The file is traced with 2 images and verified with these many.
 _BATCH, _VERIFIED_BATCHES = 2, (1, 3)
+#: How far a file's outputs may be from the network's, as a share of the
+#: largest magnitude of an output: runtimes compute in single precision.
+EXPORT_TOLERANCE = 1e-4
 
 
 class Exported(NamedTuple):
@@ -61,21 +63,32 @@ class Exported(NamedTuple):
     metadata: dict
 
 
-@torch.no_grad()
+class ExportOptions(NamedTuple):
+    """What of a network is exported, and for which runtime.
+
+    Attributes:
+        format: ``onnx``, ``torchscript`` or ``torch.export``.
+        head: Whether a detector's dense head is exported too, besides
+            backbone and neck.
+        fold_norms: Whether to fold norms into the convolutions before them.
+        channels: Channels of an image.
+    """
+
+    format: str = 'onnx'
+    head: bool = False
+    fold_norms: bool = True
+    channels: int = 3
+
+
 def export_network(
     model: nn.Module,
     out: str,
     format: str = 'onnx',
-    image_size: Tuple[int, int] = (224, 224),
     head: bool = False,
     fold_norms: bool = True,
-    images: Sequence[Tensor] = (),
     channels: int = 3,
-    tolerance: float = 1e-4,
+    proof: Optional[Proof] = None,
     overwrite: bool = False,
-    seed: int = 0,
-    reference: Optional[nn.Module] = None,
-    notes: Optional[dict] = None,
 ) -> Exported:
     """Write a network for a runtime, and prove the file equal to it.
 
@@ -87,20 +100,14 @@ def export_network(
             that maps images to tensors, with blocks or without. Unchanged.
         out: The file to write; its suffix must be the format's.
         format: ``onnx``, ``torchscript`` or ``torch.export``.
-        image_size: Height and width in pixels.
         head: Whether a detector's dense head is exported too, besides
             backbone and neck.
         fold_norms: Whether to fold norms into the convolutions before them.
-        images: Batches of normalised images (N, C, H, W) to compare on,
-            besides random ones.
         channels: Channels of an image.
-        tolerance: Largest difference allowed, relative to the largest
-            magnitude of an output.
+        proof: What to compare the file with the network on, besides random
+            images; its ``image_size`` is that of the images that the file
+            takes.
         overwrite: Whether an existing file may be replaced.
-        seed: For the random images.
-        reference: The network to compare the file with, such as the one with
-            blocks that ``model`` was merged from; by default ``model``.
-        notes: What else the file shall say of itself, plain data.
 
     Returns:
         Exported: The file and what it was compared to.
@@ -109,16 +116,48 @@ def export_network(
         UserError: If an argument is wrong, a package is missing, the network
             cannot be exported, or the file differs from it.
     """
-    out = os.fspath(out)
-    kind = file_format(format, out)
-    batches = _batches((channels, *image_size), images, seed)
+    out, proof = os.fspath(out), proof or Proof()
+    options = ExportOptions(format, head, fold_norms, channels)
+    file_format(format, out)  # before the work
+    with writing(None, out, inputs=proof.paths, overwrite=overwrite) as drafts:
+        result = write_network(model, drafts.paths[0], options, proof)
+    return result._replace(path=out)
+
+
+@torch.no_grad()
+def write_network(
+    model: nn.Module,
+    path: str,
+    options: ExportOptions,
+    proof: Proof,
+    reference: Optional[nn.Module] = None,
+    notes: Optional[dict] = None,
+) -> Exported:
+    """Write a file for a runtime where it may stay if it is wrong.
+
+    Args:
+        model: The network, with blocks or without. Unchanged.
+        path: The file to write, within :func:`mmdbb.mm.outputs.writing`.
+        options: What to export, and for which runtime.
+        proof: What to compare the file with the network on.
+        reference: The network to compare the file with, such as the one with
+            blocks that ``model`` was merged from; by default ``model``.
+        notes: What else the file shall say of itself, plain data.
+
+    Raises:
+        UserError: If a package is missing, the network cannot be exported, or
+            the file differs from it.
+    """
+    format, head, channels = options.format, options.head, options.channels
+    kind = file_format(format, path)
+    tolerance = (
+        EXPORT_TOLERANCE if proof.tolerance is None else proof.tolerance
+    )
+    batches = _batches(model, channels, proof)
     reference = model if reference is None else reference
-    with (
-        all_or_nothing(out, overwrite=overwrite) as (draft,),
-        _in_eval(model, reference),
-    ):
+    with _in_eval(model, reference):
         expected = _outputs(reference, head, batches)
-        module, blocks = exportable(model, head, fold_norms)
+        module, blocks = exportable(model, head, options.fold_norms)
         example = batches[0].new_zeros(_BATCH, *batches[0].shape[1:])
         module.drop_unused(example)
         names = list(expected[0])
@@ -129,7 +168,7 @@ def export_network(
             merged_blocks=len(find_blocks(reference)),
             input=dict(
                 name=INPUT,
-                shape=['batch', channels, *image_size],
+                shape=['batch', channels, *proof.image_size],
                 **preprocessing(model),
             ),
             outputs=names,
@@ -137,13 +176,13 @@ def export_network(
         )
         try:
             with silence():
-                kind.write(module, example, names, metadata, draft)
+                kind.write(module, example, names, metadata, path)
         except Exception as error:  # exporters raise whatever they meet
             raise UserError(
                 f'{type(model).__name__} cannot be exported as {format}: '
                 f'{type(error).__name__}: {error}'
             ) from error
-        difference = _compare(kind.load(draft), batches, expected)
+        difference = _compare(kind.load(path), batches, expected)
         if not difference.largest <= tolerance:
             raise UserError(
                 f'the {format} file differs by {difference.largest:.2e} of '
@@ -151,11 +190,11 @@ def export_network(
                 f'{tolerance:.0e} (in {difference.output}); nothing written'
             )
     return Exported(
-        out,
-        blocks,
-        {name: tuple(y.shape[1:]) for name, y in expected[0].items()},
-        difference,
-        metadata,
+        path=path,
+        blocks=blocks,
+        outputs={n: tuple(y.shape[1:]) for n, y in expected[0].items()},
+        difference=difference,
+        metadata=metadata,
     )
 
 
@@ -165,9 +204,9 @@ def exportable(
     """A merged copy of a network, in float32 on the CPU, as one function.
 
     Args:
-        model: As for :func:`export_network`.
-        head: As there.
-        fold_norms: As there.
+        model: A network, with blocks or without. Unchanged.
+        head: Whether to take a detector's dense head too.
+        fold_norms: Whether to fold norms into the convolutions before them.
 
     Returns:
         tuple: The module, in eval mode, and how many blocks were merged.
@@ -188,15 +227,14 @@ def exportable(
     return export_module(network.float().cpu(), head).eval(), blocks
 
 
-def _batches(
-    shape: Tuple[int, int, int], images: Sequence[Tensor], seed: int
-) -> List[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
+def _batches(model: nn.Module, channels: int, proof: Proof) -> List[Tensor]:
+    generator = torch.Generator().manual_seed(proof.seed)
+    shape = (channels, *proof.image_size)
     batches = [
         torch.randn(count, *shape, generator=generator)
         for count in _VERIFIED_BATCHES
     ]
-    for batch in images:
+    for batch in proof.given(model):
         if tuple(batch.shape[1:]) != shape:
             raise UserError(
                 f'images are of shape {tuple(batch.shape[1:])} as they enter '

@@ -16,22 +16,15 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmdbb.errors import UserError
-from mmdbb.files.checkpoints import (
-    all_or_nothing,
-    in_mmengine_form,
-    load_strictly,
-    read_checkpoint,
-    sha256,
-)
-from mmdbb.files.formats import write_checkpoint
+from mmdbb.files.checkpoints import in_mmengine_form, load_strictly
 from mmdbb.files.hdf5 import is_hdf5, read_hdf5
-from mmdbb.mm.deploy.checkpoint import output_paths, refuse_inputs
-from mmdbb.mm.deploy.load import build_model, load_deployed
+from mmdbb.mm.deploy.load import build_model
 from mmdbb.mm.hosts import require
 from mmdbb.mm.official.recognise import OfficialNetwork, recognise
+from mmdbb.mm.outputs import Contents, Source, output_paths, writing
+from mmdbb.mm.structure import Structure
 from mmdbb.reparam import find_blocks
 from mmdbb.stock_weights import norm_that_adds
-from mmdbb.version import __version__
 
 #: The papers' utils.py, val_preprocess: pixels as PIL reads and resizes them.
 TEST_PIPELINE = (
@@ -63,7 +56,10 @@ class ConvertedOfficial(NamedTuple):
 
 
 def convert_official(
-    source: str, out: str, overwrite: bool = False, unsafe: bool = False
+    source: str,
+    out: str,
+    overwrite: bool = False,
+    unsafe: Optional[bool] = None,
 ) -> ConvertedOfficial:
     """Write an official checkpoint as mmpretrain's, with its config.
 
@@ -75,47 +71,52 @@ def convert_official(
         out: Path of the checkpoint to write, ``*.pth`` or ``*.safetensors``;
             its config is written beside it as ``*.py``.
         overwrite: Whether existing outputs may be replaced.
-        unsafe: Whether to run what code the file holds.
+        unsafe: Whether to run what code the file holds; None if the user has
+            no way to ask for that.
 
     Raises:
         UserError: If the file cannot be read, is of no network that is known,
             lacks entries or has others, or an output cannot be written.
     """
-    outputs = output_paths(out)
-    refuse_inputs(outputs, None, source)
-    state = read_official(source, unsafe)
-    network = recognise(state, source)
-    if len(network.head) != 2 or network.head['weight'].dim() != 2:
-        raise UserError(
-            f'{source} has no classifier: linear.weight and linear.bias'
-        )
-    require('mmpretrain')
-    import mmdbb.mm.backbones  # noqa: F401
+    checkpoint, config = output_paths(out)
+    origin = Source(None, source, unsafe=unsafe)
+    with writing(origin, checkpoint, config, overwrite=overwrite) as drafts:
+        loaded = _read(origin)
+        state = loaded['state_dict']
+        network = recognise(state, source)
+        if len(network.head) != 2 or network.head['weight'].dim() != 2:
+            raise UserError(
+                f'{source} has no classifier: linear.weight and linear.bias'
+            )
+        require('mmpretrain')
+        import mmdbb.mm.backbones  # noqa: F401
 
-    cfg = classifier_config(network)
-    model = build_model(cfg)
-    weights = {
-        f'backbone.{name}': value
-        for name, value in backbone_state(network, model.backbone).items()
-    }
-    weights.update(
-        {f'head.fc.{name}': value for name, value in network.head.items()}
+        cfg = classifier_config(network)
+        model = build_model(cfg)
+        weights = {
+            f'backbone.{name}': value
+            for name, value in backbone_state(network, model.backbone).items()
+        }
+        weights.update(
+            {f'head.fc.{name}': value for name, value in network.head.items()}
+        )
+        load_strictly(model, weights, f'{source} ({network})')
+        plain = network.block is None
+        drafts.write(
+            Contents(
+                cfg=cfg,
+                state=model.state_dict(),
+                structure=Structure.STOCK if plain else Structure.TRAIN,
+                weights=loaded['weights'],
+                notes=dict(official=str(network)),
+            )
+        )
+    return ConvertedOfficial(
+        checkpoint=checkpoint,
+        config=config,
+        network=network,
+        entries=len(state),
     )
-    load_strictly(model, weights, f'{source} ({network})')
-    meta = dict(
-        cfg=cfg.pretty_text,
-        mmdbb=dict(
-            version=__version__,
-            structure='stock' if network.block is None else 'train',
-            official=str(network),
-            source_sha256=sha256(source),
-        ),
-    )
-    with all_or_nothing(*outputs, overwrite=overwrite) as drafts:
-        cfg.dump(drafts[1])
-        write_checkpoint(drafts[0], model.state_dict(), meta)
-        load_deployed(drafts[1], drafts[0])
-    return ConvertedOfficial(*outputs, network, len(state))
 
 
 def read_official(
@@ -127,16 +128,23 @@ def read_official(
         path: A file of ``torch.save``, a bare state dict or one under
             ``state_dict``; or a ``.hdf5`` file. ``module.`` at the start of
             names (and there only) is left out.
-        unsafe: As of :func:`~mmdbb.files.checkpoints.read_checkpoint`.
+        unsafe: Whether to run what code the file holds; None if the user has
+            no way to ask for that.
 
     Raises:
         UserError: If it cannot be read, or holds numbers that no network has.
     """
+    return _read(Source(None, path, unsafe=unsafe))['state_dict']
+
+
+def _read(source: Source) -> dict:
+    """What a file holds, as :meth:`Source.read` gives it."""
+    path = source.checkpoint
     if is_hdf5(path):
-        state = in_mmengine_form(read_hdf5(path), path)['state_dict']
+        loaded = in_mmengine_form(read_hdf5(path), path)
     else:
-        state = read_checkpoint(path, unsafe=unsafe)['state_dict']
-    for name, value in state.items():
+        loaded = source.read()
+    for name, value in loaded['state_dict'].items():
         if name.endswith('num_batches_tracked'):
             continue
         if not value.is_floating_point():
@@ -144,7 +152,7 @@ def read_official(
                 f'{path} is not of floating-point numbers: {name} is of '
                 f'{str(value.dtype).rpartition(".")[2]}'
             )
-    return state
+    return loaded
 
 
 def backbone_state(

@@ -12,25 +12,22 @@ from mmengine.runner import Runner
 from torch import nn
 
 from mmdbb.errors import UserError
-from mmdbb.files.checkpoints import all_or_nothing
-from mmdbb.files.formats import write_checkpoint
-from mmdbb.mm.deploy.checkpoint import output_paths, refuse_inputs
 from mmdbb.mm.deploy.merge import merge_checkpoint
 from mmdbb.mm.engine.launch import build_runner
 from mmdbb.mm.engine.measure import print_table
 from mmdbb.mm.evaluation.figures import Figure, evaluate, quiet_runner
-from mmdbb.mm.evaluation.images import calibration_images
+from mmdbb.mm.evaluation.images import Calibration, first_size
 from mmdbb.mm.evaluation.norm_statistics import calibrate_norms_
 from mmdbb.mm.export.modules import Detector, export_module
-from mmdbb.mm.export.network import export_network
+from mmdbb.mm.export.network import ExportOptions, write_network
+from mmdbb.mm.outputs import Proof, Source, output_paths, writing
 from mmdbb.mm.pruning.structure import (
-    STRUCTURE,
     Cost,
     cost_of,
     prune_,
     require_torch_pruning,
 )
-from mmdbb.version import __version__
+from mmdbb.mm.structure import Structure
 
 
 class Stage(NamedTuple):
@@ -65,104 +62,137 @@ class Pruned(NamedTuple):
     stages: List[Stage]
 
 
-def prune_checkpoint(
-    cfg: Config,
-    checkpoint: str,
-    out: str,
-    ratio: float = 0.3,
-    everywhere: bool = True,
-    order: int = 2,
-    round_to: Optional[int] = None,
-    length: int = 0,
-    lr_scale: float = 0.1,
-    onnx: Optional[str] = None,
-    count: int = 128,
-    image_size: Optional[Tuple[int, int]] = None,
-    metric: Optional[str] = None,
-    overwrite: bool = False,
-    seed: int = 0,
-) -> Pruned:
-    """Merge a trained network, prune its filters, train it on, export it.
+class PruneOptions(NamedTuple):
+    """How a network is pruned, and trained on afterwards.
 
-    Args:
-        cfg: Config that the checkpoint was trained with.
-        checkpoint: Path of the trained checkpoint, with blocks.
-        out: Path of the checkpoint to write, ``*.pth``; the stock network's
-            config is written beside it as ``*.py``.
-        ratio: Share of the filters to remove, see :func:`prune_`.
-        everywhere: As there, like the next two.
-        order: As there.
-        round_to: As there.
+    Attributes:
+        ratio: Share of the filters to remove, between 0 and 1.
+        each_layer: Whether each layer loses the same share; else filters are
+            compared across layers.
+        norm: Order of the norm that measures a filter, 1 or 2.
+        round_to: What the numbers of channels are to be multiples of.
         length: For how long to train on, in what the config's training counts
             in, epochs or iterations; 0 for not at all.
         lr_scale: Learning rate of that, as a share of the config's; it falls
             to zero along a cosine.
+        calibration: Which images give the merged network's norms their
+            statistics.
+    """
+
+    ratio: float = 0.3
+    each_layer: bool = False
+    norm: int = 2
+    round_to: Optional[int] = None
+    length: int = 0
+    lr_scale: float = 0.1
+    calibration: Calibration = Calibration()
+
+
+def prune_checkpoint(
+    source: Source,
+    out: str,
+    options: Optional[PruneOptions] = None,
+    onnx: Optional[str] = None,
+    image_size: Optional[Tuple[int, int]] = None,
+    metric: Optional[str] = None,
+    overwrite: bool = False,
+) -> Pruned:
+    """Merge a trained network, prune its filters, train it on, export it.
+
+    Args:
+        source: The trained checkpoint, with blocks, and its config.
+        out: Path of the checkpoint to write, ``*.pth`` or
+            ``*.safetensors``; the stock network's config is written beside it
+            as ``*.py``.
+        options: How to prune and to train on.
         onnx: Path of an ONNX file to export to as well, ``*.onnx``.
-        count: Images to give the merged network's norms their statistics.
         image_size: Height and width in pixels, by default those of the first
             image of the test set.
         metric: The evaluator's figure, by default its main one.
         overwrite: Whether existing outputs may be replaced.
-        seed: Of the choice of images.
 
     Raises:
         UserError: If an input is wrong, or the network cannot be pruned.
             Nothing is written then.
     """
+    options = options or PruneOptions()
+    _check(options, onnx)
+    checkpoint, config = output_paths(out)
+    outputs = (checkpoint, config, *([onnx] if onnx else []))
+    with writing(source, *outputs, overwrite=overwrite) as drafts:
+        merged = merge_checkpoint(source)
+        model, contents = merged.network.float(), merged.contents
+        size = image_size or first_size(source.cfg, model)
+        calibrate_norms_(model, options.calibration.images(source.cfg, model))
+        before, stages = _count_filters(model), []
+        # Heads and layers come from the config; this network's own from here.
+        with quiet_runner(contents.cfg) as runner:
+            stages.append(_stage('merged', runner, model, size, metric))
+            prune_(
+                model,
+                options.ratio,
+                size,
+                options.each_layer,
+                options.norm,
+                options.round_to,
+            )
+            stages.append(_stage('pruned', runner, model, size, metric))
+        if options.length:
+            train_on_(
+                model,
+                contents.cfg,
+                source.cfg,
+                options.length,
+                options.lr_scale,
+            )
+            with quiet_runner(contents.cfg) as runner:
+                stages.append(
+                    _stage('trained on', runner, model, size, metric)
+                )
+        model.cpu().eval()
+        contents = contents._replace(
+            state=model.state_dict(),
+            structure=Structure.PRUNED,
+            dtypes=None,
+            notes=dict(
+                ratio=options.ratio,
+                points={s.name: s.figure.points for s in stages},
+            ),
+        )
+        drafts.write(contents)
+        if onnx:
+            write_network(
+                model,
+                drafts.paths[2],
+                ExportOptions(head=isinstance(export_module(model), Detector)),
+                Proof(image_size=size),
+                notes=source.notes(contents.structure, contents.weights),
+            )
+    return Pruned(
+        checkpoint=checkpoint,
+        config=config,
+        onnx=onnx,
+        filters=(before, _count_filters(model)),
+        stages=stages,
+    )
+
+
+def _check(options: PruneOptions, onnx: Optional[str]) -> None:
+    """Raise before the work if a package is missing or a value not allowed."""
     require_torch_pruning()
-    if not 0 < ratio < 1:
-        raise UserError(f'the ratio must lie between 0 and 1, got {ratio:g}')
-    if length < 0:
-        raise UserError(f'the length must be at least 0, got {length}')
-    if not lr_scale > 0:
+    if not 0 < options.ratio < 1:
+        raise UserError(
+            f'the ratio must lie between 0 and 1, got {options.ratio:g}'
+        )
+    if options.length < 0:
+        raise UserError(f'the length must be at least 0, got {options.length}')
+    if not options.lr_scale > 0:
         raise UserError(
             'the learning rate must be scaled by more than 0, got '
-            f'{lr_scale:g}'
+            f'{options.lr_scale:g}'
         )
     if onnx is not None and not onnx.endswith('.onnx'):
         raise UserError(f'the export must end in .onnx, got {onnx}')
-    outputs = output_paths(out) + ((onnx,) if onnx else ())
-    refuse_inputs(outputs, cfg, checkpoint)
-    merged = merge_checkpoint(cfg, checkpoint)
-    model, stock_cfg = merged.network.float(), merged.cfg
-    stages = []
-    with all_or_nothing(*outputs, overwrite=overwrite) as drafts:
-        size = image_size or tuple(
-            calibration_images(cfg, model, 1, 'test').shape[-2:]
-        )
-        calibrate_norms_(
-            model, calibration_images(cfg, model, count, seed=seed)
-        )
-        # Heads and layers come from the config; this network's own from here.
-        with quiet_runner(stock_cfg) as runner:
-            _record(stages, 'merged', runner, model, size, metric)
-            before = _count_filters(model)
-            prune_(model, ratio, size, everywhere, order, round_to)
-            _record(stages, 'pruned', runner, model, size, metric)
-        if length:
-            train_on_(model, stock_cfg, cfg, length, lr_scale)
-            with quiet_runner(stock_cfg) as runner:
-                _record(stages, 'trained on', runner, model, size, metric)
-        model.cpu().eval()
-        stock_cfg.dump(drafts[1])
-        meta = dict(
-            mmdbb=dict(
-                version=__version__,
-                structure=STRUCTURE,
-                ratio=ratio,
-                points={s.name: s.figure.points for s in stages},
-            ),
-            cfg=stock_cfg.pretty_text,
-        )
-        write_checkpoint(drafts[0], model.state_dict(), meta)
-        if onnx:
-            export_network(
-                model,
-                drafts[2],
-                image_size=size,
-                head=isinstance(export_module(model), Detector),
-            )
-    return Pruned(*outputs[:2], onnx, (before, _count_filters(model)), stages)
 
 
 def train_on_(
@@ -220,18 +250,17 @@ def _give(runner: Runner, model: nn.Module) -> None:
     )
 
 
-def _record(
-    stages: List[Stage],
+def _stage(
     name: str,
     runner: Runner,
     model: nn.Module,
     size: Tuple[int, int],
     metric: Optional[str],
-) -> None:
+) -> Stage:
     _give(runner, model)
     figure = evaluate(runner, name=metric)
     with torch.no_grad():
-        stages.append(Stage(name, figure, cost_of(model.eval(), size)))
+        return Stage(name, figure, cost_of(model.eval(), size))
 
 
 def _count_filters(model: nn.Module) -> int:

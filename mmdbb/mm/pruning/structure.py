@@ -24,9 +24,6 @@ from mmdbb.mm.export.modules import (
 )
 from mmdbb.reparam import find_blocks
 
-#: What a checkpoint of a pruned network notes of itself.
-STRUCTURE = 'pruned'
-
 
 def require_torch_pruning():
     """Import ``torch_pruning``.
@@ -44,8 +41,8 @@ def prune_(
     model: nn.Module,
     ratio: float,
     image_size: Tuple[int, int],
-    everywhere: bool = True,
-    order: int = 2,
+    each_layer: bool = False,
+    norm: int = 2,
     round_to: Optional[int] = None,
 ) -> Dict[str, Tuple[int, int]]:
     """Remove the filters whose kernels are the shortest, with what reads them.
@@ -58,9 +55,9 @@ def prune_(
             module that maps images to tensors. Changed in place.
         ratio: Share of the filters to remove, between 0 and 1.
         image_size: Height and width in pixels of an image that it takes.
-        everywhere: Whether lengths are compared across layers; else each
-            layer loses the same share.
-        order: Of the norm that measures a filter, 1 or 2.
+        each_layer: Whether each layer loses the same share; else lengths are
+            compared across layers.
+        norm: Order of the norm that measures a filter, 1 or 2.
         round_to: What the numbers of channels are to be multiples of.
 
     Returns:
@@ -99,9 +96,9 @@ def prune_(
                 module,
                 images,
                 importance=pruning.importance.GroupMagnitudeImportance(
-                    p=order, target_types=[nn.Conv2d, nn.Linear]
+                    p=norm, target_types=[nn.Conv2d, nn.Linear]
                 ),
-                global_pruning=everywhere,
+                global_pruning=not each_layer,
                 pruning_ratio=ratio,
                 # Nothing is left of a layer whose filters all go.
                 max_pruning_ratio=max(ratio, 0.9),

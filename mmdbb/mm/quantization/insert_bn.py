@@ -13,7 +13,7 @@ blocks (merging, exporting, quantization-aware training) folds the norm again.
 from __future__ import annotations
 
 import inspect
-from typing import Callable, NamedTuple
+from typing import Callable, NamedTuple, Optional
 
 import torch
 from mmengine.config import Config
@@ -23,16 +23,14 @@ from torch import Tensor, nn
 from mmdbb.branches.base import zero_bias
 from mmdbb.compare import Difference, compare_networks
 from mmdbb.errors import UserError
-from mmdbb.files.checkpoints import all_or_nothing
-from mmdbb.files.formats import write_checkpoint
-from mmdbb.mm.deploy.checkpoint import output_paths, refuse_inputs
 from mmdbb.mm.deploy.load import build_model
-from mmdbb.mm.evaluation.images import calibration_images
+from mmdbb.mm.evaluation.images import Calibration
 from mmdbb.mm.evaluation.norm_statistics import moments_of
-from mmdbb.mm.quantization.network import load_network
+from mmdbb.mm.outputs import Contents, Source, output_paths, writing
+from mmdbb.mm.quantization.network import fill_network
 from mmdbb.mm.stock.config import STOCK_BACKBONES, without_own_starts
+from mmdbb.mm.structure import Structure
 from mmdbb.reparam import find_blocks
-from mmdbb.version import __version__
 
 _TOLERANCE = 1e-4
 #: Larger than any; a config cannot hold infinity.
@@ -56,46 +54,53 @@ class Inserted(NamedTuple):
 
 
 def insert_bn_checkpoint(
-    cfg: Config,
-    checkpoint: str,
+    source: Source,
     out: str,
-    count: int = 128,
-    split: str = 'train',
+    calibration: Optional[Calibration] = None,
     overwrite: bool = False,
-    seed: int = 0,
 ) -> Inserted:
     """Merge each block of a checkpoint and put a calibrated norm behind it.
 
     Args:
-        cfg: Config that the checkpoint was trained with.
-        checkpoint: Path of the trained checkpoint, with blocks.
-        out: Path of the checkpoint to write, ``*.pth``; its config is written
-            beside it as ``*.py``. It starts from the checkpoint.
-        count: Images to calibrate with.
-        split: Whose dataloader they come from.
+        source: The trained checkpoint, with blocks, and its config.
+        out: Path of the checkpoint to write, ``*.pth`` or
+            ``*.safetensors``; its config is written beside it as ``*.py``. It
+            starts from the checkpoint.
+        calibration: Which images give the norms their statistics.
         overwrite: Whether existing outputs may be replaced.
-        seed: Of the choice of images.
 
     Raises:
         UserError: If an input is wrong, or the networks differ.
     """
-    outputs = output_paths(out)
-    refuse_inputs(outputs, cfg, checkpoint)
-    model = load_network(build_model(cfg), checkpoint)
-    blocks = find_blocks(model)
-    if not blocks:
-        raise UserError(
-            f'{checkpoint} is merged already: the network of its config has '
-            'no block to put a norm behind'
+    cfg, calibration = source.cfg, calibration or Calibration()
+    checkpoint, config = output_paths(out)
+    with writing(source, checkpoint, config, overwrite=overwrite) as drafts:
+        loaded = source.read()
+        model = fill_network(build_model(cfg), loaded, source.checkpoint)
+        blocks = find_blocks(model)
+        if not blocks:
+            raise UserError(
+                f'{source.checkpoint} is merged already: the network of its '
+                'config has no block to put a norm behind'
+            )
+        new_cfg = conv_bn_config(cfg)
+        network = build_model(new_cfg)
+        images = calibration.images(cfg, model)
+        try:
+            insert_bn_(network, model, images)
+        except ValueError as error:
+            raise UserError(f'{source.checkpoint}: {error}') from error
+        # Where the first training wrote, this one would replace its files.
+        new_cfg.pop('work_dir', None)
+        new_cfg.update(load_from=checkpoint, resume=False)
+        contents = Contents(
+            cfg=new_cfg,
+            state=network.state_dict(),
+            structure=Structure.TRAIN,
+            weights=loaded['weights'],
+            meta=loaded['meta'],
         )
-    new_cfg = conv_bn_config(cfg)
-    network = build_model(new_cfg)
-    images = calibration_images(cfg, model, count, split, seed=seed)
-    try:
-        insert_bn_(network, model, images)
-    except ValueError as error:
-        raise UserError(f'{checkpoint}: {error}') from error
-    with all_or_nothing(*outputs, overwrite=overwrite) as drafts:
+        network = drafts.network(contents)
         difference = compare_networks(model, network, [images[:2]])
         if not difference.largest <= _TOLERANCE:
             raise UserError(
@@ -103,20 +108,17 @@ def insert_bn_checkpoint(
                 f'{difference.largest:.2e} of the largest magnitude (in '
                 f'{difference.output}); nothing written'
             )
-        # Where the first training wrote, this one would replace its files.
-        new_cfg.pop('work_dir', None)
-        new_cfg.update(load_from=outputs[0], resume=False)
-        new_cfg.dump(drafts[1])
-        meta = dict(
-            mmdbb=dict(
-                version=__version__,
-                structure='train',
-                calibration_images=len(images),
-                max_error=difference.largest,
+        drafts.write(
+            contents.noting(
+                calibration_images=len(images), max_error=difference.largest
             )
         )
-        write_checkpoint(drafts[0], network.state_dict(), meta)
-    return Inserted(*outputs, len(blocks), difference)
+    return Inserted(
+        checkpoint=checkpoint,
+        config=config,
+        blocks=len(blocks),
+        difference=difference,
+    )
 
 
 def conv_bn_config(cfg: Config) -> Config:

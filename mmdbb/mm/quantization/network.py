@@ -35,7 +35,24 @@ def load_network(model: nn.Module, checkpoint: str) -> nn.Module:
     Raises:
         UserError: If the two do not belong together.
     """
-    loaded = read_checkpoint(checkpoint)
+    return fill_network(model, read_checkpoint(checkpoint), checkpoint)
+
+
+def fill_network(model: nn.Module, loaded: dict, checkpoint: str) -> nn.Module:
+    """Load what was read of a checkpoint into the network of its config.
+
+    Args:
+        model: The network that the config builds; changed in place.
+        loaded: What :func:`mmdbb.files.checkpoints.read_checkpoint` read.
+        checkpoint: Path of the checkpoint, for messages.
+
+    Returns:
+        nn.Module: The network in eval mode; with quantizers, turned on, if
+        the checkpoint has them.
+
+    Raises:
+        UserError: If the two do not belong together.
+    """
     state = loaded['state_dict']
     give_structure_(model, loaded)
     if holds_blocks(state, model) and not find_blocks(model):

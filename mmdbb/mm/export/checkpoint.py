@@ -1,0 +1,62 @@
+# Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
+"""From a trained checkpoint to a runtime's file of the merged network."""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+
+from mmdbb.mm.deploy.merge import MergeOptions, merge_checkpoint
+from mmdbb.mm.export.formats import file_format
+from mmdbb.mm.export.network import (
+    Exported,
+    ExportOptions,
+    write_network,
+)
+from mmdbb.mm.outputs import Proof, Source, writing
+
+
+def export_checkpoint(
+    source: Source,
+    out: str,
+    format: str,
+    head: bool = False,
+    dtype: torch.dtype = torch.float64,
+    proof: Optional[Proof] = None,
+    overwrite: bool = False,
+) -> Exported:
+    """Write a trained checkpoint's network for a runtime, and prove it.
+
+    Args:
+        source: The trained checkpoint and its config.
+        out: The file to write, of the format's suffix.
+        format: ``onnx``, ``torchscript`` or ``torch.export``.
+        head: Whether a detector's dense head is exported too.
+        dtype: What kernels and norms are composed in, ``torch.float64`` or
+            ``torch.float32``.
+        proof: What to compare the file with the network on, and the size of
+            the images that the file takes.
+        overwrite: Whether an existing output may be replaced.
+
+    Raises:
+        UserError: If an input is wrong, a package is missing, or the file
+            differs from the network.
+    """
+    file_format(format, out)  # before the work
+    proof = proof or Proof()
+    with writing(
+        source, out, inputs=proof.paths, overwrite=overwrite
+    ) as drafts:
+        merged = merge_checkpoint(source, MergeOptions(fuse=True, dtype=dtype))
+        trained, contents = merged.trained.float(), merged.contents
+        result = write_network(
+            merged.network,
+            drafts.paths[0],
+            # Norms are folded already.
+            ExportOptions(format=format, head=head, fold_norms=False),
+            proof._replace(images=proof.batches(trained)),
+            reference=trained,
+            notes=source.notes(contents.structure, contents.weights),
+        )
+    return result._replace(path=out)
