@@ -11,12 +11,22 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Dict, Iterable, Iterator, List, NamedTuple, Sequence, Tuple
+from typing import (
+    Any,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    NamedTuple,
+    Sequence,
+    Tuple,
+)
 
 import torch
 from torch import Tensor, nn
 
 from mmdbb.errors import UserError
+from mmdbb.modules import named_values
 from mmdbb.reparam import literal_forward
 from mmdbb.stock_weights import names_in
 from mmdbb.untouched import changed_layers
@@ -198,9 +208,9 @@ def network_outputs(model: nn.Module, images: Tensor) -> Dict[str, Tensor]:
         images: Normalised images of shape (N, C, H, W).
     """
     if not hasattr(model, 'extract_feat'):
-        return dict(_tensors('output', model(images)))
+        return _tensors('output', model(images))
     features = model.extract_feat(images)
-    outputs = dict(_tensors('features', features))
+    outputs = _tensors('features', features)
     for name in DENSE_HEADS:
         head = getattr(model, name, None)
         if isinstance(head, nn.Module):
@@ -227,16 +237,12 @@ def _outputs_of_both(
             yield name, value, found[name]
 
 
-def _tensors(name: str, value) -> Iterator[Tuple[str, Tensor]]:
-    if isinstance(value, Tensor):
-        if value.is_floating_point():
-            yield name, value
-    elif isinstance(value, (list, tuple)):
-        for i, item in enumerate(value):
-            yield from _tensors(f'{name}.{i}', item)
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield from _tensors(f'{name}.{key}', item)
+def _tensors(name: str, outputs: Any) -> Dict[str, Tensor]:
+    return {
+        full: value
+        for full, value in named_values(name, outputs)
+        if isinstance(value, Tensor) and value.is_floating_point()
+    }
 
 
 def _layers_of_both(

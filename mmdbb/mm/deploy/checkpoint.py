@@ -8,7 +8,6 @@ from typing import NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from mmengine.config import Config
-from torch import nn
 
 from mmdbb.compare import (
     SMALLEST_CHANNEL,
@@ -30,6 +29,7 @@ from mmdbb.mm.deploy.load import load_deployed
 from mmdbb.mm.deploy.merge import merge_checkpoint, trained_network
 from mmdbb.mm.export.formats import file_format
 from mmdbb.mm.export.network import Exported, export_network
+from mmdbb.modules import count_parameters
 from mmdbb.untouched import prove_rounded, prove_untouched
 
 #: Of what a runtime computes, in single precision.
@@ -111,7 +111,9 @@ def deploy_checkpoint(
     merged = merge_checkpoint(
         cfg, checkpoint, fuse, only, skip, dtype, ema, unsafe
     )
-    parameters = (_count(merged.trained), _count(merged.network))
+    parameters = tuple(
+        count_parameters(m) for m in (merged.trained, merged.network)
+    )
     # It is read again, if that does not run the file's code again.
     trained = merged.trained if unsafe else None
     merged = merged._replace(trained=None)
@@ -245,7 +247,3 @@ def refuse_inputs(
     for path in outputs:
         if os.path.realpath(path) in read:
             raise UserError(f'output {path} is also an input')
-
-
-def _count(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())

@@ -7,20 +7,10 @@ or torch, and gave what the network with its branches gives.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
 import os
-from typing import (
-    Callable,
-    Dict,
-    Iterator,
-    List,
-    NamedTuple,
-    Optional,
-    Sequence,
-    Tuple,
-)
+from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from mmcv.cnn import fuse_conv_bn
@@ -36,6 +26,7 @@ from mmdbb.mm.export.modules import (
     export_module,
     preprocessing,
 )
+from mmdbb.modules import in_eval_mode
 from mmdbb.reparam import find_blocks, literal_forward, reparameterize
 from mmdbb.version import __version__
 
@@ -115,7 +106,7 @@ def export_network(
     reference = model if reference is None else reference
     with (
         all_or_nothing(out, overwrite=overwrite) as (draft,),
-        _in_eval(model, reference),
+        in_eval_mode(model, reference),
     ):
         expected = _outputs(reference, head, batches)
         module, blocks = exportable(model, head, fold_norms)
@@ -241,15 +232,3 @@ def _compare(
             errors[name] = max(errors[name], error)
     worst = max(errors, key=errors.get)
     return Difference(errors[worst], worst, tuple(errors))
-
-
-@contextlib.contextmanager
-def _in_eval(*models: nn.Module) -> Iterator[None]:
-    modes = {m: m.training for model in models for m in model.modules()}
-    try:
-        for module in modes:  # the hosts' train() does more than that
-            module.training = False
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
