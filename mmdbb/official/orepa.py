@@ -59,7 +59,7 @@ def _kxk_names(theirs: str, ours: str, kind: str = 'orepa') -> Names:
     return tuple((theirs + t.format(kind), ours + o) for t, o in _KXK_NAMES)
 
 
-class OfficialGenerated(OfficialBlock):
+class OfficialComposed(OfficialBlock):
     """A composed kernel, its norm, then a nonlinearity.
 
     Args:
@@ -130,7 +130,7 @@ class OfficialGenerated(OfficialBlock):
         self.block.single_init()
 
 
-class OREPA(OfficialGenerated):
+class OREPA(OfficialComposed):
     """``OREPA`` of the paper's code, for any geometry.
 
     Args:
@@ -207,7 +207,7 @@ class OREPA(OfficialGenerated):
         return super().forward(x)
 
 
-class OREPA_1x1(OfficialGenerated):
+class OREPA_1x1(OfficialComposed):
     """``OREPA_1x1`` of the paper's code, with groups too.
 
     Args:
@@ -260,7 +260,7 @@ class OREPA_1x1(OfficialGenerated):
             self.single_init()
 
 
-class OREPA_LargeConvBase(OfficialGenerated):
+class OREPA_LargeConvBase(OfficialComposed):
     """``OREPA_LargeConvBase`` of the paper's code: a stack of 3x3 kernels.
 
     Args:
@@ -287,7 +287,7 @@ class OREPA_LargeConvBase(OfficialGenerated):
         ),
         ('or_large_reparam.', 'block.'),
     )
-    generated = False
+    composed = False
 
     def __init__(
         self,
@@ -303,7 +303,7 @@ class OREPA_LargeConvBase(OfficialGenerated):
         flip: bool = False,
     ) -> None:
         super().__init__(
-            partial(StackedKernel, generated=self.generated, flip=flip),
+            partial(StackedKernel, composed=self.composed, flip=flip),
             (in_channels, out_channels, kernel_size, stride, padding)
             + (dilation, groups),
             deploy,
@@ -327,7 +327,7 @@ class OREPA_LargeConv(OREPA_LargeConvBase):
         ),
         ('or_large_reparam.', 'block.'),
     )
-    generated = True
+    composed = True
 
 
 class RepVGGBlock_OREPA(RepVGGBlock):
