@@ -381,7 +381,7 @@ def test_a_second_time_there_is_nothing_to_replace(watched):
     for where, rule in (
         (
             None,
-            r'the default rule \(kernels of 2 to 6 pixels that DBB can start '
+            r'the default rule \(kernels of 2 to 6 taps that DBB can start '
             r'as; where= gives another\)',
         ),
         (lambda *_: False, r'where\(\)'),

@@ -295,7 +295,7 @@ class ReparamConv2d(nn.Module):
         return conv.train(self.training)
 
     def switch_to_deploy(self) -> None:
-        """Merge in place: :meth:`to_conv` replaces the branches. Idempotent."""
+        """Replace all branches by the merged convolution. Idempotent."""
         if self.deploy:
             return
         conv = self.to_conv()
