@@ -82,7 +82,7 @@ def _traced(model: nn.Module):
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(
             f'{type(model).__name__} cannot be traced by torch.fx ({reason});'
-            ' give what it is called with: example=torch.rand(...)'
+            ' give an input to run it on: example=torch.rand(...)'
         ) from error
     calls, count = defaultdict(list), Counter()
     for node in graph.nodes:
