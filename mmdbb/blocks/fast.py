@@ -374,6 +374,7 @@ def _has_moments(branch: nn.Module, batch: _Batch) -> bool:
 
 
 def _collapses_here(branch: nn.Module, batch: _Batch) -> bool:
+    """Whether a 1x1_kxk branch becomes one kernel for this batch."""
     return batch.stats is not None and _collapses(branch, batch.half)
 
 
@@ -404,6 +405,7 @@ def _is_worth_again(branch: Pointwise, batch: _Batch) -> bool:
 
 
 def _scaled_before(branch: Pointwise, batch: _Batch) -> Tensor:
+    """Put the norm into the 1x1 kernel, by statistics known beforehand."""
     x, moments = batch.half, batch.stats
     with without_autocast(x.device):
         weight = branch.conv.weight
@@ -417,6 +419,7 @@ def _scaled_before(branch: Pointwise, batch: _Batch) -> Tensor:
 
 
 def _collapsed(branch: PointwiseKxK, batch: _Batch) -> Tensor:
+    """Run 1x1, norm and KxK as one kernel; see "Collapsed" above."""
     spec, x, kernel1 = branch.spec, batch.half, branch.kernel1
     near = near_dtype(x.dtype)
     with without_autocast(x.device):
@@ -445,6 +448,7 @@ def _collapsed(branch: PointwiseKxK, batch: _Batch) -> Tensor:
 
 
 def _pooled_first(branch: PointwiseAvg, batch: _Batch) -> Tensor:
+    """Pool, then run 1x1 and norm; see "Pooled first" above."""
     spec, x, weight = branch.spec, batch.half, branch.conv1.weight
     area = spec.kernel_size[0] * spec.kernel_size[1]
     with without_autocast(x.device):
@@ -493,6 +497,7 @@ def _pooled_once(branch: PointwiseAvg, batch: _Batch) -> Tensor:
 
 
 def _in_sequence(branch: PointwiseKxK, batch: _Batch) -> Tensor:
+    """Run the branch layer by layer, with the border of this pass."""
     y = norm_then_pad(
         branch.norm1, branch.conv1(batch.half), branch.spec, batch.border
     )
@@ -500,6 +505,7 @@ def _in_sequence(branch: PointwiseKxK, batch: _Batch) -> Tensor:
 
 
 def _again_as_it_is(branch: nn.Module, batch: _Batch) -> Tensor:
+    """Run the branch as it is; the backward pass runs it again."""
     return again(lambda b, x: b(x), batch.half, module=branch)
 
 
