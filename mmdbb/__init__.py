@@ -34,7 +34,7 @@ from mmdbb.plain.weights import load_plain_weights_
 from mmdbb.reparam import reparameterize
 from mmdbb.version import __version__
 
-#: Names that need mmengine and mmcv -> the modules that have them.
+#: Names that need mmengine and mmcv -> the modules that define them.
 _OF_HOSTS = {
     'BackbonePretrainedInit': 'mmdbb.mm.starts.backbone',
     'OfficialPretrainedInit': 'mmdbb.mm.starts.official',
@@ -74,7 +74,7 @@ __all__ = [
 def _is_installed(package: str) -> bool:
     try:
         return importlib.util.find_spec(package) is not None
-    except (ImportError, ValueError):  # an import hook that refuses it
+    except (ImportError, ValueError):  # an import hook may refuse to look
         return False
 
 
@@ -87,5 +87,5 @@ if _is_installed('mmengine') and _is_installed('mmcv'):
 def __getattr__(name: str):
     if name not in _OF_HOSTS:
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-    # The import says what is missing of the packages, if anything is.
+    # If a package is missing, the import raises and names it.
     return getattr(importlib.import_module(_OF_HOSTS[name]), name)

@@ -1,27 +1,38 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""Whether two networks are the same function, by what they compute.
+"""Compare what two networks compute, to prove that they are the same function.
 
-One side sums branches, the other runs plain convolutions. Compared are the
-features and the outputs of every dense head; and each block by itself with
-the norm behind it, because an image may not reach it (inside a RoI head) or
-may not show an error (behind a ReLU that is zero).
+One network sums the branches of its blocks, the other runs plain
+convolutions. Features and the outputs of all dense heads are compared on
+images. Each block is also compared by itself, with the norm behind it, because
+an image may not reach a block (inside a RoI head) or may hide its error (a
+ReLU behind it gives zero).
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from typing import Dict, Iterable, Iterator, List, NamedTuple, Sequence, Tuple
+from typing import (
+    Any,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    NamedTuple,
+    Sequence,
+    Tuple,
+)
 
 import torch
 from torch import Tensor, nn
 
 from mmdbb.errors import UserError
+from mmdbb.modules import named_values
 from mmdbb.reparam import literal_forward
 from mmdbb.stock_weights import names_in
 from mmdbb.untouched import changed_layers
 
-#: Attributes under which the host packages keep heads that read features.
+#: Attributes under which OpenMMLab's networks keep heads that read features.
 DENSE_HEADS = (
     'head',
     'decode_head',
@@ -31,12 +42,11 @@ DENSE_HEADS = (
     'mask_head',
 )
 
-
-#: How far a merged network may be from the one that was trained before it is
-#: rounded, relative to the largest magnitude of a channel.
+#: Largest difference allowed between the merged network, not yet rounded, and
+#: the trained one, relative to the largest magnitude of a channel.
 TOLERANCE = 1e-5
-#: Channels that are smaller, as a share of the largest, are nothing but the
-#: rounding of float64.
+#: A channel whose share of the largest channel is smaller than this holds
+#: nothing but rounding errors of float64.
 SMALLEST_CHANNEL = 1e-8
 
 
@@ -46,8 +56,8 @@ class Difference(NamedTuple):
     Attributes:
         largest: Largest difference of one number, relative to the largest
             magnitude of the channel it belongs to.
-        output: The output it belongs to.
-        compared: Names of all outputs compared.
+        output: Name of the output with that difference.
+        compared: Names of all outputs that were compared.
     """
 
     largest: float
@@ -62,21 +72,22 @@ def prove_equal(
     tolerance: float = TOLERANCE,
     smallest: float = SMALLEST_CHANNEL,
 ) -> Difference:
-    """Compare a network with the one that was trained, in float64.
+    """Raise unless a merged network equals the trained one.
 
-    In float32, if a network cannot be run in float64.
+    They are compared in float64; in float32 if one of them cannot run in
+    float64. Both have that precision afterwards.
 
     Args:
-        trained: The network that was trained; in that precision afterwards.
-        network: The network to prove, not yet rounded; likewise.
+        trained: The network that was trained, with its blocks.
+        network: The network to prove, not yet rounded.
         batches: Normalised images, each of shape (N, C, H, W).
         tolerance: Largest difference allowed, relative to the largest
             magnitude of a channel.
-        smallest: Channels that are smaller, as a share of the largest, are
-            compared at that size; see :func:`relative_error`.
+        smallest: Channels smaller than this share of the largest channel are
+            measured by this share of it, see :func:`relative_error`.
 
     Returns:
-        Difference: The largest one.
+        Difference: The largest difference found.
 
     Raises:
         UserError: If the network cannot be run, or the difference is larger.
@@ -86,7 +97,7 @@ def prove_equal(
             torch.float64, trained, network, batches, smallest
         )
     except CannotRun:
-        # Some layers of others compute in single precision only.
+        # Some layers of other packages run in single precision only.
         difference = _compared_in(
             torch.float32, trained, network, batches, smallest
         )
@@ -100,7 +111,7 @@ def prove_equal(
 
 
 class CannotRun(UserError):
-    """A network does not take the images."""
+    """A network cannot be run on the images."""
 
 
 def _compared_in(
@@ -125,16 +136,17 @@ def compare_networks(
     batches: List[Tensor],
     smallest: float = SMALLEST_CHANNEL,
 ) -> Difference:
-    """Compare a network with blocks, summed literally, with a merged one.
+    """Compare a network with blocks, each branch by itself, with a merged one.
 
     Args:
         model: The network with blocks, in eval mode.
-        merged: The network without, in eval mode.
+        merged: The network without blocks, in eval mode.
         batches: Normalised images, each of shape (N, C, H, W).
-        smallest: As of :func:`relative_error`.
+        smallest: Channels smaller than this share of the largest channel are
+            measured by this share of it, see :func:`relative_error`.
 
     Returns:
-        Difference: The largest one.
+        Difference: The largest difference found.
 
     Raises:
         UserError: If the network cannot be run on the images, or gives
@@ -159,21 +171,27 @@ def compare_networks(
 
 
 def _is_worse(error: float, worst: float) -> bool:
-    # A NaN is worse than any number, and stays the worst.
+    # NaN counts as worse than any number.
     return not (math.isnan(worst) or error <= worst)
 
 
 def relative_error(
     found: Tensor, expected: Tensor, smallest: float = SMALLEST_CHANNEL
 ) -> float:
-    """Largest difference over the largest magnitude expected, by channel.
+    """Largest difference, relative to the largest magnitude of its channel.
+
+    In single precision differences are relative to the largest channel
+    instead, because small channels may be rounding errors.
 
     Args:
-        found: Of any shape; from two dimensions on the second is that of
-            the channels.
-        expected: Of the same shape.
-        smallest: Channels that are smaller are measured by this share of the
-            largest; in single precision all are, by the largest itself.
+        found: The output to check. If it has two dimensions or more, the
+            second counts channels.
+        expected: The output it should equal.
+        smallest: Channels smaller than this share of the largest channel are
+            measured by this share of it.
+
+    Returns:
+        float: The error; NaN if the shapes differ.
     """
     if found.shape != expected.shape:
         return float('nan')
@@ -190,17 +208,20 @@ def relative_error(
 
 
 def network_outputs(model: nn.Module, images: Tensor) -> Dict[str, Tensor]:
-    """Features and outputs of all dense heads, by name.
+    """Run a network and collect features and outputs of all dense heads.
 
     Args:
         model: A classifier, detector or segmentor, or any module that maps
             images to tensors.
         images: Normalised images of shape (N, C, H, W).
+
+    Returns:
+        dict: Names -> tensors.
     """
     if not hasattr(model, 'extract_feat'):
-        return dict(_tensors('output', model(images)))
+        return _tensors('output', model(images))
     features = model.extract_feat(images)
-    outputs = dict(_tensors('features', features))
+    outputs = _tensors('features', features)
     for name in DENSE_HEADS:
         head = getattr(model, name, None)
         if isinstance(head, nn.Module):
@@ -227,16 +248,12 @@ def _outputs_of_both(
             yield name, value, found[name]
 
 
-def _tensors(name: str, value) -> Iterator[Tuple[str, Tensor]]:
-    if isinstance(value, Tensor):
-        if value.is_floating_point():
-            yield name, value
-    elif isinstance(value, (list, tuple)):
-        for i, item in enumerate(value):
-            yield from _tensors(f'{name}.{i}', item)
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield from _tensors(f'{name}.{key}', item)
+def _tensors(name: str, outputs: Any) -> Dict[str, Tensor]:
+    return {
+        full: value
+        for full, value in named_values(name, outputs)
+        if isinstance(value, Tensor) and value.is_floating_point()
+    }
 
 
 def _layers_of_both(

@@ -1,8 +1,9 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""Which norm a host puts behind which of its convolutions.
+"""Pairs of a convolution and the norm behind it, by OpenMMLab's conventions.
 
-A block with norms of its own stands for convolution *and* norm; and a merged
-block's bias folds into the norm that follows. Both need to know the pairs.
+Two things need these pairs. A block with norms of its own takes the place of
+both, convolution and norm. And when a block is merged, its bias folds into the
+norm that follows.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ class ConvNorm(NamedTuple):
 
 
 def conv_norm_pairs(model: nn.Module) -> Iterator[ConvNorm]:
-    """All pairs of a model that follow a convention of the OpenMMLab family.
+    """Find the pairs of a model by the conventions of OpenMMLab's packages.
 
-    These are mmcv's ``ConvModule``, the residual blocks and stems of the
-    ResNets (``conv1`` and ``norm1_name``), neighbours in an
-    ``nn.Sequential``, and what a module of mmdbb's own names itself in
-    ``conv_norm_names``.
+    The conventions are: mmcv's ``ConvModule``; residual blocks and stems of
+    ResNets (``conv1`` and ``norm1_name``); neighbours in an
+    ``nn.Sequential``; and the attribute ``conv_norm_names`` of modules of
+    mmdbb, which lists pairs of names.
     """
     for parent in model.modules():
         if _is_conv_module(parent):
@@ -59,7 +60,7 @@ def conv_norm_pairs(model: nn.Module) -> Iterator[ConvNorm]:
 
 
 def norm_names(model: nn.Module) -> Dict[str, str]:
-    """Full names: convolution -> the norm behind it."""
+    """Full name of a convolution -> full name of the norm behind it."""
     names = {module: name for name, module in model.named_modules()}
     pairs = {}
     for parent, conv, norm in conv_norm_pairs(model):
@@ -69,7 +70,7 @@ def norm_names(model: nn.Module) -> Dict[str, str]:
 
 
 def _is_conv_module(module: nn.Module) -> bool:
-    """Whether it is mmcv's ``ConvModule``, or built like one."""
+    """Whether a module has the attributes of mmcv's ``ConvModule``."""
     names = ('conv', 'order', 'with_norm', 'norm_name')
     return all(hasattr(module, name) for name in names)
 

@@ -1,33 +1,36 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""Mistakes of the user's, as opposed to mistakes of ours."""
+"""Errors that the user can put right, as opposed to bugs in mmdbb."""
 
 import importlib
 from typing import Optional
 
 
 class UserError(Exception):
-    """Something that the user can put right: a path, a config, a file.
+    """A mistake that the user can put right: in a path, a config or a file.
 
-    The message is one line that names what was given and what is allowed.
+    The message is one line. It names the value given and the values allowed.
     """
 
 
 class MissingFile(UserError, FileNotFoundError):
-    """There is no such file, for those as well who expect Python's error."""
+    """A file does not exist. ``except FileNotFoundError`` catches it too."""
 
 
 class Terminated(KeyboardInterrupt):
-    """The process was asked to end by ``SIGTERM``; as Ctrl-C otherwise."""
+    """``SIGTERM`` asked the process to end. Handled in the way of Ctrl-C."""
 
 
 def interruption(error: BaseException) -> Optional[KeyboardInterrupt]:
-    """The Ctrl-C that an error hides: mmengine has ``except:`` in places.
+    """Find the Ctrl-C behind an error.
+
+    mmengine has bare ``except:`` clauses, which catch an interruption and
+    raise another error for it.
 
     Args:
-        error: Any.
+        error: The error to look behind.
 
     Returns:
-        The interruption that it was raised for; None if there was none.
+        The interruption that led to it; None if there was none.
     """
     seen = set()
     while error is not None and id(error) not in seen:
@@ -42,12 +45,13 @@ def require_packages(what: str, extra: str, *modules: str) -> None:
     """Raise early if a package is missing that only a part of mmdbb needs.
 
     Args:
-        what: Needs them.
-        extra: Name of the extra that brings them.
-        modules: What is imported.
+        what: The part that needs the packages, for the message.
+        extra: Name of the extra in ``setup.py`` that installs them.
+        modules: Import names of the packages.
 
     Raises:
-        UserError: It names the package and how to install it.
+        UserError: If one cannot be imported. The message names it and says
+            how to install it.
     """
     for name in modules:
         try:

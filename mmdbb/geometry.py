@@ -1,10 +1,11 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""What a convolution is, apart from its weights.
+"""The geometry of a convolution: everything but its weights.
 
-A smaller kernel inside a larger one (the 1x1, kx1 and 1xk branches, "multi-
-scale padding" in the DBB paper, sec. 3.2, Transform VI) is the same
-convolution as the large one if it reads the same pixels: it starts later by
-the offset of its first tap, so it pads less, or even crops.
+The 1x1, kx1 and 1xk branches have a small kernel that stands for a large one
+with zeros around it (DBB paper, sec. 3.2, Transform VI). Both give the same
+output only if the small kernel reads the pixels under its own taps. Its first
+tap lies some rows and columns inside the large kernel, so the small
+convolution pads less by as much, or even crops the image.
 """
 
 from __future__ import annotations
@@ -22,30 +23,31 @@ from mmdbb.recompute import is_compiling, is_transformed
 PADDING_MODES = ('zeros', 'reflect', 'replicate', 'circular')
 
 IntPair = Tuple[int, int]
-# Pixels to add at each side; negative ones are cropped.
+# Pixels to add at each side; a negative number crops.
 Pads = Tuple[int, int, int, int]  # top, bottom, left, right
 
 
 @dataclass(frozen=True)
 class ConvSpec:
-    """The geometry of an ``nn.Conv2d``, normalised once.
+    """The geometry of an ``nn.Conv2d``, checked and brought to one form.
 
     Args:
         in_channels: Channels of the input.
         out_channels: Channels of the output.
         kernel_size: Height and width of the kernel, or one number for both.
         stride: Step in pixels.
-        padding: Pixels on each side, ``'same'`` or ``'valid'``. Stored as a
-            pair wherever a pair says it; ``'same'`` stays where the two sides
-            differ (an even kernel).
-        dilation: Distance of two taps in pixels.
-        groups: Number of groups.
+        padding: Pixels on each side, ``'same'`` or ``'valid'``. Stored as
+            (rows, columns) where both sides get equally many pixels; stays
+            ``'same'`` where they do not (an even kernel).
+        dilation: Distance between two neighbouring taps in pixels.
+        groups: Number of groups that channels are split into.
         padding_mode: One of ``zeros``, ``reflect``, ``replicate`` and
             ``circular``.
 
     Raises:
-        TypeError: If a value is not of the kind ``nn.Conv2d`` takes.
-        ValueError: If a value is out of range; the message names it.
+        TypeError: If an argument has a type that ``nn.Conv2d`` does not take.
+        ValueError: If a value is out of range; the message names the
+            argument.
 
     Examples:
         >>> spec = ConvSpec(4, 8, 3, padding='same', dilation=2)
@@ -128,7 +130,7 @@ class ConvSpec:
 
     @property
     def is_depthwise(self) -> bool:
-        """Whether each channel is filtered by itself, once."""
+        """Whether each output channel reads its own input channel only."""
         return self.groups == self.in_channels == self.out_channels
 
     @property
@@ -147,10 +149,10 @@ class ConvSpec:
 
     @property
     def centre(self) -> IntPair:
-        """The tap (row, column) that a 1x1 kernel takes.
+        """The tap (row, column) at which a 1x1 kernel stands in this one.
 
-        The middle one; of the two middle taps of an even kernel the one that
-        lies nearer to the output's own pixel.
+        That is the middle tap. An even kernel has two; of these it is the one
+        that reads the pixel nearer to the output's own position.
         """
         top, _, left, _ = self.pads
         return tuple(
@@ -161,9 +163,11 @@ class ConvSpec:
         )
 
     def offset_of(self, size: IntPair) -> IntPair:
-        """First tap (row, column) of a kernel of ``size`` inside this one.
+        """Where a smaller kernel's first tap (row, column) stands in this one.
 
-        Each side is either 1 (then it sits at the centre) or full.
+        Args:
+            size: Height and width of the smaller kernel, each either 1, which
+                stands at the centre, or as large as in this kernel.
         """
         return tuple(
             0 if s == k else c
@@ -171,9 +175,15 @@ class ConvSpec:
         )
 
     def pads_of(self, size: IntPair) -> Pads:
-        """Pads with which a kernel of ``size`` reads what its taps read.
+        """Padding with which a smaller kernel reads the pixels of its taps.
 
-        Negative numbers are pixels to crop.
+        Args:
+            size: Height and width of the smaller kernel, see
+                :meth:`offset_of`.
+
+        Returns:
+            tuple: Pixels at the top, bottom, left and right; a negative
+            number crops.
         """
         pads = []
         for side, (first, s, k, d) in enumerate(
@@ -185,17 +195,17 @@ class ConvSpec:
 
     @property
     def conv_args(self) -> dict:
-        """Keyword arguments of ``nn.Conv2d``, without ``bias``."""
+        """Keyword arguments that build this ``nn.Conv2d``, but ``bias``."""
         return asdict(self)
 
 
 def pad2d(x: Tensor, pads: Pads, mode: str = 'zeros') -> Tensor:
-    """Pad an image batch, or crop it where a number is negative.
+    """Pad a batch of images, and crop it where a number is negative.
 
     Args:
         x: Images of shape (N, C, H, W).
         pads: Pixels at the top, bottom, left and right.
-        mode: A padding mode of ``nn.Conv2d``.
+        mode: Padding mode, named as in ``nn.Conv2d``.
 
     Returns:
         Tensor: Shape (N, C, H + top + bottom, W + left + right).
@@ -213,23 +223,24 @@ def pad2d(x: Tensor, pads: Pads, mode: str = 'zeros') -> Tensor:
 def convolve(
     x: Tensor, kernel: Tensor, bias: Optional[Tensor], spec: ConvSpec
 ) -> Tensor:
-    """Convolve with a kernel of the spec's own size.
+    """Convolve images with a kernel, in the images' precision.
 
     Args:
         x: Images of shape (N, in, H, W).
-        kernel: Shape (out, in / groups, kH, kW), of any precision.
-        bias: Shape (out,), in the images' precision or better, or None.
-        spec: The geometry.
+        kernel: The kernel, shape (out, in / groups, kH, kW), of any dtype.
+        bias: The bias, shape (out,), or None. It may be more precise than the
+            images and is added before the result is rounded.
+        spec: Geometry of the convolution.
 
     Returns:
-        Tensor: Shape (N, out, H', W'), in the images' precision.
+        Tensor: Shape (N, out, H', W'), with the images' dtype.
     """
     padding = spec.padding
     if padding == 'same' or spec.padding_mode != 'zeros':
         x, padding = pad2d(x, spec.pads, spec.padding_mode), 0
     geometry = spec.stride, padding, spec.dilation, spec.groups
     kernel = kernel.to(x.dtype)
-    # torch.compile cannot lower a bias that is a view of something.
+    # torch.compile cannot lower a bias that is a view of another tensor.
     if bias is None or (bias.dtype == x.dtype and not is_compiling()):
         return F.conv2d(x, kernel, bias, *geometry)
     y = F.conv2d(x, kernel, None, *geometry)
@@ -237,15 +248,16 @@ def convolve(
 
 
 def add_shift(x: Tensor, shift: Tensor) -> Tensor:
-    """Add constants to images, in the images' own memory.
+    """Add a shift to images in place, and return them.
 
     Args:
-        x: Images of shape (N, C, H, W) that nothing else reads.
-        shift: In the images' precision or better, of a shape such as
-            (C, 1, 1) or (1, C, H, W).
+        x: Images of shape (N, C, H, W). They are overwritten, so nothing else
+            may read them.
+        shift: What to add, of a shape that broadcasts to the images', such as
+            (C, 1, 1) or (1, C, H, W). Of the images' dtype or more precise.
 
     Returns:
-        Tensor: Of the images' shape and dtype.
+        Tensor: The sum, with the images' shape and dtype.
     """
     if shift.dtype == x.dtype:
         return x.add_(shift)
@@ -255,7 +267,10 @@ def add_shift(x: Tensor, shift: Tensor) -> Tensor:
 
 
 class _AddShift(torch.autograd.Function):
-    """Sums gradients in the shift's precision; torch rounds them to half."""
+    """Sums the shift's gradient in its own precision.
+
+    torch's addition would sum it in the images' precision, which may be half.
+    """
 
     @staticmethod
     def forward(ctx, x, shift):
@@ -273,7 +288,16 @@ class _AddShift(torch.autograd.Function):
 
 
 def border_mask(x: Tensor, pads: Pads) -> Tensor:
-    """Where padding will stand: a bool of shape (1, 1, H', W')."""
+    """Mark the border that padding adds to images.
+
+    Args:
+        x: Images of shape (N, C, H, W), not yet padded.
+        pads: Pixels at the top, bottom, left and right, none negative.
+
+    Returns:
+        Tensor: True on the border, shape (1, 1, H + top + bottom, W + left +
+        right).
+    """
     inside = torch.zeros(
         (1, 1, *x.shape[-2:]), dtype=torch.bool, device=x.device
     )
@@ -282,7 +306,7 @@ def border_mask(x: Tensor, pads: Pads) -> Tensor:
 
 
 def _is_int(value) -> bool:
-    """Whether a value counts something; numpy's integers do."""
+    """Whether a value is an integer, Python's or numpy's, and no bool."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 

@@ -1,5 +1,5 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""Blocks in any PyTorch model, and the model's own structure back again."""
+"""Insert blocks into any PyTorch model, and merge them back into it."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from mmdbb.transforms import KernelBias
 
 Where = Callable[[str, nn.Conv2d], bool]
 
-# Norms that a block can stand for. A subclass may do more, as timm's norms
-# with an activation inside do; it stays behind the block.
+# Norms that a block can absorb. A subclass may compute more (timm has norms
+# with an activation inside), so it stays behind the block.
 _ABSORBED = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
@@ -41,34 +41,34 @@ def insert_blocks_(
 ) -> List[str]:
     """Replace convolutions of a model by blocks, in place.
 
-    In eval mode the model computes what it did. A batch norm that alone reads
-    a convolution's output goes into the block, and ``nn.Identity`` stands in
-    its place; any other reader stays as it is. OREPA's block, which has no
-    norm of its own, leaves all norms.
+    The outputs of the model in eval mode stay the same. If a batch norm alone
+    reads the output of a convolution, the block absorbs it, and
+    ``nn.Identity`` takes the norm's place; all other layers stay. OREPA's
+    block has no norm of its own, so it absorbs none.
 
     Args:
         model: Any model, with its weights.
         block: Config of the block, ``dict(type='DBB')`` by default.
-        where: Says by name and module which convolutions to replace. By
-            default those that the block's config makes blocks (DBB: with
-            kernels of 2 to 6 pixels) and that can start as what they are.
-        example: What the model is called with (a tensor, a tuple of
-            arguments or a dict of keywords), to watch a run of it. Needed
-            only where torch.fx cannot trace the model.
-        branch_scale: Start of the gammas of all branches but ``kxk``, as a
-            share of that one's, see :mod:`mmdbb.plain.blocks`.
+        where: Decides by name and module whether to replace a convolution. By
+            default those are replaced whose kernels are within the limits of
+            the block (DBB: 2 to 6 taps) and that the block can start as.
+        example: Input to run the model on: a tensor, a tuple of arguments or
+            a dict of keywords. Needed only where torch.fx cannot trace the
+            model.
+        branch_scale: Start value of the gammas of all branches but ``kxk``,
+            as a share of the gamma of ``kxk``, see :mod:`mmdbb.plain.blocks`.
 
     Returns:
-        list: Names of the convolutions that are blocks now. Convolutions that
-        a run of the model in eval mode does not reach, subclasses of
-        ``nn.Conv2d``, ones with hooks and ones inside blocks stay as they
-        are.
+        list: Names of the convolutions that are blocks now. These stay as
+        they are: convolutions that a run of the model in eval mode does not
+        reach, subclasses of ``nn.Conv2d``, convolutions with hooks, and those
+        inside blocks.
 
     Raises:
         TypeError: If ``block`` is not a dict, or has unknown keys.
-        ValueError: If nothing was found to replace, the block is not one or
-            cannot take a plain kernel, or the model cannot be traced. The
-            model is then unchanged.
+        ValueError: If there is nothing to replace, ``block`` names no block
+            or one that cannot start as a plain convolution, or the model
+            cannot be traced. The model is then unchanged.
 
     Examples:
         >>> model = nn.Sequential(
@@ -82,7 +82,7 @@ def insert_blocks_(
     rule = 'where()'
     if where is None:
         rule = (
-            f'the default rule (kernels of {sizes[0]} to {sizes[1]} pixels '
+            f'the default rule (kernels of {sizes[0]} to {sizes[1]} taps '
             f'that {block_type.__name__} can start as; where= gives another)'
         )
 
@@ -141,20 +141,23 @@ def insert_blocks_(
 def merge_into_(
     plain: nn.Module, model: nn.Module, example: Any = None
 ) -> nn.Module:
-    """Merge a model's blocks into the model that it was made of.
+    """Merge a model's blocks, and load the result into the original model.
 
     ``reparameterize`` leaves convolutions with a bias, and ``nn.Identity``
-    where a norm was. Here the biases fold into the norms, so that the
-    original structure and all of its names are back.
+    where a norm was. Here biases fold into the norms behind them, so the
+    original structure comes back, with all of its names.
 
     Args:
         plain: The original model, built anew or copied before blocks were
-            inserted; its weights are overwritten.
+            inserted. Its weights are overwritten.
         model: The model with blocks; unchanged.
-        example: As of :func:`insert_blocks_`.
+        example: Input to run the model on: a tensor, a tuple of arguments or
+            a dict of keywords. Needed only where torch.fx cannot trace the
+            model.
 
     Returns:
-        nn.Module: ``plain``. In eval mode it computes what ``model`` does.
+        nn.Module: ``plain``, whose outputs in eval mode equal those of
+        ``model``.
 
     Raises:
         UserError: If the two are not the same network, or a merged bias has

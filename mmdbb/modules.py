@@ -1,10 +1,10 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""What a module holds besides its code: tensors, and hooks that act on it."""
+"""Small questions about any module: its tensors, hooks, mode and outputs."""
 
 from __future__ import annotations
 
 import contextlib
-from typing import Callable, Iterator, Tuple, Union
+from typing import Any, Callable, Iterator, Tuple, Union
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,8 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-#: What convolutions and norms compute, if a subclass does not override it.
+#: The forward methods of torch's own convolutions and norms. A layer with one
+#: of these computes what its weights say; a subclass may override it.
 KNOWN_FORWARDS = (
     nn.Conv2d.forward,
     _BatchNorm.forward,
@@ -33,9 +34,9 @@ _HOOKS = (
 def tensors_of(module: nn.Module) -> Iterator[Tensor]:
     """All tensors that a module computes with.
 
-    Parameters and buffers; and tensors that are plain attributes, as hooks
-    leave them that compute a weight, and as in ``nn.DataParallel``'s
-    replicas, which have no parameters.
+    These are parameters, buffers, and tensors that are plain attributes. Hooks
+    that compute a weight (``weight_norm``) store it as an attribute, and
+    ``nn.DataParallel``'s replicas hold all of their weights so.
     """
     for each in module.modules():
         attributes = vars(each)
@@ -45,22 +46,85 @@ def tensors_of(module: nn.Module) -> Iterator[Tensor]:
                     yield tensor
 
 
+def count_parameters(model: nn.Module) -> int:
+    """How many numbers the parameters of a model hold."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def named_values(
+    name: str, value: Any, separator: str = '.', unwrap: bool = False
+) -> Iterator[Tuple[str, Any]]:
+    """All values inside nested tuples, lists and dicts, with flat names.
+
+    Args:
+        name: Name of the whole.
+        value: What a model returned: a tensor, or containers of tensors.
+        separator: Stands between a container's name and the key or position
+            of an item in it.
+        unwrap: Whether the only item of a tuple takes the tuple's name,
+            because many networks return their one output as a tuple.
+
+    Yields:
+        tuple: A name, and a value that is no container.
+
+    Examples:
+        >>> list(named_values('out', (1, {'a': 2})))
+        [('out.0', 1), ('out.1.a', 2)]
+    """
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, (list, tuple)):
+        items = enumerate(value)
+    else:
+        yield name, value
+        return
+    single = unwrap and isinstance(value, tuple) and len(value) == 1
+    for key, item in items:
+        inner = name if single else f'{name}{separator}{key}'
+        yield from named_values(inner, item, separator, unwrap)
+
+
+@contextlib.contextmanager
+def in_eval_mode(*models: nn.Module) -> Iterator[None]:
+    """Put models into eval mode, and each module back into its own on exit.
+
+    Sets ``training`` instead of calling ``eval()`` and ``train()``, which
+    models override: a frozen backbone of OpenMMLab puts its norms into eval
+    mode again in ``train()``, whatever mode they were in before.
+
+    Args:
+        models: The models. All of their modules are switched.
+    """
+    modes = {m: m.training for model in models for m in model.modules()}
+    try:
+        for module in modes:
+            module.training = False
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
 def is_replica(module: nn.Module) -> bool:
-    """Whether this is one of ``nn.DataParallel``'s copies for one batch."""
+    """Whether ``nn.DataParallel`` made this copy of a module for one batch."""
     return getattr(module, '_is_replica', False)
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether a hook sees or changes what a module's forward pass does."""
+    """Whether a module has hooks, which see or change its inputs or outputs.
+
+    Hooks inside it do not count, see :func:`is_watched`.
+    """
     return any(getattr(module, kind) for kind in _HOOKS)
 
 
 def is_watched(module: nn.Module) -> bool:
     """Whether anything sees or changes what happens inside a module.
 
-    A hook on one of its submodules, a ``forward`` that was put in place of a
-    submodule's own, or a parametrization anywhere: that of a spectral norm
-    takes a step whenever the weight is read.
+    That is a hook on one of its submodules, a ``forward`` that was assigned to
+    a submodule, or a parametrization anywhere. A parametrization counts
+    because reading its weight may have an effect: each read of a weight with
+    a spectral norm takes a step of the power iteration.
     """
     return is_parametrized(module) or any(
         has_hooks(each) or 'forward' in vars(each) or is_parametrized(each)
@@ -72,20 +136,20 @@ def is_watched(module: nn.Module) -> bool:
 def shadow(
     module: nn.Module, change: Callable[[nn.Module, str, Tensor], Tensor]
 ) -> nn.Module:
-    """A module of the same structure that computes with other tensors.
+    """Make a module of the same structure that computes with other tensors.
 
-    Only the dicts that hold tensors and children are new: copying a module,
-    with all that Python keeps of it, takes longer than composing a kernel,
-    and putting other tensors into the module itself would be seen by other
-    threads.
+    Only the dicts that hold tensors and children are new. ``copy.deepcopy``
+    would take longer than composing a kernel does, and other threads would
+    see tensors that were put into the module itself.
 
     Args:
         module: The module; unchanged.
-        change: From a submodule of it, the name of a tensor there and the
-            tensor to what takes its place.
+        change: Gets a submodule, the name of a tensor in it and the tensor;
+            returns the tensor that takes its place.
 
     Returns:
-        nn.Module: Of the same class; not to be kept.
+        nn.Module: The twin, of the same class. It shares all else with
+        ``module``, so use it at once and do not keep it.
     """
     twin = module.__class__.__new__(module.__class__)
     attributes = dict(vars(module))
@@ -110,9 +174,17 @@ def cast(
     device: Union[str, torch.device, None],
     dtype: torch.dtype,
 ) -> nn.Module:
-    """A module that computes with copies in another dtype.
+    """Make a module that computes with copies of another dtype.
 
-    Gradients reach the originals. See :func:`shadow`.
+    Gradients flow through the copies to the original tensors.
+
+    Args:
+        module: The module; unchanged.
+        device: Device of the copies; None for that of the originals.
+        dtype: Precision of the copies. Integers keep theirs.
+
+    Returns:
+        nn.Module: The twin, see :func:`shadow`.
     """
 
     def convert(owner: nn.Module, name: str, tensor: Tensor) -> Tensor:
@@ -124,25 +196,26 @@ def cast(
 
 
 def is_known(layer: nn.Module) -> bool:
-    """Whether a layer computes what its weights say, and nothing else."""
+    """Whether a layer has the forward of torch's own convolution or norm."""
     return type(layer).forward in KNOWN_FORWARDS
 
 
 @contextlib.contextmanager
 def fresh_weights(module: nn.Module, refuse: bool = True) -> Iterator[None]:
-    """Within the context, a module has the weights that forward would use.
+    """Within the context, a module has the weights of its next forward pass.
 
     ``torch.nn.utils.prune``, ``weight_norm`` and ``spectral_norm`` compute a
-    weight in a hook before each forward pass; what stands there meanwhile is
-    of the values before the last step of the optimizer.
+    weight in a hook before each forward pass. Between two passes the weight
+    is stale: it was computed before the optimizer's last step.
 
     Args:
-        module: A block. Other hooks on itself stay with it.
-        refuse: Whether to look for what may change a submodule's output.
+        module: A block. Hooks on the block itself are not looked at.
+        refuse: Whether to raise if something else may change the output of a
+            submodule.
 
     Raises:
-        ValueError: If another hook, or a ``forward`` put in place of a
-            submodule's own, may change what the submodule computes.
+        ValueError: If another hook, or a ``forward`` that was assigned to a
+            submodule, may change the submodule's output.
     """
     stale = []
     try:

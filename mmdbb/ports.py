@@ -1,10 +1,10 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""What the lower storey leaves to OpenMMLab's packages, where there are any.
+"""The places where OpenMMLab's packages plug in, if they are installed.
 
-The blocks need torch only. In a few places mmengine or mmcv have a say if
-they are installed: which norm a config names, how ``init_cfg`` is applied,
-where a log goes. Each is one attribute of :data:`PORTS`, whose default does
-without; :mod:`mmdbb.mm.registration` plugs the packages in.
+The blocks need torch only. In a few places mmengine or mmcv decide, if they
+are there: which norm a config names, how ``init_cfg`` is applied, where a log
+goes. Each place is an attribute of :data:`PORTS`. Its default works without
+the packages; :mod:`mmdbb.mm.registration` sets it to theirs.
 """
 
 from __future__ import annotations
@@ -38,22 +38,25 @@ def _read_address(address: str) -> dict:
 
 
 class Ports:
-    """The places where packages of OpenMMLab plug in.
+    """Functions that OpenMMLab's packages provide, and their defaults.
 
     Attributes:
-        find_layer: From a type in a config to the class or the function that
-            OpenMMLab's registry has for it; None if it has none.
+        find_layer: Looks up a type from a config in OpenMMLab's registry;
+            returns the class or function, or None.
         initialize: Applies ``init_cfg`` to a module.
-        is_host_rule: Whether a function given to ``Module.apply`` is one of
-            a host's initialisation rules.
-        refuse_fusion: Raises if the caller, whose frame it gets, goes on to
-            fuse a norm into the wrong convolution.
+        is_host_rule: Tells whether a function given to ``Module.apply`` is an
+            initialisation rule of an OpenMMLab package.
+        refuse_fusion: Gets a block and the frame of a caller that asks for
+            the block's children; raises if the caller is mmcv's
+            ``fuse_conv_bn``, which would fuse the norm behind the block into
+            a convolution before it.
         log: Writes a message to the log.
         read_address: Reads a checkpoint from an address such as
             ``torchvision://resnet50``.
-        history: Makes a log's history as mmengine stores it in checkpoints,
-            of its longest length, its values and their counts.
-        classes: Full name of a class in checkpoints -> the class.
+        history: Builds mmengine's ``HistoryBuffer`` from its largest length,
+            its values and their counts; None without mmengine.
+        classes: Full name of a class whose functions stand in checkpoints ->
+            the class.
     """
 
     def __init__(self) -> None:

@@ -1,12 +1,12 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""Computing again in the backward pass, and what that must not change.
+"""Compute intermediate results again in the backward pass.
 
-What is computed again must be what the forward pass computed, although
-buffers have moved since: a head that is shared over levels runs several times
-before its one backward pass, and a compiler orders reads and writes as it
-likes. So :func:`again` takes every value as an argument, and where a user
-checkpoints a segment, :func:`from_forward` gives a value back that the
-segment computed in its forward pass.
+The second computation must give the result of the first, although buffers may
+have changed in between: a head that is shared over levels runs several times
+before its one backward pass, and a compiler reorders reads and writes. So
+:func:`again` passes every value to the function as an argument. A segment that
+the user checkpoints runs again as a whole; there :func:`from_forward` returns
+the value that the segment had in its forward pass.
 """
 
 from __future__ import annotations
@@ -28,15 +28,14 @@ from mmdbb.modules import shadow
 is_compiling = getattr(torch.compiler, 'is_compiling', lambda: False)
 _is_exporting = getattr(torch.compiler, 'is_exporting', lambda: False)
 
-# Modules whose frames mean that the engine has called what is above them.
+# Modules of autograd's engine. Frames above one of theirs were called by it.
 _ENGINE = ('torch.autograd', 'torch.autograd.graph')
 
 
 def is_recording() -> bool:
-    """Whether torch writes down the operations to run them without us.
+    """Whether torch records operations, to run them later without Python.
 
-    That is compiling and exporting, and the older tracing of
-    ``torch.jit.trace``, whose shapes are no numbers.
+    That is when it compiles or exports, and in ``torch.jit.trace``.
     """
     return is_compiling() or torch.jit.is_tracing()
 
@@ -44,8 +43,8 @@ def is_recording() -> bool:
 def is_transformed() -> bool:
     """Whether ``torch.func`` or forward-mode differentiation is at work.
 
-    Both ask more of an ``autograd.Function`` than a backward pass, and see
-    through no kept value.
+    For both, an ``autograd.Function`` needs more than a backward pass, and
+    neither can differentiate through a cached value.
     """
     return (
         torch._C._are_functorch_transforms_active()
@@ -54,10 +53,10 @@ def is_transformed() -> bool:
 
 
 def is_recomputing() -> bool:
-    """Whether this is a checkpointed segment, run again for its gradient.
+    """Whether a checkpointed segment is being run again for its gradient.
 
-    A forward pass that a hook starts during the backward pass is a new one:
-    the engine called it, not a checkpoint.
+    A hook may start a forward pass during the backward pass. That is a new
+    pass, because the engine called it and not a checkpoint.
     """
     if is_compiling() or torch._C._current_graph_task_id() == -1:
         return False
@@ -70,10 +69,11 @@ def is_recomputing() -> bool:
 
 
 def _segments() -> List[int]:
-    """The checkpointed segments that run now, the innermost first.
+    """List the checkpointed segments that are running, innermost first.
 
-    Each by the identity of what its checkpoint keeps from the forward to the
-    backward pass.
+    Returns:
+        list: For each segment, the ``id`` of an object that its checkpoint
+        keeps from the forward to the backward pass.
     """
     kept = []
     for frame in _frames():
@@ -82,19 +82,23 @@ def _segments() -> List[int]:
         ):
             values = frame.f_locals
             generator = getattr(values.get('gen'), 'gi_frame', None)
-            if generator is not None:  # torch's, not reentrant, forwards
+            if generator is not None:  # torch's checkpoint, not reentrant
                 values = generator.f_locals
             for name in ('ctx', 'new_frame', 'frame'):
                 kept.append(values.get(name))
-    # Frames of a checkpoint that keep nothing still say that there is one.
+    # A checkpoint that keeps no such object still counts as one segment.
     found = [id(value) for value in kept if value is not None]
     return found or ([0] if kept else [])
 
 
 def _is_checkpoint(frame: FrameType, method: str) -> bool:
-    """Whether a frame is of a checkpoint, torch's or another library's.
+    """Whether a frame belongs to a checkpoint, of torch or another library.
 
-    Others write a ``torch.autograd.Function``, whose methods take ``ctx``.
+    Other libraries write an ``autograd.Function``, whose methods take ``ctx``.
+
+    Args:
+        frame: The frame.
+        method: ``'forward'`` or ``'backward'``.
     """
     if frame.f_globals.get('__name__') == 'torch.utils.checkpoint':
         return True
@@ -102,7 +106,7 @@ def _is_checkpoint(frame: FrameType, method: str) -> bool:
     return (
         code.co_name == method
         and code.co_varnames[:1] == ('ctx',)
-        and code is not _Again.forward.__code__  # it is given all values
+        and code is not _Again.forward.__code__  # gets all values as arguments
     )
 
 
@@ -121,21 +125,24 @@ def again(
     *tensors: Tensor,
     module: Optional[nn.Module] = None,
 ) -> Tensor:
-    """Run a function whose inside is computed again, not kept.
+    """Run a function, and run it again in the backward pass.
 
-    Its gradients can be differentiated again. A tensor that was changed in
-    place before the backward pass raises there, as one that autograd keeps.
+    Autograd keeps the function's inputs, but no intermediate results. Second
+    derivatives work. If an input is changed in place before the backward
+    pass, that pass raises, as it does for any tensor that autograd keeps.
 
     Args:
-        function: From ``tensors`` to one tensor. It computes the same at each
-            call, and reads no buffer of a norm. With ``module``, its first
-            argument is that module, or one like it.
-        tensors: What it is differentiated by, and what it is called with.
-        module: A module whose parameters, weights that hooks computed, and
-            buffers other than those of norms, the function also reads.
+        function: Computes one tensor from ``tensors``. It must compute the
+            same at each call, and must not read buffers of norms. With
+            ``module``, it gets the module, or a twin of it, as its first
+            argument.
+        tensors: Inputs of the function.
+        module: A module that the function reads. Its parameters, its buffers
+            (except those of norms) and weights that hooks computed count as
+            inputs too.
 
     Returns:
-        Tensor: What the function returns.
+        Tensor: The function's result.
     """
     places = {} if module is None else dict(_places(module))
     count, read = len(tensors), list(places.values())
@@ -164,12 +171,16 @@ def again(
 def _places(
     module: nn.Module,
 ) -> Iterator[Tuple[Tuple[int, str], Tensor]]:
-    """Where a module's tensors are, by submodule and name, and they."""
+    """The tensors that a module reads, each with its place.
+
+    Yields:
+        tuple: The ``id`` of a submodule and a name in it; and the tensor.
+    """
     for each in module.modules():
         read = [each._parameters]
         if not isinstance(each, _BatchNorm):
             read.append(each._buffers)
-        # As hooks leave them that compute a weight, and replicas have them.
+        # Weights that hooks computed, and the weights of replicas.
         attributes = vars(each).items()
         read.append(
             {
@@ -185,7 +196,7 @@ def _places(
 
 
 class _Again(torch.autograd.Function):
-    """Keeps its inputs alone; the gradient is that of a second run."""
+    """Keeps its inputs only; the backward pass runs the function again."""
 
     @staticmethod
     def forward(ctx, function, device, *tensors):
@@ -198,8 +209,8 @@ class _Again(torch.autograd.Function):
     def backward(ctx, grad):
         needed = ctx.needs_input_grad[2:]
         with torch.enable_grad(), _autocast(*ctx.autocast):
-            # Views: one input may have been computed from another, and its
-            # share is not this function's to count.
+            # Views, because one input may have been computed from another:
+            # gradients must stop here and not flow on between the inputs.
             inputs = [
                 t.view_as(t) if n else t.detach()
                 for t, n in zip(ctx.saved_tensors, needed)
@@ -218,7 +229,7 @@ class _Again(torch.autograd.Function):
 
 
 def _autocast(device: str, dtype: Optional[torch.dtype]):
-    if device == 'meta':  # which has none
+    if device == 'meta':  # has no autocast
         return contextlib.nullcontext()
     if dtype is None:
         return torch.autocast(device, enabled=False)
@@ -226,15 +237,19 @@ def _autocast(device: str, dtype: Optional[torch.dtype]):
 
 
 def without_autocast(device: torch.device):
-    """The context in which kernels and statistics keep their digits."""
+    """A context without autocast, in which kernels and statistics are exact.
+
+    Args:
+        device: The device that computes.
+    """
     return _autocast(device.type, None)
 
 
 def autocast_dtype(device: str) -> Optional[torch.dtype]:
-    """What autocast makes of a convolution's operands, or None if it is off.
+    """The dtype that autocast gives to a convolution's inputs; None if off.
 
     Args:
-        device: A device's type.
+        device: Type of the device, such as ``'cpu'``.
     """
     if device == 'meta':
         return None
@@ -253,14 +268,14 @@ def autocast_dtype(device: str) -> Optional[torch.dtype]:
 
 
 class _Entry:
-    """A value of a forward pass that may be run again.
+    """A value that a forward pass had, in case it is run again.
 
     Attributes:
-        key: What tells the passes apart, shape (channels,).
-        value: What is remembered.
-        owner: Whose it is, or None.
-        segments: The checkpointed segments that it was computed in.
-        used: Whether it was handed out.
+        key: Numbers that tell forward passes apart, shape (channels,).
+        value: The value to remember.
+        owner: ``id`` of the tensor that the value depends on, or None.
+        segments: The checkpointed segments in which it was computed.
+        used: Whether it was returned to a second run.
     """
 
     def __init__(
@@ -283,10 +298,14 @@ class _Entry:
 class _Memory:
     """Values of forward passes, found by segment, owner and key.
 
-    A segment that is run again comes to its values in their order. Where the
-    segment is not known, the newest come first, as backward passes go; of
-    equal keys, as of one batch that was run twice, each is handed out once
-    before any is again.
+    A segment that is run again asks for its values in the order in which it
+    stored them. Where the segment is unknown, the newest value comes first,
+    because backward passes go from the last forward pass to the first. A
+    batch that was run twice has equal keys; then each value is returned once
+    before any is returned again.
+
+    Args:
+        size: Number of values to remember; older ones are forgotten.
     """
 
     def __init__(self, size: int) -> None:
@@ -299,7 +318,7 @@ class _Memory:
         owner: Optional[int] = None,
         segments: Sequence[int] = (),
     ) -> None:
-        # What inference mode makes no backward pass could use later.
+        # A tensor made in inference mode could not be used in a backward pass.
         with torch.inference_mode(False), torch.no_grad():
             entry = _Entry(key.clone(), value.clone(), owner, segments)
         self._entries.append(entry)
@@ -310,12 +329,13 @@ class _Memory:
         owner: Optional[int] = None,
         segments: Sequence[int] = (),
     ) -> Optional[Tensor]:
-        """The value of the nearest key, or None if there is none near.
+        """The value with the nearest key, or None if no key is near.
 
         Args:
-            key: Shape (channels,).
-            owner: Whose value it is.
-            segments: Those that are run now, the innermost first.
+            key: Numbers that tell forward passes apart, shape (channels,).
+            owner: ``id`` of the tensor that the value depends on, or None.
+            segments: The checkpointed segments that are running, innermost
+                first.
         """
         like = [e for e in self._entries if e.is_like(key, owner)]
         order = list(reversed(like))
@@ -327,10 +347,10 @@ class _Memory:
         if not order:
             return None
         away = torch.stack([key, *(key - entry.key for entry in order)])
-        # Of a batch with NaN each is as near, and as good.
+        # A batch with NaN is equally near to all; any value will do.
         scale, *away = away.nan_to_num(0).abs().amax(1).tolist()
         nearest = min(away)
-        # A second run may round differently, and no more.
+        # A second run may round differently, but differs no more than that.
         if nearest > 1e-3 * scale:
             return None
         equal = [e for e, distance in zip(order, away) if distance == nearest]
@@ -339,34 +359,34 @@ class _Memory:
                 entry.used = False
         found = next(entry for entry in equal if not entry.used)
         found.used = True
-        # A segment inside of one that is run again is a new one.
+        # Inner segments get new objects when the outer one is run again.
         found.segments.update(segments)
         return found.value
 
 
-# Here and not in a module: a compiled graph has no modules left. It holds a
-# few numbers a channel for each norm whose border a segment may need again.
+# A global, because a compiled graph has no modules in which it could stand. It
+# holds a few numbers per channel for each border that may be needed again.
 _memory = _Memory(4096)
 
 
 def from_forward(
     key: Callable[[], Tensor], value: Tensor, owner: Tensor
 ) -> Tensor:
-    """A value that depends on state, as the forward pass had it.
+    """Return a value that depends on state, as it was in the forward pass.
 
     Args:
-        key: Gives what tells one forward pass from another, and a second run
-            computes again: numbers of the batch, shape (channels,).
-        value: What the state gives now, without a gradient.
+        key: Computes numbers from the batch that tell one forward pass from
+            another and come out the same in a second run, shape (channels,).
+        value: The value by the present state, without a gradient.
         owner: The tensor that holds the state.
 
     Returns:
-        Tensor: ``value``, or in a checkpointed segment that is run again what
-        it was when the segment ran first.
+        Tensor: ``value``. In a checkpointed segment that is run again, the
+        value that it had when the segment ran first.
 
     Raises:
-        RuntimeError: If that is not remembered, because thousands of
-            checkpointed forward passes came between.
+        RuntimeError: If that value is forgotten, because thousands of
+            checkpointed forward passes came in between.
     """
     if is_transformed() or torch.jit.is_tracing() or _is_exporting():
         return value
@@ -377,10 +397,9 @@ def from_forward(
         if found is None:
             raise RuntimeError(
                 'a checkpointed segment is run again after more than 4096 '
-                'others, or on another batch than before: the border that '
-                'its forward pass had is not known any more. Run fewer '
-                'forward passes before each backward pass, or leave the '
-                'blocks out of the segment'
+                'others, or on another batch than before: the border of its '
+                'forward pass is forgotten. Run fewer forward passes before '
+                'each backward pass, or leave the blocks out of the segment'
             )
         return found
     segments = _segments()
@@ -390,11 +409,11 @@ def from_forward(
 
 
 def _compiled_from_forward(key: Tensor, value: Tensor) -> Tensor:
-    """The same where a compiler has removed what tells the passes apart.
+    """:func:`from_forward` in a compiled graph, as an operator of its own.
 
-    The partitioner of a compiled graph recomputes no operator that it does
-    not know, so what depends on a running statistic is kept; within a
-    checkpointed segment it has no choice, and calls this in the backward
+    A compiled graph has no frames that show segments. But a compiler never
+    recomputes an operator that it does not know, so it keeps the value. Only
+    within a checkpointed segment it must call this again, in the backward
     pass.
     """
     if torch._C._current_graph_task_id() != -1:
@@ -410,7 +429,7 @@ _library.define('from_forward(Tensor key, Tensor value) -> Tensor')
 _library.impl(
     'from_forward', _compiled_from_forward, 'CompositeExplicitAutograd'
 )
-# Its name before torch 2.4.
+# Before torch 2.4 this function was called impl_abstract.
 _register_fake = getattr(
     torch.library, 'register_fake', getattr(torch.library, 'impl_abstract', 0)
 )

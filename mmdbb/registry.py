@@ -1,9 +1,9 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""Names in configs, and the classes that they stand for.
+"""Registries: names in configs, and the classes that they stand for.
 
-A registry works as mmengine's does, and needs torch only. Where mmengine is
-installed, :mod:`mmdbb.mm.registration` follows the blocks, so that each of
-them is a convolution layer in OpenMMLab's configs too.
+They work as mmengine's registries do, but need torch only. Where mmengine is
+installed, :mod:`mmdbb.mm.registration` listens to the registry of blocks and
+makes each block a convolution layer of OpenMMLab's configs.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from typing import Callable, Dict, List, Optional
 
 from torch import nn
 
-#: Is told the name and the class of whatever is registered.
+#: Is called with name and class, once for each class that is registered.
 Listener = Callable[[str, type], None]
 
 
 class Registry:
-    """Classes by their names.
+    """A table of classes by name.
 
     Args:
-        kind: What the classes are, for messages.
+        kind: The kind of the classes, such as ``'block'``, for messages.
 
     Examples:
         >>> colours = Registry('colour')
@@ -40,7 +40,7 @@ class Registry:
         return name in self.module_dict
 
     def get(self, name: str) -> Optional[type]:
-        """The class of a name; None if there is none."""
+        """The class that is registered under a name, or None."""
         return self.module_dict.get(name)
 
     def register_module(
@@ -52,12 +52,12 @@ class Registry:
         """Register a class: as a decorator, or by ``module=``.
 
         Args:
-            name: The name in configs, by default the class's own.
-            module: The class; without one, a decorator is returned.
-            force: Whether the name may be taken from another class.
+            name: The name in configs; by default the name of the class.
+            module: The class. Without one, this returns a decorator.
+            force: Whether to replace a class that has the name already.
 
         Raises:
-            KeyError: If the name is taken.
+            KeyError: If another class has the name, and ``force`` is False.
         """
 
         def register(cls: type) -> type:
@@ -69,14 +69,14 @@ class Registry:
                     'its name'
                 )
             for listener in self._listeners:
-                listener(key, cls)  # which may refuse it
+                listener(key, cls)  # raises to refuse the class
             self.module_dict[key] = cls
             return cls
 
         return register if module is None else register(module)
 
     def follow(self, listener: Listener) -> None:
-        """Tell a listener of all classes there are, and of all to come."""
+        """Call a listener for each class, now and when others are added."""
         for name, cls in self.module_dict.items():
             listener(name, cls)
         self._listeners.append(listener)

@@ -1,5 +1,5 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""Merging the blocks of a model: the only walk that does so."""
+"""Merge the blocks of a model. No other file walks a model to merge it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from torch import nn
 from mmdbb.blocks.base import ReparamConv2d
 from mmdbb.modules import computes_weight
 
-# Hooks on a block itself act on the convolution in its place.
+# Where torch keeps hooks. Those on a block move to the convolution that takes
+# its place.
 _FORWARD_HOOKS = (
     '_forward_pre_hooks',
     '_forward_pre_hooks_with_kwargs',
@@ -32,9 +33,10 @@ def _hand_hooks_on(block: nn.Module, conv: nn.Module) -> None:
 
 
 def find_blocks(model: nn.Module) -> Dict[str, ReparamConv2d]:
-    """All blocks of a model by name, merged in place or not.
+    """Find all blocks of a model, by name.
 
-    A block that stands in several places is listed by each of its names.
+    Blocks that were merged in place (``switch_to_deploy``) are found too. A
+    block that stands in several places is listed under each of its names.
     """
     return {
         name: module
@@ -55,12 +57,13 @@ def reparameterize(
     Args:
         model: A model with blocks, or a block.
         inplace: Whether to change the model itself instead of a copy.
-        dtype: What kernels are composed in, ``torch.float64`` or
-            ``torch.float32``; they then have the dtype of their blocks.
+        dtype: Precision in which kernels are composed, ``torch.float64`` or
+            ``torch.float32``. The convolutions have the dtype of their
+            blocks.
 
     Returns:
-        nn.Module: The model without any module of mmdbb's blocks; the
-        convolution if the model is itself a block.
+        nn.Module: The merged model. If ``model`` is itself a block, the
+        convolution.
 
     Raises:
         ValueError: If the model has no blocks, a merged kernel is not
@@ -101,10 +104,13 @@ def reparameterize(
 
 @contextlib.contextmanager
 def literal_forward(model: nn.Module) -> Iterator[nn.Module]:
-    """Within the context, blocks compute their branches literally.
+    """Within the context, blocks compute each branch by itself.
 
-    For verification: it compares different computations only if one side is
-    the plain sum of branches.
+    Verification needs it: in eval mode a block runs its merged kernel, so
+    without this both sides of the comparison would compute the same thing.
+
+    Args:
+        model: The model, which the context returns.
     """
     blocks = [
         block for block in find_blocks(model).values() if not block.deploy

@@ -1,10 +1,11 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""The weights with which the stock network equals a network with blocks.
+"""Weights for the stock network, so that it equals a network with blocks.
 
-The stock network's convolutions have no bias where a norm follows, so the
-merged bias folds into that norm: ``mean -= bias``. Where the block had taken
-the norm's place, a norm with weight 1, bias b, mean 0 and variance 1 - eps
-comes back, which adds b and changes nothing else.
+The stock network is the one without blocks. Its convolutions have no bias
+where a norm follows, so the merged bias folds into that norm:
+``mean -= bias``. If the block had absorbed the norm, the stock network's norm
+gets weight 1, bias b, mean 0 and variance 1 - eps: it adds b and changes
+nothing else.
 """
 
 from __future__ import annotations
@@ -29,14 +30,15 @@ def stock_state(
     pairs: Optional[Dict[str, str]] = None,
     dtype: torch.dtype = torch.float64,
 ) -> Dict[str, Tensor]:
-    """Weights for the stock network.
+    """Merge a network's blocks and make the weights of the stock network.
 
     Args:
         model: The network with blocks; unchanged.
-        stock: The stock network, to know what it expects.
-        pairs: Names of convolutions -> names of the norms behind them; by
-            default those that the OpenMMLab packages' conventions give.
-        dtype: What kernels are composed in, see ``reparameterize``.
+        stock: The stock network, whose names and norms are looked up.
+        pairs: Name of a convolution -> name of the norm behind it; by default
+            found by the conventions of OpenMMLab's packages.
+        dtype: Precision in which kernels are composed, ``torch.float64`` or
+            ``torch.float32``.
 
     Returns:
         dict: A state dict that ``stock`` loads strictly.
@@ -56,11 +58,11 @@ def stock_state(
     for name in map(renamed, find_blocks(model)):
         norm_name = pairs.get(name)
         norm = stock_modules.get(norm_name)
-        # One of no bias, OREPA's of a convolution without one, has a zero.
+        # OREPA blocks built with bias=False merge without one; count it as 0.
         state.setdefault(f'{name}.bias', zero_bias(state[f'{name}.weight']))
         if f'{name}.bias' in expected:
-            # A bias *and* a norm, as in VGG: one that was absorbed comes
-            # back, and changes nothing.
+            # A bias *and* a norm, as in VGG: the convolution takes the bias,
+            # and if the block had absorbed the norm, it now changes nothing.
             absorbed = isinstance(modules.get(norm_name), nn.Identity)
             if absorbed and isinstance(norm, _BatchNorm):
                 nothing = torch.zeros_like(state[f'{name}.bias'])
@@ -85,18 +87,18 @@ def stock_state(
 
 
 def names_in(stock: nn.Module, model: nn.Module) -> Callable[[str], str]:
-    """How the stock network calls what the model has.
+    """Find out how names of a model translate into those of the stock network.
 
-    By the same names, but for the deep stem of mmpretrain's ResNets: three
-    convolutions with norm and activation, which mmseg's hold in one row.
+    The names are the same, but for the deep stem of ResNets: mmpretrain has
+    three modules of convolution, norm and activation there, mmdet and mmseg
+    have one sequence of nine layers.
 
     Args:
         stock: The stock network.
-        model: The network with blocks, or after merging.
+        model: The network with blocks, merged or not.
 
     Returns:
-        Callable: From a name of a module or an entry of the model to that of
-        the stock network.
+        Callable: Translates the name of a module or entry.
     """
     known = {name for name, _ in stock.named_modules()}
     others = tuple(
@@ -108,10 +110,10 @@ def names_in(stock: nn.Module, model: nn.Module) -> Callable[[str], str]:
 
 
 def stem_in_sequence(name: str) -> str:
-    """A deep stem's names in mmpretrain -> those in mmdet and mmseg.
+    """Translate a deep stem's name in mmpretrain into mmdet's and mmseg's.
 
     Args:
-        name: Of a convolution or norm, or of an entry; others stay.
+        name: Name of a module or entry. A name outside of a deep stem stays.
     """
     match = re.fullmatch(r'((?:.*\.)?)stem\.([012])\.(conv|bn)(\.\w+)?', name)
     if not match:
@@ -123,12 +125,15 @@ def stem_in_sequence(name: str) -> str:
 def norm_that_adds(
     bias: Tensor, norm: _BatchNorm, name: str
 ) -> Dict[str, Tensor]:
-    """The state of a norm that in eval mode adds a bias, and nothing else.
+    """Make the state of a norm that in eval mode just adds a bias.
 
     Args:
-        bias: Shape (channels,).
-        norm: The norm.
-        name: Its name, which the entries get.
+        bias: The bias to add, shape (channels,).
+        norm: The norm, whose eps is used.
+        name: Name of the norm, under which the entries stand.
+
+    Returns:
+        dict: Entries for a state dict.
 
     Raises:
         UserError: If the norm has no weight and bias.

@@ -1,16 +1,16 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""What reads a convolution's output, found by following the data.
+"""Find the norm that reads a convolution's output, by following the data.
 
-The order of attributes says nothing about what a ``forward`` does. So the
-model is traced with torch.fx, or run on an example and watched.
+The order in which a model registers its layers says nothing about the order
+in which ``forward`` calls them. So the model is traced with torch.fx, or run
+on an example while functions and layers are watched.
 """
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 from collections import Counter, defaultdict
-from typing import Any, Dict, Iterator, List, Optional
+from typing import Any, Dict, List, Optional
 
 import torch
 from torch import Tensor, fx, nn
@@ -19,35 +19,36 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
 
 from mmdbb.blocks.base import ReparamConv2d
+from mmdbb.modules import in_eval_mode
 
 _CONVS = (nn.Conv2d, ReparamConv2d)
 _NORMS = (_NormBase, nn.GroupNorm)
 
-# For each call of a convolution what reads the result: None unless it is one
-# module and nothing else.
+# Convolution -> for each call of it, the norm that reads the result; None
+# unless one norm and nothing else does.
 Calls = Dict[nn.Module, List[Optional[nn.Module]]]
 
 
 def sole_readers(
     model: nn.Module, example: Any = None
 ) -> Dict[nn.Module, Optional[nn.Module]]:
-    """The norm that alone reads a convolution's output, where there is one.
+    """Find the norm that alone reads a convolution's output.
 
     Args:
-        model: Any model; unchanged. It is looked at in eval mode.
-        example: What the model is called with: a tensor, a tuple of
-            arguments or a dict of keywords. Without one, the model is traced
-            with torch.fx.
+        model: Any model; unchanged. It is traced or run in eval mode.
+        example: Input to run the model on: a tensor, a tuple of arguments or
+            a dict of keywords. Without one, the model is traced with
+            torch.fx.
 
     Returns:
-        dict: Each convolution and each block that is reached -> a norm, or
-        None where several readers, or no norm, read it. A norm is given only
-        if it reads nothing else.
+        dict: Each convolution and each block that is called -> the norm that
+        alone reads its output and reads nothing else; None where there is no
+        such norm.
 
     Raises:
         ValueError: If the model cannot be traced, and no example is given.
     """
-    with _in_eval_mode(model):
+    with in_eval_mode(model):
         if example is None:
             calls, count = _traced(model)
         else:
@@ -69,7 +70,7 @@ class _Tracer(fx.Tracer):
 
 def _traced(model: nn.Module):
     parameters = inspect.signature(model.forward).parameters.values()
-    # fx would take an argument that is None by default for a tensor.
+    # torch.fx would treat an optional argument as a tensor that is given.
     defaults = {
         p.name: p.default
         for p in parameters
@@ -77,11 +78,11 @@ def _traced(model: nn.Module):
     }
     try:
         graph = _Tracer().trace(model, defaults or None)
-    except Exception as error:  # whatever a forward does with a proxy
+    except Exception as error:  # a forward may fail on a proxy in any way
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(
             f'{type(model).__name__} cannot be traced by torch.fx ({reason});'
-            ' give what it is called with: example=torch.rand(...)'
+            ' give an input to run it on: example=torch.rand(...)'
         ) from error
     calls, count = defaultdict(list), Counter()
     for node in graph.nodes:
@@ -115,7 +116,7 @@ def _watched(model: nn.Module, example: Any):
                 output = model(*example)
             else:
                 output = model(example)
-        watch.read(output)  # what the caller gets, the caller reads
+        watch.read(output)  # the caller reads what the model returns
     finally:
         for hook in hooks:
             hook.remove()
@@ -127,11 +128,11 @@ def _watched(model: nn.Module, example: Any):
 
 
 class _Watch(TorchFunctionMode):
-    """Notes who reads the outputs of convolutions during a run."""
+    """Notes which modules read the outputs of convolutions during a run."""
 
     def __init__(self) -> None:
         super().__init__()
-        # By id; the tensor is kept, so that no other gets its id.
+        # By id of the output. The tensor is kept, or another could get its id.
         self.outputs = {}
         self.count = Counter()
         self._inside = []
@@ -159,16 +160,3 @@ class _Watch(TorchFunctionMode):
 
 def _is_norm(module: Optional[nn.Module]) -> bool:
     return isinstance(module, _NORMS)
-
-
-@contextlib.contextmanager
-def _in_eval_mode(model: nn.Module) -> Iterator[None]:
-    # Not by train(): hosts' own do more, and would not put it back.
-    modes = {module: module.training for module in model.modules()}
-    try:
-        for module in modes:
-            module.training = False
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

@@ -4,8 +4,8 @@
 Ding et al., "Diverse Branch Block: Building a Convolution as an
 Inception-like Unit", CVPR 2021 (https://arxiv.org/abs/2103.13425).
 
-Pure functions on kernels and biases: differentiable, in any floating dtype
-and on any device. All of mmdbb's algebra stands here and nowhere else.
+Pure functions on kernels and biases. They are differentiable and keep dtype
+and device. All algebra of mmdbb stands here and nowhere else.
 
 =====  =========================================  =====================
 I      a convolution followed by a BN             :func:`fuse_conv_bn`
@@ -25,12 +25,13 @@ from typing import NamedTuple, Optional, Tuple
 import torch
 from torch import Tensor
 
-# How many input channels share a product where kernels are composed.
+# How many input channels go into one matrix product when kernels are composed.
+# A product for each channel would be of tiny matrices, which is slow.
 _AT_ONCE = 4
 
 
 class KernelBias(NamedTuple):
-    """A convolution's weights.
+    """The kernel and bias of a convolution.
 
     Attributes:
         kernel: Shape (out, in / groups, kH, kW).
@@ -42,11 +43,11 @@ class KernelBias(NamedTuple):
 
 
 class ScaleShift(NamedTuple):
-    """A norm with frozen statistics: ``y = x * scale + shift``.
+    """A norm with given statistics as the function ``x * scale + shift``.
 
     Attributes:
-        scale: Shape (channels,).
-        shift: Shape (channels,).
+        scale: Factor for each channel, shape (channels,).
+        shift: Added to each channel, shape (channels,).
     """
 
     scale: Tensor
@@ -60,7 +61,7 @@ def bn_scale_shift(
     bias: Optional[Tensor],
     eps: float,
 ) -> ScaleShift:
-    """A batch norm in eval mode as one scale and shift a channel.
+    """Write a batch norm in eval mode as one scale and shift per channel.
 
     Args:
         mean: Running mean, shape (channels,).
@@ -70,8 +71,8 @@ def bn_scale_shift(
         eps: Added to the variance.
 
     Returns:
-        ScaleShift: Both of shape (channels,). The shift is also what the norm
-        makes of a zero, hence of a zero-padded border.
+        ScaleShift: Both of shape (channels,). The shift is also the norm's
+        output for a zero, and so for a zero-padded border.
     """
     scale = (var + eps).rsqrt()
     if weight is not None:
@@ -83,14 +84,15 @@ def bn_scale_shift(
 
 
 def fuse_conv_bn(conv: KernelBias, norm: ScaleShift) -> KernelBias:
-    """Transform I (eq. 2): a convolution followed by a norm.
+    """Transform I (eq. 2): fuse a norm into the convolution before it.
 
     Args:
-        conv: Kernel (out, in / groups, kH, kW) and bias (out,).
+        conv: The convolution: kernel (out, in / groups, kH, kW) and bias
+            (out,).
         norm: The norm's scale and shift, both (out,).
 
     Returns:
-        KernelBias: Of the same shapes.
+        KernelBias: The fused convolution, of the same shapes.
 
     Examples:
         >>> conv = KernelBias(torch.ones(1, 1, 1, 1), torch.ones(1))
@@ -104,25 +106,34 @@ def fuse_conv_bn(conv: KernelBias, norm: ScaleShift) -> KernelBias:
 
 
 def unfuse_conv_bn(fused: KernelBias, norm: ScaleShift) -> KernelBias:
-    """Transform I backwards: what gives ``fused`` when this norm follows.
+    """Transform I backwards: take a norm out of a fused convolution.
 
     Args:
-        fused: Kernel (out, in / groups, kH, kW) and bias (out,).
+        fused: The fused convolution: kernel (out, in / groups, kH, kW) and
+            bias (out,).
         norm: The norm's scale, nowhere zero, and shift, both (out,).
 
     Returns:
-        KernelBias: Of the same shapes.
+        KernelBias: The convolution that gives ``fused`` when this norm
+        follows it, of the same shapes.
     """
     kernel = fused.kernel / norm.scale.reshape(-1, 1, 1, 1)
     return KernelBias(kernel, (fused.bias - norm.shift) / norm.scale)
 
 
 def add_branches(*branches: KernelBias) -> KernelBias:
-    """Transform II (eq. 4): the sum of branches of one geometry.
+    """Transform II (eq. 4): add up branches of one geometry.
+
+    Args:
+        branches: Kernels (out, in / groups, kH, kW) of one shape, and biases
+            (out,).
+
+    Returns:
+        KernelBias: The sum, of the same shapes.
 
     Raises:
-        ValueError: If there is no branch, or shapes differ (a sum would
-            broadcast silently).
+        ValueError: If there is no branch, or shapes differ: torch would
+            broadcast them without a word.
     """
     if not branches:
         raise ValueError('add_branches needs at least one branch')
@@ -134,7 +145,8 @@ def add_branches(*branches: KernelBias) -> KernelBias:
         )
     kernel, bias = branches[0]
     for i, branch in enumerate(branches[1:]):
-        # The first sum is ours to add to; kernels are large.
+        # The first sum is a new tensor; the others are added in place, because
+        # kernels are large.
         add = torch.add if i == 0 else Tensor.add_
         kernel = add(kernel, branch.kernel)
         bias = add(bias, branch.bias)
@@ -144,15 +156,15 @@ def add_branches(*branches: KernelBias) -> KernelBias:
 def fuse_1x1_kxk(
     first: KernelBias, second: KernelBias, groups: int = 1
 ) -> KernelBias:
-    """Transform III (eq. 5-8): a 1x1 convolution followed by a KxK one.
+    """Transform III (eq. 5-8): fuse a 1x1 and the KxK that follows it.
 
-    The two are one convolution if the border between them is padded with
-    the first one's bias, which is what a zero-padded input becomes there.
+    The two equal one convolution if the border between them is padded with
+    the bias of the 1x1: that is its output for a zero-padded input.
 
     Args:
-        first: Kernel (mid, in / groups, 1, 1) and bias (mid,).
-        second: Kernel (out, mid / groups, kH, kW) and bias (out,).
-        groups: Groups of both.
+        first: The 1x1: kernel (mid, in / groups, 1, 1) and bias (mid,).
+        second: The KxK: kernel (out, mid / groups, kH, kW) and bias (out,).
+        groups: Number of groups, the same in both.
 
     Returns:
         KernelBias: Kernel (out, in / groups, kH, kW) and bias (out,).
@@ -170,15 +182,18 @@ def fuse_1x1_kxk(
 
 
 def concat_branches(*branches: KernelBias) -> KernelBias:
-    """Transform IV (eq. 9): branches side by side in the output's channels.
+    """Transform IV (eq. 9): concatenate branches along the output channels.
 
     Args:
-        branches: Kernels (out_i, in, kH, kW) that read the same input
-            channels: dense ones, or the groups of one grouped convolution in
-            their order.
+        branches: Kernels (out_i, in, kH, kW) and biases (out_i,): dense
+            convolutions of one input, or the groups of a grouped convolution
+            in their order.
 
     Returns:
-        KernelBias: Kernel (sum of out_i, in, kH, kW) and bias.
+        KernelBias: Kernel (sum of out_i, in, kH, kW) and bias (sum of out_i,).
+
+    Raises:
+        ValueError: If there is no branch.
     """
     if not branches:
         raise ValueError('concat_branches needs at least one branch')
@@ -195,14 +210,14 @@ def avg_pool_kernel(
     dtype: Optional[torch.dtype] = None,
     device: Optional[torch.device] = None,
 ) -> Tensor:
-    """Transform V (eq. 10): the kernel of an average pooling.
+    """Transform V (eq. 10): write average pooling as a kernel.
 
     Args:
-        channels: Channels in and out.
-        kernel_size: Height and width in pixels.
-        groups: Groups of the convolution that the pooling becomes.
-        dtype: Of the result.
-        device: Of the result.
+        channels: Number of channels, which pooling does not change.
+        kernel_size: Height and width of the pooling window in pixels.
+        groups: Number of groups of the convolution that pools.
+        dtype: Precision of the kernel.
+        device: Device of the kernel.
 
     Returns:
         Tensor: Shape (channels, channels / groups, kH, kW).
@@ -218,9 +233,18 @@ def identity_kernel(
     dtype: Optional[torch.dtype] = None,
     device: Optional[torch.device] = None,
 ) -> Tensor:
-    """The 1x1 kernel that changes nothing, (channels, channels/groups, 1, 1).
+    """Make the 1x1 kernel that returns its input.
 
     Source: the DBB paper, sec. 3.3 (initialisation of the 1x1-KxK branch).
+
+    Args:
+        channels: Number of channels.
+        groups: Number of groups of the convolution.
+        dtype: Precision of the kernel.
+        device: Device of the kernel.
+
+    Returns:
+        Tensor: Shape (channels, channels / groups, 1, 1).
     """
     eye = torch.eye(channels // groups, dtype=dtype, device=device)
     return eye.repeat(groups, 1).reshape(channels, -1, 1, 1)
@@ -229,14 +253,14 @@ def identity_kernel(
 def fuse_1x1_avg(
     first: KernelBias, kernel_size: Tuple[int, int]
 ) -> KernelBias:
-    """Transforms III and V in one: a 1x1 followed by an average pooling.
+    """Transforms III and V in one: fuse a 1x1 and the pooling behind it.
 
     Every tap holds the same share of the 1x1 kernel, so no product of
     kernels is needed.
 
     Args:
-        first: Kernel (out, in / groups, 1, 1) and bias (out,).
-        kernel_size: Height and width of the pooling in pixels.
+        first: The 1x1: kernel (out, in / groups, 1, 1) and bias (out,).
+        kernel_size: Height and width of the pooling window in pixels.
 
     Returns:
         KernelBias: Kernel (out, in / groups, kH, kW) and bias (out,).
@@ -252,19 +276,19 @@ def pad_kernel(
     kernel_size: Tuple[int, int],
     offset: Optional[Tuple[int, int]] = None,
 ) -> Tensor:
-    """Transform VI: a small kernel as a large one, zero elsewhere.
+    """Transform VI: put a small kernel into a large one of zeros.
 
     Args:
-        kernel: Shape (out, in / groups, h, w).
-        kernel_size: Height and width of the result.
-        offset: Row and column of the small kernel's first tap; by default it
-            stands in the middle.
+        kernel: The small kernel, shape (out, in / groups, h, w).
+        kernel_size: Height and width of the large kernel in taps.
+        offset: Row and column in the large kernel at which the small one
+            begins; by default the small one stands in the middle.
 
     Returns:
         Tensor: Shape (out, in / groups, kH, kW).
 
     Raises:
-        ValueError: If the small kernel does not fit there.
+        ValueError: If the small kernel does not fit at this offset.
     """
     small = tuple(kernel.shape[-2:])
     if offset is None:
@@ -280,48 +304,51 @@ def pad_kernel(
     )
 
 
-# ------------------------------------------- kernels composed online (OREPA)
+# ------------------------------------------------- composed kernels (OREPA)
 
 
 def compose_1x1_kxk(first: Tensor, second: Tensor, groups: int = 1) -> Tensor:
-    """The kernel of a 1x1 convolution followed by a KxK one, without biases.
+    """Compose the kernel of a 1x1 followed by a KxK, both without a bias.
 
     Source: the OREPA paper (CVPR 2022), sec. 3.3; DBB's Transform III.
 
     Args:
-        first: Shape (mid, in / groups, 1, 1).
-        second: Shape (out, mid / groups, kH, kW).
-        groups: Groups of both.
+        first: The 1x1 kernel, shape (mid, in / groups, 1, 1).
+        second: The KxK kernel, shape (out, mid / groups, kH, kW).
+        groups: Number of groups, the same in both.
 
     Returns:
         Tensor: Shape (out, in / groups, kH, kW).
     """
     mid, inside = first.shape[:2]
     out, _, *size = second.shape
-    # One product a group, with the taps among the rows.
+    # One matrix product for each group: all taps are rows of one matrix.
     rows = second.reshape(groups, out // groups, mid // groups, -1)
     taps = rows.shape[-1]
     rows = rows.transpose(2, 3).reshape(groups, -1, mid // groups)
     kernel = torch.bmm(rows, first.reshape(groups, mid // groups, inside))
     kernel = kernel.reshape(out, taps, inside).transpose(1, 2)
-    # Not a view, from whose strides a convolution would take its layout.
+    # A convolution chooses its memory layout by the kernel's strides, so the
+    # transposed kernel is copied into the usual order.
     return kernel.contiguous().reshape(out, inside, *size)
 
 
 def compose_separable(
     depthwise: Tensor, pointwise: Tensor, in_channels: int, groups: int = 1
 ) -> Tensor:
-    """The kernel of a depthwise convolution followed by a 1x1 one.
+    """Compose the kernel of a depthwise convolution followed by a 1x1.
 
-    Source: the OREPA paper (CVPR 2022), sec. 3.3, "depthwise separable". As
-    in its code, the rows of ``pointwise`` that belong to one group do not
-    stand together: row ``o * groups + g`` is output o of group g.
+    Source: the OREPA paper (CVPR 2022), sec. 3.3, "depthwise separable". The
+    rows of ``pointwise`` have the order of the paper's code: row
+    ``o * groups + g`` makes output o of group g, so the rows of one group do
+    not stand together.
 
     Args:
-        depthwise: Shape (in * expansion, 1, kH, kW).
-        pointwise: Shape (out, in / groups * expansion, 1, 1).
+        depthwise: Kernel of the depthwise convolution, shape (in * expansion,
+            1, kH, kW).
+        pointwise: The 1x1 kernel, shape (out, in / groups * expansion, 1, 1).
         in_channels: Channels of the input.
-        groups: Groups of the result.
+        groups: Number of groups of the composed kernel.
 
     Returns:
         Tensor: Shape (out, in / groups, kH, kW).
@@ -330,7 +357,6 @@ def compose_separable(
     size = depthwise.shape[2:]
     taps = size[0] * size[1]
     expansion = depthwise.shape[0] // in_channels
-    # Some inputs at once, because products of tiny matrices are slow.
     some = math.gcd(inside, _AT_ONCE)
     filters = _block_diagonal(depthwise.reshape(-1, some, expansion, taps))
     rows = pointwise.reshape(
@@ -348,15 +374,16 @@ def compose_separable(
 def compose_stack(
     first: Tensor, second: Tensor, groups: int = 1, flip: bool = True
 ) -> Tensor:
-    """The kernel of two convolutions of stride 1 in sequence.
+    """Compose the kernel of two convolutions of stride 1 in sequence.
 
     Args:
-        first: Shape (mid, in / groups, kH, kW).
-        second: Shape (out, mid / groups, h, w).
-        groups: Groups of both.
-        flip: Whether to do what a sequence does. False leaves ``second``
-            unflipped, as the OREPA paper's code does; the result is then
-            that of another pair of convolutions.
+        first: Kernel of the first convolution, (mid, in / groups, kH, kW).
+        second: Kernel of the second convolution, (out, mid / groups, h, w).
+        groups: Number of groups, the same in both.
+        flip: Whether to flip ``second``, which makes the composed kernel
+            equal the sequence. The OREPA paper's code does not flip it; with
+            False the composed kernel equals the sequence of ``first`` and the
+            flipped ``second``.
 
     Returns:
         Tensor: Shape (out, in / groups, kH + h - 1, kW + w - 1).
@@ -373,22 +400,23 @@ def compose_stack(
 def add_patterns(
     kernel: Tensor, coefficients: Tensor, patterns: Tensor
 ) -> Tensor:
-    """Add to a kernel, output by output, spatial patterns of its own.
+    """Add spatial patterns to a kernel, of which each output has its own.
 
-    Source: the OREPA paper (CVPR 2022), sec. 3.3: the 1x1, the 1x1 followed
-    by an average pooling and the frequency prior are all of this form.
+    Source: the OREPA paper (CVPR 2022), sec. 3.3. Three of its branches have
+    this form: the 1x1, the 1x1 followed by average pooling, and the 1x1
+    followed by the frequency prior.
 
     Args:
-        kernel: Shape (out, in / groups, kH, kW).
+        kernel: The kernel to add to, shape (out, in / groups, kH, kW).
         coefficients: How much of each pattern each input channel gets, shape
             (out, in / groups, patterns).
-        patterns: Shape (out, patterns, kH * kW).
+        patterns: Patterns of each output channel, shape (out, patterns,
+            kH * kW).
 
     Returns:
         Tensor: Shape (out, in / groups, kH, kW).
     """
     out, inside = kernel.shape[:2]
-    # Some inputs at once, because products of tiny matrices are slow.
     some = math.gcd(inside, _AT_ONCE)
     patterns = _block_diagonal(patterns[:, None].expand(-1, some, -1, -1))
     return torch.baddbmm(
@@ -399,7 +427,14 @@ def add_patterns(
 
 
 def _block_diagonal(blocks: Tensor) -> Tensor:
-    """From (N, count, rows, columns) to (N, count rows, count columns)."""
+    """Put blocks on the diagonal of one matrix, zeros elsewhere.
+
+    Args:
+        blocks: Shape (N, count, rows, columns).
+
+    Returns:
+        Tensor: Shape (N, count * rows, count * columns).
+    """
     many, count, rows, columns = blocks.shape
     eye = torch.eye(count, dtype=blocks.dtype, device=blocks.device)
     full = blocks[:, :, :, None] * eye.reshape(1, count, 1, count, 1)
@@ -407,14 +442,15 @@ def _block_diagonal(blocks: Tensor) -> Tensor:
 
 
 def frequency_prior(out_channels: int, kernel_size: Tuple[int, int]) -> Tensor:
-    """Patterns of the frequency prior branch: cosines of rising frequency.
+    """Make the patterns of the frequency prior: cosines of rising frequency.
 
-    Source: the OREPA paper (CVPR 2022), sec. 3.3 and its code: the first half
-    of the channels vary down the rows, the others along the columns.
+    Source: the OREPA paper (CVPR 2022), sec. 3.3, and its code. Patterns of
+    the first half of the channels vary from row to row, the others from
+    column to column.
 
     Args:
-        out_channels: How many patterns.
-        kernel_size: Height and width in pixels.
+        out_channels: Number of patterns, one for each output channel.
+        kernel_size: Height and width of the patterns in taps.
 
     Returns:
         Tensor: Shape (out_channels, kH, kW), float64.

@@ -1,10 +1,10 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""What merging leaves as it was, and how it is rounded: number by number.
+"""Prove that merging changed the blocks only, and that rounding is right.
 
-Outputs need not show an error: behind a ReLU that is zero, the stem may have
-the wrong sign. So what no block touches must be a copy, bit by bit, in a
-layer of the same arguments; and what is written must be what was proven,
-rounded once.
+Comparing outputs is not enough: behind a ReLU that gives zero, even a wrong
+sign cannot be seen. So layers that no block touches must be copies, bit by bit
+and with the same arguments. And the weights in a file must be the proven
+weights, rounded once.
 """
 
 from __future__ import annotations
@@ -24,16 +24,17 @@ from mmdbb.stock_weights import names_in
 
 
 def changed_layers(model: nn.Module, merged: nn.Module) -> Iterator[List[str]]:
-    """Layers that are other ones after merging, each with the norm behind it.
+    """Find the layers that merging replaces, each with the norm behind it.
 
     Args:
         model: The network with blocks.
-        merged: The network after merging, its norms perhaps folded.
+        merged: The merged network. Norms may have been folded into
+            convolutions too.
 
     Yields:
-        list: Names in `model`: of a block and, if there is one, of the norm
-        behind it, which may hold the merged bias; or of a convolution and
-        the norm that was folded into it.
+        list: Names in ``model``: a block and, if there is one, the norm
+        behind it, which may hold the merged bias; or a convolution and the
+        norm that was folded into it.
     """
     norms = norm_names(model)
     modules = dict(merged.named_modules(remove_duplicate=False))
@@ -62,7 +63,7 @@ def changed_layers(model: nn.Module, merged: nn.Module) -> Iterator[List[str]]:
 
 
 def prove_untouched(model: nn.Module, merged: nn.Module) -> None:
-    """Raise unless all that merging leaves alone is a copy.
+    """Raise unless all layers that merging does not replace are copies.
 
     Args:
         model: The network that was trained.
@@ -97,14 +98,14 @@ def prove_untouched(model: nn.Module, merged: nn.Module) -> None:
     for name, module in model.named_modules():
         own = [*module._parameters.values(), *module._buffers.values()]
         has_values = any(value is not None for value in own)
-        # Pooling and the like, which is all that its class and arguments
-        # say; classes of what contains others change with the config's.
+        # Layers such as pooling are defined by class and arguments alone.
+        # Classes of containers differ, because the stock config names others.
         is_function = next(module.children(), None) is None and not has_values
         if not has_values and not is_function:
             continue
         other = modules.get(renamed(name))
         if isinstance(module, ReparamConv2d) or (
-            # A norm behind a block is a norm with the same arguments still.
+            # A norm behind a block must still be a norm with its arguments.
             _is_under(name, changed)
             and not (
                 has_values
@@ -114,7 +115,7 @@ def prove_untouched(model: nn.Module, merged: nn.Module) -> None:
         ):
             continue
         if is_function and other is None:
-            continue  # only names of parameters are known elsewhere
+            continue  # such layers may have other names in the stock network
         if other is None or other.extra_repr() != module.extra_repr():
             others.append(name)
         elif is_function and type(other) is not type(module):
@@ -131,15 +132,15 @@ def prove_rounded(
     exact: Dict[str, Tensor],
     dtypes: Dict[str, torch.dtype],
 ) -> None:
-    """Raise unless what was written is what was proven, rounded once.
+    """Raise unless a file holds the proven weights, rounded once.
 
     Args:
-        written: The entries of a file.
-        exact: What was proven.
-        dtypes: What each entry is rounded to.
+        written: Entries that were read from the file.
+        exact: The proven entries, before rounding.
+        dtypes: Precision to which each entry should be rounded.
 
     Raises:
-        UserError: It names the entries.
+        UserError: If an entry differs; the message names some.
     """
     others = sorted(written.keys() ^ exact.keys())
     others += [
@@ -159,7 +160,12 @@ def prove_rounded(
 
 
 def _is_under(name: str, layers: set) -> bool:
-    """Whether a name is of one of the layers, or of something in it."""
+    """Whether a name is one of the layers, or stands inside one.
+
+    Args:
+        name: Name of a module or entry.
+        layers: Names of layers.
+    """
     while name:
         if name in layers:
             return True

@@ -238,7 +238,7 @@ def test_follows_the_data(model_type, absorbed, watched):
     plain = copy.deepcopy(model)
     x = image(2, 3, 9, 8)
     if not watched and model_type is Untraceable:
-        with pytest.raises(ValueError, match='give what it is called with'):
+        with pytest.raises(ValueError, match='give an input to run it on'):
             insert_blocks_(model)
         return
     names = insert_blocks_(model, example=x if watched else None)
@@ -400,7 +400,7 @@ def test_a_second_time_there_is_nothing_to_replace(watched):
     for where, rule in (
         (
             None,
-            r'the default rule \(kernels of 2 to 6 pixels that DBB can start '
+            r'the default rule \(kernels of 2 to 6 taps that DBB can start '
             r'as; where= gives another\)',
         ),
         (lambda *_: False, r'where\(\)'),

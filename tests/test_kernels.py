@@ -130,7 +130,7 @@ def test_a_stack_of_kernels_that_are_not_square(groups):
 def test_a_flipped_stack_is_the_sequence_of_its_convolutions(groups, flip):
     """What nn.Conv2d modules in a row give, which the paper's code is not."""
     spec = ConvSpec(4, 6, 7, groups=groups)
-    stack = jiggled(StackedKernel(spec, generated=False, flip=flip))
+    stack = jiggled(StackedKernel(spec, composed=False, flip=flip))
     row = nn.Sequential()
     for layer in stack.layers:
         conv = nn.Conv2d(

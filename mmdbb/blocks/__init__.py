@@ -1,5 +1,5 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""The blocks: convolutions that can be merged."""
+"""The blocks: convolutions that are trained in parts and merged into one."""
 
 from .acb import ACB
 from .base import ReparamConv2d

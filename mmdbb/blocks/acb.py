@@ -13,12 +13,16 @@ from mmdbb.blocks.build import register_conv_layer
 
 @register_conv_layer('ACB')
 class ACB(BranchSumConv2d):
-    """KxK, Kx1 and 1xK, summed.
+    """The sum of a KxK, a Kx1 and a 1xK convolution, each with a norm.
 
     Args:
-        args: As :class:`BranchSumConv2d`, keywords too.
-        reduce_gamma: Whether all gammas start with one third, so that the sum
-            starts with the variance of one branch.
+        args: Positional arguments of ``nn.Conv2d``: channels, kernel size,
+            stride, padding, dilation, groups, bias, padding mode.
+        reduce_gamma: Whether all gammas start at one third, so that the sum
+            is not larger than a single branch would be.
+        kwargs: Arguments of ``nn.Conv2d`` as keywords, and those of
+            :class:`BranchSumConv2d`: the list of branches, their norms and
+            start values.
 
     Raises:
         ValueError: If ``reduce_gamma`` is given with ``gamma_init`` or

@@ -1,5 +1,5 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""What every block is to its host: a convolution that can be merged."""
+"""The base of all blocks: a convolution that can be merged."""
 
 from __future__ import annotations
 
@@ -19,12 +19,17 @@ from mmdbb.ports import PORTS
 from mmdbb.recompute import without_autocast
 from mmdbb.transforms import KernelBias
 
-#: The precisions that kernels can be composed in.
+#: Precisions in which kernels can be composed.
 COMPOSED_IN = (torch.float64, torch.float32)
 
 
 def _geometry(name: str, fixed: bool = False) -> property:
-    """An attribute of ``nn.Conv2d`` that stands in the block's spec."""
+    """A property for an attribute of ``nn.Conv2d``, kept in the block's spec.
+
+    Args:
+        name: Name of the attribute.
+        fixed: Whether setting it to another value raises.
+    """
 
     def get(self: ReparamConv2d):
         return getattr(self.spec, name)
@@ -44,12 +49,12 @@ def _geometry(name: str, fixed: bool = False) -> property:
 
 
 class ReparamConv2d(nn.Module):
-    """A convolution that is trained as more than its kernel.
+    """A convolution that is trained as several branches, and can be merged.
 
-    To its host it looks like an ``nn.Conv2d``: same arguments, same
-    attributes, same shapes. A subclass builds its structure unless
-    ``deploy`` is true, and says what it computes in :meth:`forward_train`
-    and :meth:`_compose`.
+    From outside it looks like an ``nn.Conv2d``: same arguments, attributes and
+    shapes. A subclass builds its branches unless ``deploy`` is true, computes
+    them in :meth:`forward_train` and :meth:`forward_branches`, and merges
+    them in :meth:`_compose`.
 
     Args:
         in_channels: Channels of the input.
@@ -57,21 +62,23 @@ class ReparamConv2d(nn.Module):
         kernel_size: Height and width of the kernel, or one number.
         stride: Step in pixels.
         padding: Pixels on each side, ``'same'`` or ``'valid'``.
-        dilation: Distance of two taps in pixels.
-        groups: Number of groups.
-        bias: As in ``nn.Conv2d``. No parameter is added where the block has
-            a shift of its own.
+        dilation: Distance between two neighbouring taps in pixels.
+        groups: Number of groups that channels are split into.
+        bias: Whether the block adds a bias. It is no extra parameter where
+            the norms of the block add one already.
         padding_mode: ``zeros``, ``reflect``, ``replicate`` or ``circular``.
-        deploy: Whether to build the merged convolution at once, to load
-            merged weights.
+        deploy: Whether to build the merged convolution at once, into which
+            merged weights can be loaded.
         init_cfg: mmengine's initialisation rules for this block.
     """
 
-    #: Smallest and largest kernel (the longer side, in pixels) that configs
-    #: make a block, unless they say otherwise.
+    #: Smallest and largest kernel (longer side, in taps) that a config turns
+    #: into a block, unless the config says otherwise. As in the DBB paper's
+    #: code, 1x1 convolutions and stems with kernels from 7 on stay plain.
     kernel_sizes: Tuple[int, float] = (2, 6)
 
-    #: Whether a block with ``bias=False`` merges into one with a bias.
+    #: Whether the merged convolution has a bias even with ``bias=False``, to
+    #: hold the shift of the block's norms.
     _has_shift = True
 
     transposed = False
@@ -93,7 +100,7 @@ class ReparamConv2d(nn.Module):
     ) -> None:
         super().__init__()
         self.init_cfg = copy.deepcopy(init_cfg)
-        #: Whether ``init_weights`` was called, which mmengine looks for.
+        #: Whether ``init_weights`` was called; mmengine reads this.
         self.is_init = False
         self.spec = ConvSpec(
             in_channels,
@@ -123,16 +130,17 @@ class ReparamConv2d(nn.Module):
     padding_mode = _geometry('padding_mode')
 
     def set_spec(self, spec: ConvSpec) -> None:
-        """Take another geometry, as hosts do that dilate a built network.
+        """Change the geometry of a built block.
 
-        Setting ``stride``, ``padding``, ``dilation`` or ``padding_mode`` does
-        so too.
+        OpenMMLab's networks do so to dilate a backbone. Setting ``stride``,
+        ``padding``, ``dilation`` or ``padding_mode`` comes here too.
 
         Args:
-            spec: With the same channels, kernel size and groups.
+            spec: The new geometry, with the same channels, kernel size and
+                groups.
 
         Raises:
-            ValueError: If a branch cannot serve this geometry.
+            ValueError: If a branch does not support this geometry.
         """
         self.spec = spec
         if self.deploy:
@@ -144,9 +152,13 @@ class ReparamConv2d(nn.Module):
         return 'reparam_conv' in self._modules
 
     def forward(self, x: Tensor) -> Tensor:
-        """From (N, in, H, W) to (N, out, H', W').
+        """Convolve images.
 
-        As ``nn.Conv2d`` it also takes one image of shape (in, H, W).
+        Args:
+            x: Images of shape (N, in, H, W), or one image (in, H, W).
+
+        Returns:
+            Tensor: Shape (N, out, H', W') or (out, H', W').
 
         Raises:
             TypeError: If torch.fx traces through the block.
@@ -157,9 +169,9 @@ class ReparamConv2d(nn.Module):
         if isinstance(x, torch.fx.Proxy):
             raise TypeError(
                 f'torch.fx cannot trace through a {type(self).__name__}, '
-                'whose way depends on its input: merge first, by '
-                'mmdbb.reparameterize(model), or let the tracer take '
-                'mmdbb.ReparamConv2d for a leaf'
+                'because its computation depends on its input: merge first, '
+                'by mmdbb.reparameterize(model), or make '
+                'mmdbb.ReparamConv2d a leaf of the tracer'
             )
         if x.dim() == 3:
             return self.forward_train(x[None])[0]
@@ -171,23 +183,36 @@ class ReparamConv2d(nn.Module):
         return self.forward_train(x)
 
     def forward_train(self, x: Tensor) -> Tensor:
-        """The block before merging, in training and in eval mode."""
+        """Compute the block before merging, in training and in eval mode.
+
+        Args:
+            x: Images of shape (N, in, H, W).
+
+        Returns:
+            Tensor: Shape (N, out, H', W').
+        """
         raise NotImplementedError
 
     def forward_branches(self, x: Tensor) -> Tensor:
-        """The same, each branch by itself: the reference for verification."""
+        """Compute each branch by itself: the reference for verification.
+
+        Args:
+            x: Images of shape (N, in, H, W).
+
+        Returns:
+            Tensor: The output of :meth:`forward_train`, up to rounding.
+        """
         raise NotImplementedError
 
     def get_equivalent_kernel_bias(self) -> KernelBias:
-        """The block in eval mode as one convolution.
+        """Merge the block, as it is in eval mode, into kernel and bias.
 
         Returns:
             KernelBias: Kernel (out, in / groups, kH, kW) and bias (out,),
             differentiable in the block's parameters.
 
         Raises:
-            ValueError: If a hook inside the block may change what it
-                computes.
+            ValueError: If a hook inside the block may change its output.
         """
         if self.deploy:
             kernel, bias = self.reparam_conv.weight, self.reparam_conv.bias
@@ -206,25 +231,28 @@ class ReparamConv2d(nn.Module):
         """Whether a block of this size can start as any plain convolution.
 
         Args:
-            kernel_size: Height and width in pixels.
+            kernel_size: Height and width in taps.
         """
         return True
 
     @torch.no_grad()
     def to_conv(self, dtype: torch.dtype = torch.float64) -> nn.Conv2d:
-        """The plain convolution that computes what the block does in eval.
+        """Make the plain convolution that equals the block in eval mode.
 
-        It has the block's dtype, device and mode; its parameters require a
-        gradient. It has no bias where the block can have no shift, which is a
-        composed kernel with ``bias=False``.
+        It has the block's dtype, device and mode, and its parameters require
+        gradients. It has a bias, except for a block with a composed kernel
+        and ``bias=False``: no norm gives that one a shift.
 
         Args:
-            dtype: What it is composed in, ``torch.float64`` or
-                ``torch.float32``.
+            dtype: Precision in which the kernel is composed,
+                ``torch.float64`` or ``torch.float32``.
+
+        Returns:
+            nn.Conv2d: The merged convolution.
 
         Raises:
             ValueError: If the kernel or the bias is not finite, or ``dtype``
-                is another one.
+                is another precision.
         """
         if dtype not in COMPOSED_IN:
             raise ValueError(
@@ -245,15 +273,15 @@ class ReparamConv2d(nn.Module):
                 '_has_shift that without bias=True it has none'
             )
         for name, value in zip(names, composed):
-            # A copy, as a merged block gives its own parameters.
+            # A merged block returns its own parameters, so copy.
             value = value.to(
                 device,
                 own_dtype,
                 copy=True,
                 memory_format=torch.contiguous_format,
             )
-            # A sum is finite if all of its terms are; in double it cannot
-            # overflow. Far cheaper than asking each number.
+            # The sum is finite exactly if all terms are: in double precision
+            # it cannot overflow. Testing each number would cost far more.
             if not (
                 value.is_meta
                 or value.cpu().sum(dtype=torch.float64).isfinite()
@@ -267,7 +295,7 @@ class ReparamConv2d(nn.Module):
         return conv.train(self.training)
 
     def switch_to_deploy(self) -> None:
-        """Merge in place: keep nothing but :meth:`to_conv`. Idempotent."""
+        """Replace all branches by the merged convolution. Idempotent."""
         if self.deploy:
             return
         conv = self.to_conv()
@@ -278,7 +306,10 @@ class ReparamConv2d(nn.Module):
         self.reparam_conv = conv
 
     def init_weights(self) -> None:
-        """Apply the block's own ``init_cfg`` again, if it has one."""
+        """Apply the block's own ``init_cfg`` again, if it has one.
+
+        mmengine calls this method of every layer that has it.
+        """
         self._apply_init_cfg()
         for child in self.children():
             if hasattr(child, 'init_weights'):
@@ -286,7 +317,7 @@ class ReparamConv2d(nn.Module):
         self.is_init = True
 
     def _apply_init_cfg(self) -> None:
-        # At construction, because many containers never call init_weights.
+        # Called by constructors: many containers never call init_weights.
         if self.init_cfg:
             with self._own_rules():
                 PORTS.initialize(self, self.init_cfg)
@@ -300,26 +331,30 @@ class ReparamConv2d(nn.Module):
             self._initializing = False
 
     def apply(self, fn: Callable[[nn.Module], None]) -> nn.Module:
-        """Apply a function to all submodules, as any module does.
+        """Apply a function to all submodules, but not mmengine's init rules.
 
-        Only the host's initialisation rules stop here. mmengine matches them
-        to layers by class name at any depth, and a rule such as "every norm's
-        weight is 1" would undo what makes a block: its initial gammas.
+        mmengine matches its rules to layers by class name, at any depth. A
+        rule such as "every norm's weight is 1" would undo the gammas with
+        which a block starts, so such rules stop here.
+
+        Args:
+            fn: The function, which gets each module.
         """
         if not self._initializing and PORTS.is_host_rule(fn):
             return self
         return super().apply(fn)
 
     def __getstate__(self) -> dict:
-        # Copies and pickles compose their own kernel.
+        # Copies and pickles do not take the cached kernel along.
         return dict(self.__dict__, _cached_kernel=None)
 
     def named_children(self) -> Iterator[Tuple[str, nn.Module]]:
-        """As of any module.
+        """Iterate over the direct children, by name.
 
         Raises:
-            ValueError: If mmcv's ``fuse_conv_bn`` asks, which would fuse the
-                norm behind this block into a convolution before it.
+            ValueError: If the caller is mmcv's ``fuse_conv_bn``. It knows no
+                blocks, so it would fuse the norm behind this block into a
+                convolution before it.
         """
         if not self.deploy:
             PORTS.refuse_fusion(self, sys._getframe(1))
@@ -341,7 +376,12 @@ class ReparamConv2d(nn.Module):
 
 
 def refuse_merged(block: nn.Module, missing: str) -> None:
-    """Raise a ValueError if a block is merged and so has no ``missing``."""
+    """Raise a ValueError if a block is merged.
+
+    Args:
+        block: The block.
+        missing: What a merged block lacks, for the message.
+    """
     if block.deploy:
         raise ValueError(
             f'{type(block).__name__} is merged: it has no {missing}'

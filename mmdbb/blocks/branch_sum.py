@@ -1,5 +1,5 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""A convolution trained as the sum of branches (DBB paper, eq. 4)."""
+"""The base of blocks that sum branches (DBB paper, eq. 4)."""
 
 from __future__ import annotations
 
@@ -30,31 +30,38 @@ BranchCfg = Union[str, dict]
 
 
 class BranchSumConv2d(ReparamConv2d):
-    """The sum of named branches.
+    """A convolution that is trained as the sum of named branches.
 
     A preset (DBB, ACB, RepVGGConv) is a subclass with its own list of
-    branches. A preset leaves out what cannot serve a geometry; a branch that
-    was asked for by ``branches`` raises instead.
+    branches. Branches of a preset that do not support the geometry are left
+    out; branches that the caller lists in ``branches`` raise instead.
 
     Args:
-        args: As :class:`ReparamConv2d`, keywords too.
-        branches: Names or configs of the branches; by default the preset's.
-            A name may stand more than once (the paper's "duplicate" block).
+        args: Positional arguments of ``nn.Conv2d``: channels, kernel size,
+            stride, padding, dilation, groups, bias, padding mode.
+        branches: Names or configs of the branches; by default those of the
+            preset. A name may occur more than once (the paper's "duplicate"
+            block).
         norm_cfg: Config of the norms, ``dict(type='BN')`` if None.
-        sum_norm: Whether a norm follows the sum; by default the preset's.
-        gamma_init: Start value of the weight of the norm after the sum, or
-            where there is none of each branch's last norm; by default 1.
-        single_init: Whether the first branch starts with 1 and the others
-            with 0.
+        sum_norm: Whether a norm follows the sum; by default the preset
+            decides.
+        gamma_init: Start value of the gamma of the norm behind the sum. If
+            there is no such norm, of the last norm in each branch. By default
+            1.
+        single_init: Whether the first branch starts with gamma 1 and all
+            other branches with 0.
+        kwargs: Arguments of ``nn.Conv2d`` as keywords, and ``deploy`` and
+            ``init_cfg`` of :class:`ReparamConv2d`.
 
     Shape:
         - Input: (N, in_channels, H, W)
-        - Output: (N, out_channels, H', W') as of ``nn.Conv2d``
+        - Output: (N, out_channels, H', W'), H' and W' as in ``nn.Conv2d``
 
     Raises:
-        TypeError: If an argument or a branch's config has unknown keys.
-        ValueError: If a value is not allowed or a branch cannot serve the
-            geometry; the message says what is allowed.
+        TypeError: If an argument has the wrong type, or a branch's config
+            has unknown keys.
+        ValueError: If a value is not allowed, or a branch does not support
+            the geometry. The message says what is allowed.
 
     Examples:
         >>> conv = BranchSumConv2d(4, 8, 3, branches=['kxk', '1x1_avg'])
@@ -62,7 +69,7 @@ class BranchSumConv2d(ReparamConv2d):
         torch.Size([2, 8, 3, 4])
     """
 
-    #: The preset: names or configs.
+    #: Branches of the preset: names or configs.
     preset: Tuple[BranchCfg, ...] = ()
 
     #: Whether the preset has a norm after the sum.
@@ -134,7 +141,13 @@ class BranchSumConv2d(ReparamConv2d):
 
     @classmethod
     def preset_for(cls, spec: ConvSpec) -> Sequence[BranchCfg]:
-        """The preset for a geometry, before asking the branches."""
+        """List the preset's branches for a geometry.
+
+        Those that do not support the geometry are left out afterwards.
+
+        Args:
+            spec: Geometry of the convolution.
+        """
         return cls.preset
 
     def _served_preset(self) -> Sequence[BranchCfg]:
@@ -158,20 +171,27 @@ class BranchSumConv2d(ReparamConv2d):
                     )
             for branch in self.branches.values():
                 branch.set_spec(spec)
-                branch.refuse_changed_geometry()  # notes what it is now
+                branch.refuse_changed_geometry()  # notes the new geometry
         super().set_spec(spec)
 
     def forward_train(self, x: Tensor) -> Tensor:
-        """The sum of the branches, the fast way (:mod:`mmdbb.blocks.fast`)."""
+        """Sum the branches, in the fast way of :mod:`mmdbb.blocks.fast`.
+
+        Args:
+            x: Images of shape (N, in, H, W).
+
+        Returns:
+            Tensor: Shape (N, out, H', W').
+        """
         for branch in self.branches.values():
             branch.refuse_changed_geometry()
         return fast_forward(self, x)
 
     def forward_branches(self, x: Tensor) -> Tensor:
-        """The sum of the branches and its norm, computed literally.
+        """Run each branch by itself, sum the outputs, and run the norm.
 
-        It stays the reference for tests and for verification, however
-        :meth:`forward` computes the same.
+        Tests and verification take this as the reference for
+        :meth:`forward`, which computes the same in faster ways.
 
         Args:
             x: Images of shape (N, in, H, W).
@@ -205,7 +225,7 @@ class BranchSumConv2d(ReparamConv2d):
         return fuse_conv_bn(merged, norm_scale_shift(self.norm))
 
     def kernel_bias_of(self, branch: Branch) -> KernelBias:
-        """A branch's kernel and bias, before the norm of the sum.
+        """Merge one branch, without the norm behind the sum.
 
         Args:
             branch: One of the block's branches.
@@ -217,13 +237,18 @@ class BranchSumConv2d(ReparamConv2d):
         merged = branch.equivalent_kernel_bias()
         if next(tensors_of(branch), None) is not None:
             return merged
-        # An identity without a norm does not know where the block is.
+        # An identity without a norm has no tensor that says on which device
+        # the block is.
         device, dtype = next(tensors_of(self)).device, leaf_dtype(self)
         return KernelBias(*(t.to(device, dtype) for t in merged))
 
     @torch.no_grad()
     def init_gamma(self, value: float) -> None:
-        """Set the weight of the norm after the sum, or of each branch's last.
+        """Set gamma of the norm behind the sum, or else of all branches.
+
+        Args:
+            value: The value of each gamma. In a branch it is the gamma of its
+                last norm.
 
         Raises:
             ValueError: If such a norm is missing or has no weight
@@ -252,10 +277,11 @@ class BranchSumConv2d(ReparamConv2d):
 
     @torch.no_grad()
     def single_init(self) -> None:
-        """Start as the first branch alone: gammas 1, 0, 0, ...
+        """Give the first branch gamma 1, and all other branches 0.
 
         Raises:
-            ValueError: As :meth:`init_gamma`.
+            ValueError: If a branch's last norm is missing or has no weight
+                (``affine=False``), or the block is merged.
         """
         refuse_merged(self, 'gammas to initialise')
         names = {f'branch {k!r}': b for k, b in self.branches.items()}

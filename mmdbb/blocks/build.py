@@ -1,5 +1,5 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""Registering blocks as convolution layers, and what a config may say."""
+"""Register blocks as convolution layers, and build them from configs."""
 
 from __future__ import annotations
 
@@ -18,20 +18,25 @@ _CONV_ARGS = tuple(inspect.signature(ConvSpec).parameters) + ('bias',)
 
 def register_conv_layer(
     name: str,
-    min_kernel_size: int = 2,
-    max_kernel_size: float = 6,
+    min_kernel_size: Optional[int] = None,
+    max_kernel_size: Optional[float] = None,
 ) -> Callable[[Type[ReparamConv2d]], Type[ReparamConv2d]]:
     """Class decorator: make ``conv_cfg=dict(type=name)`` build the block.
 
     Args:
-        name: The layer's name in configs.
-        min_kernel_size: Smallest kernel (the longer side, in pixels) that
-            becomes a block, unless the config says otherwise.
-        max_kernel_size: The largest one.
+        name: Name of the layer in configs.
+        min_kernel_size: Smallest kernel (longer side, in taps) that becomes
+            a block, unless the config says otherwise; by default the class's
+            own, see :attr:`ReparamConv2d.kernel_sizes`.
+        max_kernel_size: Largest kernel that becomes a block, likewise.
     """
 
     def register(block: Type[ReparamConv2d]) -> Type[ReparamConv2d]:
-        block.kernel_sizes = min_kernel_size, max_kernel_size
+        smallest, largest = block.kernel_sizes
+        block.kernel_sizes = (
+            smallest if min_kernel_size is None else min_kernel_size,
+            largest if max_kernel_size is None else max_kernel_size,
+        )
         return BLOCKS.register_module(name, block)
 
     return register
@@ -43,14 +48,16 @@ def registered_blocks() -> Dict[str, Type[ReparamConv2d]]:
 
 
 def layer_of(block: Type[ReparamConv2d]) -> Callable[..., nn.Module]:
-    """What builds a block from ``conv_cfg``, where the kernel's size asks.
+    """Make the function that builds a block from ``conv_cfg``.
 
     Args:
         block: A registered block.
 
     Returns:
-        Callable: Takes the arguments of ``nn.Conv2d`` and of the block; see
-        :func:`build_conv`. Its attribute ``block`` is the class.
+        Callable: Takes the arguments of ``nn.Conv2d`` and of the block, and
+        the limits of the kernel's size; builds the block within the limits
+        and a plain convolution outside, see :func:`build_conv`. Its attribute
+        ``block`` is the class.
     """
     smallest, largest = block.kernel_sizes
 
@@ -74,17 +81,17 @@ def block_of(
     """Look up the block that a config names.
 
     Args:
-        config: Such as ``dict(type='DBB')``, which None stands for. The type
-            may be the class itself.
-        plain: Whether ``Conv2d`` is allowed.
+        config: Config of a block; None means ``dict(type='DBB')``. The type
+            may be a class.
+        plain: Whether ``Conv2d``, which is no block, is allowed too.
 
     Returns:
-        tuple: The class, and a copy of the config with the class's name in
-        configs as its type: by name a block is built where the kernel's size
-        asks for one only.
+        tuple: The class, and a copy of the config. Its type is the registered
+        name even if a class was given, because the limits of the kernel's
+        size hold for names only.
 
     Raises:
-        TypeError: If it is not a dict.
+        TypeError: If ``config`` is not a dict.
         ValueError: If it names no block.
     """
     if config is not None and not isinstance(config, dict):
@@ -115,25 +122,24 @@ def build_conv(
     block: Type[ReparamConv2d],
     args: tuple,
     kwargs: dict,
-    kernel_sizes: Tuple[int, float] = (2, 6),
+    kernel_sizes: Tuple[int, float],
 ) -> nn.Module:
-    """Build a block where the kernel's size asks for one, else a plain conv.
+    """Build a block if the kernel's size is within limits, else ``nn.Conv2d``.
 
-    As in the DBB paper's code, 1x1 convolutions and stems with kernels of 7
-    and more stay plain, unless they are named; what is built for them is an
-    ordinary ``nn.Conv2d``.
+    As in the DBB paper's code, 1x1 convolutions and stems with kernels from 7
+    on stay plain by default.
 
     Args:
-        block: The block's class.
-        args: Positional arguments, those of ``nn.Conv2d``.
+        block: Class of the block.
+        args: Positional arguments of ``nn.Conv2d``.
         kwargs: Keyword arguments of ``nn.Conv2d`` and of the block.
-        kernel_sizes: Smallest and largest kernel size (the longer side, in
-            pixels) that becomes a block: ``min_kernel_size`` and
-            ``max_kernel_size`` of the layer's config.
+        kernel_sizes: Smallest and largest kernel (longer side, in taps) that
+            becomes a block: ``min_kernel_size`` and ``max_kernel_size`` of
+            the layer's config.
 
     Raises:
-        TypeError: If there are unknown keys, the message lists the allowed;
-            or a kernel size is no number.
+        TypeError: If there are unknown keys (the message lists the allowed
+            ones), or a limit is not a number.
         ValueError: If a value is not allowed.
     """
     allowed = block_arguments(block)
@@ -150,14 +156,20 @@ def build_conv(
     low, high = kernel_sizes
     for name, size in (('min_kernel_size', low), ('max_kernel_size', high)):
         if not isinstance(size, (int, float)) or isinstance(size, bool):
-            raise TypeError(f'{name} must be a number of pixels, got {size!r}')
+            raise TypeError(f'{name} must be a number of taps, got {size!r}')
     if low <= max(spec.kernel_size) <= high:
         return block(*args, **kwargs)
     return nn.Conv2d(**spec.conv_args, bias=bias)
 
 
 def block_arguments(block: Type[ReparamConv2d]) -> Tuple[str, ...]:
-    """Names of all arguments that a block's constructors take."""
+    """Names of all arguments of a block's constructor.
+
+    Those that it passes on to its base classes are included.
+
+    Args:
+        block: Class of the block.
+    """
     names = []
     for cls in block.__mro__:
         if not issubclass(cls, ReparamConv2d):

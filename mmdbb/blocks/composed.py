@@ -1,8 +1,8 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""A convolution whose one kernel is composed at every forward pass.
+"""The base of blocks with a composed kernel (OREPA, CVPR 2022, sec. 3.2).
 
-The OREPA family (CVPR 2022, sec. 3.2): an image meets one convolution in
-training too; what is diverse is how its kernel comes about.
+Such a block runs one convolution in training too. Its branches are branches of
+the kernel, which is composed in every forward pass.
 """
 
 from __future__ import annotations
@@ -30,24 +30,31 @@ from mmdbb.transforms import KernelBias
 class ComposedKernelConv2d(ReparamConv2d):
     """A convolution with a composed kernel, and no norm.
 
-    The norm that the paper's blocks end in is the host's, which follows.
+    The paper's blocks end in a norm. Here the network puts it behind the
+    block, as behind any convolution.
+
+    The composed kernel is the attribute ``generator``: names in checkpoints
+    hold this word.
 
     Args:
-        generator: Builds from the geometry what composes the kernel.
-        args: As :class:`ReparamConv2d`, keywords too.
-        single_init: Whether only the original kernel starts with a scale
-            other than zero.
+        build_kernel: Builds the composed kernel for a geometry.
+        args: Positional arguments of ``nn.Conv2d``: channels, kernel size,
+            stride, padding, dilation, groups, bias, padding mode.
+        single_init: Whether the original kernel starts with scale 1 and all
+            other branches with 0.
+        kwargs: Arguments of ``nn.Conv2d`` as keywords, and ``deploy`` and
+            ``init_cfg`` of :class:`ReparamConv2d`.
 
     Shape:
         - Input: (N, in_channels, H, W)
-        - Output: (N, out_channels, H', W') as of ``nn.Conv2d``
+        - Output: (N, out_channels, H', W'), H' and W' as in ``nn.Conv2d``
     """
 
     _has_shift = False
 
     def __init__(
         self,
-        generator: Callable[[ConvSpec], ComposedKernel],
+        build_kernel: Callable[[ConvSpec], ComposedKernel],
         /,
         *args,
         single_init: bool = False,
@@ -56,7 +63,7 @@ class ComposedKernelConv2d(ReparamConv2d):
         super().__init__(*args, **kwargs)
         if self.deploy:
             return
-        self.generator = generator(self.spec)
+        self.generator = build_kernel(self.spec)
         self.register_parameter(
             'bias',
             nn.Parameter(torch.zeros(self.out_channels))
@@ -74,7 +81,14 @@ class ComposedKernelConv2d(ReparamConv2d):
             self.generator.spec = spec
 
     def forward_train(self, x: Tensor) -> Tensor:
-        """One convolution with the kernel composed now."""
+        """Run one convolution, with a kernel composed now or cached.
+
+        Args:
+            x: Images of shape (N, in, H, W).
+
+        Returns:
+            Tensor: Shape (N, out, H', W').
+        """
         needs_grad = torch.is_grad_enabled() and any(
             t.requires_grad for t in tensors_of(self)
         )
@@ -96,7 +110,9 @@ class ComposedKernelConv2d(ReparamConv2d):
             return convolve(x.to(half), kernel, bias, self.spec)
 
     def forward_branches(self, x: Tensor) -> Tensor:
-        """The branches of the kernel on images, summed: a reference.
+        """Run each branch of the kernel on the images, and sum the outputs.
+
+        No kernel is composed, so this is a reference for :meth:`forward`.
 
         Args:
             x: Images of shape (N, in, H, W).
@@ -117,7 +133,10 @@ class ComposedKernelConv2d(ReparamConv2d):
         return KernelBias(kernel, bias)
 
     def init_gamma(self, value: float) -> None:
-        """Set all scales of the kernel's branches.
+        """Set the scales of all branches of the kernel to one value.
+
+        Args:
+            value: The value of each scale.
 
         Raises:
             ValueError: If the block is merged.
@@ -126,7 +145,7 @@ class ComposedKernelConv2d(ReparamConv2d):
         self.generator.init_gamma(value)
 
     def single_init(self) -> None:
-        """Start as the original kernel alone.
+        """Give the original kernel scale 1, and all other branches 0.
 
         Raises:
             ValueError: If the block is merged.

@@ -17,10 +17,15 @@ from mmdbb.geometry import ConvSpec
 
 @register_conv_layer('DBB')
 class DBB(BranchSumConv2d):
-    """KxK, 1x1, 1x1-KxK and 1x1-average pooling, summed.
+    """The sum of a KxK, a 1x1, a 1x1-KxK and a 1x1-average pooling branch.
 
-    On a depthwise convolution there is no 1x1 branch, as in the paper's code.
-    Arguments as :class:`BranchSumConv2d`.
+    A depthwise DBB has no 1x1 branch, as in the paper's code.
+
+    Args:
+        args: Positional arguments of ``nn.Conv2d``: channels, kernel size,
+            stride, padding, dilation, groups, bias, padding mode.
+        kwargs: The same as keywords, and those of :class:`BranchSumConv2d`:
+            the list of branches, their norms and start values.
 
     Examples:
         >>> import torch

@@ -1,42 +1,56 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
 r"""The fast forward pass of a branch sum: same arithmetic, less work.
 
-Outputs, gradients and running statistics are those of
-:meth:`BranchSumConv2d.forward_branches`; only the way there differs. Without
-this file the package is slower and as correct. Norms in eval mode are
-:mod:`mmdbb.blocks.frozen`'s; in training mode each branch has its ways:
+Outputs, gradients and running statistics equal those of
+:meth:`BranchSumConv2d.forward_branches`. The package would be correct without
+this file, only slower. :mod:`mmdbb.blocks.frozen` handles blocks whose norms
+are all in eval mode. In training mode the way depends on the branch and the
+batch; for each branch the first row that applies is taken:
 
-==========  =======================  ========================================
-branch      where                    way
-==========  =======================  ========================================
-1x1_kxk     many pixels a channel    collapsed to one kernel
-1x1         beside such a branch     scaled by statistics known before
-1x1         few channels to many     computed again
-1x1_avg     beside such a branch     pooled first, computed again
-1x1_avg     elsewhere                computed again
-all         depthwise                the whole sum is computed again
-all         small batches            as they are
-==========  =======================  ========================================
+=========  ==========================================  ====================
+branch     where                                       way
+=========  ==========================================  ====================
+(all)      small batches                               branches one by one
+(all)      depthwise blocks                            the whole sum is
+                                                       computed again
+1x1_kxk    many pixels for its channels                ``_collapsed``
+1x1_kxk    elsewhere                                   ``_in_sequence``
+1x1_avg    depthwise blocks                            ``_pooled_once``
+1x1_avg    where moments are known                     ``_pooled_first``
+1x1_avg    elsewhere                                   ``_avg_again``
+1x1        where moments are known, and it reads       ``_scaled_before``
+           every pixel
+1x1        beside a collapsed 1x1_kxk, or with at      ``_again_as_it_is``
+           least four times as many channels out as in
+(others)   everywhere                                  their own forward
+=========  ==========================================  ====================
 
-*Statistics known before.* See :mod:`mmdbb.branches.moments`: the norm behind
-a 1x1 is a scale a and a shift c before the 1x1 is computed.
+:data:`_WAYS` is the same table in code. "Computed again" means that the
+backward pass recomputes intermediate maps (:mod:`mmdbb.recompute`), so that
+the forward pass need not keep them. It gets the border values of its own
+forward pass, because they come from running statistics, which have moved on
+by then.
 
-*Collapsed.* A 1x1, norm and KxK are one kernel :math:`W_2 \circ (a W_1)` on
-x, plus what the KxK makes of an image of constants: c inside, the value v on
-the border.
+*Moments.* Mean and covariance of the images give the statistics that the norm
+behind a 1x1 will see, before the 1x1 is computed
+(:mod:`mmdbb.branches.moments`). The norm is then a known scale a and shift c.
+They are computed where a 1x1_kxk branch is collapsed, and shared by the
+branches beside it.
 
-*Pooled first.* Pooling commutes with a 1x1: with q the zero-padded pooling of
-x and b that of an image of zeros with a border of ones, what the second norm
-reads is a P q + c + (v - c) b. It is computed again in the backward pass
-instead of being kept.
+*Collapsed.* A 1x1, a norm and a KxK become one kernel
+:math:`W_2 \circ (a W_1)` on x, plus the KxK's response to a constant image: c
+inside, the border value v on the border.
 
-*Half precision.* Under autocast, and of half-precision networks, kernels are
-composed in float32, images and convolutions in half. Statistics are those of
-maps that are not kept, as on a GPU: the gradient of a gamma from a kernel's
-gradient, which is rounded to half, would lose what its mean takes.
+*Pooled first.* Pooling commutes with a 1x1. Let q be the zero-padded pooling
+of x, P the 1x1 kernel and b the pooling of an image that is zero inside and
+one on the border. Then the second norm reads a P q + c + (v - c) b.
 
-What is computed again gets the border values of its own forward pass, because
-the running statistics, which they come from, move on.
+*Half precision.* Under autocast, and in half-precision networks, kernels are
+composed in float32; images and convolutions stay in half. Statistics come from
+the 1x1's output, which is computed for them and dropped, as on GPUs. Moments
+would not do: with them a gamma's gradient is a kernel's gradient minus the
+mean's share, and a kernel's gradient that is rounded to half has lost the
+digits of that difference.
 """
 
 from __future__ import annotations
@@ -50,7 +64,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmdbb.blocks.frozen import frozen_forward
 from mmdbb.branches.base import ConvNormBranch
-from mmdbb.branches.composed import Generated
+from mmdbb.branches.composed import ComposedKxK
 from mmdbb.branches.identity import Identity
 from mmdbb.branches.moments import (
     Maps,
@@ -95,7 +109,7 @@ from mmdbb.transforms import compose_1x1_kxk
 
 
 def fast_forward(block: nn.Module, x: Tensor) -> Tensor:
-    """What ``block.forward_branches(x)`` gives, by the cheapest way known.
+    """Compute ``block.forward_branches(x)`` in the cheapest way known.
 
     Args:
         block: A ``BranchSumConv2d`` that is not merged.
@@ -126,7 +140,7 @@ def _norms_of(block: nn.Module) -> List[_BatchNorm]:
 def _conv_dtype(
     block: nn.Module, norms: List[_BatchNorm], x: Tensor
 ) -> Optional[torch.dtype]:
-    """What the branches' convolutions compute in; None where they refuse."""
+    """Precision of the branches' convolutions; None if dtypes do not fit."""
     of_norms = {id(p) for norm in norms for p in norm.parameters()}
     kernels = {p.dtype for p in block.parameters() if id(p) not in of_norms}
     if any(norm.running_mean is None for norm in norms):
@@ -142,7 +156,7 @@ def _conv_dtype(
 
 
 def _is_left_alone(block: nn.Module, x: Tensor) -> bool:
-    """Whether nothing watches or changes what happens inside the branches."""
+    """Whether only known layers run inside the branches, unwatched."""
     if not is_compiling() and (torch.jit.is_tracing() or is_transformed()):
         return False
     if x.is_meta or is_replica(block) or is_watched(block):
@@ -156,9 +170,10 @@ def _is_left_alone(block: nn.Module, x: Tensor) -> bool:
 
 
 def _share_statistics_alike(norms: List[_BatchNorm]) -> bool:
-    """Whether all norms see one batch, of this or of the same processes.
+    """Whether all norms share their batch with the same processes, or none.
 
-    No compiler sees through what is summed over processes.
+    Shared statistics cannot be compiled: no compiler follows an all-reduce in
+    an ``autograd.Function``.
     """
     shared = {
         (synchronizes(norm), getattr(norm, 'process_group', None))
@@ -168,10 +183,11 @@ def _share_statistics_alike(norms: List[_BatchNorm]) -> bool:
 
 
 def _stays_literal(block: nn.Module, x: Tensor) -> bool:
-    """Whether a batch is small, or so small that norms refuse it.
+    """Whether to run branches one by one because the batch is small.
 
-    With SyncBN it is neither: processes must all go one way, whatever the
-    size of their own images.
+    Batches so small that norms refuse them count, so that the norms raise
+    their own error. With SyncBN no batch counts as small: all processes must
+    take the same way, whatever the size of their own images.
     """
     if any(map(synchronizes, _norms_of(block))):
         return False
@@ -182,10 +198,14 @@ def _stays_literal(block: nn.Module, x: Tensor) -> bool:
 
 
 def _is_small(spec: ConvSpec, pixels: int) -> bool:
-    """Whether a batch costs so little that nothing can be saved.
+    """Whether the fast way would cost more than it saves.
 
-    What the fast way adds to a step, statistics and kernels, does not grow
-    with the batch. Measured by ``--plot`` of tools/benchmark.py.
+    It adds work for statistics and kernels that does not grow with the batch.
+    The limits were measured with ``tools/benchmark.py --plot``.
+
+    Args:
+        spec: Geometry of the block.
+        pixels: Number of pixels in the batch.
     """
     if spec.is_depthwise:
         return pixels * spec.in_channels < 25_000
@@ -194,7 +214,7 @@ def _is_small(spec: ConvSpec, pixels: int) -> bool:
 
 
 def _batch_pixels(spec: ConvSpec, x: Tensor) -> int:
-    """Values a channel in the block's output."""
+    """Number of pixels in the block's output, over the whole batch."""
     top, bottom, left, right = spec.pads
     size = (x.shape[-2] + top + bottom, x.shape[-1] + left + right)
     count = x.shape[0]
@@ -207,14 +227,15 @@ def _batch_pixels(spec: ConvSpec, x: Tensor) -> int:
 
 
 class _Batch(NamedTuple):
-    """One forward pass of a block.
+    """The batch of one forward pass, and all that the branches share.
 
     Attributes:
-        x: The images as they came.
-        half: The images as convolutions take them.
-        stats: What gives statistics before a 1x1 is computed, or None.
-        borders: By norm, or rather the identity of its running mean, the
-            value on the border in this forward pass.
+        x: The images, as the block got them.
+        half: The images in the precision of the convolutions.
+        stats: Statistics behind a 1x1, from moments or from maps that are not
+            kept; None if no branch is collapsed.
+        borders: The border value of each norm in this forward pass, by the
+            ``id`` of the norm's running mean.
     """
 
     x: Tensor
@@ -223,18 +244,23 @@ class _Batch(NamedTuple):
     borders: Dict[int, Tensor]
 
     def border(self, norm: _BatchNorm, mean: Callable) -> Tensor:
-        """See :func:`border_value`; in a second run, what it was before."""
+        """The value on the border behind a norm, as in the first run.
+
+        See :func:`border_value` for the arguments. A second run in the
+        backward pass gets the value of the forward pass.
+        """
         key = id(norm.running_mean)
         if key not in self.borders:
             self.borders[key] = border_value(norm, mean)
         return self.borders[key]
 
 
-# The branches whose computation, run again, reads nothing that has moved.
+# Forward methods that read no state but the border, which is kept. So they
+# compute the same when they are run again in the backward pass.
 _KNOWN = (
     ConvNormBranch.forward,
     Identity.forward,
-    Generated.forward,
+    ComposedKxK.forward,
     PointwiseAvg.forward,
     PointwiseKxK.forward,
 )
@@ -253,7 +279,7 @@ def _training_forward(
     elif all(type(b).forward in _KNOWN for b in block.branches.values()):
         y = again(branches, x, module=block.branches)
     else:
-        return None  # what is computed again might read what has moved
+        return None  # an unknown branch may read state that has changed
     if block.bias is not None:
         y = y + block.bias.to(y.dtype).reshape(-1, 1, 1)
     return y if block.norm is None else run_norm(block.norm, y)
@@ -277,7 +303,8 @@ def _training_sum(
         z = _training_branch(branch, batch)
         if y is None:
             y = z
-            # An identity without a norm gives the input or a part of it.
+            # An identity without a norm returns a view of the input, to which
+            # nothing may be added in place.
             is_new = branch.last_norm is not None
         else:
             in_place = is_new and y.dtype == z.dtype
@@ -287,78 +314,112 @@ def _training_sum(
 
 
 def _takes_moments(x: Tensor, depthwise: bool) -> bool:
-    """Whether covariances serve: see :mod:`mmdbb.branches.moments`."""
+    """Whether to use covariances, not maps; see :mod:`mmdbb.branches.moments`.
+
+    Args:
+        x: The images, in the precision of the convolutions.
+        depthwise: Whether the block is depthwise.
+    """
     if x.device.type != 'cpu':
         return False
-    # Of one channel each a covariance is a variance.
+    # The covariance of a single channel is its variance, exact enough in half.
     return depthwise or near_dtype(x.dtype) == x.dtype
 
 
 def _collapses(branch: nn.Module, x: Tensor) -> bool:
-    """Whether a branch is a 1x1, norm, KxK that should be one kernel.
+    """Whether a branch is a 1x1, norm, KxK that should become one kernel.
 
-    Per channel in the middle, and per channel of the input, composing
-    multiplies out x taps times; it saves the 1x1, a product per pixel. Four
-    times that, because products of kernels run slower than convolutions.
+    For each pair of an input channel and a channel in the middle, composing
+    takes out x taps products, and saves the products of the 1x1, one for each
+    pixel. The former count four times, because products of kernels run slower
+    than convolutions.
     """
     if not _is_a(branch, PointwiseKxK):
         return False
     spec = branch.spec
     taps = spec.kernel_size[0] * spec.kernel_size[1]
     work = 4 * spec.out_channels // spec.groups * taps
-    # Processes that share statistics must all go one way, whatever the size
-    # of their own images.
+    # Processes that share statistics must all take the same way, whatever the
+    # size of their own images. So a fixed number stands for the pixels.
     pixels = 5000 if synchronizes(branch.norm1) else pixels_of(x)
     return work <= pixels
 
 
 def _is_a(branch: nn.Module, kind: type) -> bool:
-    """Whether a branch computes what a branch of this kind does."""
+    """Whether a branch is of a kind, and has the forward of that kind."""
     return isinstance(branch, kind) and type(branch).forward is kind.forward
 
 
 def _training_branch(branch: nn.Module, batch: _Batch) -> Tensor:
-    """Compute one branch: the table at the head of this file."""
-    spec, x, stats = branch.spec, batch.half, batch.stats
-    known = isinstance(stats, Moments)
-    if _is_a(branch, PointwiseKxK):
-        if stats is not None and _collapses(branch, x):
-            return _collapsed(branch, batch)
-        y = norm_then_pad(branch.norm1, branch.conv1(x), spec, batch.border)
-        return run_norm(branch.norm2, branch.conv2(y))
-    if _is_a(branch, PointwiseAvg):
-        if spec.is_depthwise:
-            return run_norm(branch.norm2, pool_sum(batch.x, spec, mean=True))
-        if known:
-            return _pooled_first(branch, batch)
-        return _avg_again(branch, batch)
-    if _is_a(branch, Pointwise) and branch.norm is not None:
-        if known and not spec.is_depthwise and _reads_all(spec):
-            return _pointwise(branch, x, stats)
-        # Cheap to compute, or beside what is computed again anyway.
-        if stats is not None or 4 * spec.in_channels <= spec.out_channels:
-            return again(lambda b, x: b(x), x, module=branch)
-    return branch(batch.x if isinstance(branch, Identity) else x)
+    """Compute one branch, in the way that :data:`_WAYS` gives for it."""
+    for kind, ways in _WAYS.items():
+        if _is_a(branch, kind):
+            for applies, way in ways:
+                if applies(branch, batch):
+                    return way(branch, batch)
+    return branch(batch.x if isinstance(branch, Identity) else batch.half)
 
 
-def _reads_all(spec: ConvSpec) -> bool:
-    """Whether a 1x1 of this geometry reads each pixel, and nothing else."""
-    return spec.stride == (1, 1) and not any(spec.pads_of((1, 1)))
+def _always(branch: nn.Module, batch: _Batch) -> bool:
+    return True
 
 
-def _pointwise(branch: Pointwise, x: Tensor, moments: Moments) -> Tensor:
+def _is_depthwise(branch: nn.Module, batch: _Batch) -> bool:
+    return branch.spec.is_depthwise
+
+
+def _has_moments(branch: nn.Module, batch: _Batch) -> bool:
+    """Whether statistics behind a 1x1 are known before it is computed."""
+    return isinstance(batch.stats, Moments)
+
+
+def _collapses_here(branch: nn.Module, batch: _Batch) -> bool:
+    """Whether a 1x1_kxk branch becomes one kernel for this batch."""
+    return batch.stats is not None and _collapses(branch, batch.half)
+
+
+def _scales_its_kernel(branch: Pointwise, batch: _Batch) -> bool:
+    """Whether the norm of a 1x1 can be put into its kernel beforehand.
+
+    The moments are those of all pixels of the image, so the 1x1 must read
+    each of them, and nothing else.
+    """
+    spec = branch.spec
+    return (
+        branch.norm is not None
+        and _has_moments(branch, batch)
+        and not spec.is_depthwise
+        and spec.stride == (1, 1)
+        and not any(spec.pads_of((1, 1)))
+    )
+
+
+def _is_worth_again(branch: Pointwise, batch: _Batch) -> bool:
+    """Whether to compute a 1x1 again instead of keeping its output.
+
+    It is cheap where few channels become many; and beside a 1x1_kxk branch
+    most of the sum is computed again anyway.
+    """
+    few = 4 * branch.spec.in_channels <= branch.spec.out_channels
+    return branch.norm is not None and (few or batch.stats is not None)
+
+
+def _scaled_before(branch: Pointwise, batch: _Batch) -> Tensor:
+    """Put the norm into the 1x1 kernel, by statistics known beforehand."""
+    x, moments = batch.half, batch.stats
     with without_autocast(x.device):
         weight = branch.conv.weight
         scale, shift = batch_scale_shift(branch.norm, moments.through(weight))
         exact = _scaled(weight.to(scale.dtype), scale)
         kernel = exact.to(x.dtype)
-        # A norm centres what the rounded kernel makes.
+        # The norm centres the output of the rounded kernel, not of the exact.
         shift = shift + moments.mean_through(exact - kernel)
         z = F.conv2d(x, kernel, groups=branch.spec.groups)
         return add_shift(z, shift.reshape(-1, 1, 1))
 
 
 def _collapsed(branch: PointwiseKxK, batch: _Batch) -> Tensor:
+    """Run 1x1, norm and KxK as one kernel; see "Collapsed" above."""
     spec, x, kernel1 = branch.spec, batch.half, branch.kernel1
     near = near_dtype(x.dtype)
     with without_autocast(x.device):
@@ -371,7 +432,7 @@ def _collapsed(branch: PointwiseKxK, batch: _Batch) -> Tensor:
             first,
             kernel2,
         )
-        # Padded with zeros the border has the constant of the inside.
+        # This is the constant inside the image. On the border it differs.
         constant = mask_kernel(kernel2, shift, spec.groups)
         constant = constant.sum((1, 2, 3)).reshape(-1, 1, 1)
         if spec.has_border:
@@ -387,6 +448,7 @@ def _collapsed(branch: PointwiseKxK, batch: _Batch) -> Tensor:
 
 
 def _pooled_first(branch: PointwiseAvg, batch: _Batch) -> Tensor:
+    """Pool, then run 1x1 and norm; see "Pooled first" above."""
     spec, x, weight = branch.spec, batch.half, branch.conv1.weight
     area = spec.kernel_size[0] * spec.kernel_size[1]
     with without_autocast(x.device):
@@ -394,7 +456,7 @@ def _pooled_first(branch: PointwiseAvg, batch: _Batch) -> Tensor:
         scale, shift = batch_scale_shift(branch.norm1, stats)
         exact = _scaled(weight.to(scale.dtype), scale) / area
         kernel = exact.to(x.dtype)
-        # A norm centres what the rounded kernel makes.
+        # As in _scaled_before.
         shift = shift + batch.stats.mean_through(exact - kernel) * area
         shift = shift.to(near_dtype(x.dtype))
         value = shift
@@ -417,7 +479,7 @@ def _pooled_first(branch: PointwiseAvg, batch: _Batch) -> Tensor:
 
 
 def _avg_again(branch: PointwiseAvg, batch: _Batch) -> Tensor:
-    """The branch as it is, computed again with the border it had."""
+    """Compute the branch as it is; the backward pass computes it again."""
 
     def averaged(branch: nn.Module, x: Tensor) -> Tensor:
         z = branch.conv1(x)
@@ -428,22 +490,61 @@ def _avg_again(branch: PointwiseAvg, batch: _Batch) -> Tensor:
     return again(averaged, batch.half, module=branch)
 
 
+def _pooled_once(branch: PointwiseAvg, batch: _Batch) -> Tensor:
+    """A depthwise branch has no 1x1: it pools, and a norm follows."""
+    y = pool_sum(batch.x, branch.spec, mean=True)
+    return run_norm(branch.norm2, y)
+
+
+def _in_sequence(branch: PointwiseKxK, batch: _Batch) -> Tensor:
+    """Run the branch layer by layer, with the border of this pass."""
+    y = norm_then_pad(
+        branch.norm1, branch.conv1(batch.half), branch.spec, batch.border
+    )
+    return run_norm(branch.norm2, branch.conv2(y))
+
+
+def _again_as_it_is(branch: nn.Module, batch: _Batch) -> Tensor:
+    """Run the branch as it is; the backward pass runs it again."""
+    return again(lambda b, x: b(x), batch.half, module=branch)
+
+
+#: Kind of branch -> conditions and ways. The first condition that holds says
+#: how a branch of this kind is computed; where none does, and for all other
+#: kinds, the branch's own forward is.
+_WAYS = {
+    PointwiseKxK: (
+        (_collapses_here, _collapsed),
+        (_always, _in_sequence),
+    ),
+    PointwiseAvg: (
+        (_is_depthwise, _pooled_once),
+        (_has_moments, _pooled_first),
+        (_always, _avg_again),
+    ),
+    Pointwise: (
+        (_scales_its_kernel, _scaled_before),
+        (_is_worth_again, _again_as_it_is),
+    ),
+}
+
+
 # ----------------------------------------------------------------- helpers
 
 
 def pool_sum(
     x: Tensor, spec: ConvSpec, padded: bool = False, mean: bool = False
 ) -> Tensor:
-    """The sum over each window of the spec's geometry.
+    """Sum or average the pixels in each window of a geometry.
 
-    On a CPU a depthwise convolution is several times faster than torch's own
-    pooling; its kernel of ones is exact in half precision too.
+    On a CPU this depthwise convolution is several times faster than torch's
+    own pooling. Its kernel of ones is exact in half precision too.
 
     Args:
         x: Images of shape (N, C, H, W).
-        spec: The geometry; padding counts as pixels.
+        spec: Geometry of the windows. Padded pixels count for the average.
         padded: Whether ``x`` is padded already.
-        mean: Whether to divide by the window's area.
+        mean: Whether to average instead of summing.
     """
     channels, padding = x.shape[1], spec.padding
     if padded:
@@ -451,7 +552,7 @@ def pool_sum(
     elif padding == 'same' or spec.padding_mode != 'zeros':
         x, padding = pad2d(x, spec.pads, spec.padding_mode), 0
     dtype, area = x.dtype, spec.kernel_size[0] * spec.kernel_size[1]
-    if mean:  # rounded once, as torch's own
+    if mean:  # so that the result is rounded once, as torch's pooling is
         x = x.to(near_dtype(dtype))
     ones = x.new_ones(channels, 1, *spec.kernel_size)
     with without_autocast(x.device):

@@ -1,12 +1,14 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""A branch sum whose norms are in eval mode: one convolution.
+"""The forward pass of a branch sum whose norms are in eval mode.
 
-Its kernel is composed in float32 or better, whatever the images are, so half
-precision costs the one rounding of the kernel. Where frozen norms are trained
-around, as mmdet does, the kernel is composed differentiably. The papers' code
-detaches the border value, so no gradient flows through it; the composed
-kernel would let it flow. We add ``shift.detach() - shift``, which is zero and
-cancels that gradient.
+It is one convolution. The kernel is composed in float32 or better, also for
+images in half precision, so that it is rounded only once. In training with
+frozen norms, as mmdet does it, gradients flow through the kernel to the
+parameters of all branches.
+
+The papers' code detaches the border value, so no gradient flows through it;
+the composed kernel would let it flow. We add ``shift.detach() - shift``, which
+is zero and cancels that gradient.
 """
 
 from __future__ import annotations
@@ -32,16 +34,17 @@ from mmdbb.transforms import KernelBias
 def frozen_forward(
     block: nn.Module, x: Tensor, dtype: torch.dtype
 ) -> Optional[Tensor]:
-    """What the branches sum up to, all norms in eval mode.
+    """Run a branch sum with frozen norms as one convolution.
 
     Args:
-        block: A ``BranchSumConv2d`` that is not merged.
+        block: A ``BranchSumConv2d`` that is not merged, all of whose norms
+            are in eval mode.
         x: Images of shape (N, in, H, W).
-        dtype: What convolutions compute in.
+        dtype: Precision of the convolution.
 
     Returns:
-        Tensor: Shape (N, out, H', W'); None where the branches one by one
-        are cheaper.
+        Tensor: Shape (N, out, H', W'); None where running the branches one by
+        one is cheaper.
     """
     needs_grad = torch.is_grad_enabled() and any(
         t.requires_grad for t in (x, *tensors_of(block))
@@ -54,8 +57,9 @@ def frozen_forward(
         y = convolve(x.to(dtype), kernel, bias.to(dtype), block.spec)
         return y.to(out)
     if block.spec.in_channels // block.spec.groups > pixels_of(x):
-        return None  # composing multiplies more than it saves
-    # A gradient that needs no convolution would be rounded by one in half.
+        return None  # composing costs more products than it saves
+    # A branch without a convolution has exact gradients; through a convolution
+    # in half precision they would be rounded. So it runs by itself.
     exact = dtype == near or block.norm is not None
     apart = [] if exact or not needs_grad else alone
     if len(apart) == len(block.branches):
@@ -71,7 +75,7 @@ def frozen_forward(
 
 
 def _without_convolution(block: nn.Module) -> List[nn.Module]:
-    """Branches of norms alone, which autocast leaves in their precision."""
+    """Branches that have norms only; autocast does not touch these."""
     return [
         branch
         for branch in block.branches.values()
@@ -82,11 +86,11 @@ def _without_convolution(block: nn.Module) -> List[nn.Module]:
 def composed(
     block: nn.Module, dtype: torch.dtype, without: Sequence = ()
 ) -> KernelBias:
-    """A block's kernel and bias, composed in this precision or its own.
+    """Compose a block's kernel and bias.
 
     Args:
         block: A ``BranchSumConv2d`` that is not merged.
-        dtype: The precision.
+        dtype: Precision to compose in.
         without: Branches to leave out.
     """
     with without_autocast(next(tensors_of(block)).device):
@@ -100,7 +104,7 @@ def composed(
 def _without_border_gradient(
     y: Tensor, block: nn.Module, x: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """Add zero, with the gradient that the detached border must not have."""
+    """Add a zero whose gradient cancels the gradient through the border."""
     after = None if block.norm is None else norm_scale_shift(block.norm)
     for branch in block.branches.values():
         kernel = _border_kernel(branch)
@@ -120,9 +124,14 @@ def _without_border_gradient(
 
 
 def _border_kernel(branch: nn.Module) -> Optional[Tensor]:
-    """Zeros by which a branch reads its border, (out, 1, kH, kW).
+    """A kernel of zeros that cancels the gradient through a branch's border.
 
-    None for a branch that has no border, or whose gradient nobody needs.
+    It reads a mask of the border. Its values have the gradient of the border
+    value with the other sign.
+
+    Returns:
+        Tensor: Shape (out, 1, kH, kW); None if the branch has no border
+        between two layers, or its first norm needs no gradient.
     """
     spec, norm = branch.spec, getattr(branch, 'norm1', None)
     if (

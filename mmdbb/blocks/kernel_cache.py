@@ -1,5 +1,5 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""A composed kernel, kept between forward passes and never stale."""
+"""A cache for a block's merged kernel, which is never stale."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from mmdbb.transforms import KernelBias
 
 
 class KeptKernel(NamedTuple):
-    """A composed kernel and what it was composed of.
+    """A merged kernel, and copies of what it was composed from.
 
     Attributes:
-        structure: All but the values, see :func:`_structure_of`.
+        structure: Modules, geometry and eps, see :func:`_structure_of`.
         tensors: Copies of the block's parameters and buffers.
         merged: The kernel and bias.
     """
@@ -29,14 +29,14 @@ class KeptKernel(NamedTuple):
 def cached_kernel(
     block: nn.Module, compose: Callable[[], KernelBias]
 ) -> KernelBias:
-    """The composed kernel, kept as long as all values stay the same.
+    """Compose a block's kernel, or return the last one if nothing changed.
 
-    Values are compared, not version counters: optimizers and averaging hooks
-    write through ``.data``, which no counter sees.
+    All values are compared. Version counters would be cheaper, but optimizers
+    and averaging hooks write through ``.data``, which does not count.
 
     Args:
         block: A ``ReparamConv2d`` that is not merged.
-        compose: Composes the kernel.
+        compose: Composes the kernel and bias.
     """
     tensors, structure = list(tensors_of(block)), _structure_of(block)
     kept = block._cached_kernel
@@ -49,7 +49,7 @@ def cached_kernel(
             for a, b in zip(kept.tensors, tensors)
         )
     ):
-        # What inference mode makes no backward pass could use later.
+        # A tensor made in inference mode could not be used in a backward pass.
         with torch.inference_mode(False), torch.no_grad():
             copies = [t.detach().clone() for t in tensors]
             kept = KeptKernel(structure, copies, compose())
@@ -58,7 +58,7 @@ def cached_kernel(
 
 
 def _structure_of(block: nn.Module) -> list:
-    """What a kernel depends on besides tensors: modules, geometry, eps."""
+    """All that a kernel depends on besides tensors: modules, geometry, eps."""
     modules = block.named_modules()
     return [
         block.spec,

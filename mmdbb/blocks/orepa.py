@@ -1,9 +1,9 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""Online re-parameterized convolutions.
+"""OREPA's blocks: convolutions with composed kernels.
 
 Hu et al., "Online Convolutional Re-parameterization" (OREPA), CVPR 2022
 (https://arxiv.org/abs/2204.00826): sec. 3 and fig. 4 for the block, sec. 4.2
-for the block of RepVGG.
+for RepVGG's block with a composed kernel.
 """
 
 from __future__ import annotations
@@ -30,21 +30,26 @@ from mmdbb.kernels.stack import check_flip
 
 @register_conv_layer('OREPA', min_kernel_size=1, max_kernel_size=math.inf)
 class OREPAConv(ComposedKernelConv2d):
-    """A kernel of several branches, composed before it meets an image.
+    """A convolution whose kernel is composed of several branches.
 
-    As in the paper's code, the form follows from the kernel's size: two
+    As in the paper's code, the size of the kernel decides its form: two
     branches for 1x1, a stack of 3x3 kernels for odd square kernels from 7x7
-    on, six branches for all others. It has no norm: the host's follows.
+    on, six branches for all others. The block has no norm; the network puts
+    one behind it.
 
     Args:
-        args: As :class:`ReparamConv2d`, keywords too.
-        internal_channels: Width inside the branch of a 1x1 and a KxK; by
-            default that of the input, and twice that with more than four
-            groups.
-        flip: Whether a stack's kernel is that of the stacked convolutions;
-            with False that of the paper's code, which its checkpoints need.
-        single_init: Whether only the original kernel starts with a scale
-            other than zero.
+        args: Positional arguments of ``nn.Conv2d``: channels, kernel size,
+            stride, padding, dilation, groups, bias, padding mode.
+        internal_channels: Channels between the 1x1 and the KxK of the
+            kernel's branch of both. By default as many as the input has;
+            twice as many with more than four groups.
+        flip: Whether a stack's composed kernel equals the sequence of its
+            convolutions. The paper's code does not flip the kernels as that
+            needs, so its checkpoints need False.
+        single_init: Whether the original kernel starts with scale 1 and all
+            other branches with 0.
+        kwargs: Arguments of ``nn.Conv2d`` as keywords, and ``deploy`` and
+            ``init_cfg`` of :class:`ReparamConv2d`.
 
     Raises:
         TypeError: If ``flip`` is not a bool.
@@ -74,15 +79,25 @@ class OREPAConv(ComposedKernelConv2d):
 
     @classmethod
     def starts_plain(cls, kernel_size: IntPair) -> bool:
-        """No stack does: it composes only some of all kernels."""
+        """Whether a block of this size can start as any plain convolution.
+
+        A stack cannot: 3x3 kernels in sequence do not make every kernel.
+
+        Args:
+            kernel_size: Height and width in taps.
+        """
         return not _is_stack(kernel_size)
 
 
 @register_conv_layer('OREPARepVGG')
 class OREPARepVGG(RepVGGConv):
-    """RepVGG's convolution, its KxK branch composed as OREPA's.
+    """RepVGG's block, with a composed kernel (OREPA's) in its KxK branch.
 
-    Arguments as :class:`BranchSumConv2d`.
+    Args:
+        args: Positional arguments of ``nn.Conv2d``: channels, kernel size,
+            stride, padding, dilation, groups, bias, padding mode.
+        kwargs: The same as keywords, and those of :class:`BranchSumConv2d`:
+            the list of branches, their norms and start values.
 
     Examples:
         >>> import torch

@@ -14,12 +14,18 @@ from mmdbb.blocks.build import register_conv_layer
 
 @register_conv_layer('QARepVGGConv')
 class QARepVGGConv(BranchSumConv2d):
-    """KxK and its norm, a bare 1x1, a bare identity, and a norm of the sum.
+    """The sum of a KxK with norm, a 1x1 and the identity; then one norm.
 
-    A norm in the side branches multiplies them by its gamma over a standard
-    deviation, which may be large: the merged kernel then has outliers that
-    eight bits cannot hold beside the rest. Arguments as
-    :class:`BranchSumConv2d`.
+    The 1x1 and the identity have no norms of their own. A norm multiplies its
+    branch by gamma over the standard deviation, and that factor may be large.
+    The merged kernel would then have outliers, beside which eight bits cannot
+    represent the other values.
+
+    Args:
+        args: Positional arguments of ``nn.Conv2d``: channels, kernel size,
+            stride, padding, dilation, groups, bias, padding mode.
+        kwargs: The same as keywords, and those of :class:`BranchSumConv2d`:
+            the list of branches, their norms and start values.
 
     Examples:
         >>> import torch

@@ -19,9 +19,15 @@ from mmdbb.branches.norm import norm_scale_shift
 
 @register_conv_layer('RepVGGConv')
 class RepVGGConv(BranchSumConv2d):
-    """KxK, 1x1 and, where the shapes agree, the identity, summed.
+    """The sum of a KxK, a 1x1 and the identity, each with a norm.
 
-    Arguments as :class:`BranchSumConv2d`.
+    The identity is left out where input and output differ in shape.
+
+    Args:
+        args: Positional arguments of ``nn.Conv2d``: channels, kernel size,
+            stride, padding, dilation, groups, bias, padding mode.
+        kwargs: The same as keywords, and those of :class:`BranchSumConv2d`:
+            the list of branches, their norms and start values.
     """
 
     preset = ('identity', 'kxk', '1x1')
@@ -30,16 +36,18 @@ class RepVGGConv(BranchSumConv2d):
     dense_branch = 'kxk'
 
     def get_custom_L2(self) -> Tensor:
-        """What the paper's training penalises in place of weight decay.
+        """Compute the penalty that replaces weight decay in the paper's code.
 
-        The squares of the KxK kernel's outer taps, and of the centre of the
-        equivalent kernel in units that weight decay would have there. As in
-        the paper's code the norms' scales are constants here. A channel of
-        which both are zero has no such units, and no centre to count.
+        It adds up the squares of the KxK kernel's outer taps and the squares
+        of the equivalent kernel's centre tap. The centre is divided by the
+        norms' scales first, so that it counts in the units of an unscaled
+        kernel, which weight decay would see. As in the paper's code the
+        scales count as constants. A channel whose scales are zero adds
+        nothing for the centre.
 
         Returns:
-            Tensor: A number, differentiable in both kernels; the training
-            loss takes half of it times the weight decay.
+            Tensor: One number, differentiable in both kernels. Add half of
+            it, times the weight decay, to the training loss.
 
         Raises:
             ValueError: If the block is merged, or has no KxK branch.
@@ -63,7 +71,7 @@ class RepVGGConv(BranchSumConv2d):
             scale = _scale_of(pointwise)
             equivalent = equivalent + pointwise.conv.weight * scale
             units = units + scale.square()
-        # Where they are zero the equivalent centre is zero too.
+        # Where the scales are zero, the equivalent centre is zero too.
         units = units.masked_fill(units == 0, 1)
         return outer + (equivalent.square() / units).sum()
 

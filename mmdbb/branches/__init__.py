@@ -3,7 +3,7 @@
 
 from .asymmetric import Horizontal, Vertical
 from .base import Branch, ConvNormBranch, build_branch
-from .composed import Generated
+from .composed import ComposedKxK
 from .identity import Identity
 from .kxk import KxK
 from .pointwise import Pointwise
@@ -13,7 +13,7 @@ from .pointwise_kxk import IdentityConv1x1, PointwiseKxK
 __all__ = [
     'Branch',
     'ConvNormBranch',
-    'Generated',
+    'ComposedKxK',
     'Horizontal',
     'Identity',
     'IdentityConv1x1',

@@ -20,7 +20,13 @@ class _Asymmetric(ConvNormBranch):
 
 @BRANCHES.register_module(name='kx1')
 class Vertical(_Asymmetric):
-    """A convolution with the kernel's centre column, and a norm."""
+    """A Kx1 convolution at the kernel's centre column, and a norm.
+
+    Args:
+        spec: Geometry of the block's convolution.
+        norm_cfg: Config of the norm, ``dict(type='BN')`` if None.
+        norm: Whether a norm follows the convolution.
+    """
 
     @staticmethod
     def size(spec: ConvSpec) -> IntPair:
@@ -29,7 +35,13 @@ class Vertical(_Asymmetric):
 
 @BRANCHES.register_module(name='1xk')
 class Horizontal(_Asymmetric):
-    """A convolution with the kernel's centre row, and a norm."""
+    """A 1xK convolution at the kernel's centre row, and a norm.
+
+    Args:
+        spec: Geometry of the block's convolution.
+        norm_cfg: Config of the norm, ``dict(type='BN')`` if None.
+        norm: Whether a norm follows the convolution.
+    """
 
     @staticmethod
     def size(spec: ConvSpec) -> IntPair:

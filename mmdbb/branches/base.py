@@ -1,5 +1,5 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""A branch: one way from a block's input to its output."""
+"""The base of all branches: a branch maps a block's input to its output."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from mmdbb.transforms import KernelBias, fuse_conv_bn, pad_kernel
 
 
 class Branch(nn.Module):
-    """Base of all branches; in eval mode an affine function of the image.
+    """Base of all branches. In eval mode a branch equals one convolution.
 
-    Norms are registered before convolutions: mmcv's ``fuse_conv_bn`` fuses a
-    norm into the convolution registered before it, which across a padded
-    border would be wrong. So it finds nothing to fuse here.
+    Subclasses register norms before convolutions. mmcv's ``fuse_conv_bn``
+    fuses a norm into the convolution registered before it, which would be
+    wrong across a padded border; in this order it finds nothing to fuse.
 
     Args:
         spec: Geometry of the block's convolution.
         norm_cfg: Config of the branch's norms, ``dict(type='BN')`` if None.
     """
 
-    #: What :meth:`supports` asks for, in the words of an error message.
+    #: What :meth:`supports` requires, as an error message says it.
     requirement = 'any geometry'
 
     def __init__(
@@ -55,10 +55,12 @@ class Branch(nn.Module):
         self._built_with = None
 
     def refuse_changed_geometry(self) -> None:
-        """Raise a ValueError if an inner convolution was changed by itself.
+        """Raise a ValueError if someone changed a convolution inside.
 
-        Hosts set ``stride`` or ``dilation`` of each convolution that they
-        find in a built network. The block hands on what is set on itself.
+        OpenMMLab packages set ``stride`` or ``dilation`` of the convolutions
+        that they find in a built network. A block passes on to its branches
+        what is set on itself; set on a single branch, it would no longer fit
+        the others.
         """
         found = [
             (conv.stride, conv.padding, conv.dilation, conv.padding_mode)
@@ -77,7 +79,11 @@ class Branch(nn.Module):
 
     @classmethod
     def supports(cls, spec: ConvSpec) -> bool:
-        """Whether the branch can serve this geometry."""
+        """Whether a branch of this kind can be built for a geometry.
+
+        Args:
+            spec: Geometry of the block's convolution.
+        """
         return True
 
     @property
@@ -86,11 +92,11 @@ class Branch(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        """From (N, in, H, W) to (N, out, H', W')."""
+        """Compute the branch: images (N, in, H, W) to (N, out, H', W')."""
         raise NotImplementedError
 
     def equivalent_kernel_bias(self) -> KernelBias:
-        """The branch in eval mode as one convolution.
+        """Merge the branch, as it is in eval mode, into one convolution.
 
         Returns:
             KernelBias: Kernel of the block's full shape (out, in / groups,
@@ -103,16 +109,16 @@ class Branch(nn.Module):
 
 
 class ConvNormBranch(Branch):
-    """A convolution and a norm; the kernel is as large as the block's or less.
+    """A convolution and a norm; its kernel may be smaller than the block's.
 
-    A subclass says by :meth:`size` how large. Smaller kernels read the very
-    pixels that their taps of the block's kernel read (see
+    A subclass gives the size of its kernel in :meth:`size`. A smaller kernel
+    reads the same pixels as the block's kernel does at the same taps (see
     :mod:`mmdbb.geometry`).
 
     Args:
         spec: Geometry of the block's convolution.
         norm_cfg: Config of the norm, ``dict(type='BN')`` if None.
-        norm: Whether there is a norm.
+        norm: Whether a norm follows the convolution.
     """
 
     def __init__(
@@ -136,7 +142,7 @@ class ConvNormBranch(Branch):
     def _own_geometry(self, spec: ConvSpec) -> Tuple[Optional[Pads], dict]:
         top, bottom, left, right = pads = spec.pads_of(self.size(spec))
         own_padding = top == bottom >= 0 and left == right >= 0
-        # Pads that nn.Conv2d cannot do: uneven ones and crops.
+        # nn.Conv2d cannot pad unevenly, nor crop.
         explicit_pads = None if own_padding else pads
         return explicit_pads, dict(
             stride=spec.stride,
@@ -153,7 +159,11 @@ class ConvNormBranch(Branch):
 
     @staticmethod
     def size(spec: ConvSpec) -> IntPair:
-        """Height and width of the branch's kernel."""
+        """Height and width of the branch's kernel in taps.
+
+        Args:
+            spec: Geometry of the block's convolution.
+        """
         raise NotImplementedError
 
     @property
@@ -177,8 +187,9 @@ def take_geometry(conv: nn.Conv2d, geometry: dict) -> None:
     """Give a built convolution another geometry.
 
     Args:
-        conv: The convolution; its weights stay.
-        geometry: Keyword arguments of ``nn.Conv2d``.
+        conv: The convolution, changed in place. Its weights stay.
+        geometry: The arguments to change, such as ``stride``, by the names
+            of ``nn.Conv2d``'s arguments.
     """
     arguments = dict(
         in_channels=conv.in_channels,
@@ -195,16 +206,21 @@ def take_geometry(conv: nn.Conv2d, geometry: dict) -> None:
 
 
 def fuse_kernel_norm(kernel: Tensor, norm: Optional[_BatchNorm]) -> KernelBias:
-    """Transform I for a kernel (out, in / groups, kH, kW) without a bias.
+    """Fuse a norm into a kernel that has no bias (Transform I).
 
-    Without a norm either, the kernel stays.
+    Args:
+        kernel: Shape (out, in / groups, kH, kW).
+        norm: The norm behind it; None leaves the kernel as it is.
+
+    Returns:
+        KernelBias: The fused kernel, of the same shape, and bias (out,).
     """
     conv = KernelBias(kernel, zero_bias(kernel))
     return conv if norm is None else fuse_conv_bn(conv, norm_scale_shift(norm))
 
 
 def zero_bias(kernel: Tensor) -> Tensor:
-    """The bias (out,) of a convolution that has none."""
+    """A bias of zeros, (out,), for a kernel (out, in / groups, kH, kW)."""
     return kernel.new_zeros(kernel.shape[0])
 
 
@@ -216,12 +232,13 @@ def build_branch(
     Args:
         cfg: A name such as ``'1x1_kxk'``, or ``dict(type=name, ...)``.
         spec: Geometry of the block's convolution.
-        norm_cfg: Config of the branch's norms.
+        norm_cfg: Config of the branch's norms, ``dict(type='BN')`` if None.
 
     Raises:
-        TypeError: If ``cfg`` is neither, or has unknown keys.
-        ValueError: If the name is unknown or the branch cannot serve the
-            geometry.
+        TypeError: If ``cfg`` is neither a name nor a dict, or has unknown
+            keys.
+        ValueError: If the name is unknown, or the branch does not support
+            the geometry.
     """
     name, args = split_branch_cfg(cfg)
     branch_type = BRANCHES.get(name)
@@ -242,15 +259,21 @@ def build_branch(
             f'{["type", *allowed]}'
         )
     branch = branch_type(spec, norm_cfg, **args)
-    branch.refuse_changed_geometry()  # notes what it is
+    branch.refuse_changed_geometry()  # notes the geometry it is built with
     return branch
 
 
 def split_branch_cfg(cfg: Union[str, dict]) -> tuple:
-    """Name and arguments of a branch's config.
+    """Split a branch's config into its name and its arguments.
+
+    Args:
+        cfg: A name such as ``'1x1_kxk'``, or ``dict(type=name, ...)``.
+
+    Returns:
+        tuple: The name, and a dict of the other keys.
 
     Raises:
-        TypeError: If it is neither a name nor a config.
+        TypeError: If ``cfg`` is neither a name nor a config.
         ValueError: If no branch has this name.
     """
     args = dict(type=cfg) if isinstance(cfg, str) else cfg
@@ -268,6 +291,10 @@ def split_branch_cfg(cfg: Union[str, dict]) -> tuple:
 
 
 def leaf_dtype(module: nn.Module) -> torch.dtype:
-    """The dtype of a module's kernels, or of its norms if it has none."""
+    """The dtype of a module's kernels, or of its norms if it has no kernel.
+
+    Kernels have more dimensions than all other tensors, which is how they are
+    told apart. Under mixed precision the norms may have another dtype.
+    """
     floating = [t for t in tensors_of(module) if t.is_floating_point()]
     return sorted(floating, key=lambda t: -t.dim())[0].dtype

@@ -1,8 +1,8 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""The branch ``orepa``: a kernel composed online, and a norm.
+"""The branch ``orepa``: a convolution with a composed kernel, and a norm.
 
 Hu et al., "Online Convolutional Re-parameterization", CVPR 2022, sec. 4.2
-(https://arxiv.org/abs/2204.00826), the dense branch of RepVGG's block.
+(https://arxiv.org/abs/2204.00826): the dense branch of RepVGG's block.
 """
 
 from __future__ import annotations
@@ -21,15 +21,18 @@ from mmdbb.transforms import KernelBias
 
 
 @BRANCHES.register_module(name='orepa')
-class Generated(Branch):
-    """A convolution with OREPA's kernel, and a norm.
+class ComposedKxK(Branch):
+    """A convolution with OREPA's composed kernel, and a norm.
+
+    The composed kernel is the attribute ``generator``: names in checkpoints
+    hold this word.
 
     Args:
         spec: Geometry of the block's convolution.
-        norm_cfg: Config of the norm.
-        internal_channels: Width inside the branch of a 1x1 and a KxK; by
-            default that of the input, and twice that with more than four
-            groups.
+        norm_cfg: Config of the norm, ``dict(type='BN')`` if None.
+        internal_channels: Channels between the 1x1 and the KxK of the
+            kernel's branch of both. By default as many as the input has;
+            twice as many with more than four groups.
 
     Raises:
         ValueError: If ``internal_channels`` is not a positive multiple of the

@@ -22,12 +22,13 @@ from mmdbb.transforms import KernelBias, identity_kernel, pad_kernel
 
 @BRANCHES.register_module(name='identity')
 class Identity(Branch):
-    """The block's input through a norm.
+    """The block's input, through a norm.
 
     Args:
         spec: Geometry of the block's convolution.
         norm_cfg: Config of the norm, ``dict(type='BN')`` if None.
-        norm: Whether there is a norm.
+        norm: Whether there is a norm. Without one the branch returns its
+            input.
     """
 
     requirement = 'stride 1 and as many channels out as in'
@@ -50,7 +51,7 @@ class Identity(Branch):
         return self.norm
 
     def forward(self, x: Tensor) -> Tensor:
-        # Zero unless the padding is not that of a centred kernel.
+        # Zero where the block pads so that the image keeps its size.
         pads = self.spec.pads_of((1, 1))
         x = pad2d(x, pads, self.spec.padding_mode)
         return x if self.norm is None else run_norm(self.norm, x)

@@ -8,7 +8,13 @@ from mmdbb.registry import BRANCHES
 
 @BRANCHES.register_module(name='kxk')
 class KxK(ConvNormBranch):
-    """A convolution of the block's own geometry, and a norm."""
+    """A convolution with the block's own geometry, and a norm.
+
+    Args:
+        spec: Geometry of the block's convolution.
+        norm_cfg: Config of the norm, ``dict(type='BN')`` if None.
+        norm: Whether a norm follows the convolution.
+    """
 
     @staticmethod
     def size(spec: ConvSpec) -> IntPair:

@@ -1,22 +1,24 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-r"""Statistics of a batch, and of what a 1x1 convolution makes of it.
+r"""Statistics of a batch, before and after a 1x1 convolution.
 
-With :math:`\mu` and :math:`\Sigma` the mean and covariance of a batch's
-pixels x, those of z = P x are :math:`P \mu` and
-:math:`\mathrm{diag}(P \Sigma P^T)`: known before z is computed. One
+Let :math:`\mu` and :math:`\Sigma` be the mean and covariance of a batch's
+pixels x. Then z = P x has mean :math:`P \mu` and variances
+:math:`\mathrm{diag}(P \Sigma P^T)`, which are known before z is computed. One
 covariance serves all 1x1 convolutions of a block.
 
-*Digits.* Where the rows of P take differences of channels that are nearly
-equal, z is smaller than what it is computed from, by a factor
-:math:`\kappa = \sum_i |P_i| \sigma_i / \sigma_z`. Rounding then costs z itself
-:math:`\kappa \epsilon`, but a variance from :math:`\Sigma`
-:math:`\kappa^2 \epsilon`. So :math:`\Sigma` is taken in double precision.
+*Digits.* If a row of P takes the difference of nearly equal channels, z is
+smaller than its terms by a factor
+:math:`\kappa = \sum_i |P_i| \sigma_i / \sigma_z`. Rounding then gives z a
+relative error of :math:`\kappa \epsilon`, but a variance computed from
+:math:`\Sigma` one of :math:`\kappa^2 \epsilon`. So :math:`\Sigma` is computed
+in double precision.
 
-*Devices.* Few GPUs have a fast double precision. There, and of half-precision
-images, the statistics are those of z itself, which is computed, measured and
-dropped; but for depthwise blocks on a CPU, whose covariances are variances.
+*Devices.* Few GPUs are fast in double precision. On GPUs, and for
+half-precision images, z is computed, its statistics are taken, and z is
+dropped (:class:`Maps`). Depthwise blocks on a CPU are an exception: there a
+covariance is just the variance of one channel.
 
-*Processes.* With SyncBN counts, means and covariances are summed over the
+*Processes.* With SyncBN, counts, means and covariances are summed over the
 processes in one all-reduce, in double precision.
 """
 
@@ -38,12 +40,13 @@ _AT_ONCE = 1 << 18
 
 
 class BatchStats(NamedTuple):
-    """Statistics of a batch's pixels, channel by channel.
+    """Mean and variance of a batch's pixels, channel by channel.
 
     Attributes:
-        mean: Shape (channels,).
-        var: Biased, shape (channels,).
-        count: Pixels in the batch, over all processes that share it.
+        mean: Mean of each channel, shape (channels,).
+        var: Biased variance of each channel, shape (channels,).
+        count: Number of pixels in the batch, over all processes that share
+            it.
     """
 
     mean: Tensor
@@ -55,9 +58,11 @@ class Moments(NamedTuple):
     """Mean and covariance of a batch's pixels, group by group.
 
     Attributes:
-        mean: Shape (groups, c) for c channels a group.
-        cov: Shape (groups, c, c), biased.
-        count: Pixels in the batch, over all processes that share it.
+        mean: Mean of each channel, shape (groups, c) for c channels per
+            group.
+        cov: Biased covariance within each group, shape (groups, c, c).
+        count: Number of pixels in the batch, over all processes that share
+            it.
     """
 
     mean: Tensor
@@ -65,10 +70,10 @@ class Moments(NamedTuple):
     count: Union[int, Tensor]
 
     def through(self, kernel: Tensor) -> BatchStats:
-        """Statistics after a 1x1 kernel.
+        """Statistics of the output of a 1x1 convolution.
 
         Args:
-            kernel: Shape (out, c, 1, 1).
+            kernel: Its kernel, shape (out, c, 1, 1).
         """
         rows = self._rows(kernel)
         var = (torch.matmul(rows, self.cov) * rows).sum(-1)
@@ -76,7 +81,11 @@ class Moments(NamedTuple):
         return BatchStats(self.mean_through(kernel), var, self.count)
 
     def mean_through(self, kernel: Tensor) -> Tensor:
-        """The mean (out,) after a 1x1 kernel (out, c, 1, 1)."""
+        """Mean of the output of a 1x1 convolution, shape (out,).
+
+        Args:
+            kernel: Its kernel, shape (out, c, 1, 1).
+        """
         mean = torch.matmul(self._rows(kernel), self.mean[..., None])
         return mean.reshape(-1)
 
@@ -86,12 +95,16 @@ class Moments(NamedTuple):
 
 
 class Maps(NamedTuple):
-    """The images themselves, for statistics of maps that are not kept.
+    """A batch of images; statistics are taken from convolved maps.
+
+    It stands in for :class:`Moments` where a covariance would be slow or too
+    coarse. The maps are dropped once their statistics are known.
 
     Attributes:
-        x: Shape (N, C, H, W).
-        groups: Groups of the kernels.
-        norm: A norm that says over which processes.
+        x: Images of shape (N, C, H, W).
+        groups: Number of groups of the 1x1 convolutions.
+        norm: The norm whose processes share the batch; None for no other
+            process.
     """
 
     x: Tensor
@@ -99,7 +112,11 @@ class Maps(NamedTuple):
     norm: Optional[_BatchNorm]
 
     def through(self, kernel: Tensor) -> BatchStats:
-        """See :meth:`Moments.through`."""
+        """Statistics of the output of a 1x1 convolution.
+
+        Args:
+            kernel: Its kernel, shape (out, C / groups, 1, 1).
+        """
 
         def statistics(x: Tensor, kernel: Tensor) -> Tensor:
             z = F.conv2d(x, kernel.to(x.dtype), groups=self.groups)
@@ -117,12 +134,13 @@ class Maps(NamedTuple):
 def moments_of(
     x: Tensor, groups: int, norm: Optional[_BatchNorm] = None
 ) -> Moments:
-    """Mean and covariance of a batch's pixels, differentiable twice.
+    """Compute mean and covariance of a batch's pixels, differentiable twice.
 
     Args:
         x: Images of shape (N, C, H, W).
-        groups: Channels are taken in this many groups.
-        norm: A norm that says over which processes; by default this one.
+        groups: Number of groups that channels are split into.
+        norm: The norm whose processes share the batch; None for no other
+            process.
     """
     with without_autocast(x.device):
         found = Moments(*_MomentsOf.apply(x, groups), pixels_of(x))
@@ -130,28 +148,29 @@ def moments_of(
 
 
 def stats_of(x: Tensor, norm: Optional[_BatchNorm] = None) -> BatchStats:
-    """Statistics of a batch's pixels, differentiable twice.
+    """Compute mean and variance of a batch's pixels, differentiable twice.
 
     Args:
         x: Images of shape (N, C, H, W).
-        norm: A norm that says over which processes; by default this one.
+        norm: The norm whose processes share the batch; None for no other
+            process.
     """
     found = moments_of(x, x.shape[1], norm)
     return BatchStats(found.mean[:, 0], found.cov[:, 0, 0], found.count)
 
 
 def pixels_of(x: Tensor) -> int:
-    """Pixels in a batch, over all its images."""
+    """Number of pixels in images (N, C, H, W), over the whole batch."""
     return x.shape[0] * x.shape[2] * x.shape[3]
 
 
 def near_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float32, or float64 for float64: what a norm computes in."""
+    """The dtype that a norm computes in: float64 for float64, else float32."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float32 for half precision, float64 for what is wider."""
+    """The next wider dtype: float32 for half precision, else float64."""
     half = dtype in (torch.float16, torch.bfloat16)
     return torch.float32 if half else torch.float64
 
@@ -160,13 +179,17 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 class _MomentsOf(torch.autograd.Function):
-    """Keeps its input alone; backward is one 1x1 convolution."""
+    """Mean and covariance. Autograd keeps nothing but the images and the mean.
+
+    The backward pass is one 1x1 convolution.
+    """
 
     @staticmethod
     def forward(ctx, x, groups):
         wide, count = wide_dtype(x.dtype), max(pixels_of(x), 1)
-        # Centred first: a difference of large squares would lose digits. In
-        # float32, which is faster; what this rounds is taken off below.
+        # Centre the pixels first: a difference of large squares would lose
+        # digits. The mean in float32 is rounded; `rest`, the mean of the
+        # centred pixels, corrects that below.
         near = near_dtype(x.dtype)
         centre = x.mean((0, 2, 3), dtype=near).reshape(-1, 1, 1)
         rest, cov = 0, 0
@@ -193,9 +216,9 @@ class _MomentsOf(torch.autograd.Function):
         pixels = (x - mean.to(near).reshape(-1, 1, 1)).to(x.dtype)
         shift = (grad_mean / count).to(x.dtype).reshape(-1, 1, 1)
         with without_autocast(x.device):
-            if kernel.shape[1] == 1:  # a channel each
+            if kernel.shape[1] == 1:  # one channel per group
                 return pixels * kernel[:, 0] + shift, None
-            # Not as the convolution's bias, which torch.compile cannot lower.
+            # torch.compile cannot lower this shift as the convolution's bias.
             return F.conv2d(pixels, kernel, groups=ctx.groups) + shift, None
 
 
@@ -203,12 +226,12 @@ def _in_parts(x: Tensor) -> Tuple[Tensor, ...]:
     if is_compiling() or x.device.type != 'cpu' or not x.numel():
         return (x,)
     size = max(1, _AT_ONCE // x[0].numel())
-    # As few as that gives, and of one size as near as can be.
+    # Into as few parts as that allows, of nearly equal size.
     return x.chunk(-(-x.shape[0] // size))
 
 
 def _in_rows(x: Tensor, groups: int) -> Tensor:
-    """From (n, C, h, w) to (m, groups, C / groups, pixels)."""
+    """Reshape (n, C, h, w) to (m, groups, C / groups, pixels)."""
     many, channels, height, width = x.shape
     area, inner = height * width, channels // groups
     if not x.is_contiguous():  # channels last: no copy needed
@@ -216,7 +239,7 @@ def _in_rows(x: Tensor, groups: int) -> Tensor:
         return rows.permute(0, 2, 3, 1)
     if area >= inner:
         return x.reshape(many, groups, inner, area)
-    # One product, not one a small image.
+    # Small images: one product for all of them, not one for each.
     return x.transpose(0, 1).reshape(1, groups, inner, many * area)
 
 
@@ -224,7 +247,7 @@ def _in_rows(x: Tensor, groups: int) -> Tensor:
 
 
 def synchronizes(norm: Optional[nn.Module]) -> bool:
-    """Whether a norm shares its batch with other processes now."""
+    """Whether a norm now shares its batch with other processes (SyncBN)."""
     return (
         isinstance(norm, nn.SyncBatchNorm)
         and norm.training
@@ -235,7 +258,7 @@ def synchronizes(norm: Optional[nn.Module]) -> bool:
 
 
 class _Sum(torch.autograd.Function):
-    """The sum over processes; torch's own is deprecated."""
+    """Sum over processes, differentiable. torch's own is deprecated."""
 
     @staticmethod
     def forward(ctx, x, group):
@@ -250,7 +273,7 @@ class _Sum(torch.autograd.Function):
 
 
 def _over_processes(moments: Moments, norm: Optional[_BatchNorm]) -> Moments:
-    """Sum moments over the processes of a norm, differentiably."""
+    """Combine the moments of all processes of a norm, differentiably."""
     if not synchronizes(norm):
         return moments
     mean, cov = moments.mean.double(), moments.cov.double()

@@ -1,10 +1,11 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
 """The batch norms inside branches.
 
-They are real ``nn.BatchNorm2d`` modules, so that hosts freeze, synchronise
-and average them as any norm. What mmdbb adds stands outside of them: which
-norms can be merged, how one is run while a checkpointed segment is computed
-again or on processes without GPUs, and what one makes of a zero-padded border.
+They are real ``nn.BatchNorm2d`` modules, so that trainers freeze, synchronise
+and average them like any norm. The functions here add what branches need: they
+check that a norm can be merged, run it without a second update when a
+checkpointed segment is computed again, run SyncBN on CPUs, and compute its
+output on a zero-padded border.
 """
 
 from __future__ import annotations
@@ -33,12 +34,13 @@ def build_branch_norm(norm_cfg: Optional[dict], channels: int) -> _BatchNorm:
     """Build a norm that can be merged into the convolution before it.
 
     Args:
-        norm_cfg: Config of the norm, ``dict(type='BN')`` by default.
+        norm_cfg: Config of the norm, ``dict(type='BN')`` if None.
         channels: Number of channels.
 
     Raises:
-        ValueError: If it is not a batch norm, keeps no running statistics or
-            computes something of its own.
+        TypeError: If ``norm_cfg`` is not a config.
+        ValueError: If the config names no known norm, or the norm is not a
+            batch norm, keeps no running statistics or overrides forward().
     """
     norm_cfg = dict(type='BN') if norm_cfg is None else norm_cfg
     norm = _build(norm_cfg, channels)
@@ -64,7 +66,7 @@ def build_branch_norm(norm_cfg: Optional[dict], channels: int) -> _BatchNorm:
 
 
 def _build(norm_cfg: dict, channels: int) -> Optional[_BatchNorm]:
-    """The norm that a config names, None if it is no batch norm."""
+    """Build the norm that a config names; None if it is not a batch norm."""
     if not isinstance(norm_cfg, dict) or 'type' not in norm_cfg:
         raise TypeError(
             "norm_cfg must be a config such as dict(type='BN'), got "
@@ -74,7 +76,8 @@ def _build(norm_cfg: dict, channels: int) -> Optional[_BatchNorm]:
     requires_grad = args.pop('requires_grad', True)
     layer = args.pop('type')
     if not isinstance(layer, type):
-        # What OpenMMLab's registry says comes first: it may be the user's.
+        # OpenMMLab's registry comes first: a user may have put another norm
+        # under this name.
         layer = PORTS.find_layer(layer) or NORMS.get(layer)
     if layer is None:
         raise ValueError(
@@ -88,20 +91,21 @@ def _build(norm_cfg: dict, channels: int) -> Optional[_BatchNorm]:
 
 
 def run_norm(norm: _BatchNorm, x: Tensor) -> Tensor:
-    """Run a norm; its running statistics see each batch once.
+    """Run a norm, and update its running statistics once per batch.
 
     Gradient checkpointing computes a segment again during the backward pass.
-    A second update would count the batch twice and move the border of the
-    sequential branches, which is padded from the running statistics.
+    A second update there would count the batch twice. It would also change
+    the border of the sequential branches, which is padded from the running
+    statistics.
 
-    torch's SyncBatchNorm refuses images on a CPU; here it takes them.
+    torch's SyncBatchNorm refuses images on a CPU; this function runs it.
 
     Args:
         norm: The norm.
         x: Images of shape (N, C, H, W).
 
     Returns:
-        Tensor: Of the same shape.
+        Tensor: The norm's output, of the same shape.
     """
     if x.device.type == 'cpu' and synchronizes(norm):
         return _run_synchronized(norm, x)
@@ -124,11 +128,11 @@ def _run_synchronized(norm: _BatchNorm, x: Tensor) -> Tensor:
 
 
 def batch_scale_shift(norm: _BatchNorm, stats: BatchStats) -> ScaleShift:
-    """A norm in training mode as scale and shift, from batch statistics.
+    """Write a norm in training mode as one scale and shift per channel.
 
     Args:
-        norm: The norm; its running statistics see the batch.
-        stats: Of what it reads.
+        norm: The norm. Its running statistics are updated.
+        stats: Statistics of the batch that the norm reads.
 
     Returns:
         ScaleShift: Both of shape (channels,), in the statistics' precision.
@@ -147,7 +151,7 @@ def update_running_stats(norm: _BatchNorm, stats: BatchStats) -> None:
 
     Args:
         norm: A norm in training mode.
-        stats: Of what it reads.
+        stats: Statistics of the batch that the norm reads.
     """
     if is_recomputing() or not norm.track_running_stats:
         return
@@ -162,17 +166,20 @@ def update_running_stats(norm: _BatchNorm, stats: BatchStats) -> None:
 
 
 def border_value(norm: _BatchNorm, mean: Callable[[], Tensor]) -> Tensor:
-    """What a norm makes of a zero-padded border, without a gradient.
+    """Compute a norm's output on a zero-padded border, without a gradient.
 
-    As in the DBB paper's code that is what the running statistics give for a
-    zero; in training mode those after this step's update.
+    As in the DBB paper's code it is the output for a zero by the running
+    statistics, in training mode too. There the statistics have been updated
+    by this batch already.
 
     Args:
-        norm: The norm, after it has seen the batch.
-        mean: Gives the batch's mean, shape (channels,).
+        norm: The norm, after it has run on the batch.
+        mean: Returns the batch's mean, shape (channels,). It tells forward
+            passes apart, so that a pass that is computed again gets the value
+            that it had at first.
 
     Returns:
-        Tensor: Shape (channels,).
+        Tensor: The value for each channel, shape (channels,).
 
     Raises:
         ValueError: If the norm has no running statistics.
@@ -191,12 +198,12 @@ def border_value(norm: _BatchNorm, mean: Callable[[], Tensor]) -> Tensor:
 
 
 def mean_of(x: Tensor) -> Tensor:
-    """Mean of a batch, shape (channels,), without a gradient."""
+    """Mean of images (N, C, H, W) per channel, (C,), without a gradient."""
     return x.detach().mean((0, 2, 3), dtype=near_dtype(x.dtype))
 
 
 def norm_scale_shift(norm: _BatchNorm) -> ScaleShift:
-    """What a norm computes in eval mode, differentiable in its parameters."""
+    """A norm in eval mode as scale and shift, differentiable."""
     return bn_scale_shift(
         norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps
     )
@@ -210,13 +217,15 @@ def norm_then_pad(
 ) -> Tensor:
     """Run a norm, then pad its output for the kernel that follows.
 
-    A zero-padded border is filled with :func:`border_value`.
+    With the padding mode ``zeros`` the border is filled with the norm's
+    output for a zero. Only then do 1x1 and KxK merge into one kernel.
 
     Args:
         norm: The norm.
         x: Images of shape (N, C, H, W).
-        spec: Gives the pads and the padding mode.
-        border: Gives the value on the border from a norm and the mean.
+        spec: Geometry of the block, whose padding is added.
+        border: Computes the value on the border, from the norm and from a
+            function that returns the batch's mean.
 
     Returns:
         Tensor: Shape (N, C, H + top + bottom, W + left + right).

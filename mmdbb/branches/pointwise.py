@@ -8,7 +8,13 @@ from mmdbb.registry import BRANCHES
 
 @BRANCHES.register_module(name='1x1')
 class Pointwise(ConvNormBranch):
-    """A convolution with the centre tap alone, and a norm."""
+    """A 1x1 convolution at the kernel's centre tap, and a norm.
+
+    Args:
+        spec: Geometry of the block's convolution.
+        norm_cfg: Config of the norm, ``dict(type='BN')`` if None.
+        norm: Whether a norm follows the convolution.
+    """
 
     requirement = 'a kernel larger than 1x1'
 

@@ -1,8 +1,8 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
 """The branch ``1x1_avg``: a 1x1, a norm, average pooling, a norm.
 
-DBB paper, sec. 3.3. On a depthwise convolution a 1x1 would only scale the
-channels; there, as in the paper's code, the pooling stands alone.
+DBB paper, sec. 3.3. In a depthwise block a 1x1 would only scale the channels,
+so there, as in the paper's code, the branch is pooling and one norm.
 """
 
 from __future__ import annotations
@@ -28,7 +28,12 @@ from mmdbb.transforms import (
 
 @BRANCHES.register_module(name='1x1_avg')
 class PointwiseAvg(Branch):
-    """A 1x1 convolution, then average pooling, a norm after each."""
+    """A 1x1 convolution, then average pooling, with a norm after each.
+
+    Args:
+        spec: Geometry of the block's convolution.
+        norm_cfg: Config of the norms, ``dict(type='BN')`` if None.
+    """
 
     requirement = 'a kernel larger than 1x1'
 
@@ -93,5 +98,6 @@ class PointwiseAvg(Branch):
             first = KernelBias(kernel, zero_bias(kernel))
         else:
             first = fuse_kernel_norm(self.conv1.weight, self.norm1)
-        # A scale a channel commutes with pooling; the 1x1 is smaller.
+        # A scale per channel commutes with pooling, so the norm is fused into
+        # the 1x1, which is smaller.
         return fuse_1x1_avg(fuse_conv_bn(first, norm), spec.kernel_size)

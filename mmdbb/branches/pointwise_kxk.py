@@ -1,7 +1,7 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
 """The branch ``1x1_kxk``: a 1x1, a norm, a KxK, a norm (DBB paper, sec. 3.3).
 
-Where it keeps the width, the 1x1 starts as the identity.
+The 1x1 starts as the identity, if it has as many channels out as in.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from mmdbb.transforms import (
 
 @BRANCHES.register_module(name='1x1_kxk')
 class PointwiseKxK(Branch):
-    """Two convolutions in sequence.
+    """A 1x1 and a KxK convolution in sequence, with a norm after each.
 
     Args:
         spec: Geometry of the block's convolution.
-        norm_cfg: Config of the norms.
-        internal_channels: Width between the two; by default that of the
-            input, and twice that on depthwise convolutions.
+        norm_cfg: Config of the norms, ``dict(type='BN')`` if None.
+        internal_channels: Channels between the two convolutions. By default
+            as many as the input has; twice as many in a depthwise block.
 
     Raises:
         ValueError: If ``internal_channels`` is not a positive multiple of the
@@ -101,15 +101,18 @@ class PointwiseKxK(Branch):
 
 
 def mask_kernel(kernel: Tensor, value: Tensor, groups: int) -> Tensor:
-    """The kernel by which a convolution reads a mask of constant channels.
+    """Reduce a kernel for images that are a mask times a value per channel.
+
+    On the border all channels have one mask, so a convolution of the mask
+    alone, one channel, gives the same output for less work.
 
     Args:
-        kernel: Shape (out, in / groups, kH, kW).
-        value: What each channel is where the mask is one, shape (in,).
-        groups: Groups of the convolution.
+        kernel: Kernel for all channels, shape (out, in / groups, kH, kW).
+        value: Value of each channel where the mask is one, shape (in,).
+        groups: Number of groups of the convolution.
 
     Returns:
-        Tensor: Shape (out, 1, kH, kW).
+        Tensor: Kernel for the mask, shape (out, 1, kH, kW).
     """
     inner, *size = kernel.shape[1:]
     rows = torch.einsum(
@@ -123,16 +126,16 @@ def mask_kernel(kernel: Tensor, value: Tensor, groups: int) -> Tensor:
 class IdentityConv1x1(nn.Module):
     """A 1x1 convolution whose kernel is the identity plus a weight.
 
-    The weight starts at zero and, as in the paper's code, weight decay pulls
-    it there: towards the identity. It is no ``nn.Conv2d``, so that rules that
-    initialise those pass it by.
+    The weight starts at zero. As in the paper's code, weight decay pulls it
+    back to zero, so the kernel to the identity. This is not an ``nn.Conv2d``,
+    so that rules which initialise convolutions do not touch it.
 
     Args:
-        channels: Channels in and out.
+        channels: Number of channels, in and out.
         groups: Number of groups.
     """
 
-    # What hosts ask of every layer whose class has "Conv" in its name.
+    # OpenMMLab packages read these of every layer with "Conv" in its class.
     kernel_size = stride = dilation = (1, 1)
     padding = (0, 0)
 
@@ -146,14 +149,14 @@ class IdentityConv1x1(nn.Module):
 
     @property
     def kernel(self) -> Tensor:
-        """The kernel that is convolved with, (channels, channels/g, 1, 1)."""
+        """Identity plus weight, (channels, channels / groups, 1, 1)."""
         weight = self.weight
         return weight + identity_kernel(
             self.channels, self.groups, weight.dtype, weight.device
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """From (N, C, H, W) to the same shape."""
+        """Convolve images (N, C, H, W); the shape stays."""
         return F.conv2d(x, self.kernel, groups=self.groups)
 
     def extra_repr(self) -> str:

@@ -1,5 +1,5 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""Writing files so that they appear whole, or not at all."""
+"""Write files so that they appear whole, or not at all."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from typing import Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 from mmdbb.errors import UserError
 
-#: How folders for files that are not yet whole are called.
+#: Start of the names of folders for files that are not yet whole.
 SCRATCH = '.mmdbb-'
-#: In the place of a lock.
+#: Stands for a lock where the file system has none.
 NO_LOCKS = -1
-#: What waits while files are moved.
+#: Signals that wait while files are moved.
 INTERRUPTIONS = (signal.SIGINT, signal.SIGTERM)
-#: The disk, a quota, a limit of the process.
+#: The disk or a quota is full, or a limit of the process is reached.
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -29,16 +29,17 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def all_or_nothing(
     *outputs: str, overwrite: bool = False
 ) -> Iterator[List[str]]:
-    """Write files so that they appear whole, at the end, or not at all.
+    """Write files so that all of them appear whole at the end, or none does.
 
     Args:
-        outputs: The paths to write.
+        outputs: Paths of the files.
         overwrite: Whether existing files may be replaced.
 
     Yields:
-        list: As many temporary paths, with the same file names, each in a
-        folder beside its output. They are moved into place if the block ends
-        without an exception, and removed in any case.
+        list: A temporary path for each output, with the same file name, in a
+        folder beside the output. Write to these. If the ``with`` block ends
+        without an exception, the files are moved into place. Temporary
+        folders are removed in any case.
 
     Raises:
         UserError: If an output exists and may not be replaced, its folder
@@ -59,8 +60,8 @@ def all_or_nothing(
         if folder != folders[0] and not os.path.isdir(folder):
             raise UserError(f'no such folder: {folder}, for {output}')
     made = _missing_folders(folders[0])
-    # Folder -> one in it, on the same file system, and a lock that says that
-    # this process is at work there.
+    # Folder of outputs -> a temporary folder in it, so that both are on one
+    # file system; and a lock, which tells others that we still work there.
     scratch: Dict[str, Tuple[str, int]] = {}
     done = False
     try:
@@ -73,7 +74,7 @@ def all_or_nothing(
         ]
         yield drafts
         for draft in drafts:
-            # A full disk may show only now.
+            # Some file systems report a full disk only here.
             with open(draft, 'rb') as file:
                 os.fsync(file.fileno())
         with uninterrupted():
@@ -89,7 +90,7 @@ def all_or_nothing(
     finally:
         try:
             _clean(scratch.values(), [] if done else made)
-        except KeyboardInterrupt:  # just before it had to wait
+        except KeyboardInterrupt:  # came before signals had to wait
             _clean(scratch.values(), [] if done else made)
             raise
 
@@ -98,7 +99,7 @@ def _clean(scratch: Iterable[Tuple[str, int]], made: Sequence[str]) -> None:
     with uninterrupted():
         for folder, lock in scratch:
             shutil.rmtree(folder, ignore_errors=True)
-            with contextlib.suppress(OSError):  # cleaned already
+            with contextlib.suppress(OSError):  # closed already
                 os.close(lock)
         _remove_empty(made)
 
@@ -117,7 +118,7 @@ def _scratch_folder(folder: str) -> Tuple[str, int]:
 
 
 def _remove_abandoned(folder: str) -> None:
-    """Remove what processes left there that were killed at their work."""
+    """Remove temporary folders of processes that were killed."""
     for name in os.listdir(folder):
         path = os.path.join(folder, name)
         if name.startswith(SCRATCH) and os.path.isdir(path):
@@ -128,11 +129,11 @@ def _remove_abandoned(folder: str) -> None:
 
 
 def _locked(folder: str) -> Optional[int]:
-    """Lock a folder, which the system unlocks when the process ends.
+    """Lock a folder. The system unlocks it when the process ends.
 
     Returns:
-        int: An open descriptor of it; None if it is locked, or gone;
-        ``NO_LOCKS`` where the file system has none.
+        int: Open descriptor of the folder; None if another process has locked
+        it, or it is gone; ``NO_LOCKS`` if the file system has no locks.
     """
     try:
         descriptor = os.open(folder, os.O_RDONLY)
@@ -140,7 +141,7 @@ def _locked(folder: str) -> Optional[int]:
         return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # It may have been removed in between.
+        # Another process may have removed it before we locked it.
         if os.path.samestat(os.fstat(descriptor), os.stat(folder)):
             return descriptor
     except (BlockingIOError, FileNotFoundError):
@@ -154,10 +155,10 @@ def _locked(folder: str) -> Optional[int]:
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Within the context Ctrl-C and ``SIGTERM`` wait.
+    """Within the context, Ctrl-C and ``SIGTERM`` wait until it ends.
 
-    The handlers are replaced, because a signal that one thread blocks reaches
-    another.
+    Their handlers are replaced. Blocking the signals would not do, because a
+    signal that is blocked in one thread is delivered to another.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -166,7 +167,8 @@ def uninterrupted() -> Iterator[None]:
     waiting: List[tuple] = []
     try:
         for number, before in handlers.items():
-            # Without a handler of Python's it ends the process, or nothing.
+            # A signal without a Python handler ends the process or is
+            # ignored; nothing can wait then.
             if callable(before):
                 signal.signal(number, lambda *args: waiting.append(args))
         yield
@@ -182,11 +184,17 @@ def uninterrupted() -> Iterator[None]:
 def _move_all(
     drafts: Sequence[str], outputs: Sequence[str], overwrite: bool
 ) -> None:
-    """Move each into its place; if one fails, all is as it was before."""
+    """Move all files into place; if one fails, undo the others.
+
+    Args:
+        drafts: Temporary paths of the files.
+        outputs: Their final paths.
+        overwrite: Whether existing files may be replaced.
+    """
     kept: List[Optional[str]] = []
     try:
         for draft, output in zip(drafts, outputs):
-            # Of a short name: the draft's may have no room for more.
+            # A short name, because the file's own may be as long as allowed.
             copy = os.path.join(os.path.dirname(draft), f'.{len(kept)}')
             kept.append(_kept(output, copy) if overwrite else None)
             if overwrite:
@@ -203,14 +211,22 @@ def _move_all(
 
 
 def _is_moved(draft: str, output: str) -> bool:
-    """Whether an output is ours, and not another process's file."""
+    """Whether an output is the file that we moved, not another process's."""
     if not os.path.lexists(output):
         return False
     return not os.path.exists(draft) or os.path.samefile(draft, output)
 
 
 def _kept(path: str, copy: str) -> Optional[str]:
-    """Keep a file under a second name; None if there is no such file."""
+    """Keep a file under a second name, and return that.
+
+    Args:
+        path: The file.
+        copy: The second name.
+
+    Returns:
+        str: The second name; None if the file does not exist.
+    """
     if not os.path.lexists(path):
         return None
     try:
@@ -221,7 +237,7 @@ def _kept(path: str, copy: str) -> Optional[str]:
 
 
 def _missing_folders(folder: str) -> List[str]:
-    """What has to be made for a folder to exist, the deepest first."""
+    """List the folders that are missing up to a path, deepest first."""
     missing = []
     while not os.path.lexists(folder):
         missing.append(folder)
@@ -231,7 +247,7 @@ def _missing_folders(folder: str) -> List[str]:
 
 def _remove_empty(folders: Sequence[str]) -> None:
     for folder in folders:
-        with contextlib.suppress(OSError):  # someone else's file is in it
+        with contextlib.suppress(OSError):  # not empty: others use it
             os.rmdir(folder)
 
 

@@ -1,5 +1,5 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""Checkpoint files, read without running code from them."""
+"""Read checkpoint files without running code from them, and load them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from mmdbb.files.sources import (
 from mmdbb.files.torch_files import read_torch
 from mmdbb.files.values import NotAllowed
 
-#: From here on ``weights_only=True`` runs no code (CVE-2025-32434).
+#: Version of torch since which ``weights_only=True`` is safe (CVE-2025-32434).
 _CAREFUL = '2.6'
 
 
@@ -39,37 +39,41 @@ def read_checkpoint(
     """Read a checkpoint without running any code from it.
 
     Args:
-        path: A file written by ``torch.save``: mmengine's form, timm's or
-            torchvision's, or a bare state dict; or a safetensors file.
-        ema: True for averaged weights, False for those that training goes on
-            with; None for the averaged ones if the file has any.
-        unsafe: Whether to run what code the file holds, for a file that you
-            trust as you trust a program. False if that was not asked for
-            but could be; None if whoever calls has no such option.
+        path: A file that ``torch.save`` wrote (a checkpoint of mmengine, timm
+            or torchvision, or a bare state dict), or a safetensors file.
+        ema: True for the averaged weights, False for the weights that are
+            trained; None for the averaged ones if the file has any.
+        unsafe: Whether code in the file may run. True is for a file that you
+            trust as you trust a program. False and None forbid it; with False
+            the error message names the option that allows it, with None the
+            caller has no such option.
 
     Returns:
-        dict: With at least ``state_dict`` (names to tensors on the CPU),
-        ``meta`` and ``weights`` (says which were taken).
+        dict: The checkpoint, with at least ``state_dict`` (names -> tensors
+        on the CPU), ``meta`` and ``weights`` (tells which weights were
+        taken).
 
     Raises:
-        UserError: If there is no such file, it is not a checkpoint, is
-            damaged, asks for types that are not allowed, has no weights of
-            the kind asked for, or holds values that are not finite.
+        UserError: If the file does not exist, is no checkpoint, is damaged,
+            holds types that are not allowed, has no weights of the kind asked
+            for, or holds values that are not finite.
     """
     size = check_regular(path, 'checkpoint')
     return in_mmengine_form(read_content(path, unsafe), path, ema, size)
 
 
 def check_regular(path: str, what: str) -> int:
-    """The size in bytes of a regular file that is not empty.
+    """Check that a path is a regular file and not empty; return its bytes.
+
+    Pipes and devices are refused, because reading them may never end.
 
     Args:
-        path: Of any file. Pipes and devices may never end.
-        what: What it should be, for messages.
+        path: The path.
+        what: What the file should be, such as ``'checkpoint'``, for messages.
 
     Raises:
-        UserError: If there is none, or it is something else; if there is
-            none, it is a FileNotFoundError too.
+        MissingFile: If it does not exist.
+        UserError: If it is a folder, a pipe or a device, or empty.
     """
     try:
         found = os.stat(path)
@@ -88,14 +92,15 @@ def check_regular(path: str, what: str) -> int:
 
 
 def read_content(path: str, unsafe: Optional[bool] = None) -> object:
-    """All that a checkpoint file holds, as data.
+    """Read all of a checkpoint file, in whatever form it stands there.
 
     Args:
-        path: As of :func:`read_checkpoint`.
-        unsafe: As there.
+        path: A file that ``torch.save`` wrote, or a safetensors file.
+        unsafe: Whether code in the file may run, see
+            :func:`read_checkpoint`.
 
     Raises:
-        UserError: If it is damaged, or holds more than data.
+        UserError: If the file is damaged, or holds more than data.
     """
     check_regular(path, 'checkpoint')
     if is_safetensors(path):
@@ -123,7 +128,7 @@ def _read_torch(path: str, unsafe: Optional[bool]) -> object:
             f'allowed in a checkpoint; {advice}'
         ) from error
     except Exception as error:
-        # A file can be damaged in as many ways as there are to read it.
+        # A damaged file can make the reader fail with any error.
         reason = str(error) or type(error).__name__
         if not isinstance(error, ValueError):
             reason = f'{type(error).__name__}: {error}'
@@ -139,17 +144,22 @@ def in_mmengine_form(
     ema: Optional[bool] = None,
     size: float = float('inf'),
 ) -> dict:
-    """Check what was read; see :func:`read_checkpoint` for what comes out.
+    """Check the content of a file, and bring it into mmengine's form.
 
     Args:
-        checkpoint: Whatever the file holds.
+        checkpoint: Content of the file.
         path: The file, for messages.
-        ema: As of :func:`read_checkpoint`.
-        size: Of the file, in bytes: no entry has more numbers.
+        ema: True for the averaged weights, False for the weights that are
+            trained; None for the averaged ones if the file has any.
+        size: Size of the file in bytes. No entry may have more numbers.
+
+    Returns:
+        dict: The checkpoint, with ``state_dict``, ``meta`` and ``weights``,
+        see :func:`read_checkpoint`.
 
     Raises:
-        UserError: If it is not a state dict, alone or with others in a dict,
-            or has values that are not finite.
+        UserError: If there is no state dict in it, or it has values that are
+            not finite.
     """
     if isinstance(checkpoint, nn.Module):  # read unsafely
         checkpoint = dict(state_dict=checkpoint.state_dict())
@@ -171,18 +181,20 @@ def in_mmengine_form(
 def compare_with_torch(
     state: Dict[str, Tensor], path: str, ema: Optional[bool] = None
 ) -> bool:
-    """Compare weights with what torch's own careful reader makes of a file.
+    """Read a file with torch too, and compare the weights.
 
-    A second read by the same reader would make the same mistakes.
+    A second read by mmdbb's reader would repeat its mistakes, if it has any.
 
     Args:
-        state: The weights, as :func:`read_checkpoint` took them.
+        state: The weights, as :func:`read_checkpoint` returned them.
         path: The file that they were read from.
-        ema: As of :func:`read_checkpoint`.
+        ema: True for the averaged weights, False for the weights that are
+            trained; None for the averaged ones if the file has any.
 
     Returns:
-        bool: Whether torch was asked: it refuses what mmengine writes beside
-        weights, and before 2.6 can be made to run code.
+        bool: Whether torch could read the file. With ``weights_only=True`` it
+        refuses other objects that mmengine writes beside weights. Before 2.6
+        it is not tried, because a file could make it run code.
 
     Raises:
         UserError: If a name, a type, a shape or a number differs.
@@ -191,14 +203,14 @@ def compare_with_torch(
         return False
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # of old forms
+            warnings.simplefilter('ignore')  # about old formats
             content = torch.load(
                 path,
                 map_location='cpu',
                 weights_only=True,
                 mmap=_can_be_mapped(path),
             )
-    except Exception:  # of whatever kind: it says nothing about the weights
+    except Exception:  # any error; it says nothing about the weights
         return False
     theirs = choose_weights(content, path, ema).state
     different = [
@@ -218,7 +230,7 @@ def compare_with_torch(
 
 
 def _can_be_mapped(path: str) -> bool:
-    """Whether all numbers stand in the file as they are in memory."""
+    """Whether the file is an archive whose members are not compressed."""
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:
@@ -231,15 +243,15 @@ def _can_be_mapped(path: str) -> bool:
 def describe_misfit(
     state: Dict[str, Tensor], expected: Dict[str, Tensor]
 ) -> str:
-    """Say how two state dicts differ, by some of their entries.
+    """Describe how a file's state dict differs from a network's.
 
     Args:
-        state: That of a file.
-        expected: That of the network.
+        state: The state dict of the file.
+        expected: The state dict of the network.
 
     Returns:
-        str: The differences in names, shapes and kinds of numbers; empty if
-        there are none.
+        str: Differences in names, shapes and kinds of numbers, with some of
+        the entries; empty if there are none.
     """
     common = {n: v for n, v in expected.items() if n in state}
     shapes = [
@@ -252,7 +264,7 @@ def describe_misfit(
         f'{name} ({_dtype(state[name])} in the file, {_dtype(value)} in the '
         'network)'
         for name, value in common.items()
-        # A count may be a float: averaging makes it one.
+        # Averaging turns counts into floats, so those are allowed.
         if value.is_floating_point() and not state[name].is_floating_point()
     ]
     theirs, ours = _parts(state), _parts(expected)
@@ -278,18 +290,18 @@ def load_strictly(
     path: str,
     keep_dtype: bool = False,
 ) -> None:
-    """Load a state dict; every entry must fit and none may be missing.
+    """Load a state dict of which every entry must fit, and none be missing.
 
     Args:
         model: The model to fill.
-        state: Names to tensors.
-        path: The file they come from, for the message.
-        keep_dtype: Whether the model gets the tensors themselves, of
-            whatever precision they are, instead of copies in its own.
+        state: Names -> tensors.
+        path: The file that they come from, for the message.
+        keep_dtype: Whether the model takes over the tensors with their
+            precision, instead of copying them into its own.
 
     Raises:
         UserError: If names, shapes or kinds of numbers differ; the message
-            shows some.
+            names some.
     """
     expected = model.state_dict()
     misfit = describe_misfit(state, expected)
@@ -308,7 +320,7 @@ def load_strictly(
 
 
 def _parts(state: Dict[str, Tensor]) -> List[str]:
-    """What a network is made of: ``backbone``, ``neck``, ``head``."""
+    """Names of a network's parts, such as ``backbone``, ``neck``, ``head``."""
     return list(dict.fromkeys(n.split('.')[0] for n in state if '.' in n))
 
 
@@ -317,7 +329,7 @@ def _dtype(tensor: Tensor) -> str:
 
 
 def sha256(path: str) -> str:
-    """The hash of a file's content, in hexadecimal digits."""
+    """Compute the SHA-256 of a file, in hexadecimal digits."""
     found = hashlib.sha256()
     with open(path, 'rb') as file:
         for part in iter(lambda: file.read(1 << 20), b''):

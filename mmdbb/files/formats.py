@@ -1,8 +1,8 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""The two forms of a checkpoint file: of torch, and safetensors.
+"""The two formats of checkpoint files: torch's, and safetensors.
 
-safetensors holds tensors and text, and no code: what torch's form keeps as
-``meta`` stands in it as JSON. https://github.com/huggingface/safetensors
+A safetensors file holds tensors and text, but no code. The ``meta`` of a
+checkpoint stands in it as JSON. https://github.com/huggingface/safetensors
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from mmdbb.files.atomic import uninterrupted
 
 SAFETENSORS = '.safetensors'
 SUFFIXES = ('.pth', SAFETENSORS)
-#: JSON in the metadata of a safetensors file.
+#: Key for the JSON of ``meta`` in the metadata of a safetensors file.
 META = 'meta'
-#: What mmdbb notes in the meta of what it writes, and the weights' sum in it.
+#: Key of mmdbb's notes in ``meta``, and in these of the weights' checksum.
 OWN = 'mmdbb'
 SUM = 'weights_sha256'
 
 
 def is_safetensors(path: str) -> bool:
-    """Whether a file is of that form, by its first bytes or its name."""
+    """Whether a file is in safetensors format, by its first bytes or name."""
     with open(path, 'rb') as file:
         start = file.read(9)
     if start[:2] == b'PK':
         return False
-    # The size of a JSON object, then the object.
+    # A safetensors file begins with the size of a JSON object and the object.
     size = int.from_bytes(start[:8], 'little')
     return path.endswith(SAFETENSORS) or (
         start[8:] == b'{' and 2 <= size <= os.path.getsize(path) - 8
@@ -42,7 +42,13 @@ def is_safetensors(path: str) -> bool:
 
 
 def read_safetensors(path: str) -> dict:
-    """Read a safetensors file: ``state_dict`` and ``meta``.
+    """Read a safetensors file.
+
+    Args:
+        path: The file.
+
+    Returns:
+        dict: With ``state_dict`` (names -> tensors) and ``meta``.
 
     Raises:
         UserError: If the package is missing, or the file is damaged.
@@ -53,7 +59,7 @@ def read_safetensors(path: str) -> dict:
             state = {name: file.get_tensor(name) for name in file.keys()}
             text = (file.metadata() or {}).get(META, '{}')
     except Exception as error:
-        # Its own error, and torch's for types that it does not have.
+        # An error of safetensors, or of torch for a dtype that it lacks.
         reason = str(error) or type(error).__name__
         raise UserError(
             f'{path} is not a safetensors file, or is truncated: '
@@ -61,18 +67,18 @@ def read_safetensors(path: str) -> dict:
         ) from error
     try:
         meta = json.loads(text)
-    except (ValueError, RecursionError):  # another program's, not JSON
+    except (ValueError, RecursionError):  # no JSON: another program's text
         meta = {}
     return dict(state_dict=state, meta=meta)
 
 
 def write_checkpoint(path: str, state: Dict[str, Tensor], meta: dict) -> None:
-    """Write weights and notes, in the form that the name asks for.
+    """Write a checkpoint in the format that its file name tells.
 
     Args:
-        path: ``*.safetensors``, or else torch's form.
-        state: Names to tensors.
-        meta: Plain data; what is something else is left out.
+        path: The file: safetensors format if the name ends so, else torch's.
+        state: Names -> tensors.
+        meta: Notes to store. Entries that are not plain data are left out.
 
     Raises:
         UserError: If the file cannot be written: the disk is full, or the
@@ -86,12 +92,13 @@ def write_checkpoint(path: str, state: Dict[str, Tensor], meta: dict) -> None:
             with open(path, 'wb') as file:
                 file.write(content)
         else:
-            # Into a file of Python's, which says why it cannot be written.
-            # An interrupt inside of torch's writer would abort the process.
+            # Given a file of Python's, torch.save raises Python's error with
+            # the reason. A signal inside torch's writer would abort the
+            # process, so signals wait.
             with open(path, 'wb') as file, uninterrupted():
                 torch.save(dict(state_dict=state, meta=meta), file)
     except (OSError, RuntimeError) as error:
-        # torch, closing its file, hides what came before.
+        # When torch closes its file, a second error hides the first.
         hidden = _first_of(error)
         if not isinstance(hidden, Exception):  # Ctrl-C
             raise hidden from None
@@ -102,30 +109,30 @@ def write_checkpoint(path: str, state: Dict[str, Tensor], meta: dict) -> None:
 
 
 def content_sum(state: Dict[str, Tensor]) -> str:
-    """The SHA-256 of weights: of their names, types, shapes and numbers.
+    """Compute the SHA-256 of weights: of names, dtypes, shapes and values.
 
     Args:
-        state: Names to tensors, in any order.
+        state: Names -> tensors, in any order.
     """
     found = hashlib.sha256()
     for name in sorted(state):
         value = state[name].detach().cpu().contiguous()
         head = f'{name!r} {value.dtype} {tuple(value.shape)}\n'
         found.update(head.encode('utf-8', 'backslashreplace'))
-        # numpy has no bfloat16; bytes it has.
+        # As bytes, because numpy has no bfloat16.
         found.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 
 def check_sum(content: object, path: str) -> None:
-    """Compare the weights of a file of ours with the sum that it notes.
+    """Compare weights with the checksum that mmdbb noted beside them.
 
     Args:
-        content: What the file holds.
+        content: Content of the file. Without such a note nothing is compared.
         path: The file, for the message.
 
     Raises:
-        UserError: If it notes another one.
+        UserError: If the checksums differ.
     """
     meta = content.get('meta') if isinstance(content, dict) else None
     own = meta.get(OWN) if isinstance(meta, dict) else None
@@ -154,7 +161,7 @@ def _as_safetensors(path: str, state: Dict[str, Tensor], meta: dict) -> bytes:
     safetensors = _package(path)
     tensors, seen = {}, set()
     for name, value in state.items():
-        # It refuses tensors that share memory, as tied weights do.
+        # safetensors refuses tensors that share memory, as tied weights do.
         memory = value.untyped_storage().data_ptr()
         if memory in seen or not value.is_contiguous():
             value = value.clone(memory_format=torch.contiguous_format)
@@ -172,7 +179,7 @@ def _package(path: str) -> Any:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether a careful reader reads it again."""
+    """Whether a value is plain data, which readers without code can read."""
     if isinstance(value, dict):
         return _is_plain([*value.keys(), *value.values()])
     if isinstance(value, (list, tuple)):
@@ -184,7 +191,7 @@ def _is_plain(value: Any) -> bool:
             value.layout is torch.strided
             and value.device.type == 'cpu'
             and not (value.is_complex() or value.is_quantized)
-            # Not one number that claims to be many.
+            # Not a view that repeats one number by a stride of zero.
             and value.numel() <= value.untyped_storage().nbytes()
         )
     return value is None or isinstance(value, (str, int, float))

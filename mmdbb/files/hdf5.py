@@ -1,9 +1,10 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""The papers' old ``.hdf5`` files: a data set for each parameter.
+"""Read the papers' old ``.hdf5`` files, with one data set for each parameter.
 
-Such a file can point to other files, and claim to be far larger than it is.
-Looked at are its own data sets only, before their numbers are read. The
-reader itself is libhdf5, a library in C that was not made for hostile files.
+Such a file can point to other files, or claim to be far larger than it is. So
+its entries are checked before numbers are read: only data sets in the file
+itself are allowed. The parser is libhdf5, a library in C that was not made for
+hostile files.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ SIGNATURE = b'\x89HDF\r\n\x1a\n'
 
 
 def is_hdf5(path: str) -> bool:
-    """Whether a path is of a regular file of that form."""
+    """Whether a path is a regular file in HDF5 format."""
     if not Path(path).is_file():
         return False
     with open(path, 'rb') as file:
@@ -31,11 +32,17 @@ def is_hdf5(path: str) -> bool:
 
 
 def read_hdf5(path: str) -> Dict[str, Tensor]:
-    """Read the data sets of a file: names to tensors.
+    """Read all data sets of an HDF5 file.
+
+    Args:
+        path: The file.
+
+    Returns:
+        dict: Names -> tensors.
 
     Raises:
-        UserError: If h5py is missing, the file is damaged, has something else
-            than data sets of numbers, or points to other files.
+        UserError: If h5py is missing, or the file is damaged, points to other
+            files or has anything but data sets of numbers.
     """
     try:
         import h5py
@@ -73,7 +80,7 @@ def read_hdf5(path: str) -> Dict[str, Tensor]:
     except UserError:
         raise
     except Exception as error:
-        # Of the library's many kinds, and of names that are no UTF-8.
+        # h5py raises errors of many kinds, also for names that are not UTF-8.
         raise UserError(
             f'{path} cannot be read as hdf5, or is truncated: '
             f'{shown(" ".join(str(error).split()))}'
@@ -81,7 +88,7 @@ def read_hdf5(path: str) -> Dict[str, Tensor]:
 
 
 def _size(data: Any, name: str, path: str) -> int:
-    """The bytes of a data set, if it is one of numbers in this file."""
+    """Check that a data set holds numbers in this file; return its bytes."""
     if data.external or data.is_virtual:
         raise UserError(
             f'{path} keeps {shown(name)} in another file, which is not read'
@@ -92,5 +99,5 @@ def _size(data: Any, name: str, path: str) -> int:
 
 
 def _tensor(data: Any) -> Tensor:
-    # torch has numbers of this machine's order of bytes only.
+    # torch reads numbers in this machine's byte order only.
     return torch.as_tensor(data[()].astype(data.dtype.newbyteorder('=')))

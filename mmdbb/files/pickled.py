@@ -1,13 +1,13 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""Pickles read as descriptions of data: nothing in them is called.
+"""Read pickles as descriptions of data, without calling anything.
 
-A pickle is a program for a stack machine that may call what it names. Here
-it is run on a machine without callables: a name stays a :class:`Name`, a call
-becomes a :class:`Call` that says what was to be called on what, and whoever
-reads it makes values of those calls that it knows. So no constructor and no
-``__setstate__`` ever sees what a file made up.
+A pickle is a program for a stack machine, which may import and call functions.
+This machine does neither. A name stays a :class:`Name`, and a call becomes a
+:class:`Call`, which notes function and arguments. :mod:`mmdbb.files.values`
+then makes values for the calls that it knows. So no constructor and no
+``__setstate__`` ever gets arguments that a file made up.
 
-What ``torch.save`` writes is protocol 2; other opcodes are refused.
+``torch.save`` writes protocol 2; other opcodes are refused.
 https://docs.python.org/3/library/pickletools.html
 """
 
@@ -18,27 +18,28 @@ from typing import Any, BinaryIO, Dict, List, NamedTuple, Tuple
 
 
 class DamagedPickle(ValueError):
-    """The bytes are no pickle of protocol 2, or one of too many values."""
+    """The bytes are no pickle of protocol 2, or the pickle is too long."""
 
 
 class Name(NamedTuple):
-    """What a pickle would import.
+    """A function or class that a pickle asks to import.
 
     Attributes:
-        text: Module and name, as in ``collections.OrderedDict``.
+        text: Module and name, such as ``collections.OrderedDict``.
     """
 
     text: str
 
 
 class Call:
-    """What a pickle would call.
+    """A call that a pickle asks for.
 
     Attributes:
-        name: What is called.
-        arguments: On what.
-        state: What would be given to ``__setstate__``; None if nothing.
-        items: What would be set by ``[key] = value``.
+        name: Full name of the function or class.
+        arguments: Arguments of the call.
+        state: Argument for ``__setstate__`` of the result; None if there is
+            none.
+        items: Keys and values to set in the result.
     """
 
     __slots__ = ('arguments', 'items', 'name', 'state')
@@ -55,29 +56,29 @@ class Items(list):
 
 
 class Outside(NamedTuple):
-    """What stands outside of the pickle.
+    """A reference to data outside of the pickle, such as a tensor's numbers.
 
     Attributes:
-        key: How the pickle refers to it.
+        key: The pickle's description of the data (``persistent_id``).
     """
 
     key: Any
 
 
 class Pickled(NamedTuple):
-    """What :func:`read_pickle` read.
+    """The result of :func:`read_pickle`.
 
     Attributes:
-        value: Numbers, text, None, lists, tuples, and :class:`Items`,
-            :class:`Name`, :class:`Call` and :class:`Outside`.
-        outside: What of it stands outside, in the order of the file.
+        value: The description: numbers, text, None, lists, tuples, and
+            :class:`Items`, :class:`Name`, :class:`Call`, :class:`Outside`.
+        outside: All references to data outside, in the order of the file.
     """
 
     value: Any
     outside: List[Outside]
 
 
-#: Opcode -> the value that it pushes, made anew each time.
+#: Opcode -> function that makes the value to push.
 _CONSTANTS = {
     'NONE': lambda: None,
     'NEWTRUE': lambda: True,
@@ -86,7 +87,7 @@ _CONSTANTS = {
     'EMPTY_LIST': list,
     'EMPTY_DICT': Items,
 }
-#: Those that push their argument.
+#: Opcodes that push their argument.
 _LITERALS = frozenset(
     ('BININT', 'BININT1', 'BININT2', 'LONG1', 'BINFLOAT', 'BINUNICODE')
     + ('SHORT_BINSTRING', 'BINSTRING')
@@ -95,14 +96,14 @@ _TUPLES = {'TUPLE1': 1, 'TUPLE2': 2, 'TUPLE3': 3}
 
 
 def read_pickle(file: BinaryIO, limit: int) -> Pickled:
-    """Read one pickle from a file, which then stands behind it.
+    """Read one pickle from a file, and leave the file just behind it.
 
     Args:
-        file: Open for reading bytes.
-        limit: How many steps the pickle may take.
+        file: A file that is open for reading bytes.
+        limit: Largest number of opcodes.
 
     Raises:
-        DamagedPickle: If it is none, or longer than the limit.
+        DamagedPickle: If there is no whole pickle, or it exceeds the limit.
     """
     machine = _Machine()
     steps = 0
@@ -117,7 +118,7 @@ def read_pickle(file: BinaryIO, limit: int) -> Pickled:
     except DamagedPickle:
         raise
     except (ValueError, IndexError, KeyError) as error:
-        # Of pickletools, of a stack that is empty, of a memo that is not set.
+        # Raised by pickletools, by an empty stack, or by an unset memo.
         raise DamagedPickle(f'no whole pickle: {error}') from error
     raise DamagedPickle('no whole pickle')  # genops ends by STOP
 
@@ -158,12 +159,12 @@ class _Machine:
         elif name in ('REDUCE', 'NEWOBJ'):
             callee, arguments = self._pop(2)
             if type(callee) is not Name or type(arguments) is not tuple:
-                raise DamagedPickle('a call of what is no name')
+                raise DamagedPickle('a call of something that is no name')
             stack.append(Call(callee.text, arguments))
         elif name == 'BUILD':
             (state,) = self._pop(1)
             if type(stack[-1]) is not Call:
-                raise DamagedPickle('a state for what has none')
+                raise DamagedPickle('a state for a value that takes none')
             stack[-1].state = state
         elif name in ('SETITEM', 'SETITEMS'):
             pairs = self._pop(2) if name == 'SETITEM' else self._pop_marked()
@@ -173,7 +174,9 @@ class _Machine:
         elif name in ('APPEND', 'APPENDS'):
             values = self._pop(1) if name == 'APPEND' else self._pop_marked()
             if type(stack[-1]) is not list:
-                raise DamagedPickle('values for what is no list')
+                raise DamagedPickle(
+                    'values to append to something that is no list'
+                )
             stack[-1].extend(values)
         elif name != 'PROTO':
             raise DamagedPickle(f'opcode {name}')
@@ -184,10 +187,10 @@ class _Machine:
             return target.items
         if type(target) is Items:
             return target
-        raise DamagedPickle('items for what is no dict')
+        raise DamagedPickle('items to set in something that is no dict')
 
     def _pop(self, count: int) -> list:
-        # Values below the last mark belong to what it will end.
+        # Values below the last mark belong to the container around it.
         floor = self.marks[-1] if self.marks else 0
         if len(self.stack) - floor < count:
             raise DamagedPickle('a stack that is empty')

@@ -1,10 +1,11 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""Which weights a checkpoint holds: of one training, averaged, wrapped.
+"""Find the weights in a checkpoint: trained or averaged, without prefixes.
 
-mmengine's ``EMAHook`` writes the averaged weights under ``state_dict`` and
-those that are trained on under ``ema_state_dict``: it exchanges them while
-saving. timm writes the averaged ones under ``state_dict_ema``, torchvision's
-recipes under ``model_ema``. Model wrappers put a prefix before all names.
+mmengine's ``EMAHook`` exchanges two state dicts while saving: it writes the
+averaged weights under ``state_dict`` and the trained ones under
+``ema_state_dict``. timm writes the averaged weights under ``state_dict_ema``,
+torchvision's recipes under ``model_ema``. Model wrappers put a prefix before
+all names.
 """
 
 from __future__ import annotations
@@ -19,14 +20,15 @@ from mmdbb.files.values import Unread
 
 State = Dict[str, Tensor]
 
-#: Keys under which weights stand, the likeliest first.
+#: Keys under which weights stand, the most likely first.
 TRAINED = ('state_dict', 'model', 'model_state_dict')
 AVERAGED = ('state_dict_ema', 'model_ema', 'ema_state_dict')
-#: What mmengine's, and torch's, averaged models count their steps by.
+#: Entries in which averaged models count steps: mmengine's, torch's.
 COUNTERS = ('steps', 'n_averaged')
-#: Of ``DistributedDataParallel`` and averaged models; of ``torch.compile``.
+#: Prefixes of ``DistributedDataParallel`` and averaged models, and of
+#: ``torch.compile``.
 PREFIXES = ('module.', '_orig_mod.')
-#: Characters of one name in a message.
+#: Largest number of characters of a name in a message.
 LONGEST_SHOWN = 200
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -35,10 +37,10 @@ class Weights(NamedTuple):
     """The weights taken from a checkpoint.
 
     Attributes:
-        state: Names, without the prefixes of wrappers, to tensors.
-        key: Under which key they stood; empty for a bare state dict.
-        kind: ``averaged`` or ``trained`` where the file has both or says so;
-            else empty.
+        state: Names, without prefixes of wrappers -> tensors.
+        key: Key of the checkpoint under which they stood; empty for a bare
+            state dict.
+        kind: ``averaged`` or ``trained`` where the file tells; else empty.
     """
 
     state: State
@@ -53,13 +55,14 @@ class Weights(NamedTuple):
 def choose_weights(
     checkpoint: dict, path: str, ema: Optional[bool] = None
 ) -> Weights:
-    """Take a state dict out of what a file holds.
+    """Choose the state dict of a checkpoint.
 
     Args:
-        checkpoint: What the file holds: a state dict, or a dict with some.
+        checkpoint: Content of the file: a state dict, or a dict that holds
+            one or more.
         path: The file, for messages.
-        ema: True for the averaged weights, False for those that training
-            goes on with; None for the averaged ones if the file has any.
+        ema: True for the averaged weights, False for the weights that are
+            trained; None for the averaged ones if the file has any.
 
     Raises:
         UserError: If there are no weights, or none of the kind asked for.
@@ -70,7 +73,7 @@ def choose_weights(
     else:
         wanted = ['averaged' if ema else 'trained']
         if not ema and 'averaged' not in found:
-            # Nothing was averaged: the only ones are those.
+            # Nothing was averaged, so the only weights are the trained ones.
             wanted.append('')
     kind = next((kind for kind in wanted if kind in found), None)
     if kind is None:
@@ -96,7 +99,7 @@ def choose_weights(
 
 
 def _by_kind(checkpoint: dict) -> Dict[str, Tuple[str, Any]]:
-    """Kind -> key and state dict, for what the file holds."""
+    """Find all state dicts of a checkpoint: kind -> key and state dict."""
     states = {
         key: _state_of(checkpoint[key])
         for key in (*TRAINED, *AVERAGED)
@@ -128,7 +131,7 @@ def _by_kind(checkpoint: dict) -> Dict[str, Tuple[str, Any]]:
 
 
 def _state_of(value: Any) -> Any:
-    """The state dict of a network that was saved whole."""
+    """The state dict of a network that was saved whole; others stay."""
     return value.state_dict() if isinstance(value, nn.Module) else value
 
 
@@ -138,10 +141,10 @@ def _is_averaged(state: dict) -> bool:
 
 
 def without_prefixes(state: State) -> State:
-    """Leave out what wrappers put before the names, if it is before all.
+    """Remove the prefixes of model wrappers, where all names have them.
 
     Args:
-        state: Names to tensors. The counter of an averaged model goes too.
+        state: Names -> tensors. An averaged model's counter is removed too.
     """
     if _is_averaged(state):
         state = {k: v for k, v in state.items() if k not in COUNTERS}
@@ -164,17 +167,17 @@ def _all_start(names: List[Any], prefix: str, start: int = 0) -> bool:
 
 
 def check_values(state: dict, path: str, limit: float = float('inf')) -> None:
-    """Refuse what no network of the mm family has among its entries.
+    """Refuse entries that no network of OpenMMLab's packages has.
 
     Args:
-        state: What stands in the place of a state dict.
+        state: The state dict to check. Its keys and values may be anything.
         path: The file, for messages.
-        limit: How many numbers an entry may have.
+        limit: Largest number of values in one entry.
 
     Raises:
-        UserError: If an entry is no plain tensor, of a type in which nothing
-            is computed, has values that are not finite, or is a negative
-            variance.
+        UserError: If an entry is no plain tensor, has a dtype in which
+            networks do not compute, has values that are not finite, or is a
+            negative variance.
     """
     for name, value in state.items():
         if not isinstance(name, str):
@@ -193,7 +196,7 @@ def check_values(state: dict, path: str, limit: float = float('inf')) -> None:
                 f'{path} has entries that are {strange}: {some([name])}'
             )
     floating = {k: v for k, v in state.items() if v.is_floating_point()}
-    # A tensor may have many names, and is looked at once.
+    # A tensor may have several names; check it once.
     infinite = {
         key
         for key, value in _distinct(floating).items()
@@ -202,7 +205,8 @@ def check_values(state: dict, path: str, limit: float = float('inf')) -> None:
     bad = [
         name
         for name, value in floating.items()
-        # An observer that has seen nothing: from infinity to minus that.
+        # A quantizer's observer that has seen no values yet has the range from
+        # infinity to minus infinity.
         if '.activation_post_process.' not in name and id(value) in infinite
     ]
     if bad:
@@ -219,13 +223,13 @@ def check_values(state: dict, path: str, limit: float = float('inf')) -> None:
 
 
 def _distinct(state: State) -> Dict[int, Tensor]:
-    """The tensors of a state dict by identity, as long as it holds them."""
+    """All different tensors of a state dict, by their ``id``."""
     return {id(value): value for value in state.values()}
 
 
 def _all_finite(value: Tensor) -> bool:
-    # A sum is finite only if all of its terms are, and cheaper to ask; where
-    # it overflows, each number is asked.
+    # If the sum is finite, all terms are, and a sum is cheaper. Where it
+    # overflows, test each number.
     return bool(value.sum().isfinite() or value.isfinite().all())
 
 
@@ -245,14 +249,19 @@ def _strange(value: Union[Tensor, Unread], limit: float) -> str:
         value.is_floating_point() and value.dtype not in DTYPES
     ):
         return f'of type {dtype}'
-    # A few bytes can claim to be many numbers, by strides of zero.
+    # With strides of zero, a few bytes can claim to be many numbers.
     if value.numel() > limit:
         return f'larger than the file ({value.numel():.0e} numbers)'
     return ''
 
 
 def some(names: List[str], count: int = 3) -> str:
-    """The first names of a list, and how many more there are."""
+    """List the first names, and say how many more there are.
+
+    Args:
+        names: The names.
+        count: How many to list.
+    """
     text = ', '.join(map(shown, names[:count]))
     if len(names) > count:
         text += f' and {len(names) - count} more'
@@ -260,7 +269,10 @@ def some(names: List[str], count: int = 3) -> str:
 
 
 def shown(name: str) -> str:
-    """A name in a message: a damaged file has names of any characters."""
+    """Make a name fit for a message.
+
+    Names in a damaged file may be very long or have any characters.
+    """
     text = name if name.isprintable() else repr(name)
     if len(text) <= LONGEST_SHOWN:
         return text

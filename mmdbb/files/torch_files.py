@@ -1,11 +1,11 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""Files of ``torch.save``, read by mmdbb itself.
+"""Read files of ``torch.save`` without ``torch.load``.
 
-``torch.load`` neither looks at the checksums of such an archive nor bounds
-what a small file may claim, and before torch 2.6 it can be made to run code.
-Here every member is checked against its sum as it is read, the pickle is read
-as data (:mod:`mmdbb.files.pickled`), and what it says is made of a short
-list (:mod:`mmdbb.files.values`). The same on every torch.
+``torch.load`` does not compare the checksums in a file and does not bound how
+much memory a small file may claim. Before torch 2.6 a file can make it run
+code. This reader checks every member against its checksum, reads the pickle as
+data (:mod:`mmdbb.files.pickled`), and makes only values of a short list
+(:mod:`mmdbb.files.values`). It behaves the same with every torch.
 
 https://docs.pytorch.org/docs/stable/notes/serialization.html
 """
@@ -29,33 +29,34 @@ from mmdbb.files.values import (
     storage_dtype,
 )
 
-#: A file may become so many times its size in memory, and so much more.
+#: Memory that a file may take: this many times its size, plus this many bytes.
 UNPACKED_TIMES = 16
 UNPACKED_MORE = 64 << 20
-#: So many values, and one more for so many bytes.
+#: Values that a file may hold: this many, plus one for this many bytes of it.
 VALUES = 1 << 19
 BYTES_A_VALUE = 16
-#: Of the pickle.
+#: Opcodes that the pickle may have for each value.
 STEPS_A_VALUE = 4
 
-#: How the form before torch 1.6 begins: torch's magic number, pickled.
+#: A file in the format before torch 1.6 begins with this magic number and this
+#: version, both pickled.
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 _CHUNK = 1 << 20
 
 
 def read_torch(path: str) -> Any:
-    """Read what ``torch.save`` wrote, as data.
+    """Read a file that ``torch.save`` wrote.
 
     Args:
-        path: Of a regular file.
+        path: The file, which must be a regular one.
 
     Returns:
-        What was saved, its tensors on the CPU.
+        The saved object, with its tensors on the CPU.
 
     Raises:
         NotAllowed: If the file holds more than data.
-        Exception: Of whatever kind, if it is damaged.
+        Exception: Any error, if the file is damaged.
     """
     with open(path, 'rb') as file:
         size = file.seek(0, io.SEEK_END)
@@ -75,7 +76,7 @@ def _limits(size: int) -> Budget:
     )
 
 
-# The archive, from torch 1.6 on
+# The zip archive, from torch 1.6 on
 
 
 def _read_archive(archive: zipfile.ZipFile, limits: Budget) -> Any:
@@ -87,7 +88,7 @@ def _read_archive(archive: zipfile.ZipFile, limits: Budget) -> Any:
     )
     order = members.pop('byteorder', None)
     if order and _content(archive, order) != sys.byteorder.encode():
-        raise DamagedValue('numbers in another order of bytes')
+        raise DamagedValue('numbers in another byte order')
     storages: Dict[str, Tensor] = {}
 
     def storage(dtype: torch.dtype, key: str, count: int) -> Tensor:
@@ -98,7 +99,7 @@ def _read_archive(archive: zipfile.ZipFile, limits: Budget) -> Any:
         return _as_claimed(storages[key], dtype, count)
 
     value = Values(storage, limits).make(said.value)
-    # What nothing refers to is looked at too.
+    # Check the sums of members that the pickle does not refer to, too.
     for member in members.values():
         _content(archive, member)
     return value
@@ -107,7 +108,12 @@ def _read_archive(archive: zipfile.ZipFile, limits: Budget) -> Any:
 def _members(
     archive: zipfile.ZipFile, size: int
 ) -> Dict[str, zipfile.ZipInfo]:
-    """The members by their names within the archive's one folder."""
+    """The archive's members, by their names inside its one folder.
+
+    Args:
+        archive: The archive.
+        size: Largest number of bytes that it may unpack to.
+    """
     infos = archive.infolist()
     names = [info.filename for info in infos]
     if len(set(names)) < len(names):
@@ -119,7 +125,7 @@ def _members(
         )
     roots = [n for n in names if n.count('/') == 1 and n.endswith('/data.pkl')]
     if len(roots) != 1:
-        raise DamagedValue('an archive of something else')
+        raise DamagedValue('an archive that torch.save did not write')
     start = roots[0][: -len('data.pkl')]
     members = {
         info.filename[len(start) :]: info
@@ -132,7 +138,10 @@ def _members(
 
 
 def _allow_no_sums(archive: zipfile.ZipFile) -> None:
-    """Read what ``set_crc32_options(False)`` left without any sum."""
+    """Accept an archive without checksums, with a warning.
+
+    ``torch.serialization.set_crc32_options(False)`` leaves all of them zero.
+    """
     infos = archive.infolist()
     if any(info.CRC for info in infos):
         return
@@ -142,13 +151,13 @@ def _allow_no_sums(archive: zipfile.ZipFile) -> None:
         stacklevel=2,
     )
     for info in infos:
-        del info.CRC  # zipfile compares it if there is one
+        del info.CRC  # or zipfile would compare it
 
 
 def _content(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytearray:
-    """All bytes of a member; zipfile compares their sum at the end."""
+    """Read all bytes of a member; zipfile compares the sum at the end."""
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise DamagedValue('a member that is packed in another way')
+        raise DamagedValue('a member that is compressed in an unknown way')
     content = bytearray(info.file_size)
     with archive.open(info) as member:
         _fill(member, content)
@@ -157,7 +166,7 @@ def _content(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytearray:
     return content
 
 
-# The form before
+# The format before torch 1.6
 
 
 def _read_legacy(file: BinaryIO, size: int, limits: Budget) -> Any:
@@ -170,12 +179,13 @@ def _read_legacy(file: BinaryIO, size: int, limits: Budget) -> Any:
         raise DamagedPickle('no pickle of tensors')
     system = dict(_pairs(read_pickle(file, 99).value))
     if system.get('little_endian') is not (sys.byteorder == 'little'):
-        raise DamagedValue('numbers in another order of bytes')
+        raise DamagedValue('numbers in another byte order')
     said = read_pickle(file, steps)
     keys = read_pickle(file, steps).value
     dtypes = {}
     for outside in said.outside:
-        # Then come the device, the count, and views of torch before 0.4.
+        # A word, the type, the key, the device, the number of values; then a
+        # view, in files of torch before 0.4.
         _, kind, key, _, count, *view = outside.key
         if view != [None]:
             raise DamagedValue('a storage that is a view')
@@ -190,7 +200,7 @@ def _read_legacy(file: BinaryIO, size: int, limits: Budget) -> Any:
         places[key] = (place, length)
         file.seek(length, io.SEEK_CUR)
     if file.tell() != size:
-        raise DamagedValue('something behind its end')
+        raise DamagedValue('more bytes after its end')
     storages: Dict[str, Tensor] = {}
 
     def storage(dtype: torch.dtype, key: str, count: int) -> Tensor:
@@ -211,7 +221,7 @@ def _pairs(said: Any) -> Items:
     return said
 
 
-# Both
+# Both formats
 
 
 def _fill(file: BinaryIO, content: bytearray) -> None:
@@ -228,7 +238,7 @@ def _numbers(content: bytearray, dtype: torch.dtype) -> Tensor:
     if not content:
         return torch.empty(0, dtype=dtype)
     if dtype is torch.bool:
-        # Another byte than 0 and 1 would be neither.
+        # A byte other than 0 and 1 would be neither True nor False.
         return torch.frombuffer(content, dtype=torch.uint8) != 0
     return torch.frombuffer(content, dtype=dtype)
 

@@ -1,11 +1,11 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""What a checkpoint may hold, made of what its pickle says.
+"""Make the values of a checkpoint from the descriptions in its pickle.
 
-The list below is all that is ever made: tensors, numbers and their arrays,
-containers, mmengine's ``HistoryBuffer`` with its own four statistics, and the
-two functions that its ``OneCycleLR`` keeps.
-Each entry checks the form in which torch, numpy and mmengine pickle such a
-value; whatever else is asked for is refused by its name.
+Only these are ever made: tensors, numbers and arrays of numbers, containers,
+mmengine's ``HistoryBuffer`` with its own four statistics, and the two
+functions that its ``OneCycleLR`` keeps. Each maker checks that the description
+has the form in which torch, numpy or mmengine pickle such a value. Anything
+else is refused, and the error names it.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from torch import Tensor
 from mmdbb.files.pickled import Call, Items, Name, Outside
 from mmdbb.ports import PORTS
 
-#: What HistoryBuffer registers for itself.
+#: Statistics that HistoryBuffer registers by itself.
 STATISTICS = ('min', 'max', 'current', 'mean')
-#: Names of torch's storages -> the type of their numbers.
+#: Name of a storage class of torch -> dtype of its numbers.
 STORAGES = {
     'DoubleStorage': torch.float64,
     'FloatStorage': torch.float32,
@@ -37,15 +37,15 @@ STORAGES = {
     'BoolStorage': torch.bool,
     'ComplexDoubleStorage': torch.complex128,
     'ComplexFloatStorage': torch.complex64,
-    # The whole numbers of quantized tensors, which are not made.
+    # Storages of quantized tensors, which are read but not made into tensors.
     'QInt32Storage': torch.int32,
     'QInt8Storage': torch.int8,
     'QUInt8Storage': torch.uint8,
     'QUInt4x2Storage': torch.uint8,
     'QUInt2x4Storage': torch.uint8,
 }
-#: The types of numbers that a tensor may be of. Others are parts of bytes or
-#: stand for numbers that are not there, and few operations take them.
+#: Dtypes that a tensor may have. Others pack several numbers into a byte, or
+#: stand for numbers that are stored elsewhere, and few operations take them.
 DTYPES = {
     getattr(torch, name)
     for name in (
@@ -53,13 +53,13 @@ DTYPES = {
         'float8_e5m2 float8_e5m2fnuz float8_e8m0fnu complex128 complex64 '
         'complex32 int64 int32 int16 int8 uint64 uint32 uint16 uint8 bool'
     ).split()
-    if hasattr(torch, name)  # by the torch that is installed
+    if hasattr(torch, name)  # an older torch lacks some
 }
-#: numpy's codes of plain numbers, without the order of their bytes.
+#: numpy's codes of plain numbers, without the byte order.
 NUMBERS = ('f2 f4 f8 i1 i2 i4 i8 u1 u2 u4 u8 b1').split()
 _HISTORY_BUFFER = 'mmengine.logging.history_buffer.HistoryBuffer'
-#: Whose functions stand in a checkpoint, and which: statistics, and what
-#: OneCycleLR anneals by, of which each scheduler keeps one.
+#: Class -> names of its functions that may stand in a checkpoint: statistics
+#: of a HistoryBuffer, and the annealing function that each OneCycleLR keeps.
 _FUNCTIONS = {
     _HISTORY_BUFFER: STATISTICS,
     'mmengine.optim.scheduler.param_scheduler.OneCycleParamScheduler': (
@@ -67,14 +67,15 @@ _FUNCTIONS = {
         '_annealing_linear',
     ),
 }
-#: How many keys of a file may be whole numbers of more than 64 bits, and
-#: tuples; and how long these.
+#: Largest number of keys in a file that are integers of more than 64 bits, and
+#: that are tuples; and the greatest length of such a tuple. A file could
+#: choose these keys so that all have one hash, which makes dicts very slow.
 ODD_KEYS = {int: 512, tuple: 4096}
 LONGEST_KEY = 8
-#: How deep containers may stand in each other.
+#: Greatest depth to which containers may be nested.
 DEPTH = 64
 _SIZE = 2**63
-#: What another Python or numpy calls by another name.
+#: Start of a name in another version of Python or numpy -> start of it here.
 _RENAMED = {
     '__builtin__.': 'builtins.',
     'numpy.core.': 'numpy._core.',
@@ -82,12 +83,12 @@ _RENAMED = {
 
 
 class History(NamedTuple):
-    """mmengine's history of a logged value, where mmengine is missing.
+    """Stands for mmengine's ``HistoryBuffer`` if mmengine is missing.
 
     Attributes:
-        max_length: How many values it keeps at most.
-        values: Shape (n,).
-        counts: How many samples each value is the mean of, shape (n,).
+        max_length: Largest number of values that it keeps.
+        values: The logged values, shape (n,).
+        counts: Number of samples of which each value is the mean, shape (n,).
     """
 
     max_length: int
@@ -96,11 +97,11 @@ class History(NamedTuple):
 
 
 class Function(NamedTuple):
-    """A function of mmengine's, where mmengine is missing.
+    """Stands for a function of mmengine if mmengine is missing.
 
     Attributes:
-        owner: Full name of the class that has it.
-        name: Its name there.
+        owner: Full name of the class that defines it.
+        name: Name of the function.
     """
 
     owner: str
@@ -108,29 +109,29 @@ class Function(NamedTuple):
 
 
 class NotAllowed(ValueError):
-    """The file asks for something that is not in the list."""
+    """The file asks for a function or class that is not in the list."""
 
 
 class DamagedValue(ValueError):
-    """The file describes a value that cannot be."""
+    """The file describes a value that cannot exist."""
 
 
 class Unread(NamedTuple):
-    """In the place of a tensor that no network of the mm family has.
+    """Stands for a tensor of a kind that is not read, such as a sparse one.
 
     Attributes:
-        what: Which kind.
+        what: The kind, for messages.
     """
 
     what: str
 
 
 class Budget:
-    """How much a file may become in memory.
+    """Bounds how much memory the values of a file may take.
 
     Args:
-        values: How many numbers, texts and containers.
-        size: How many bytes of tensors, arrays and bytes.
+        values: Largest number of values: numbers, texts and containers.
+        size: Largest number of bytes in tensors, arrays and byte strings.
     """
 
     def __init__(self, values: int, size: int) -> None:
@@ -138,10 +139,13 @@ class Budget:
         self.size = self.allowed = size
 
     def take(self, size: int) -> None:
-        """Take a value of so many bytes.
+        """Count one more value.
+
+        Args:
+            size: Its bytes.
 
         Raises:
-            DamagedValue: If it is too much.
+            DamagedValue: If the budget is exceeded.
         """
         self.values -= 1
         self.size -= size
@@ -150,12 +154,12 @@ class Budget:
 
 
 class Values:
-    """Makes values of what a pickle says.
+    """Makes values from the descriptions in a pickle.
 
     Args:
-        storage: From what a pickle says of a storage (its type, its key, how
-            many numbers) to these numbers, a tensor of one dimension.
-        budget: What may be made.
+        storage: Reads a storage, given its dtype, its key in the file and its
+            number of values; returns a tensor of one dimension.
+        budget: Bounds the memory that values may take.
     """
 
     def __init__(
@@ -166,17 +170,21 @@ class Values:
         self._storage = storage
         self._budget = budget
         self._depth = 0
-        #: By identity: entries that are one tensor stay one. The call is
-        #: held, for as soon as it is gone another may have its identity.
+        #: Tensors by the ``id`` of their call, so that entries which share a
+        #: tensor share it again. The call is kept too, or another object
+        #: could get its id.
         self._tensors: Dict[int, Tuple[Call, Tensor]] = {}
         self._keys = dict(ODD_KEYS)
 
     def make(self, said: Any) -> Any:
-        """The value of a description.
+        """Make the value that a description stands for.
+
+        Args:
+            said: The description, see :class:`Pickled`.
 
         Raises:
-            NotAllowed: If it is of a type that is not in the list.
-            DamagedValue: If it cannot be, or is too much.
+            NotAllowed: If it asks for anything that is not in the list.
+            DamagedValue: If the value cannot exist, or exceeds the budget.
         """
         if self._depth > DEPTH:
             raise DamagedValue(
@@ -219,7 +227,7 @@ class Values:
             and len(key) <= LONGEST_KEY
             and all(type(k) is int or _is_spread(k) for k in key)
         )
-        # These could be chosen so that all fall in one place.
+        # Such keys could all have the same hash; see ODD_KEYS.
         if plain and self._keys[kind]:
             self._keys[kind] -= 1
             return key
@@ -234,7 +242,7 @@ class Values:
             raise NotAllowed(call.name)
         if id(call) in self._tensors:
             made = self._tensors[id(call)][1]
-            # Whoever looks at all entries looks at it as often.
+            # It counts each time, because checks look at each entry.
             self._budget.take(made.numel() * made.element_size())
             return made
         try:
@@ -256,7 +264,7 @@ class Values:
         made = self._dict(pairs, OrderedDict)
         state = call.state
         if type(state) is Items:
-            # The versions of layers, by which torch knows old entries.
+            # Versions of layers, by which torch recognises old entries.
             versions = self._dict(state).get('_metadata')
             if isinstance(versions, dict):
                 made._metadata = {
@@ -282,7 +290,7 @@ class Values:
         self._budget.take(len(text))
         return text.encode('latin1')
 
-    def _bytes(self, call: Call) -> bytes:  # none; others are encoded
+    def _bytes(self, call: Call) -> bytes:  # empty; see _encoded for others
         return b''
 
     def _bytearray(self, call: Call, *content: Any) -> bytearray:
@@ -298,7 +306,7 @@ class Values:
     def _device(
         self, call: Call, kind: Any, index: Any = None
     ) -> torch.device:
-        # Named only: nothing is put on a device while reading.
+        # Only the name of a device: reading puts nothing on it.
         where = '' if index is None else f':{_of(int, index)}'
         return torch.device(f'{_of(str, kind)}{where}')
 
@@ -322,7 +330,7 @@ class Values:
         *rest: Any,
     ) -> Union[Tensor, Unread]:
         flat = self._outside(_of(Outside, said))
-        # Of what follows only the last changes numbers.
+        # Of the other arguments only the last one changes values.
         return self._flagged(
             self._strided(flat, offset, size, stride), *rest[2:]
         )
@@ -352,7 +360,7 @@ class Values:
     def _flagged(
         self, value: Union[Tensor, Unread], flags: Any = None, *rest: Any
     ) -> Union[Tensor, Unread]:
-        """Views that are read as conjugated or negated, as such numbers."""
+        """Conjugate or negate a tensor that was saved as such a view."""
         if rest or flags is None or isinstance(value, Unread):
             if rest:
                 raise DamagedValue('a tensor of another form')
@@ -381,8 +389,8 @@ class Values:
         last = start + sum((n - 1) * step for n, step in zip(size, stride))
         if count and last >= flat.numel():
             raise DamagedValue('a tensor that is larger than its storage')
-        # Few bytes can claim to be many numbers, by strides of zero, which
-        # take memory only when they are computed with.
+        # With strides of zero, few bytes can claim to be many numbers. They
+        # take memory once something computes with them.
         if count * flat.element_size() > self._budget.allowed:
             return Unread(f'larger than the file ({count:.0e} numbers)')
         self._budget.take(count * flat.element_size())
@@ -403,15 +411,15 @@ class Values:
     def _of_type(
         self, call: Call, function: Any, kind: Any, arguments: Any, state: Any
     ) -> Any:
-        """A tensor with attributes, which are left out."""
+        """Make a tensor that has attributes; the attributes are left out."""
         if _of(Name, kind).text not in _TENSORS:
             raise NotAllowed(kind.text)
         name = _of(Name, function).text
         rebuild = _REBUILDERS.get(_common(name))
         if rebuild is None:
             raise NotAllowed(name)
-        # Not by a call of its own: what is made is known by the identity of
-        # its call, which another would have once this one is gone.
+        # With this same call: tensors are kept by the id of their call, and a
+        # new call, once it is gone, would leave its id to another one.
         return rebuild(self, call, *_of(tuple, arguments))
 
     # numpy
@@ -487,7 +495,7 @@ class Values:
 
 
 def _function_of(owner: str, name: str) -> Union[Function, Callable]:
-    """A host's function, or what stands for it."""
+    """Return a function of mmengine, or a :class:`Function` in its place."""
     kind = PORTS.classes.get(owner)
     return Function(owner, name) if kind is None else getattr(kind, name)
 
@@ -497,7 +505,8 @@ _REBUILDERS = {
     'torch._utils._rebuild_tensor_v2': Values._tensor,
     'torch._utils._rebuild_tensor_v3': Values._tensor_3,
 }
-#: All that may be called, and what is made of it.
+#: Full name in a pickle -> method that makes the value. No other name may be
+#: called.
 _MAKERS: Dict[str, Callable] = {
     **_REBUILDERS,
     'torch._utils._rebuild_parameter': Values._parameter,
@@ -519,7 +528,8 @@ _MAKERS: Dict[str, Callable] = {
     'builtins.getattr': Values._function,
 }
 _TENSORS = ('torch.Tensor', 'torch.nn.parameter.Parameter')
-#: Tensors that are not read, and what to call them.
+#: Full name in a pickle, for kinds of tensors that are not read -> function
+#: that makes their :class:`Unread`.
 _UNREAD: Dict[str, Callable[[Call], Unread]] = {
     'torch._utils._rebuild_qtensor': lambda call: Unread(_quantized(call)),
     'torch._utils._rebuild_sparse_tensor': lambda call: Unread('sparse'),
@@ -531,10 +541,13 @@ _UNREAD: Dict[str, Callable[[Call], Unread]] = {
 
 
 def storage_dtype(said: Any) -> torch.dtype:
-    """The type of the numbers of a storage, by its name in a pickle.
+    """The dtype of a storage's numbers.
+
+    Args:
+        said: The storage's class, as a pickle names it.
 
     Raises:
-        NotAllowed: If it is not of numbers that are read.
+        NotAllowed: If it is no storage class that is known.
     """
     name = _of(Name, said).text
     if name == 'torch.storage.UntypedStorage':
@@ -546,7 +559,7 @@ def storage_dtype(said: Any) -> torch.dtype:
 
 
 def _is_spread(key: Any) -> bool:
-    """Whether few of such keys can be made to fall in one place."""
+    """Whether a file cannot choose many keys of this kind with one hash."""
     if type(key) is int:
         return -_SIZE <= key < _SIZE
     return type(key) in (str, bytes, float, bool, type(None))
@@ -560,7 +573,7 @@ def _common(name: str) -> str:
 
 
 def _named(said: Name) -> Any:
-    """What is named without being called: a type of numbers, a layout."""
+    """The value of a name that is not called: a dtype or a memory layout."""
     try:
         return _dtype(said)
     except NotAllowed:
@@ -594,12 +607,15 @@ def _sizes(said: Any) -> tuple:
         or not all(type(n) is int and 0 <= n < _SIZE for n in said)
         or math.prod(n for n in said if n) >= _SIZE
     ):
-        raise DamagedValue('sizes that are none')
+        raise DamagedValue('a shape that is none')
     return said
 
 
 def _of(kind: type, value: Any) -> Any:
-    """The value, if it is of that very type (or a tensor)."""
+    """Return a value if its type is exactly ``kind``, or raise.
+
+    Only tensors may be of a subclass, such as ``Parameter``.
+    """
     if type(value) is kind or (kind is Tensor and isinstance(value, Tensor)):
         return value
     raise DamagedValue(f'{_short(value)} in the place of a {kind.__name__}')

@@ -1,10 +1,11 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""Kernels composed from parameters at every forward pass.
+"""Composed kernels: computed from parameters in every forward pass.
 
 Hu et al., "Online Convolutional Re-parameterization" (OREPA), CVPR 2022, sec.
-3.2 and 3.3 (https://arxiv.org/abs/2204.00826). The branches of a block have a
-scale each in place of a norm, so that they add up before they meet an image.
-Three forms, by the size of the kernel, as in the paper's code.
+3.2 and 3.3 (https://arxiv.org/abs/2204.00826). Each branch has a scale in
+place of a norm. A scale does not depend on the images, so the branches can be
+added up before the convolution. As in the paper's code there are three forms:
+for 1x1 kernels, for large kernels, and for all others.
 """
 
 from .base import ComposedKernel

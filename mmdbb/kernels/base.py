@@ -1,5 +1,5 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""What composes a kernel at every forward pass."""
+"""The base class of composed kernels."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from mmdbb.recompute import again, is_transformed, without_autocast
 
 
 class ComposedKernel(nn.Module):
-    """Base: calling it composes the kernel, (out, in / groups, kH, kW).
+    """Base of all composed kernels. Calling one composes its kernel.
 
     Args:
         spec: Geometry of the convolution.
     """
 
-    # Whether composing computes more than it is worth to keep.
+    # Whether the backward pass composes again, which saves the memory of the
+    # intermediate results.
     _composes_again = True
 
     def __init__(self, spec: ConvSpec) -> None:
@@ -26,12 +27,15 @@ class ComposedKernel(nn.Module):
         self.spec = spec
 
     def forward(self) -> Tensor:
-        """The kernel, differentiable, in the parameters' own precision.
+        """Compose the kernel, in the precision of the parameters.
 
-        What composing computes on the way is computed again in the backward
-        pass; the parameters alone are kept.
+        Autograd keeps the parameters only; the backward pass computes
+        intermediate results again.
+
+        Returns:
+            Tensor: Shape (out, in / groups, kH, kW), differentiable.
         """
-        # Under autocast only the convolution that reads it is in half.
+        # Under autocast only the convolution with this kernel runs in half.
         with without_autocast(next(tensors_of(self)).device):
             if (
                 is_transformed()
@@ -42,14 +46,14 @@ class ComposedKernel(nn.Module):
             return again(lambda kernel: kernel.compose(), module=self)
 
     def compose(self) -> Tensor:
-        """The kernel."""
+        """Compose the kernel, (out, in / groups, kH, kW)."""
         raise NotImplementedError
 
     def forward_branches(self, x: Tensor) -> Tensor:
-        """The branches' own convolutions on images, summed: a reference.
+        """Run each branch's own convolutions on images, and sum the outputs.
 
-        It computes what one convolution with :meth:`compose`'s kernel does,
-        in another way, for tests and for verification.
+        The result equals one convolution with the composed kernel, but no
+        kernel is composed. Tests and verification compare the two.
 
         Args:
             x: Images of shape (N, in, H, W).
@@ -61,12 +65,12 @@ class ComposedKernel(nn.Module):
 
     @torch.no_grad()
     def init_gamma(self, value: float) -> None:
-        """Set all scales of the branches."""
+        """Set the scales of all branches to one value."""
         self.scale.fill_(value)
 
     @torch.no_grad()
     def single_init(self) -> None:
-        """Start as the original kernel alone: scales 1, 0, 0, ..."""
+        """Give the original kernel scale 1, and all other branches 0."""
         self.init_gamma(0.0)
         self.scale[0].fill_(1.0)
 
@@ -77,7 +81,11 @@ class ComposedKernel(nn.Module):
 
 
 def check_internal_channels(internal_channels: int, spec: ConvSpec) -> None:
-    """Check the width between a 1x1 and a KxK kernel.
+    """Check the number of channels between a 1x1 and a KxK kernel.
+
+    Args:
+        internal_channels: The number to check.
+        spec: Geometry of the convolution.
 
     Raises:
         ValueError: If it is not a positive multiple of the groups.

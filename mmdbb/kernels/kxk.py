@@ -24,19 +24,23 @@ SEPARABLE_EXPANSION = 8
 
 
 class KxKKernel(ComposedKernel):
-    """Six branches: the form for kernels below 7x7.
+    """Six branches: the form for kernels that are neither 1x1 nor a stack.
 
-    Their scales, rows of ``scale``: the original kernel; average pooling
-    behind a 1x1; the frequency prior behind a 1x1; a 1x1 followed by a KxK;
-    a 1x1; a depthwise separable convolution.
+    The rows of ``scale`` belong to the branches in this order: the original
+    kernel; a 1x1 followed by average pooling; a 1x1 followed by the frequency
+    prior; a 1x1 followed by a KxK; a 1x1; a depthwise separable convolution.
 
     Args:
         spec: Geometry of the convolution.
-        internal_channels: Width between the 1x1 and the KxK; by default that
-            of the input, and twice that with more than four groups.
-        with_1x1: Whether there is a 1x1. RepVGG's block has one of its own.
-        weight_init: Factor on the start values of the kernels.
-        scale_init: Factor on those of the scales, squared.
+        internal_channels: Channels between the 1x1 and the KxK. By default
+            as many as the input has; twice as many with more than four
+            groups.
+        with_1x1: Whether to have the branch of a single 1x1. RepVGG's block
+            does without, because it has a 1x1 branch of its own.
+        weight_init: Factor by which the start values of the kernels are
+            multiplied.
+        scale_init: Square of the factor by which the start values of the
+            scales are multiplied.
 
     Raises:
         ValueError: If ``internal_channels`` is not a positive multiple of the
@@ -66,7 +70,7 @@ class KxKKernel(ComposedKernel):
         self.pointwise = None
         if with_1x1:
             self.pointwise = self._kernel(out, inside, 1, 1, a=a)
-        # A distance from the identity, as in DBB's branch of this name.
+        # The kernel is the identity plus inner1, as in DBB's 1x1_kxk branch.
         self.inner1 = nn.Parameter(
             torch.zeros(internal_channels, inside, 1, 1)
         )
@@ -85,8 +89,8 @@ class KxKKernel(ComposedKernel):
             * math.sqrt(scale_init)
         )
         self._scale_kernels(weight_init)
-        # Constants, and in the state dict because the papers' files have
-        # them: a file's prior may be one that this code would not make.
+        # Constants. They are buffers because the paper's checkpoints hold
+        # them, and a prior in a file may differ from the one made here.
         self.register_buffer(
             'avg_pattern', torch.full(size, 1 / (size[0] * size[1]))
         )
@@ -106,13 +110,13 @@ class KxKKernel(ComposedKernel):
                 kernel.mul_(math.sqrt(factor) if both else factor)
 
     def compose(self) -> Tensor:
-        """The kernel, (out, in / groups, kH, kW)."""
+        """Compose the kernel, (out, in / groups, kH, kW)."""
         spec = self.spec
         out, inside, *size = spec.kernel_shape
         origin, avg, prior, inner, *pointwise, separable = (
             row.reshape(-1, 1, 1, 1) for row in self.scale
         )
-        # As the rows of the depthwise separable branch stand, see there.
+        # In the order of the 1x1's rows, for which see compose_separable.
         separable = separable.reshape(spec.groups, -1).t().reshape(-1, 1, 1, 1)
         kernel = compose_1x1_kxk(
             self.inner1 + self.identity, self.inner2 * inner, spec.groups
@@ -176,7 +180,7 @@ class KxKKernel(ComposedKernel):
         wide = F.conv2d(
             padded, self.depthwise, groups=spec.in_channels, **moves
         )
-        # See compose_separable for the order of these rows.
+        # From the order of compose_separable to that of a grouped convolution.
         rows = self.separable.unflatten(0, (-1, groups)).transpose(0, 1)
         outputs.append(F.conv2d(wide, rows.flatten(0, 1), groups=groups))
         scales = self.scale.reshape(len(outputs), 1, -1, 1, 1)

@@ -1,5 +1,5 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""OREPA's form for 1x1 kernels: two branches (CVPR 2022, the code)."""
+"""OREPA's kernel of two branches for 1x1 (CVPR 2022, the paper's code)."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from mmdbb.transforms import compose_1x1_kxk, identity_kernel
 class PointwiseKernel(ComposedKernel):
     """Two branches: the form for 1x1 kernels.
 
-    Their scales, rows of ``scale``: the original kernel; two 1x1 kernels in
-    sequence, of which the smaller starts as the identity.
+    The rows of ``scale`` belong to: the original kernel; two 1x1 kernels in
+    sequence, of which the smaller one starts as the identity.
 
     Args:
         spec: Geometry of the convolution.
@@ -44,7 +44,7 @@ class PointwiseKernel(ComposedKernel):
         )
 
     def compose(self) -> Tensor:
-        """The kernel, (out, in / groups, 1, 1)."""
+        """Compose the kernel, (out, in / groups, 1, 1)."""
         origin, inner = (row.reshape(-1, 1, 1, 1) for row in self.scale)
         kernel = compose_1x1_kxk(
             self.inner1, self.inner2 * inner, self.spec.groups

@@ -19,25 +19,27 @@ from mmdbb.transforms import compose_stack
 
 
 class StackedKernel(ComposedKernel):
-    """A stack of 3x3 kernels: the form for square kernels from 7x7 on.
+    """A stack of 3x3 kernels: the form for odd square kernels from 7x7 on.
 
     Args:
-        spec: Geometry of the convolution; the kernel is square and odd.
-        generated: Whether the 3x3 kernels are :class:`KxKKernel`, or plain
-            parameters (``OREPA_LargeConvBase`` of the paper's code).
-        flip: Whether the result is the kernel of the stacked convolutions.
-            The paper's code does not flip the kernels as that would need;
-            its checkpoints ask for False.
+        spec: Geometry of the convolution. The kernel must be square, with an
+            odd side of at least 5 taps.
+        composed: Whether the 3x3 kernels are composed too, each a
+            :class:`KxKKernel`. With False each is a parameter, as in
+            ``OREPA_LargeConvBase`` of the paper's code.
+        flip: Whether to flip the kernels when composing, which makes the
+            composed kernel equal the stack of convolutions. The paper's code
+            does not flip, so its checkpoints need False.
 
     Raises:
         TypeError: If ``flip`` is not a bool.
-        ValueError: If the kernel is no stack of 3x3 kernels.
+        ValueError: If the kernel cannot be a stack of 3x3 kernels.
     """
 
-    _composes_again = False  # its layers do
+    _composes_again = False  # each layer does so by itself
 
     def __init__(
-        self, spec: ConvSpec, generated: bool = True, flip: bool = False
+        self, spec: ConvSpec, composed: bool = True, flip: bool = False
     ) -> None:
         super().__init__(spec)
         check_flip(flip)
@@ -54,19 +56,23 @@ class StackedKernel(ComposedKernel):
                 inside, spec.out_channels, 3, padding=1, groups=spec.groups
             )
             layer_list.append(
-                KxKKernel(layer) if generated else PlainKernel(layer)
+                KxKKernel(layer) if composed else PlainKernel(layer)
             )
             inside = spec.out_channels
         self.layers = nn.ModuleList(layer_list)
 
     @staticmethod
     def serves(kernel_size: Tuple[int, int]) -> bool:
-        """Whether a kernel of this size is a stack of 3x3 kernels."""
+        """Whether a stack of 3x3 kernels has this size.
+
+        Args:
+            kernel_size: Height and width in taps.
+        """
         height, width = kernel_size
         return height == width and height % 2 == 1 and height >= 5
 
     def compose(self) -> Tensor:
-        """The kernel, (out, in / groups, k, k)."""
+        """Compose the kernel, (out, in / groups, k, k)."""
         first, *others = (layer() for layer in self.layers)
         kernel = first
         for other in others:
@@ -94,18 +100,18 @@ class StackedKernel(ComposedKernel):
         return x
 
     def init_gamma(self, value: float) -> None:
-        """Set all scales of all layers' branches."""
+        """Set the scales of all branches, in all layers, to one value."""
         for layer in self.layers:
             layer.init_gamma(value)
 
     def single_init(self) -> None:
-        """Start as the stack of the original kernels."""
+        """In each layer, give the original kernel scale 1 and others 0."""
         for layer in self.layers:
             layer.single_init()
 
 
 class PlainKernel(ComposedKernel):
-    """A kernel that is a parameter.
+    """A layer of a stack whose kernel is a parameter, not composed.
 
     Args:
         spec: Geometry of the convolution.
@@ -118,14 +124,14 @@ class PlainKernel(ComposedKernel):
         self.weight = self._kernel(*spec.kernel_shape, a=math.sqrt(5))
 
     def compose(self) -> Tensor:
-        """The kernel, (out, in / groups, kH, kW)."""
+        """Return the parameter, (out, in / groups, kH, kW)."""
         return self.weight
 
     def init_gamma(self, value: float) -> None:
-        """Nothing: there are no scales."""
+        """Do nothing: a plain kernel has no scales."""
 
     def single_init(self) -> None:
-        """Nothing: it is the original kernel alone."""
+        """Do nothing: there is no branch but the original kernel."""
 
 
 def check_flip(flip: bool) -> None:

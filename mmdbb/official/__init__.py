@@ -1,5 +1,5 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""The papers' own classes, by their names and with their arguments."""
+"""The papers' classes, with the names and arguments of the papers' code."""
 
 from .blocks import ACBlock, DiverseBranchBlock, RepVGGBlock
 from .orepa import (

@@ -1,9 +1,9 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""The blocks under the names and with the arguments of the papers' code.
+"""DBB, ACB and RepVGG with the names and arguments of the papers' code.
 
-For models in plain PyTorch that were written against the papers' repositories
-(DiverseBranchBlock, ACNet, RepVGG): change the import, keep the rest. State
-dicts of the originals load as they are.
+They serve models in plain PyTorch that were written for the papers'
+repositories (DiverseBranchBlock, ACNet, RepVGG): change the import and keep
+the rest. State dicts of the original classes load as they are.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from mmdbb.transforms import KernelBias
 
 
 class OfficialBlock(nn.Module):
-    """A block, then a nonlinearity, as the papers' code combines them.
+    """Base: a block and the nonlinearity behind it, as in the papers' code.
 
     Args:
         block: The block.
-        nonlinear: What follows it; nothing if None.
+        nonlinear: Module that follows the block; nothing if None.
     """
 
     #: Start of a name in the paper's code -> start of the name here.
@@ -37,7 +37,8 @@ class OfficialBlock(nn.Module):
         self, block: ReparamConv2d, nonlinear: Optional[nn.Module] = None
     ) -> None:
         super().__init__()
-        # Built merged or merged later, the entries have the same names.
+        # So that entries of a merged block have the same names, whether it
+        # was built merged or merged later.
         self.block = block.reparam_conv if block.deploy else block
         self.nonlinear = nn.Identity() if nonlinear is None else nonlinear
 
@@ -47,22 +48,25 @@ class OfficialBlock(nn.Module):
         return getattr(self.block, 'deploy', True)
 
     def forward(self, x: Tensor) -> Tensor:
-        """From (N, in, H, W) to (N, out, H', W')."""
+        """Run block and nonlinearity: (N, in, H, W) to (N, out, H', W')."""
         return self.nonlinear(self.block(x))
 
     def get_equivalent_kernel_bias(self) -> KernelBias:
-        """See :meth:`ReparamConv2d.get_equivalent_kernel_bias`."""
+        """Merge the block into kernel (out, in / groups, kH, kW) and bias."""
         if isinstance(self.block, nn.Conv2d):
             return KernelBias(self.block.weight, self.block.bias)
         return self.block.get_equivalent_kernel_bias()
 
     def switch_to_deploy(self) -> None:
-        """Put a plain ``nn.Conv2d`` in the block's place. Idempotent."""
+        """Replace the block by a plain ``nn.Conv2d``. Idempotent."""
         if isinstance(self.block, ReparamConv2d):
             self.block = self.block.to_conv()
 
     def init_gamma(self, gamma_value: float) -> None:
-        """Set the weight of each branch's last norm, or scale.
+        """Set the gamma of each branch: its last norm's weight, or its scale.
+
+        Args:
+            gamma_value: The value of each gamma.
 
         Raises:
             ValueError: If the block is merged.
@@ -71,7 +75,7 @@ class OfficialBlock(nn.Module):
         self.block.init_gamma(gamma_value)
 
     def single_init(self) -> None:
-        """Start as the original convolution alone.
+        """Give the original branch gamma 1, and all other branches 0.
 
         Raises:
             ValueError: If the block is merged.
@@ -97,15 +101,17 @@ class DiverseBranchBlock(OfficialBlock):
     Args:
         in_channels: Channels of the input.
         out_channels: Channels of the output.
-        kernel_size: Height and width in pixels, or one number.
+        kernel_size: Height and width of the kernel, or one number for both.
         stride: Step in pixels.
         padding: Pixels on each side; need not be ``kernel_size // 2`` here.
-        dilation: Distance of two taps in pixels.
-        groups: Number of groups.
-        internal_channels_1x1_3x3: Width inside the 1x1-KxK branch.
-        deploy: Whether to build the merged convolution.
+        dilation: Distance between two neighbouring taps in pixels.
+        groups: Number of groups that channels are split into.
+        internal_channels_1x1_3x3: Channels between the 1x1 and the KxK of the
+            branch of both.
+        deploy: Whether to build the merged convolution, not the branches.
         nonlinear: Module that follows the block.
-        single_init: Whether only the original branch starts with gamma 1.
+        single_init: Whether the original branch starts with gamma 1 and all
+            other branches with 0.
 
     Examples:
         >>> import torch
@@ -179,18 +185,19 @@ class ACBlock(OfficialBlock):
     Args:
         in_channels: Channels of the input.
         out_channels: Channels of the output.
-        kernel_size: Height and width in pixels, or one number.
+        kernel_size: Height and width of the kernel, or one number for both.
         stride: Step in pixels.
         padding: Pixels on each side.
-        dilation: Distance of two taps in pixels.
-        groups: Number of groups.
-        padding_mode: As in ``nn.Conv2d``.
-        deploy: Whether to build the merged convolution.
+        dilation: Distance between two neighbouring taps in pixels.
+        groups: Number of groups that channels are split into.
+        padding_mode: ``zeros``, ``reflect``, ``replicate`` or ``circular``.
+        deploy: Whether to build the merged convolution, not the branches.
         use_affine: Whether the norms have a weight and a bias.
-        reduce_gamma: Whether all gammas start with one third.
+        reduce_gamma: Whether all gammas start at one third.
         gamma_init: Start value of all gammas.
         nonlinear: Module that follows the block.
-        single_init: Whether only the square branch starts with gamma 1.
+        single_init: Whether the square branch starts with gamma 1 and the
+            others with 0.
     """
 
     names = (
@@ -244,14 +251,15 @@ class RepVGGBlock(OfficialBlock):
     Args:
         in_channels: Channels of the input.
         out_channels: Channels of the output.
-        kernel_size: Height and width in pixels, or one number.
+        kernel_size: Height and width of the kernel, or one number for both.
         stride: Step in pixels.
         padding: Pixels on each side.
-        dilation: Distance of two taps in pixels.
-        groups: Number of groups.
-        padding_mode: As in ``nn.Conv2d``.
-        deploy: Whether to build the merged convolution.
-        use_se: Whether a squeeze-and-excitation follows; merging keeps it.
+        dilation: Distance between two neighbouring taps in pixels.
+        groups: Number of groups that channels are split into.
+        padding_mode: ``zeros``, ``reflect``, ``replicate`` or ``circular``.
+        deploy: Whether to build the merged convolution, not the branches.
+        use_se: Whether squeeze-and-excitation follows the block. Merging
+            leaves it in place.
     """
 
     names = (
@@ -299,7 +307,13 @@ class RepVGGBlock(OfficialBlock):
         return self.nonlinear(self.se(self.block(x)))
 
     def get_custom_L2(self) -> Tensor:
-        """See :meth:`RepVGGConv.get_custom_L2`."""
+        """Compute the penalty that replaces weight decay in the paper's code.
+
+        See :meth:`RepVGGConv.get_custom_L2`.
+
+        Raises:
+            ValueError: If the block is merged.
+        """
         refuse_merged(self, 'custom L2')
         return self.block.get_custom_L2()
 
@@ -311,8 +325,8 @@ class SEBlock(nn.Module):
     (https://arxiv.org/abs/1709.01507).
 
     Args:
-        input_channels: Channels in and out.
-        internal_neurons: Channels between the two layers.
+        input_channels: Number of channels, in and out.
+        internal_neurons: Number of channels between the two layers.
     """
 
     def __init__(self, input_channels: int, internal_neurons: int) -> None:
@@ -321,7 +335,10 @@ class SEBlock(nn.Module):
         self.up = nn.Conv2d(internal_neurons, input_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Scale each channel of (N, C, H, W) by a gate of the image."""
+        """Scale each channel of images (N, C, H, W) by a gate in 0..1.
+
+        The gate is computed from the channels' means over the image.
+        """
         gate = F.adaptive_avg_pool2d(x, 1)
         gate = self.up(F.relu(self.down(gate)))
         return x * gate.sigmoid()

@@ -1,9 +1,9 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""OREPA's blocks under the names and with the arguments of the paper's code.
+"""OREPA's blocks with the names and arguments of the paper's code.
 
-For models in plain PyTorch that were written against its repository
-(https://github.com/JUGGHM/OREPA_CVPR2022): change the import, keep the rest.
-State dicts of the originals load as they are.
+They serve models in plain PyTorch that were written for the paper's repository
+(https://github.com/JUGGHM/OREPA_CVPR2022): change the import and keep the
+rest. State dicts of the original classes load as they are.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ from mmdbb.transforms import KernelBias, fuse_conv_bn
 
 Names = Tuple[Tuple[str, str], ...]
 
-#: Entries of the paper's KxK kernels -> ours; ``{}`` is ``orepa`` or ``rbr``.
+#: Entry of a KxK kernel in the paper's code -> its name here. ``{}`` stands
+#: for ``orepa`` or ``rbr``.
 _KXK_NAMES = (
     ('weight_{}_origin', 'origin'),
     ('weight_{}_avg_conv', 'avg'),
@@ -48,10 +49,10 @@ _KXK_NAMES = (
     ('vector', 'scale'),
 )
 
-#: Largest stack whose names are known: kernels of 31x31.
+#: Layers of the largest stack whose names are listed: a kernel of 31x31.
 _LAYERS = 15
 
-#: Stands for a ReLU of each block's own; None stands for none.
+#: A default that means "a new ReLU for each block", because None means none.
 _RELU = nn.ReLU()
 
 
@@ -59,42 +60,44 @@ def _kxk_names(theirs: str, ours: str, kind: str = 'orepa') -> Names:
     return tuple((theirs + t.format(kind), ours + o) for t, o in _KXK_NAMES)
 
 
-class OfficialGenerated(OfficialBlock):
-    """A composed kernel, its norm, then a nonlinearity.
+class OfficialComposed(OfficialBlock):
+    """Base: a composed kernel, a norm, then a nonlinearity.
 
     Args:
-        generator: Builds what composes the kernel.
-        conv_args: Arguments of ``nn.Conv2d``.
-        deploy: Whether to build the merged convolution.
+        build_kernel: Builds the composed kernel for a geometry.
+        conv_args: Positional arguments of ``nn.Conv2d``.
+        deploy: Whether to build the merged convolution, not the branches.
         nonlinear: Module that follows the norm.
-        norm: Whether there is a norm.
+        norm: Whether a norm follows the convolution.
     """
 
     def __init__(
         self,
-        generator: Callable[[ConvSpec], ComposedKernel],
+        build_kernel: Callable[[ConvSpec], ComposedKernel],
         conv_args: tuple,
         deploy: bool,
         nonlinear: Optional[nn.Module],
         norm: bool = True,
     ) -> None:
-        # Merged, its bias is that of the norm.
+        # A merged block has a bias, which holds the shift of the norm.
         block = ComposedKernelConv2d(
-            generator, *conv_args, bias=deploy, deploy=deploy
+            build_kernel, *conv_args, bias=deploy, deploy=deploy
         )
         super().__init__(block, nonlinear)
         has_norm = norm and not deploy
         self.bn = nn.BatchNorm2d(block.out_channels) if has_norm else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """From (N, in, H, W) to (N, out, H', W')."""
+        """Convolve, norm, nonlinearity: (N, in, H, W) to (N, out, H', W')."""
         y = self.block(x)
         return self.nonlinear(y if self.bn is None else self.bn(y))
 
     def get_equivalent_kernel_bias(self) -> KernelBias:
-        """Kernel (out, in / groups, kH, kW) and bias (out,), the norm's too.
+        """Merge kernel and norm.
 
-        Differentiable in the parameters, at any time.
+        Returns:
+            KernelBias: Kernel (out, in / groups, kH, kW) and bias (out,),
+            differentiable in the parameters.
         """
         merged = super().get_equivalent_kernel_bias()
         if self.bn is None:
@@ -102,7 +105,7 @@ class OfficialGenerated(OfficialBlock):
         return fuse_conv_bn(merged, norm_scale_shift(self.bn))
 
     def switch_to_deploy(self) -> None:
-        """Put a plain ``nn.Conv2d`` in place of kernel and norm."""
+        """Replace kernel and norm by a plain ``nn.Conv2d``. Idempotent."""
         if self.deploy:
             return
         conv = self.block.to_conv()
@@ -112,7 +115,7 @@ class OfficialGenerated(OfficialBlock):
         self.block, self.bn = conv, None
 
     def weight_gen(self) -> Tensor:
-        """The composed kernel, (out, in / groups, kH, kW).
+        """Compose the kernel, (out, in / groups, kH, kW).
 
         Raises:
             ValueError: If the block is merged.
@@ -121,7 +124,7 @@ class OfficialGenerated(OfficialBlock):
         return self.block.generator()
 
     def single_init(self) -> None:
-        """Start as the original kernel alone.
+        """Give the original kernel scale 1, and all other branches 0.
 
         Raises:
             ValueError: If the block is merged.
@@ -130,25 +133,29 @@ class OfficialGenerated(OfficialBlock):
         self.block.single_init()
 
 
-class OREPA(OfficialGenerated):
+class OREPA(OfficialComposed):
     """``OREPA`` of the paper's code, for any geometry.
 
     Args:
         in_channels: Channels of the input.
         out_channels: Channels of the output.
-        kernel_size: Height and width in pixels, or one number.
+        kernel_size: Height and width of the kernel, or one number for both.
         stride: Step in pixels.
         padding: Pixels on each side; need not be ``kernel_size // 2`` here.
-        dilation: Distance of two taps in pixels.
-        groups: Number of groups.
-        internal_channels_1x1_3x3: Width inside the 1x1-KxK branch.
-        deploy: Whether to build the merged convolution.
+        dilation: Distance between two neighbouring taps in pixels.
+        groups: Number of groups that channels are split into.
+        internal_channels_1x1_3x3: Channels between the 1x1 and the KxK of the
+            branch of both.
+        deploy: Whether to build the merged convolution, not the branches.
         nonlinear: Module that follows the norm.
-        single_init: Whether only the original kernel starts with a scale.
-        weight_only: Whether calling the block gives the composed kernel, and
-            there is no norm.
-        init_hyper_para: Factor on the kernels' start values.
-        init_hyper_gamma: Factor on the scales' start values, squared.
+        single_init: Whether the original kernel starts with scale 1 and all
+            other branches with 0.
+        weight_only: Whether calling the block returns the composed kernel
+            instead of images. There is no norm then.
+        init_hyper_para: Factor by which the start values of the kernels are
+            multiplied.
+        init_hyper_gamma: Square of the factor by which the start values of
+            the scales are multiplied.
 
     Examples:
         >>> import torch
@@ -182,14 +189,14 @@ class OREPA(OfficialGenerated):
         init_hyper_para: float = 1.0,
         init_hyper_gamma: float = 1.0,
     ) -> None:
-        generator = partial(
+        build_kernel = partial(
             KxKKernel,
             internal_channels=internal_channels_1x1_3x3,
             weight_init=init_hyper_para,
             scale_init=init_hyper_gamma,
         )
         super().__init__(
-            generator,
+            build_kernel,
             (in_channels, out_channels, kernel_size, stride, padding)
             + (dilation, groups),
             deploy,
@@ -201,26 +208,35 @@ class OREPA(OfficialGenerated):
             self.single_init()
 
     def forward(self, x: Optional[Tensor] = None) -> Tensor:
-        """From (N, in, H, W) to (N, out, H', W'); see ``weight_only``."""
+        """Run the block on images, or return its kernel (``weight_only``).
+
+        Args:
+            x: Images of shape (N, in, H, W). Not read with ``weight_only``.
+
+        Returns:
+            Tensor: Shape (N, out, H', W'); with ``weight_only``, until the
+            block is merged, the kernel (out, in / groups, kH, kW).
+        """
         if self.weight_only and not self.deploy:
             return self.weight_gen()
         return super().forward(x)
 
 
-class OREPA_1x1(OfficialGenerated):
-    """``OREPA_1x1`` of the paper's code, with groups too.
+class OREPA_1x1(OfficialComposed):
+    """``OREPA_1x1`` of the paper's code; here it can have groups.
 
     Args:
         in_channels: Channels of the input.
         out_channels: Channels of the output.
-        kernel_size: 1.
+        kernel_size: Height and width of the kernel, which must be 1.
         stride: Step in pixels.
         padding: Pixels on each side.
-        dilation: Without effect on a single tap.
-        groups: Number of groups.
-        deploy: Whether to build the merged convolution.
+        dilation: Has no effect, because there is a single tap.
+        groups: Number of groups that channels are split into.
+        deploy: Whether to build the merged convolution, not the branches.
         nonlinear: Module that follows the norm.
-        single_init: Whether only the original kernel starts with a scale.
+        single_init: Whether the original kernel starts with scale 1 and all
+            other branches with 0.
 
     Raises:
         ValueError: If ``kernel_size`` is not 1.
@@ -260,24 +276,26 @@ class OREPA_1x1(OfficialGenerated):
             self.single_init()
 
 
-class OREPA_LargeConvBase(OfficialGenerated):
+class OREPA_LargeConvBase(OfficialComposed):
     """``OREPA_LargeConvBase`` of the paper's code: a stack of 3x3 kernels.
 
     Args:
         in_channels: Channels of the input.
         out_channels: Channels of the output.
-        kernel_size: Height and width in pixels: one odd number from 5 on.
+        kernel_size: Height and width of the kernel: one odd number from 5 on.
         stride: Step in pixels.
         padding: Pixels on each side.
-        dilation: Distance of two taps in pixels.
-        groups: Number of groups.
-        deploy: Whether to build the merged convolution.
+        dilation: Distance between two neighbouring taps in pixels.
+        groups: Number of groups that channels are split into.
+        deploy: Whether to build the merged convolution, not the branches.
         nonlinear: Module that follows the norm.
-        flip: Whether the kernel is that of the stacked convolutions; the
-            paper's code does not flip the kernels as that would need.
+        flip: Whether the composed kernel equals the sequence of the stacked
+            convolutions. The paper's code does not flip the kernels as that
+            needs, so its checkpoints need False.
 
     Raises:
-        ValueError: If the kernel is no stack of 3x3 kernels.
+        TypeError: If ``flip`` is not a bool.
+        ValueError: If the kernel cannot be a stack of 3x3 kernels.
     """
 
     names = (
@@ -287,7 +305,7 @@ class OREPA_LargeConvBase(OfficialGenerated):
         ),
         ('or_large_reparam.', 'block.'),
     )
-    generated = False
+    composed = False
 
     def __init__(
         self,
@@ -303,7 +321,7 @@ class OREPA_LargeConvBase(OfficialGenerated):
         flip: bool = False,
     ) -> None:
         super().__init__(
-            partial(StackedKernel, generated=self.generated, flip=flip),
+            partial(StackedKernel, composed=self.composed, flip=flip),
             (in_channels, out_channels, kernel_size, stride, padding)
             + (dilation, groups),
             deploy,
@@ -314,7 +332,20 @@ class OREPA_LargeConvBase(OfficialGenerated):
 class OREPA_LargeConv(OREPA_LargeConvBase):
     """``OREPA_LargeConv`` of the paper's code: a stack of composed kernels.
 
-    Arguments as :class:`OREPA_LargeConvBase`.
+    Each 3x3 kernel of the stack is composed of six branches.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        kernel_size: Height and width of the kernel: one odd number from 5 on.
+        stride: Step in pixels.
+        padding: Pixels on each side.
+        dilation: Distance between two neighbouring taps in pixels.
+        groups: Number of groups that channels are split into.
+        deploy: Whether to build the merged convolution, not the branches.
+        nonlinear: Module that follows the norm.
+        flip: Whether the composed kernel equals the sequence of the stacked
+            convolutions, see :class:`OREPA_LargeConvBase`.
     """
 
     names = (
@@ -327,17 +358,26 @@ class OREPA_LargeConv(OREPA_LargeConvBase):
         ),
         ('or_large_reparam.', 'block.'),
     )
-    generated = True
+    composed = True
 
 
 class RepVGGBlock_OREPA(RepVGGBlock):
-    """``RepVGGBlock_OREPA`` of the paper's code.
-
-    Arguments as :class:`RepVGGBlock`, and:
+    """``RepVGGBlock_OREPA`` of the paper's code: its dense kernel is composed.
 
     Args:
-        nonlinear: Module that follows, ``nn.ReLU()`` by default; nothing if
-            None.
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        kernel_size: Height and width of the kernel, or one number for both.
+        stride: Step in pixels.
+        padding: Pixels on each side.
+        dilation: Distance between two neighbouring taps in pixels.
+        groups: Number of groups that channels are split into.
+        padding_mode: ``zeros``, ``reflect``, ``replicate`` or ``circular``.
+        deploy: Whether to build the merged convolution, not the branches.
+        use_se: Whether squeeze-and-excitation follows the block. Merging
+            leaves it in place.
+        nonlinear: Module that follows the block, ``nn.ReLU()`` by default;
+            nothing if None.
     """
 
     names = (
@@ -387,23 +427,28 @@ class RepVGGBlock_OREPA(RepVGGBlock):
 
 
 def used_scales(vector: Tensor) -> Tensor:
-    """RepVGG-OREPA's scales without the row that its code never reads.
+    """Drop the row of RepVGG-OREPA's scales that its code never reads.
 
-    Where a block has an identity the paper's code makes six rows, of which
-    the last is left as memory happened to be.
+    For a block with an identity the paper's code allocates six rows but fills
+    five. The last one holds whatever was in memory.
 
     Args:
-        vector: Shape (5 or 6, out).
+        vector: Scales from the paper's checkpoint, shape (5 or 6, out).
 
     Returns:
-        Tensor: Shape (5, out).
+        Tensor: The scales in use, shape (5, out).
     """
     return vector[:5]
 
 
 @torch.no_grad()
 def fold_norm_(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
-    """Fold a norm into the convolution before it, in double precision."""
+    """Fold a norm into the convolution before it, in double precision.
+
+    Args:
+        conv: The convolution, which must have a bias; changed in place.
+        norm: The norm behind it; unchanged.
+    """
     exact = copy.deepcopy(norm).double()
     merged = KernelBias(conv.weight.double(), conv.bias.double())
     kernel, bias = fuse_conv_bn(merged, norm_scale_shift(exact))

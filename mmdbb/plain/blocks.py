@@ -1,19 +1,20 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-r"""A block that starts as a given plain convolution, every branch alive.
+r"""Make a block start as a plain convolution, with all of its branches alive.
 
 As in DyRep (Huang et al., CVPR 2022, sec. 3.2,
-https://arxiv.org/abs/2204.01219) the ``kxk`` branch takes what the other
-branches leave of the plain kernel. With :math:`K, b` the function wanted,
-:math:`O, o` the sum of the other branches, and :math:`s = \gamma / \sigma`
-and :math:`\mu` of the branch's norm,
+https://arxiv.org/abs/2204.01219), the ``kxk`` branch takes the plain kernel
+minus the other branches. Let :math:`K, b` be the kernel and bias that the
+block shall equal, :math:`O, o` those of the other branches together, and
+:math:`s = \gamma / \sigma` and :math:`\mu` the scale and mean of the norm in
+the ``kxk`` branch. Then that branch gets
 
 .. math:: W = (K - O) / s, \quad \beta = b - o + \mu s
 
-The gammas of the other branches are a share of the gamma beside them, channel
-by channel. So :math:`O / s` is a share of the plain kernel's own scale, also
-where a pretrained gamma is tiny, and the statistics of the plain norm stay
-about right for W. A composed kernel (OREPA) starts as
-:mod:`mmdbb.plain.kernels` says.
+In each channel, the gammas of the other branches are a fixed share of the
+gamma of the ``kxk`` branch. So :math:`O / s` stays small beside the plain
+kernel even where a pretrained gamma is tiny, and the running statistics of the
+plain norm are still about right for W. For composed kernels (OREPA) see
+:mod:`mmdbb.plain.kernels`.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from mmdbb.plain.branch_sums import (
 from mmdbb.plain.kernels import start_as_
 from mmdbb.transforms import KernelBias, bn_scale_shift, fuse_conv_bn
 
-#: Default of ``branch_scale``, see :func:`plain_start`.
+#: Default of ``branch_scale`` in :func:`plain_start`.
 BRANCH_SCALE = 0.1
 
 
@@ -48,24 +49,24 @@ def plain_start(
     absorbed: bool = False,
     branch_scale: float = BRANCH_SCALE,
 ) -> Dict[str, Tensor]:
-    """What to load into a block so that in eval mode it is a plain conv.
+    """Compute the entries with which a block equals a plain convolution.
 
     Args:
-        block: A block with a ``kxk`` or ``orepa`` branch, or of composed
-            kernels; unchanged.
+        block: A block with a ``kxk`` or ``orepa`` branch, or with a composed
+            kernel; unchanged.
         plain: The plain convolution: kernel (out, in / groups, kH, kW) and
             bias (out,).
-        norm: The norm that follows the plain convolution, if one does. Its
-            statistics are those that the ``kxk`` branch's norm starts with.
-        absorbed: Whether the block stands for that norm as well; else it
-            stays behind the block.
-        branch_scale: Start of the gammas of all other branches, as a share of
-            the ``kxk`` branch's gamma. In training mode branches are
-            normalised by the batch and not by what they start with, which
-            changes the output by up to about this share for each branch. On
-            the other hand a branch's kernel learns the slower the smaller its
-            gamma is. Of a composed kernel, what its other branches add up to
-            as a share of the plain kernel.
+        norm: The norm behind the plain convolution, if there is one. The norm
+            in the ``kxk`` branch starts with its statistics.
+        absorbed: Whether the block takes the place of that norm too. If not,
+            the norm stays behind the block.
+        branch_scale: Start value of the gammas of all other branches, as a
+            share of the gamma of the ``kxk`` branch. A smaller share changes
+            the output less when training begins: the batch's statistics
+            replace the initial ones, which may change it by about this share
+            for each branch. A larger share lets the other branches learn
+            faster. For a composed kernel: size of the sum of the other
+            branches, relative to the plain kernel.
 
     Returns:
         dict: Entries of the block's state dict, for :func:`copy_entries_`.
@@ -106,8 +107,12 @@ def plain_start(
 def copy_entries_(module: nn.Module, entries: Dict[str, Tensor]) -> None:
     """Copy entries into a module's parameters and buffers, in place.
 
-    Parameters stay the same objects, as mmengine's record of what
-    initialised them and an optimizer need.
+    The parameters stay the same objects, because an optimizer, and mmengine's
+    record of initialisation, refer to them.
+
+    Args:
+        module: The module to fill.
+        entries: Names in its state dict -> values.
     """
     state = module.state_dict(keep_vars=True)
     for name, value in entries.items():
@@ -117,7 +122,7 @@ def copy_entries_(module: nn.Module, entries: Dict[str, Tensor]) -> None:
 def _start_composed(
     work: ComposedKernelConv2d, wanted: KernelBias, branch_scale: float
 ) -> nn.Module:
-    """The block in float64, started."""
+    """Start a block with a composed kernel, in float64, and return it."""
     dtype = leaf_dtype(work)
     exact = work.double()
     if exact.bias is not None:
@@ -132,8 +137,8 @@ def _check(block: nn.Module, plain: KernelBias, branch_scale: float) -> None:
     is_sum = isinstance(block, BranchSumConv2d)
     if not is_sum and not isinstance(block, ComposedKernelConv2d):
         raise ValueError(
-            f'{type(block).__name__} is neither a sum of branches nor of '
-            'composed kernels, and cannot start as a plain convolution'
+            f'{type(block).__name__} has neither branches nor a composed '
+            'kernel, and cannot start as a plain convolution'
         )
     if block.deploy:
         raise ValueError('the block is merged already')

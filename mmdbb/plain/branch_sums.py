@@ -1,5 +1,5 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""How a sum of branches starts as a plain convolution.
+"""Make a sum of branches start as a plain convolution, all branches alive.
 
 See :mod:`mmdbb.plain.blocks` for the equations.
 """
@@ -18,16 +18,17 @@ from mmdbb.branches.norm import norm_scale_shift
 from mmdbb.plain.kernels import start_as_
 from mmdbb.transforms import KernelBias, add_branches, unfuse_conv_bn
 
-# Branches that can take the plain kernel; the first one there is does.
+# Branches that can take the plain kernel. The first one that a block has does.
 _TAKERS = ('kxk', 'orepa')
 
-# A channel that the plain network switched off still starts with this gamma,
-# a thousandth of a common one: small enough for no visible noise in training.
+# The least gamma of a channel that the plain network switched off, so that the
+# channel can learn again: a thousandth of a common gamma, too small to add
+# noise in training.
 SMALLEST_GAMMA = 1e-3
 
 
 class NormValues(NamedTuple):
-    """A batch norm's values, each of shape (channels,).
+    """Parameters and statistics of a batch norm, each of shape (channels,).
 
     Attributes:
         mean: Running mean.
@@ -35,7 +36,7 @@ class NormValues(NamedTuple):
         weight: Gamma; None means 1.
         bias: Beta; None means 0.
         eps: Added to the variance.
-        count: ``num_batches_tracked``, if known.
+        count: ``num_batches_tracked``, one number; None if not known.
     """
 
     mean: Tensor
@@ -47,7 +48,7 @@ class NormValues(NamedTuple):
 
     @classmethod
     def of(cls, norm: _BatchNorm) -> NormValues:
-        """The values of a norm that keeps running statistics."""
+        """Read them from a norm that keeps running statistics."""
         return cls(
             norm.running_mean,
             norm.running_var,
@@ -66,22 +67,28 @@ def start_sum(
     absorbed: bool,
     branch_scale: float,
 ) -> nn.Module:
-    """A block that sums branches, in float64 and started.
+    """Start a sum of branches as a plain convolution, in place.
 
     Args:
-        work: The block; it is overwritten.
-        plain: As of :func:`plain_start`, in float64.
-        wanted: What the block shall compute.
-        norm: As of :func:`plain_start`.
-        absorbed: As of :func:`plain_start`.
-        branch_scale: As of :func:`plain_start`.
+        work: The block; it is overwritten, and in float64 afterwards.
+        plain: The plain convolution: kernel (out, in / groups, kH, kW) and
+            bias (out,), in float64.
+        wanted: The convolution that the block shall equal, in float64. It is
+            ``plain``, with ``norm`` fused if the block absorbs that.
+        norm: The norm behind the plain convolution, if there is one.
+        absorbed: Whether the block absorbs that norm.
+        branch_scale: Start value of the gammas of all branches but the one
+            with the plain kernel, as a share of that one's gamma.
+
+    Returns:
+        nn.Module: The block.
     """
     dtype = leaf_dtype(work)
     dense = work.branches[dense_branch(work)]
     others = [b for b in work.branches.values() if b is not dense]
     values = _start_of_norm(plain, norm, absorbed, dense.norm.eps)
     start = dense.norm
-    # The branch's convolution has no bias: its output's mean is lower.
+    # The plain bias is missing in the mean of the branch's convolution.
     start.running_mean.copy_(values.mean - plain.bias)
     start.running_var.copy_(values.var)
     if values.count is not None:
@@ -95,7 +102,7 @@ def start_sum(
         if other.last_norm is not None and other.last_norm.affine:
             other.last_norm.weight.copy_(branch_scale * gamma.abs())
 
-    # From here on in float64, with the gammas as the block's dtype has them.
+    # Gammas have been rounded to the block's dtype; all else is exact.
     exact = work.double()
     rest = add_branches(
         wanted, *(_negative(b.equivalent_kernel_bias()) for b in others)
@@ -117,12 +124,16 @@ def start_sum(
 
 
 def dense_branch(block: BranchSumConv2d) -> Optional[str]:
-    """Name of the branch that takes the plain kernel, if there is one."""
+    """Name of the branch that takes the plain kernel; None if none can.
+
+    Args:
+        block: The block.
+    """
     return next((name for name in _TAKERS if name in block.branches), None)
 
 
 def exactly(value: Optional[Tensor]) -> Optional[Tensor]:
-    """A value on the CPU in float64."""
+    """Copy a value to the CPU in float64; None stays None."""
     return None if value is None else value.detach().cpu().double()
 
 
@@ -132,9 +143,16 @@ def _start_of_norm(
     absorbed: bool,
     eps: float,
 ) -> NormValues:
-    """What the norm of the dense branch starts from, in float64.
+    """Start values of the norm in the branch with the plain kernel.
 
-    ``eps`` is that of the branch's norm.
+    Args:
+        plain: The plain convolution, in float64.
+        norm: The norm behind it, if there is one.
+        absorbed: Whether the block absorbs that norm.
+        eps: Added to the variance by the branch's norm.
+
+    Returns:
+        NormValues: In float64.
     """
     one = torch.ones_like(plain.bias)
     if norm is None:
@@ -143,8 +161,8 @@ def _start_of_norm(
     values = NormValues(mean, var, weight, bias, norm.eps, norm.count)
     if absorbed:
         return values._replace(weight=one if weight is None else weight)
-    # A norm that changes nothing, in training mode either: the norm behind
-    # the block sees what it saw in the plain network.
+    # This norm undoes itself, in training mode too, so that the norm behind
+    # the block gets the same input as in the plain network.
     return values._replace(weight=(var + eps).sqrt(), bias=mean)
 
 

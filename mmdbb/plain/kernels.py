@@ -1,14 +1,15 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-r"""A composed kernel that starts as a given one, every branch alive.
+r"""Make a composed kernel (OREPA) start as a plain kernel, all branches alive.
 
-As for branches with norms (:mod:`mmdbb.plain.blocks`) the original
-kernel takes what the other branches leave. With K the kernel wanted and
-:math:`O` what the others add up to at their usual start, channel by channel,
+The other branches start at random but small, and the original kernel takes the
+rest. Let K be the plain kernel and O the sum of the other branches at their
+usual start. Then, for each output channel,
 
 .. math:: f = a \lVert K \rVert / \lVert O \rVert, \quad W = K - f O
 
-The others' scales are multiplied by f, so that they add up to the share a of
-K; the original kernel's scale is 1, so that it learns as the plain kernel.
+The scales of the other branches are multiplied by f, so that their sum has a
+times the size of K. The original kernel W gets scale 1, so that it learns as
+fast as the plain kernel would.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from mmdbb.kernels.base import ComposedKernel
 from mmdbb.kernels.kxk import KxKKernel
 from mmdbb.kernels.pointwise import PointwiseKernel
 
-# A channel that the plain network switched off counts as this share of the
-# channels' mean size, or its branches could never learn.
+# A channel of zeros, which the plain network switched off, counts as this
+# share of the channels' mean size. Else all of its scales would be zero, and
+# its branches could never learn.
 SMALLEST_SHARE = 1e-3
 
 
@@ -35,14 +37,16 @@ def start_as_(
     """Make a composed kernel equal a given one, in place.
 
     Args:
-        generator: What composes the kernel, in float64.
-        kernel: The kernel wanted, (out, in / groups, kH, kW), in float64.
-        share: Size of what all branches but the original kernel add up to,
-            over the size of ``kernel``.
-        dtype: What the scales will be rounded to.
+        generator: The composed kernel, in float64; it is overwritten.
+        kernel: The plain kernel, (out, in / groups, kH, kW), in float64.
+        share: Size of the sum of all branches but the original kernel,
+            relative to the size of ``kernel``.
+        dtype: Precision of the block, to which scales are rounded first. The
+            original kernel then makes up for that rounding.
 
     Raises:
-        ValueError: If it has no original kernel to solve for, as a stack.
+        ValueError: If the composed kernel is a stack, for which there is
+            nothing to solve.
     """
     if not isinstance(generator, (KxKKernel, PointwiseKernel)):
         size = 'x'.join(map(str, generator.spec.kernel_size))
@@ -64,5 +68,5 @@ def start_as_(
 
 
 def _size(kernel: Tensor) -> Tensor:
-    """Euclidean size of each output channel's kernel, (out,)."""
+    """Euclidean norm of each output channel's kernel, (out,)."""
     return kernel.flatten(1).norm(dim=1)

@@ -1,9 +1,9 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""A plain network's weights in a network with blocks: the same function.
+"""Load a plain network's weights into a network with blocks.
 
-Every block starts as the plain convolution it stands for, and where it has
-absorbed a norm as convolution and norm (:mod:`mmdbb.plain.blocks`). All
-else is loaded as it is.
+Each block starts as the plain convolution in whose place it stands; if it has
+absorbed the norm, as convolution and norm (:mod:`mmdbb.plain.blocks`). All
+other layers load their entries as they are.
 """
 
 from __future__ import annotations
@@ -42,9 +42,10 @@ class PlainLoaded(NamedTuple):
 
     Attributes:
         blocks: Names of the blocks that start as plain convolutions.
-        missing: Names outside of blocks that the file does not have.
-        unexpected: Names in the file that the network has no place for.
-        mismatched: Names outside of blocks whose shapes differ; not loaded.
+        missing: Names outside of blocks that the weights do not have.
+        unexpected: Names in the weights for which the network has no place.
+        mismatched: Names outside of blocks whose shapes differ. These are not
+            loaded.
     """
 
     blocks: List[str]
@@ -62,27 +63,27 @@ def load_plain_weights_(
 ) -> PlainLoaded:
     """Load a plain network's weights into a network with blocks, in place.
 
-    In eval mode the network then computes what the plain one does. Nothing
-    is changed if a block cannot be filled.
+    In eval mode the network then computes the same as the plain one. If a
+    block cannot be filled, nothing is changed.
 
     Args:
-        model: A network with blocks, or a part of one such as its backbone.
-        weights: A state dict, or any checkpoint that mmengine's
-            ``CheckpointLoader`` reads: a path, an address,
-            ``torchvision://resnet50``, ``open-mmlab://resnet50_v1c``. Names
-            are those of torchvision or of the OpenMMLab packages, with or
-            without ``backbone.``.
-        prefix: Load only what stands under this name, e.g. ``'backbone.'``.
-        branch_scale: Start of the gammas of all branches but ``kxk``, as a
-            share of that one's, see :mod:`mmdbb.plain.blocks`.
+        model: A network with blocks, or a part of one, such as its backbone.
+        weights: A state dict, or the path of a checkpoint. With mmengine also
+            an address, such as ``torchvision://resnet50`` or
+            ``open-mmlab://resnet50_v1c``. Names may be those of torchvision
+            or of OpenMMLab's packages, with or without ``backbone.``.
+        prefix: Load only entries whose names begin with this, for example
+            ``'backbone.'``, and leave it out.
+        branch_scale: Start value of the gammas of all branches but ``kxk``,
+            as a share of the gamma of ``kxk``, see :mod:`mmdbb.plain.blocks`.
 
     Returns:
         PlainLoaded: What was loaded and what was not. Missing, unexpected
-        and misshapen entries outside of blocks are logged, as mmengine does.
+        and misshapen entries outside of blocks are logged, as in mmengine.
 
     Raises:
         UserError: If the checkpoint cannot be read, the model has no blocks,
-            or a block has no weights there or cannot take them.
+            or a block finds no weights or does not fit them.
 
     Examples:
         >>> from mmdbb import DBB
@@ -118,9 +119,9 @@ def load_plain_weights_(
             complaints.append(f'{name or "the block"}: {error}')
     if complaints:
         raise UserError(
-            f'{source} does not fit the network; {some(complaints)}. A part '
-            'of the network that the file is not of is left out by loading '
-            'into the other part, e.g. model.backbone'
+            f'{source} does not fit the network; {some(complaints)}. If it '
+            'has weights of one part of the network only, load it into that '
+            'part, e.g. model.backbone'
         )
 
     plain = {n: v for n, v in places.outside.items() if n in state}
@@ -145,7 +146,12 @@ def load_plain_weights_(
 
 
 class _Places:
-    """Where a plain network's entries belong in a network with blocks."""
+    """Where a plain network's entries belong in a network with blocks.
+
+    Args:
+        model: The network with blocks.
+        blocks: Its blocks by name.
+    """
 
     def __init__(
         self, model: nn.Module, blocks: Dict[str, ReparamConv2d]
@@ -158,7 +164,7 @@ class _Places:
             if conv in blocks and norm in modules
         }
         inside = tuple(f'{name}.' if name else '' for name in blocks)
-        #: Entries that are loaded as they are.
+        #: Entries outside of blocks, which are loaded as they are.
         self.outside = {
             name: value
             for name, value in model.state_dict().items()
@@ -172,7 +178,11 @@ class _Places:
                 self.expected.update(_under(norm, _NORM_ENTRIES))
 
     def start_of(self, name: str, state: State, branch_scale: float) -> State:
-        """What a block starts with; a ValueError says why it cannot."""
+        """Compute the entries that a block starts with.
+
+        Raises:
+            ValueError: If the weights lack an entry or do not fit the block.
+        """
         block = self.blocks[name]
         kernel, bias = (state.get(n) for n in _under(name, ('weight', 'bias')))
         norm, module = self.norms.get(name, (None, None))
@@ -194,8 +204,8 @@ class _Places:
                 state.get(n) for n in _under(norm, _NORM_ENTRIES)
             )
             if mean is not None and var is not None:
-                # What the plain network adds to the variance is in no file;
-                # the config gives all norms the same.
+                # No file holds the eps of the plain network's norms. The
+                # config gives all norms the same, so take the block's.
                 norms = [*block.modules()] if absorbed else [module]
                 eps = next(
                     (n.eps for n in norms if isinstance(n, _BatchNorm)), 0.0
@@ -236,14 +246,15 @@ def _is_tracking(norm: Optional[nn.Module]) -> bool:
 
 
 def state_under(weights: Union[str, State], prefix: Optional[str]) -> State:
-    """Read weights, and of these what stands under a name.
+    """Read weights, and keep those whose names begin with a prefix.
 
     Args:
         weights: Path or address of a checkpoint, or its state dict.
-        prefix: The name, which is left out; None for all weights.
+        prefix: The prefix, which is left out of the names; None for all
+            weights.
 
     Raises:
-        UserError: If they cannot be read, or nothing stands there.
+        UserError: If the weights cannot be read, or no name has the prefix.
     """
     state = _read(weights) if isinstance(weights, str) else weights
     source = weights if isinstance(weights, str) else 'the state dict'
@@ -272,7 +283,12 @@ def _read(path: str) -> State:
 
 
 def _fitting_names(state: State, expected: set) -> State:
-    """The state under the names of the network, as far as there are any."""
+    """Rename entries so that most of them have names of the network.
+
+    Args:
+        state: The plain network's entries.
+        expected: Names that the network with blocks looks for.
+    """
     best = max(
         (
             {stem(place(name)): value for name, value in state.items()}
@@ -300,7 +316,7 @@ def _in_classifier(name: str) -> str:
 
 
 def _stem_in_modules(name: str) -> str:
-    """A deep stem's names in mmdet and mmseg -> those in mmpretrain."""
+    """Translate a deep stem's name in mmdet and mmseg into mmpretrain's."""
     match = re.fullmatch(r'((?:.*\.)?)stem\.([013467])\.(\w+)', name)
     if not match:
         return name

@@ -74,7 +74,7 @@ def test_the_rule_is_a_number(name, value):
     cfg = {'type': 'DBB', name: value}
     with pytest.raises(TypeError) as error:
         build_conv_layer(cfg, 4, 8, 3)
-    message = f'{name} must be a number of pixels, got {value!r}'
+    message = f'{name} must be a number of taps, got {value!r}'
     assert str(error.value).endswith(message)
 
 

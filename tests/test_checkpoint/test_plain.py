@@ -218,7 +218,7 @@ def test_statistics_are_those_of_a_convolution_without_bias(case):
         (DBB(6, 8, 3, sum_norm=True), {}, 'a norm after its sum cannot'),
         (DBB(6, 8, 3, deploy=True), {}, 'merged already'),
         (DBB(6, 9, 3), {}, r'needs \(9, 6, 3, 3\)'),
-        (nn.Conv2d(6, 8, 3), {}, 'neither a sum of branches'),
+        (nn.Conv2d(6, 8, 3), {}, 'has neither branches nor a composed'),
         (DBB(6, 8, 3), dict(branch_scale=0), 'greater than 0'),
     ],
 )

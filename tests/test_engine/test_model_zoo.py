@@ -16,13 +16,14 @@ from workshop.model_zoo import (
     REPORTED,
     Entry,
     build_empty,
-    count_parameters,
     entry_of,
     read_reported,
     row_of,
     write_zoo,
     zoo_configs,
 )
+
+from mmdbb.modules import count_parameters
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.usefixtures('quiet')

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmdbb.mm.stock.config import stock_config
+from mmdbb.modules import count_parameters
 from mmdbb.reparam import find_blocks
 
 BEGIN = '<!-- tools/model_zoo.py writes what follows -->'
@@ -127,11 +128,6 @@ def build_empty(config: Config) -> nn.Module:
     scope = DefaultScope.overwrite_default_scope(config.default_scope)
     with scope, torch.device('meta'), _NumbersOnCPU():
         return MODELS.build(config.model)
-
-
-def count_parameters(model: nn.Module) -> int:
-    """How many numbers a model's parameters have."""
-    return sum(p.numel() for p in model.parameters())
 
 
 class _NumbersOnCPU(TorchFunctionMode):

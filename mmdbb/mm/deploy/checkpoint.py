@@ -22,6 +22,7 @@ from mmdbb.mm.deploy.merge import (
 )
 from mmdbb.mm.outputs import Proof, Source, output_paths, writing
 from mmdbb.mm.structure import Structure
+from mmdbb.modules import count_parameters
 from mmdbb.untouched import prove_untouched
 
 
@@ -82,7 +83,10 @@ def deploy_checkpoint(
         source, checkpoint, config, inputs=proof.paths, overwrite=overwrite
     ) as drafts:
         merged = merge_checkpoint(source, options)
-        parameters = (_count(merged.trained), _count(merged.network))
+        parameters = (
+            count_parameters(merged.trained),
+            count_parameters(merged.network),
+        )
         # It is read again, if that does not run the file's code again.
         trained = merged.trained if source.unsafe else None
         merged = merged._replace(trained=None, network=None)
@@ -122,7 +126,3 @@ def _trained_again(source: Source) -> nn.Module:
     state = source.read()['state_dict']
     compare_with_torch(state, source.checkpoint, source.ema)
     return trained_network(source.cfg, state, source.checkpoint)
-
-
-def _count(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())

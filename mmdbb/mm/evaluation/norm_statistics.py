@@ -14,12 +14,12 @@ from mmdbb.compare import network_outputs
 _BATCH = 32
 
 
-class ChannelMoments(NamedTuple):
-    """Of the pixels of all images, a channel, in float64.
+class ChannelStatistics(NamedTuple):
+    """Mean and variance over the pixels of all images, in float64.
 
     Attributes:
-        mean: Shape (channels,).
-        var: Shape (channels,), biased.
+        mean: Mean of each channel, shape (channels,).
+        var: Biased variance of each channel, shape (channels,).
     """
 
     mean: Tensor
@@ -27,12 +27,12 @@ class ChannelMoments(NamedTuple):
 
 
 @torch.no_grad()
-def moments_of(
+def channel_statistics(
     model: nn.Module,
     modules: Dict[str, nn.Module],
     images: Tensor,
     of_input: bool = False,
-) -> Dict[str, ChannelMoments]:
+) -> Dict[str, ChannelStatistics]:
     """Mean and variance of what modules return, or of what they are given.
 
     Args:
@@ -71,7 +71,7 @@ def moments_of(
     for name, (count, first, second) in sums.items():
         mean = first / count
         var = (second / count - mean.square()).clamp_min(0)
-        found[name] = ChannelMoments(mean, var)
+        found[name] = ChannelStatistics(mean, var)
     return found
 
 
@@ -93,15 +93,16 @@ def calibrate_norms_(model: nn.Module, images: Tensor) -> None:
         if isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm))
         and module.affine
     }
-    for name, moments in moments_of(model, norms, images, True).items():
+    found = channel_statistics(model, norms, images, of_input=True)
+    for name, (mean, var) in found.items():
         norm = norms[name]
         scale = (
             norm.weight.double()
             / (norm.running_var.double() + norm.eps).sqrt()
         )
-        moved = moments.mean - norm.running_mean.double()
+        moved = mean - norm.running_mean.double()
         norm.bias.add_(scale * moved)
-        norm.running_mean.copy_(moments.mean)
-        norm.running_var.copy_(moments.var)
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_(var)
         deviation = (norm.running_var.double() + norm.eps).sqrt()
         norm.weight.copy_(scale * deviation)

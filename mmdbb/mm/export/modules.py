@@ -9,12 +9,13 @@ names of their base classes: no host package is imported.
 from __future__ import annotations
 
 import inspect
-from typing import Dict, Iterator, List, Tuple
+from typing import Any, Dict, List, Tuple
 
 import torch
 from torch import Tensor, nn
 
 from mmdbb.errors import UserError
+from mmdbb.modules import named_values
 
 #: Attributes of a detector that read its feature maps after a dense head.
 FEATURE_READERS = ('roi_head', 'mask_head')
@@ -53,7 +54,7 @@ class ExportModule(nn.Module):
 
     def outputs(self, images: Tensor) -> Dict[str, Tensor]:
         """All outputs by name, in the order of the exported ones."""
-        return dict(named_tensors(self.output, self.run(images)))
+        return named_tensors(self.output, self.run(images))
 
     def run(self, images: Tensor):
         """What the network gives: tensors, perhaps nested."""
@@ -144,7 +145,7 @@ class Detector(ExportModule):
 
     def outputs(self, images: Tensor) -> Dict[str, Tensor]:
         features = self.network.extract_feat(images)
-        named = dict(named_tensors(self.output, list(features)))
+        named = named_tensors(self.output, list(features))
         if not self.head:
             return named
         if not self.with_features:
@@ -208,23 +209,24 @@ def preprocessing(model: nn.Module) -> dict:
     )
 
 
-def named_tensors(name: str, value) -> Iterator[Tuple[str, Tensor]]:
-    """Tensors of nested tuples, lists and dicts, each with a flat name."""
-    if isinstance(value, Tensor):
-        yield name, value
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield from named_tensors(f'{name}_{key}', item)
-    elif isinstance(value, (list, tuple)):
-        # A tuple of one is how many networks return their only output.
-        single = isinstance(value, tuple) and len(value) == 1
-        for i, item in enumerate(value):
-            yield from named_tensors(name if single else f'{name}_{i}', item)
-    else:
-        raise UserError(
-            f'the network returns a {type(value).__name__}, where an export '
-            'needs tensors'
-        )
+def named_tensors(name: str, outputs: Any) -> Dict[str, Tensor]:
+    """All tensors that a network returns, each with a flat name.
+
+    Args:
+        name: Name of the whole.
+        outputs: What the network returned.
+
+    Raises:
+        UserError: If it returned something else than tensors.
+    """
+    named = dict(named_values(name, outputs, separator='_', unwrap=True))
+    for value in named.values():
+        if not isinstance(value, Tensor):
+            raise UserError(
+                f'the network returns a {type(value).__name__}, where an '
+                'export needs tensors'
+            )
+    return named
 
 
 def _map_names(head: nn.Module, count: int) -> List[str]:

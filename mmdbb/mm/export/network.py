@@ -7,14 +7,12 @@ or torch, and gave what the network with its branches gives.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
 import os
 from typing import (
     Callable,
     Dict,
-    Iterator,
     List,
     NamedTuple,
     Optional,
@@ -35,6 +33,7 @@ from mmdbb.mm.export.modules import (
     preprocessing,
 )
 from mmdbb.mm.outputs import Proof, writing
+from mmdbb.modules import in_eval_mode
 from mmdbb.reparam import find_blocks, literal_forward, reparameterize
 from mmdbb.version import __version__
 
@@ -155,7 +154,7 @@ def write_network(
     )
     batches = _batches(model, channels, proof)
     reference = model if reference is None else reference
-    with _in_eval(model, reference):
+    with in_eval_mode(model, reference):
         expected = _outputs(reference, head, batches)
         module, blocks = exportable(model, head, options.fold_norms)
         example = batches[0].new_zeros(_BATCH, *batches[0].shape[1:])
@@ -279,15 +278,3 @@ def _compare(
             errors[name] = max(errors[name], error)
     worst = max(errors, key=errors.get)
     return Difference(errors[worst], worst, tuple(errors))
-
-
-@contextlib.contextmanager
-def _in_eval(*models: nn.Module) -> Iterator[None]:
-    modes = {m: m.training for model in models for m in model.modules()}
-    try:
-        for module in modes:  # the hosts' train() does more than that
-            module.training = False
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

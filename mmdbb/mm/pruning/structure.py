@@ -22,6 +22,7 @@ from mmdbb.mm.export.modules import (
     Detector,
     export_module,
 )
+from mmdbb.modules import count_parameters, in_eval_mode
 from mmdbb.reparam import find_blocks
 
 
@@ -86,28 +87,26 @@ def prune_(
     images = next(model.parameters()).new_zeros(
         2, _channels(model), *image_size
     )
-    modes = {m: m.training for m in model.modules()}
     try:
-        for m in modes:
-            m.training = False
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')
-            pruner = pruning.pruner.MagnitudePruner(
-                module,
-                images,
-                importance=pruning.importance.GroupMagnitudeImportance(
-                    p=norm, target_types=[nn.Conv2d, nn.Linear]
-                ),
-                global_pruning=not each_layer,
-                pruning_ratio=ratio,
-                # Nothing is left of a layer whose filters all go.
-                max_pruning_ratio=max(ratio, 0.9),
-                ignored_layers=_heads(model),
-                round_to=round_to,
-            )
-            pruner.step()
-        with torch.no_grad():
-            module(images)
+        with in_eval_mode(model):
+            with warnings.catch_warnings():
+                warnings.simplefilter('ignore')
+                pruner = pruning.pruner.MagnitudePruner(
+                    module,
+                    images,
+                    importance=pruning.importance.GroupMagnitudeImportance(
+                        p=norm, target_types=[nn.Conv2d, nn.Linear]
+                    ),
+                    global_pruning=not each_layer,
+                    pruning_ratio=ratio,
+                    # Nothing is left of a layer whose filters all go.
+                    max_pruning_ratio=max(ratio, 0.9),
+                    ignored_layers=_heads(model),
+                    round_to=round_to,
+                )
+                pruner.step()
+            with torch.no_grad():
+                module(images)
     except UserError:
         raise
     except Exception as error:  # whatever following an unknown forward does
@@ -115,9 +114,6 @@ def prune_(
             f'{type(model).__name__} cannot be pruned: '
             f'{type(error).__name__}: {error}'
         ) from error
-    finally:
-        for m, mode in modes.items():
-            m.training = mode
     after = _filters(model)
     changed = {
         name: (count, after[name])
@@ -158,8 +154,7 @@ def cost_of(model: nn.Module, image_size: Tuple[int, int]) -> Cost:
     )
     with FlopCounterMode(display=False) as counter:
         _as_function(model)(images)
-    parameters = sum(p.numel() for p in model.parameters())
-    return Cost(parameters, counter.get_total_flops())
+    return Cost(count_parameters(model), counter.get_total_flops())
 
 
 def _as_function(model: nn.Module) -> nn.Module:

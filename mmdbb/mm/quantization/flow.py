@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_flatten
 
 from mmdbb.mm.export.modules import Detector, export_module
 from mmdbb.mm.quantization.fake import quantizable_layers
+from mmdbb.modules import in_eval_mode
 from mmdbb.tracing import sole_readers
 
 #: Functions after which the same integers are there, or fewer.
@@ -74,17 +75,12 @@ def layers_to_quantize(
     channels = getattr(next(iter(layers.values())), 'in_channels', 3)
     images = next(model.parameters()).new_zeros(1, channels, *image_size)
     norms = sole_readers(kind, images)
-    modes = {module: module.training for module in model.modules()}
     watch = _Watch(layers)
     try:
-        for module in modes:  # the hosts' train() does more than that
-            module.training = False
-        with watch:
+        with in_eval_mode(model), watch:
             kind(images)
     finally:
         watch.remove()
-        for module, mode in modes.items():
-            module.training = mode
     found = {}
     for name, layer in layers.items():
         if layer not in watch.reached:

@@ -25,7 +25,7 @@ from mmdbb.compare import Difference, compare_networks
 from mmdbb.errors import UserError
 from mmdbb.mm.deploy.load import build_model
 from mmdbb.mm.evaluation.images import Calibration
-from mmdbb.mm.evaluation.norm_statistics import moments_of
+from mmdbb.mm.evaluation.norm_statistics import channel_statistics
 from mmdbb.mm.outputs import Contents, Source, output_paths, writing
 from mmdbb.mm.quantization.network import fill_network
 from mmdbb.mm.stock.config import STOCK_BACKBONES, without_own_starts
@@ -184,7 +184,7 @@ def insert_bn_(network: nn.Module, model: nn.Module, images: Tensor) -> None:
         if not name.startswith(inside)
     }
     network.load_state_dict(state, strict=False)
-    moments = moments_of(model, blocks, images)
+    statistics = channel_statistics(model, blocks, images)
     for name, block in blocks.items():
         branch = network.get_submodule(name).branches['kxk']
         norm = branch.norm
@@ -196,7 +196,7 @@ def insert_bn_(network: nn.Module, model: nn.Module, images: Tensor) -> None:
         conv = block.to_conv()
         bias = zero_bias(conv.weight) if conv.bias is None else conv.bias
         # Where no image comes along, any statistics do.
-        mean, var = moments.get(name, (bias, torch.ones_like(bias)))
+        mean, var = statistics.get(name, (bias, torch.ones_like(bias)))
         branch.conv.weight.copy_(conv.weight)
         norm.running_mean.copy_(mean - bias.double())
         norm.running_var.copy_(var)

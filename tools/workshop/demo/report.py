@@ -16,6 +16,7 @@ from mmdbb.compare import compare_networks, network_outputs
 from mmdbb.files.checkpoints import load_strictly, read_checkpoint
 from mmdbb.mm.deploy.load import build_model, load_deployed
 from mmdbb.mm.engine.measure import interleaved_latency, print_table
+from mmdbb.modules import count_parameters
 
 
 def report(
@@ -57,7 +58,10 @@ def report(
     print_table(
         ('', 'trained: DBB', 'merged: stock ResNet'),
         [
-            ('parameters', *(f'{_count(m):,}' for m in (trained, stock))),
+            (
+                'parameters',
+                *(f'{count_parameters(m):,}' for m in (trained, stock)),
+            ),
             (spec.title, *(f'{found[k]:g}' for k in ('trained', 'deployed'))),
             (
                 f'latency of {len(batch)} images (ms)',
@@ -76,7 +80,3 @@ def preprocessed(model: nn.Module, dataset, indices: Sequence[int]) -> Tensor:
     """The images of a dataset as the network gets them, (N, C, H, W)."""
     data = pseudo_collate([dataset[i] for i in indices])
     return model.data_preprocessor(data, False)['inputs']
-
-
-def _count(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
