@@ -4,6 +4,7 @@
 from mmdbb.mm.backbones import (
     VGGDBB,
     AlexNetDBB,
+    BlocksForConvNorm,
     MobileNetV1,
     MobileNetV1DBB,
     PlainAlexNet,
@@ -19,6 +20,7 @@ from mmdbb.mm.backbones import (
 
 __all__ = [
     'AlexNetDBB',
+    'BlocksForConvNorm',
     'MobileNetV1',
     'MobileNetV1DBB',
     'PlainAlexNet',

@@ -31,8 +31,8 @@ def conv_norm_pairs(model: nn.Module) -> Iterator[ConvNorm]:
 
     These are mmcv's ``ConvModule``, the residual blocks and stems of the
     ResNets (``conv1`` and ``norm1_name``), neighbours in an
-    ``nn.Sequential``, and what a module of mmdbb's own names itself in
-    ``conv_norm_names``.
+    ``nn.Sequential``, and what a module names itself in ``conv_norm_names``:
+    pairs of attributes, such as ``(('conv', 'norm'),)``.
     """
     for parent in model.modules():
         if _is_conv_module(parent):
@@ -42,14 +42,14 @@ def conv_norm_pairs(model: nn.Module) -> Iterator[ConvNorm]:
                 and order.index('norm') == order.index('conv') + 1
             ):
                 yield ConvNorm(parent, 'conv', parent.norm_name)
+        elif hasattr(parent, 'conv_norm_names'):
+            for conv, norm in parent.conv_norm_names:
+                yield ConvNorm(parent, conv, norm)
         elif isinstance(parent, nn.Sequential):
             names = list(parent._modules)
             for first, second in zip(names, names[1:]):
                 if _is_norm(parent._modules[second]):
                     yield ConvNorm(parent, first, second)
-        elif hasattr(parent, 'conv_norm_names'):
-            for conv, norm in parent.conv_norm_names:
-                yield ConvNorm(parent, conv, norm)
         else:
             for name in parent._modules:
                 number = name[4:]

@@ -31,11 +31,12 @@ from torch import nn
 from torchvision import transforms as T
 
 from mmdbb import DiverseBranchBlock, RepVGGBlock_OREPA
-from mmdbb.checkpoint import hdf5, official
 from mmdbb.errors import UserError
+from mmdbb.files import hdf5
 from mmdbb.mm.backbones import MobileNetV1, PlainResNet, ResNetDBB
 from mmdbb.mm.deploy.checkpoint import deploy_checkpoint
 from mmdbb.mm.deploy.load import load_deployed
+from mmdbb.mm.official import convert as official
 from mmdbb.mm.official.convert import (
     backbone_state,
     convert_official,

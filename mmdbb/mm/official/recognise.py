@@ -16,8 +16,8 @@ from torch import Tensor
 
 from mmdbb.errors import UserError
 from mmdbb.files.checkpoints import some
+from mmdbb.mm.config_types import class_of, is_own
 from mmdbb.mm.official.networks import NETWORKS, Network, Place
-from mmdbb.mm.stock.config import OWN_BACKBONES, STOCK_BACKBONES
 from mmdbb.official.blocks import ACBlock, DiverseBranchBlock, RepVGGBlock
 from mmdbb.official.orepa import (
     OREPA,
@@ -164,8 +164,9 @@ class OfficialNetwork(NamedTuple):
     @property
     def needs_mmdbb(self) -> bool:
         """Whether the backbone is one of mmdbb's own."""
-        name = self.backbone['type'].rpartition('.')[2]
-        return name in (*STOCK_BACKBONES, *OWN_BACKBONES)
+        import mmdbb.mm.backbones  # noqa: F401
+
+        return is_own(class_of(self.backbone['type']))
 
     def __str__(self) -> str:
         """A line for people."""
