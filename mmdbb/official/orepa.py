@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from functools import partial
-from typing import Callable, Optional, Tuple
+from typing import Callable, Optional
 
 import torch
 from torch import Tensor, nn
@@ -27,36 +27,13 @@ from mmdbb.kernels import (
     PointwiseKernel,
     StackedKernel,
 )
+from mmdbb.official import names
 from mmdbb.official.blocks import OfficialBlock, RepVGGBlock
+from mmdbb.official.names import drop_unread_rows_
 from mmdbb.transforms import KernelBias, fuse_conv_bn
-
-Names = Tuple[Tuple[str, str], ...]
-
-#: Entries of the paper's KxK kernels -> ours; ``{}`` is ``orepa`` or ``rbr``.
-_KXK_NAMES = (
-    ('weight_{}_origin', 'origin'),
-    ('weight_{}_avg_conv', 'avg'),
-    ('weight_{}_avg_avg', 'avg_pattern'),
-    ('weight_{}_pfir_conv', 'prior'),
-    ('weight_{}_prior', 'prior_pattern'),
-    ('weight_{}_1x1_kxk_idconv1', 'inner1'),
-    ('weight_{}_1x1_kxk_conv2', 'inner2'),
-    ('weight_{}_1x1', 'pointwise'),
-    ('weight_{}_gconv_dw', 'depthwise'),
-    ('weight_{}_gconv_pw', 'separable'),
-    ('id_tensor', 'identity'),
-    ('vector', 'scale'),
-)
-
-#: Largest stack whose names are known: kernels of 31x31.
-_LAYERS = 15
 
 #: Stands for a ReLU of each block's own; None stands for none.
 _RELU = nn.ReLU()
-
-
-def _kxk_names(theirs: str, ours: str, kind: str = 'orepa') -> Names:
-    return tuple((theirs + t.format(kind), ours + o) for t, o in _KXK_NAMES)
 
 
 class OfficialGenerated(OfficialBlock):
@@ -160,10 +137,7 @@ class OREPA(OfficialGenerated):
         True
     """
 
-    names = (
-        *_kxk_names('', 'block.generator.'),
-        ('orepa_reparam.', 'block.'),
-    )
+    names = names.OREPA.within('block.')
 
     def __init__(
         self,
@@ -226,13 +200,7 @@ class OREPA_1x1(OfficialGenerated):
         ValueError: If ``kernel_size`` is not 1.
     """
 
-    names = (
-        ('weight_or1x1_origin', 'block.generator.origin'),
-        ('weight_or1x1_l2i_conv1', 'block.generator.inner1'),
-        ('weight_or1x1_l2i_conv2', 'block.generator.inner2'),
-        ('vector', 'block.generator.scale'),
-        ('or1x1_reparam.', 'block.'),
-    )
+    names = names.OREPA_1X1.within('block.')
 
     def __init__(
         self,
@@ -280,13 +248,7 @@ class OREPA_LargeConvBase(OfficialGenerated):
         ValueError: If the kernel is no stack of 3x3 kernels.
     """
 
-    names = (
-        *(
-            (f'weight{i}', f'block.generator.layers.{i}.weight')
-            for i in reversed(range(_LAYERS))
-        ),
-        ('or_large_reparam.', 'block.'),
-    )
+    names = names.OREPA_LARGE_BASE.within('block.')
     generated = False
 
     def __init__(
@@ -317,16 +279,7 @@ class OREPA_LargeConv(OREPA_LargeConvBase):
     Arguments as :class:`OREPA_LargeConvBase`.
     """
 
-    names = (
-        *(
-            pair
-            for i in range(_LAYERS)
-            for pair in _kxk_names(
-                f'weight{i}.', f'block.generator.layers.{i}.'
-            )
-        ),
-        ('or_large_reparam.', 'block.'),
-    )
+    names = names.OREPA_LARGE.within('block.')
     generated = True
 
 
@@ -340,14 +293,7 @@ class RepVGGBlock_OREPA(RepVGGBlock):
             None.
     """
 
-    names = (
-        ('rbr_identity.', 'block.branches.identity.norm.'),
-        ('rbr_dense.bn.', 'block.branches.orepa.norm.'),
-        *_kxk_names('rbr_dense.', 'block.branches.orepa.generator.', 'rbr'),
-        ('rbr_1x1.conv.', 'block.branches.1x1.conv.'),
-        ('rbr_1x1.bn.', 'block.branches.1x1.norm.'),
-        ('rbr_reparam.', 'block.'),
-    )
+    names = names.REPVGG_OREPA.within('block.')
     block_type = OREPARepVGG
 
     def __init__(
@@ -380,25 +326,8 @@ class RepVGGBlock_OREPA(RepVGGBlock):
             self.nonlinear = nn.Identity() if nonlinear is None else nonlinear
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
-        name = f'{prefix}rbr_dense.vector'
-        if name in state_dict:
-            state_dict[name] = used_scales(state_dict[name])
+        drop_unread_rows_(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def used_scales(vector: Tensor) -> Tensor:
-    """RepVGG-OREPA's scales without the row that its code never reads.
-
-    Where a block has an identity the paper's code makes six rows, of which
-    the last is left as memory happened to be.
-
-    Args:
-        vector: Shape (5 or 6, out).
-
-    Returns:
-        Tensor: Shape (5, out).
-    """
-    return vector[:5]
 
 
 @torch.no_grad()

@@ -18,9 +18,6 @@ from mmdbb.branches.norm import norm_scale_shift
 from mmdbb.plain.kernels import start_as_
 from mmdbb.transforms import KernelBias, add_branches, unfuse_conv_bn
 
-# Branches that can take the plain kernel; the first one there is does.
-_TAKERS = ('kxk', 'orepa')
-
 # A channel that the plain network switched off still starts with this gamma,
 # a thousandth of a common one: small enough for no visible noise in training.
 SMALLEST_GAMMA = 1e-3
@@ -77,7 +74,7 @@ def start_sum(
         branch_scale: As of :func:`plain_start`.
     """
     dtype = leaf_dtype(work)
-    dense = work.branches[dense_branch(work)]
+    dense = work.branches[work.dense_branch]
     others = [b for b in work.branches.values() if b is not dense]
     values = _start_of_norm(plain, norm, absorbed, dense.norm.eps)
     start = dense.norm
@@ -114,11 +111,6 @@ def start_sum(
     else:
         start.running_mean.copy_(-rest.bias / scale_shift.scale)
     return exact
-
-
-def dense_branch(block: BranchSumConv2d) -> Optional[str]:
-    """Name of the branch that takes the plain kernel, if there is one."""
-    return next((name for name in _TAKERS if name in block.branches), None)
 
 
 def exactly(value: Optional[Tensor]) -> Optional[Tensor]:
