@@ -67,9 +67,10 @@ def for_pages(*infos: str):
 @pytest.fixture
 def registries():
     """What a page registers is gone after it."""
-    before = [dict(r.module_dict) for r in (BRANCHES, MODELS)]
+    known = (BRANCHES, MODELS, *MODELS.children.values())
+    before = [dict(registry.module_dict) for registry in known]
     yield
-    for registry, modules in zip((BRANCHES, MODELS), before):
+    for registry, modules in zip(known, before):
         registry.module_dict.clear()
         registry.module_dict.update(modules)
 
