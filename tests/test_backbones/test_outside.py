@@ -18,6 +18,7 @@ from mmdbb.mm.config_types import class_of, type_of
 from mmdbb.mm.deploy.load import build_model
 from mmdbb.mm.quantization.insert_bn import conv_bn_config
 from mmdbb.mm.stock.config import stock_config
+from mmdbb.plain.weights import load_plain_weights_
 from mmdbb.reparam import find_blocks
 
 pytestmark = pytest.mark.usefixtures('quiet')
@@ -202,6 +203,24 @@ def test_norms_stand_where_no_block_has_some(name):
 def blocks_and_identities(model):
     identities = [m for m in model.modules() if isinstance(m, nn.Identity)]
     return find_blocks(model), identities
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_starts_from_plain_weights(name, tmp_path):
+    options, _, _, plain_type = CASES[name]
+    plain = randomize(MODELS.build(dict(type=plain_type, **options)))
+    path = str(tmp_path / 'plain.pth')
+    torch.save(plain.state_dict(), path)
+    if name == 'OutsideSmallBlocks':  # it takes no init_cfg
+        model = MODELS.build(dict(type=name, **options))
+        load_plain_weights_(model, path)
+    else:
+        rule = dict(type='PlainPretrained', checkpoint=path)
+        model = MODELS.build(dict(type=name, init_cfg=rule, **options))
+        model.init_weights()
+    plain.eval()
+    x = image(2, 3, 32, 24, dtype=torch.float32)
+    assert distance(model.eval()(x)[-1], plain(x)[-1]) < 1e-4
 
 
 def test_merges_partly(tmp_path):

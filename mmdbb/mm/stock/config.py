@@ -11,7 +11,7 @@ one by its name.
 from __future__ import annotations
 
 import sys
-from typing import Any, List, Optional, Set, Tuple
+from typing import Any, Iterator, List, Optional, Set, Tuple
 
 from mmengine import registry as registries
 from mmengine.config import Config
@@ -183,7 +183,7 @@ def _modules_of(fields: dict) -> Set[str]:
     roots = [r for r in vars(registries).values() if isinstance(r, Registry)]
     found = set()
     for node, _ in dicts_of(fields):
-        for value in node.values():
+        for value in _flat(list(node.values())):
             kinds = [value]
             if isinstance(value, str):
                 # A name of a module's class, without a registry.
@@ -192,6 +192,15 @@ def _modules_of(fields: dict) -> Set[str]:
                 kinds += [registered(value, None, root) for root in roots]
             found.update(module_of(kind) for kind in kinds if callable(kind))
     return found
+
+
+def _flat(values: Any) -> Iterator[Any]:
+    """What lists and tuples hold, however deep."""
+    for value in values:
+        if isinstance(value, (list, tuple)):
+            yield from _flat(value)
+        else:
+            yield value
 
 
 def _without_merged(
