@@ -44,9 +44,9 @@ class RepVGGConv(BranchSumConv2d):
         refuse_merged(self, 'custom L2')
         branches = self.branches
         if self.dense_branch is None:
+            wanted = next(n for n in DENSE_BRANCHES if n in self.preset)
             raise ValueError(
-                f'custom L2 needs a branch of {list(DENSE_BRANCHES)}, got '
-                f'{list(branches)}'
+                f'custom L2 needs the branch {wanted!r}, got {list(branches)}'
             )
         dense = branches[self.dense_branch]
         kernel = dense.kernel

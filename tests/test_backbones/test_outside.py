@@ -123,8 +123,6 @@ def registries(root):
 @pytest.fixture(scope='module', autouse=True)
 def modules(tmp_path_factory):
     """Two modules that a config can import; gone again after the tests."""
-    known = [*registries(MODELS), *registries(HOOKS)]
-    before = [dict(registry.module_dict) for registry in known]
     folder = tmp_path_factory.mktemp('modules')
     texts = dict(outside_stock=OF_STOCK, outside_own=OF_OWN)
     for name, text in texts.items():
@@ -136,9 +134,10 @@ def modules(tmp_path_factory):
     sys.path.remove(str(folder))
     for name in texts:
         del sys.modules[name]
-    for registry, entries in zip(known, before):
-        registry.module_dict.clear()
-        registry.module_dict.update(entries)
+    for registry in [*registries(MODELS), *registries(HOOKS)]:
+        for name, kind in list(registry.module_dict.items()):
+            if getattr(kind, '__module__', None) in {*texts, __name__}:
+                del registry.module_dict[name]
 
 
 def config_of(name, work_dir):
