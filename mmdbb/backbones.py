@@ -1,34 +1,5 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
 """Backbones with blocks, for mmpretrain and through it for mmdet and mmseg."""
 
-from mmdbb.mm.backbones import (
-    VGGDBB,
-    AlexNetDBB,
-    MobileNetV1,
-    MobileNetV1DBB,
-    PlainAlexNet,
-    PlainRepVGG,
-    PlainResNet,
-    PlainResNeXt,
-    ReparamRepVGG,
-    ResNetDBB,
-    ResNetV1cDBB,
-    ResNetV1dDBB,
-    ResNeXtDBB,
-)
-
-__all__ = [
-    'AlexNetDBB',
-    'MobileNetV1',
-    'MobileNetV1DBB',
-    'PlainAlexNet',
-    'PlainRepVGG',
-    'PlainResNeXt',
-    'PlainResNet',
-    'ReparamRepVGG',
-    'ResNeXtDBB',
-    'ResNetDBB',
-    'ResNetV1cDBB',
-    'ResNetV1dDBB',
-    'VGGDBB',
-]
+from mmdbb.mm.backbones import *  # noqa: F403
+from mmdbb.mm.backbones import __all__  # noqa: F401

@@ -32,8 +32,8 @@ def conv_norm_pairs(model: nn.Module) -> Iterator[ConvNorm]:
 
     The conventions are: mmcv's ``ConvModule``; residual blocks and stems of
     ResNets (``conv1`` and ``norm1_name``); neighbours in an
-    ``nn.Sequential``; and the attribute ``conv_norm_names`` of modules of
-    mmdbb, which lists pairs of names.
+    ``nn.Sequential``; and the attribute ``conv_norm_names``, in which
+    a module lists pairs of attributes, such as ``(('conv', 'norm'),)``.
     """
     for parent in model.modules():
         if _is_conv_module(parent):
@@ -43,14 +43,14 @@ def conv_norm_pairs(model: nn.Module) -> Iterator[ConvNorm]:
                 and order.index('norm') == order.index('conv') + 1
             ):
                 yield ConvNorm(parent, 'conv', parent.norm_name)
+        elif hasattr(parent, 'conv_norm_names'):
+            for conv, norm in parent.conv_norm_names:
+                yield ConvNorm(parent, conv, norm)
         elif isinstance(parent, nn.Sequential):
             names = list(parent._modules)
             for first, second in zip(names, names[1:]):
                 if _is_norm(parent._modules[second]):
                     yield ConvNorm(parent, first, second)
-        elif hasattr(parent, 'conv_norm_names'):
-            for conv, norm in parent.conv_norm_names:
-                yield ConvNorm(parent, conv, norm)
         else:
             for name in parent._modules:
                 number = name[4:]

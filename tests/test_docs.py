@@ -74,6 +74,12 @@ def registries():
     for registry, modules in zip((BRANCHES, MODELS), before):
         registry.module_dict.clear()
         registry.module_dict.update(modules)
+    # The packages fill theirs when they are first asked: that has to stay.
+    pages = {page.stem for page in PAGES}
+    for registry in MODELS.children.values():
+        for name, kind in list(registry.module_dict.items()):
+            if kind.__module__ in pages:
+                del registry.module_dict[name]
 
 
 @for_pages('python')

@@ -28,6 +28,10 @@ from mmdbb.transforms import KernelBias, add_branches, fuse_conv_bn
 
 BranchCfg = Union[str, dict]
 
+#: Branches of one kernel of the full size, then a norm; the first there is
+#: stands for the plain convolution.
+DENSE_BRANCHES = ('kxk', 'orepa')
+
 
 class BranchSumConv2d(ReparamConv2d):
     """A convolution that is trained as the sum of named branches.
@@ -138,6 +142,15 @@ class BranchSumConv2d(ReparamConv2d):
             self.init_gamma(gamma_init)
         if single_init:
             self.single_init()
+
+    @property
+    def dense_branch(self) -> Optional[str]:
+        """Name of the branch with a kernel of the full size and one norm.
+
+        It is the one that can take any plain kernel. None if the block has no
+        such branch.
+        """
+        return next((n for n in DENSE_BRANCHES if n in self.branches), None)
 
     @classmethod
     def preset_for(cls, spec: ConvSpec) -> Sequence[BranchCfg]:

@@ -12,12 +12,9 @@ import math
 from functools import partial
 from typing import Optional
 
-from torch import Tensor
-
 from mmdbb.blocks.build import register_conv_layer
 from mmdbb.blocks.composed import ComposedKernelConv2d
 from mmdbb.blocks.repvgg import RepVGGConv
-from mmdbb.branches.base import Branch
 from mmdbb.geometry import ConvSpec, IntPair
 from mmdbb.kernels import (
     ComposedKernel,
@@ -107,10 +104,6 @@ class OREPARepVGG(RepVGGConv):
     """
 
     preset = ('identity', 'orepa', '1x1')
-    dense_branch = 'orepa'
-
-    def _kernel_of(self, dense: Branch) -> Tensor:
-        return dense.generator()
 
 
 def _is_stack(kernel_size: IntPair) -> bool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from mmdbb.blocks.base import refuse_merged
-from mmdbb.blocks.branch_sum import BranchSumConv2d
+from mmdbb.blocks.branch_sum import DENSE_BRANCHES, BranchSumConv2d
 from mmdbb.blocks.build import register_conv_layer
 from mmdbb.branches.base import Branch
 from mmdbb.branches.norm import norm_scale_shift
@@ -32,9 +32,6 @@ class RepVGGConv(BranchSumConv2d):
 
     preset = ('identity', 'kxk', '1x1')
 
-    #: Name of the branch with the KxK kernel.
-    dense_branch = 'kxk'
-
     def get_custom_L2(self) -> Tensor:
         """Compute the penalty that replaces weight decay in the paper's code.
 
@@ -54,13 +51,13 @@ class RepVGGConv(BranchSumConv2d):
         """
         refuse_merged(self, 'custom L2')
         branches = self.branches
-        if self.dense_branch not in branches:
+        if self.dense_branch is None:
+            wanted = next(n for n in DENSE_BRANCHES if n in self.preset)
             raise ValueError(
-                f'custom L2 needs the branch {self.dense_branch!r}, got '
-                f'{list(branches)}'
+                f'custom L2 needs the branch {wanted!r}, got {list(branches)}'
             )
         dense = branches[self.dense_branch]
-        kernel = self._kernel_of(dense)
+        kernel = dense.kernel
         row, column = self.spec.centre
         centre = kernel[:, :, row : row + 1, column : column + 1]
         outer = kernel.square().sum() - centre.square().sum()
@@ -74,9 +71,6 @@ class RepVGGConv(BranchSumConv2d):
         # Where the scales are zero, the equivalent centre is zero too.
         units = units.masked_fill(units == 0, 1)
         return outer + (equivalent.square() / units).sum()
-
-    def _kernel_of(self, dense: Branch) -> Tensor:
-        return dense.conv.weight
 
 
 def _scale_of(branch: Branch) -> Tensor:

@@ -58,9 +58,14 @@ class ComposedKxK(Branch):
     def last_norm(self) -> _BatchNorm:
         return self.norm
 
+    @property
+    def kernel(self) -> Tensor:
+        """Shape (out, in / groups, kH, kW), composed anew each time."""
+        return self.generator()
+
     def forward(self, x: Tensor) -> Tensor:
-        y = convolve(x, self.generator(), None, self.spec)
+        y = convolve(x, self.kernel, None, self.spec)
         return run_norm(self.norm, y)
 
     def equivalent_kernel_bias(self) -> KernelBias:
-        return fuse_kernel_norm(self.generator(), self.norm)
+        return fuse_kernel_norm(self.kernel, self.norm)

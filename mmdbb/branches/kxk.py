@@ -1,6 +1,8 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
 """The branch ``kxk``: the original convolution and its norm."""
 
+from torch import Tensor
+
 from mmdbb.branches.base import ConvNormBranch
 from mmdbb.geometry import ConvSpec, IntPair
 from mmdbb.registry import BRANCHES
@@ -19,3 +21,8 @@ class KxK(ConvNormBranch):
     @staticmethod
     def size(spec: ConvSpec) -> IntPair:
         return spec.kernel_size
+
+    @property
+    def kernel(self) -> Tensor:
+        """Shape (out, in / groups, kH, kW)."""
+        return self.conv.weight

@@ -8,7 +8,7 @@ the rest. State dicts of the original classes load as they are.
 
 from __future__ import annotations
 
-from typing import Optional, Tuple
+from typing import Optional
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,7 +18,8 @@ from mmdbb.blocks.base import ReparamConv2d, refuse_merged
 from mmdbb.blocks.dbb import DBB
 from mmdbb.blocks.repvgg import RepVGGConv
 from mmdbb.geometry import ConvSpec
-from mmdbb.plain.branch_sums import dense_branch
+from mmdbb.official import names
+from mmdbb.official.names import Names, translate
 from mmdbb.transforms import KernelBias
 
 
@@ -31,7 +32,7 @@ class OfficialBlock(nn.Module):
     """
 
     #: Start of a name in the paper's code -> start of the name here.
-    names: Tuple[Tuple[str, str], ...] = ()
+    names: Names = ()
 
     def __init__(
         self, block: ReparamConv2d, nonlinear: Optional[nn.Module] = None
@@ -81,17 +82,14 @@ class OfficialBlock(nn.Module):
             ValueError: If the block is merged.
         """
         self.init_gamma(0.0)
-        dense = self.block.branches[dense_branch(self.block)]
+        dense = self.block.branches[self.block.dense_branch]
         nn.init.ones_(dense.last_norm.weight)
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         for key in [k for k in state_dict if k.startswith(prefix)]:
-            name = key[len(prefix) :]
-            for theirs, ours in self.names:
-                if name.startswith(theirs):
-                    renamed = prefix + ours + name[len(theirs) :]
-                    state_dict[renamed] = state_dict.pop(key)
-                    break
+            name = translate(key[len(prefix) :], self.names)
+            if name is not None:
+                state_dict[prefix + name] = state_dict.pop(key)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -123,21 +121,7 @@ class DiverseBranchBlock(OfficialBlock):
         True
     """
 
-    names = (
-        ('dbb_origin.conv.', 'block.branches.kxk.conv.'),
-        ('dbb_origin.bn.', 'block.branches.kxk.norm.'),
-        ('dbb_1x1.conv.', 'block.branches.1x1.conv.'),
-        ('dbb_1x1.bn.', 'block.branches.1x1.norm.'),
-        ('dbb_avg.conv.', 'block.branches.1x1_avg.conv1.'),
-        ('dbb_avg.bn.bn.', 'block.branches.1x1_avg.norm1.'),
-        ('dbb_avg.avgbn.', 'block.branches.1x1_avg.norm2.'),
-        ('dbb_1x1_kxk.idconv1.', 'block.branches.1x1_kxk.conv1.'),
-        ('dbb_1x1_kxk.conv1.', 'block.branches.1x1_kxk.conv1.'),
-        ('dbb_1x1_kxk.bn1.bn.', 'block.branches.1x1_kxk.norm1.'),
-        ('dbb_1x1_kxk.conv2.', 'block.branches.1x1_kxk.conv2.'),
-        ('dbb_1x1_kxk.bn2.', 'block.branches.1x1_kxk.norm2.'),
-        ('dbb_reparam.', 'block.'),
-    )
+    names = names.DBB.within('block.')
 
     def __init__(
         self,
@@ -200,15 +184,7 @@ class ACBlock(OfficialBlock):
             others with 0.
     """
 
-    names = (
-        ('square_conv.', 'block.branches.kxk.conv.'),
-        ('square_bn.', 'block.branches.kxk.norm.'),
-        ('ver_conv.', 'block.branches.kx1.conv.'),
-        ('ver_bn.', 'block.branches.kx1.norm.'),
-        ('hor_conv.', 'block.branches.1xk.conv.'),
-        ('hor_bn.', 'block.branches.1xk.norm.'),
-        ('fused_conv.', 'block.'),
-    )
+    names = names.ACB.within('block.')
 
     def __init__(
         self,
@@ -262,14 +238,7 @@ class RepVGGBlock(OfficialBlock):
             leaves it in place.
     """
 
-    names = (
-        ('rbr_identity.', 'block.branches.identity.norm.'),
-        ('rbr_dense.conv.', 'block.branches.kxk.conv.'),
-        ('rbr_dense.bn.', 'block.branches.kxk.norm.'),
-        ('rbr_1x1.conv.', 'block.branches.1x1.conv.'),
-        ('rbr_1x1.bn.', 'block.branches.1x1.norm.'),
-        ('rbr_reparam.', 'block.'),
-    )
+    names = names.REPVGG.within('block.')
     block_type = RepVGGConv
 
     def __init__(

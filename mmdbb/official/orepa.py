@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from functools import partial
-from typing import Callable, Optional, Tuple
+from typing import Callable, Optional
 
 import torch
 from torch import Tensor, nn
@@ -27,37 +27,13 @@ from mmdbb.kernels import (
     PointwiseKernel,
     StackedKernel,
 )
+from mmdbb.official import names
 from mmdbb.official.blocks import OfficialBlock, RepVGGBlock
+from mmdbb.official.names import drop_unread_rows_
 from mmdbb.transforms import KernelBias, fuse_conv_bn
-
-Names = Tuple[Tuple[str, str], ...]
-
-#: Entry of a KxK kernel in the paper's code -> its name here. ``{}`` stands
-#: for ``orepa`` or ``rbr``.
-_KXK_NAMES = (
-    ('weight_{}_origin', 'origin'),
-    ('weight_{}_avg_conv', 'avg'),
-    ('weight_{}_avg_avg', 'avg_pattern'),
-    ('weight_{}_pfir_conv', 'prior'),
-    ('weight_{}_prior', 'prior_pattern'),
-    ('weight_{}_1x1_kxk_idconv1', 'inner1'),
-    ('weight_{}_1x1_kxk_conv2', 'inner2'),
-    ('weight_{}_1x1', 'pointwise'),
-    ('weight_{}_gconv_dw', 'depthwise'),
-    ('weight_{}_gconv_pw', 'separable'),
-    ('id_tensor', 'identity'),
-    ('vector', 'scale'),
-)
-
-#: Layers of the largest stack whose names are listed: a kernel of 31x31.
-_LAYERS = 15
 
 #: A default that means "a new ReLU for each block", because None means none.
 _RELU = nn.ReLU()
-
-
-def _kxk_names(theirs: str, ours: str, kind: str = 'orepa') -> Names:
-    return tuple((theirs + t.format(kind), ours + o) for t, o in _KXK_NAMES)
 
 
 class OfficialComposed(OfficialBlock):
@@ -167,10 +143,7 @@ class OREPA(OfficialComposed):
         True
     """
 
-    names = (
-        *_kxk_names('', 'block.generator.'),
-        ('orepa_reparam.', 'block.'),
-    )
+    names = names.OREPA.within('block.')
 
     def __init__(
         self,
@@ -242,13 +215,7 @@ class OREPA_1x1(OfficialComposed):
         ValueError: If ``kernel_size`` is not 1.
     """
 
-    names = (
-        ('weight_or1x1_origin', 'block.generator.origin'),
-        ('weight_or1x1_l2i_conv1', 'block.generator.inner1'),
-        ('weight_or1x1_l2i_conv2', 'block.generator.inner2'),
-        ('vector', 'block.generator.scale'),
-        ('or1x1_reparam.', 'block.'),
-    )
+    names = names.OREPA_1X1.within('block.')
 
     def __init__(
         self,
@@ -298,13 +265,7 @@ class OREPA_LargeConvBase(OfficialComposed):
         ValueError: If the kernel cannot be a stack of 3x3 kernels.
     """
 
-    names = (
-        *(
-            (f'weight{i}', f'block.generator.layers.{i}.weight')
-            for i in reversed(range(_LAYERS))
-        ),
-        ('or_large_reparam.', 'block.'),
-    )
+    names = names.OREPA_LARGE_BASE.within('block.')
     composed = False
 
     def __init__(
@@ -348,16 +309,7 @@ class OREPA_LargeConv(OREPA_LargeConvBase):
             convolutions, see :class:`OREPA_LargeConvBase`.
     """
 
-    names = (
-        *(
-            pair
-            for i in range(_LAYERS)
-            for pair in _kxk_names(
-                f'weight{i}.', f'block.generator.layers.{i}.'
-            )
-        ),
-        ('or_large_reparam.', 'block.'),
-    )
+    names = names.OREPA_LARGE.within('block.')
     composed = True
 
 
@@ -380,14 +332,7 @@ class RepVGGBlock_OREPA(RepVGGBlock):
             nothing if None.
     """
 
-    names = (
-        ('rbr_identity.', 'block.branches.identity.norm.'),
-        ('rbr_dense.bn.', 'block.branches.orepa.norm.'),
-        *_kxk_names('rbr_dense.', 'block.branches.orepa.generator.', 'rbr'),
-        ('rbr_1x1.conv.', 'block.branches.1x1.conv.'),
-        ('rbr_1x1.bn.', 'block.branches.1x1.norm.'),
-        ('rbr_reparam.', 'block.'),
-    )
+    names = names.REPVGG_OREPA.within('block.')
     block_type = OREPARepVGG
 
     def __init__(
@@ -420,25 +365,8 @@ class RepVGGBlock_OREPA(RepVGGBlock):
             self.nonlinear = nn.Identity() if nonlinear is None else nonlinear
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
-        name = f'{prefix}rbr_dense.vector'
-        if name in state_dict:
-            state_dict[name] = used_scales(state_dict[name])
+        drop_unread_rows_(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def used_scales(vector: Tensor) -> Tensor:
-    """Drop the row of RepVGG-OREPA's scales that its code never reads.
-
-    For a block with an identity the paper's code allocates six rows but fills
-    five. The last one holds whatever was in memory.
-
-    Args:
-        vector: Scales from the paper's checkpoint, shape (5 or 6, out).
-
-    Returns:
-        Tensor: The scales in use, shape (5, out).
-    """
-    return vector[:5]
 
 
 @torch.no_grad()

@@ -30,7 +30,6 @@ from mmdbb.blocks.composed import ComposedKernelConv2d
 from mmdbb.branches.base import leaf_dtype
 from mmdbb.plain.branch_sums import (
     NormValues,
-    dense_branch,
     exactly,
     start_sum,
 )
@@ -142,7 +141,7 @@ def _check(block: nn.Module, plain: KernelBias, branch_scale: float) -> None:
         )
     if block.deploy:
         raise ValueError('the block is merged already')
-    if is_sum and dense_branch(block) is None:
+    if is_sum and block.dense_branch is None:
         raise ValueError(
             "the block has no 'kxk' branch (nor 'orepa'), which would take "
             f'the plain kernel; it has {list(block.branches)}. Add one to '

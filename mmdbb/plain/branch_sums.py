@@ -18,9 +18,6 @@ from mmdbb.branches.norm import norm_scale_shift
 from mmdbb.plain.kernels import start_as_
 from mmdbb.transforms import KernelBias, add_branches, unfuse_conv_bn
 
-# Branches that can take the plain kernel. The first one that a block has does.
-_TAKERS = ('kxk', 'orepa')
-
 # The least gamma of a channel that the plain network switched off, so that the
 # channel can learn again: a thousandth of a common gamma, too small to add
 # noise in training.
@@ -84,7 +81,7 @@ def start_sum(
         nn.Module: The block.
     """
     dtype = leaf_dtype(work)
-    dense = work.branches[dense_branch(work)]
+    dense = work.branches[work.dense_branch]
     others = [b for b in work.branches.values() if b is not dense]
     values = _start_of_norm(plain, norm, absorbed, dense.norm.eps)
     start = dense.norm
@@ -121,15 +118,6 @@ def start_sum(
     else:
         start.running_mean.copy_(-rest.bias / scale_shift.scale)
     return exact
-
-
-def dense_branch(block: BranchSumConv2d) -> Optional[str]:
-    """Name of the branch that takes the plain kernel; None if none can.
-
-    Args:
-        block: The block.
-    """
-    return next((name for name in _TAKERS if name in block.branches), None)
 
 
 def exactly(value: Optional[Tensor]) -> Optional[Tensor]:

@@ -13,8 +13,10 @@ from mmdbb import (
     DiverseBranchBlock,
     RepVGGBlock,
     RepVGGBlock_OREPA,
+    official,
 )
 from mmdbb.blocks import ReparamConv2d
+from mmdbb.official.names import BLOCKS
 
 CLASSES = (DiverseBranchBlock, ACBlock, RepVGGBlock)
 EACH = pytest.mark.parametrize('block', CLASSES, ids=lambda c: c.__name__)
@@ -251,3 +253,9 @@ def test_any_geometry_where_the_papers_code_fails():
         y = module(x)
         module.switch_to_deploy()
         assert distance(module(x), y) < EXACT
+
+
+def test_all_classes_read_their_names_from_one_table():
+    classes = [getattr(official, name) for name in official.__all__]
+    table = [names.within('block.') for names in BLOCKS]
+    assert sorted(block.names for block in classes) == sorted(table)

@@ -10,23 +10,37 @@ from helpers import EXACT, blocks_of, deploy, distance, image, randomize
 from mmcv.cnn import ConvModule
 from mmengine.config import Config
 from mmengine.registry import HOOKS, MODELS
+from mmpretrain.registry import MODELS as MMPRETRAIN_MODELS
 from networks import CONFIGS, write_checkpoint, write_config
 from torch import nn
 
+from mmdbb.backbones import BlocksForConvNorm
 from mmdbb.blocks import DBB
 from mmdbb.conv_norms import norm_names
 from mmdbb.errors import UserError
 from mmdbb.mm.deploy.load import build_model
 from mmdbb.mm.pruning.penalty import KernelPenaltyHook
-from mmdbb.mm.stock.config import (
-    HOOKS_IN_PLACE,
-    OWN_HOOKS,
-    STOCK_BACKBONES,
-    stock_config,
-)
+from mmdbb.mm.quantization.qat import QATHook  # noqa: F401
+from mmdbb.mm.stock.config import stock_config
 from mmdbb.stock_weights import stock_state
 
 pytestmark = pytest.mark.usefixtures('quiet')
+
+#: Backbones -> what they are once merged.
+STOCK_BACKBONES = {
+    'ResNetDBB': 'ResNet',
+    'ResNetV1cDBB': 'ResNetV1c',
+    'ResNetV1dDBB': 'ResNetV1d',
+    'ResNeXtDBB': 'ResNeXt',
+    'MobileNetV1DBB': 'MobileNetV1',
+    'AlexNetDBB': 'PlainAlexNet',
+    'VGGDBB': 'VGG',
+    'ReparamRepVGG': 'RepVGG',
+}
+#: Hooks with nothing to do where no block is left.
+OWN_HOOKS = ('KernelPenaltyHook', 'QATHook', 'ReparamHook', 'RepeatableHook')
+#: Hooks in the place of another one.
+HOOKS_IN_PLACE = dict(WholeCheckpointHook='CheckpointHook')
 
 
 # The config
@@ -47,6 +61,17 @@ def test_config_is_free_of_ours(task):
     assert 'custom_imports' not in found
     assert found.load_from is None and found.resume is False
     assert not blocks_of(build_model(found))
+
+
+def test_every_backbone_of_ours_is_known():
+    ours = [
+        name
+        for name, kind in MMPRETRAIN_MODELS.module_dict.items()
+        if isinstance(kind, type)
+        and issubclass(kind, BlocksForConvNorm)
+        and kind.__module__.startswith('mmdbb.')
+    ]
+    assert sorted(ours) == sorted(STOCK_BACKBONES)
 
 
 @pytest.mark.parametrize('name', STOCK_BACKBONES)
@@ -184,15 +209,16 @@ def test_a_config_of_classes(backbone, tmp_path):
 
 
 def test_every_hook_of_ours_is_known():
-    from mmdbb.mm.pruning import penalty  # noqa: F401
-    from mmdbb.mm.quantization import qat  # noqa: F401
-
     ours = [
         name
         for name, hook in HOOKS.module_dict.items()
         if hook.__module__.startswith('mmdbb.')
     ]
     assert sorted(ours) == sorted([*OWN_HOOKS, *HOOKS_IN_PLACE])
+    for name in ours:
+        found = stock_config(Config(dict(custom_hooks=[dict(type=name)])))
+        hooks = [dict(type=HOOKS_IN_PLACE.get(name))]
+        assert found.get('custom_hooks', [dict(type=None)]) == hooks
 
 
 def test_a_hook_in_a_hosts_place_becomes_that_hook():

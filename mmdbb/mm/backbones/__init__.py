@@ -5,6 +5,7 @@ from mmdbb.mm.hosts import require
 
 require('mmpretrain')
 
+from .absorbed import BlocksForConvNorm
 from .alexnet import AlexNetDBB, PlainAlexNet
 from .mobilenet import MobileNetV1, MobileNetV1DBB
 from .repvgg import PlainRepVGG, ReparamRepVGG
@@ -20,6 +21,7 @@ from .vgg import VGGDBB
 
 __all__ = [
     'AlexNetDBB',
+    'BlocksForConvNorm',
     'MobileNetV1',
     'MobileNetV1DBB',
     'PlainAlexNet',

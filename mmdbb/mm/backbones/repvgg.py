@@ -23,7 +23,10 @@ from mmpretrain.models.utils import SELayer
 from mmpretrain.registry import MODELS
 from torch import Tensor, nn
 
+from mmdbb.blocks import BranchSumConv2d
+from mmdbb.blocks.build import block_of
 from mmdbb.mm.backbones.absorbed import BlocksForConvNorm
+from mmdbb.mm.config_types import type_of
 
 
 class RepVGGUnit(BaseModule):
@@ -195,8 +198,8 @@ class ReparamRepVGG(BlocksForConvNorm, PlainRepVGG):
 
     Args:
         args: As of :class:`PlainRepVGG`, keywords too.
-        block: Config of the block, ``dict(type='RepVGGConv')`` by default.
         kwargs: As of :class:`PlainRepVGG` and :class:`BlocksForConvNorm`.
+            ``block`` is ``dict(type='RepVGGConv')`` by default.
 
     Examples:
         >>> import torch
@@ -205,7 +208,17 @@ class ReparamRepVGG(BlocksForConvNorm, PlainRepVGG):
         torch.Size([1, 160, 2, 2])
     """
 
-    def __init__(self, *args, block: Optional[dict] = None, **kwargs) -> None:
-        super().__init__(
-            *args, block=block or dict(type='RepVGGConv'), **kwargs
-        )
+    default_block = dict(type='RepVGGConv')
+
+    @classmethod
+    def plain_cfg(cls, cfg: dict) -> dict:
+        """See :meth:`BlocksForConvNorm.plain_cfg`, and the class."""
+        plain = super().plain_cfg(cfg)  # of PlainRepVGG
+        block, _ = block_of(cfg.get('block') or cls.default_block, plain=True)
+        if not issubclass(block, BranchSumConv2d):
+            return plain  # a norm follows each block
+        plain['deploy'] = True
+        arch = plain['arch']
+        arch = RepVGG.arch_settings[arch] if isinstance(arch, str) else arch
+        # mmpretrain's leaves squeeze-and-excitation out once it is merged.
+        return plain if arch['se_cfg'] else dict(plain, type=type_of(RepVGG))

@@ -24,6 +24,7 @@ from torch import nn
 from mmdbb.blocks import BranchSumConv2d
 from mmdbb.conv_norms import conv_norm_pairs
 from mmdbb.mm.backbones.absorbed import BlocksForConvNorm
+from mmdbb.mm.config_types import type_of
 
 
 class ContractedDilation:
@@ -98,19 +99,35 @@ class StageBlocks:
         super().__init__(depth, *args, **kwargs)
 
 
+@MODELS.register_module()
+class PlainResNet(StageBlocks, ContractedDilation, ResNet):
+    """ResNet of any ``stage_blocks``, which mmpretrain does not have."""
+
+
+@MODELS.register_module()
+class PlainResNeXt(StageBlocks, ContractedDilation, ResNeXt):
+    """ResNeXt of any ``stage_blocks``, which mmpretrain does not have."""
+
+
 class ResNetBlocks(BlocksForConvNorm):
     """Mixin for mmpretrain's ResNets, see :class:`BlocksForConvNorm`.
+
+    Merged, they are mmpretrain's ResNets; with ``stage_blocks`` those of
+    :attr:`any_stage_blocks`, with ``contract_dilation`` mmseg's.
 
     Args:
         depth: As of the stock network.
         zero_init_residual: Whether each residual block starts as the
             identity. False by default, as in the paper's code.
-        block: Config of the block, ``dict(type='DBB')`` by default.
+        block: Config of the block, :attr:`default_block` by default.
         kwargs: As of the stock network and :class:`BlocksForConvNorm`.
 
     Raises:
         ValueError: If there is no such depth.
     """
+
+    #: The plain network of any ``stage_blocks``, where the class takes them.
+    any_stage_blocks: Optional[type] = None
 
     def __init__(
         self,
@@ -124,6 +141,7 @@ class ResNetBlocks(BlocksForConvNorm):
                 f'depth must be one of {list(self.arch_settings)}, got '
                 f'{depth!r}'
             )
+        block = self.default_block if block is None else block
         if depth < 50 and isinstance(block, dict):
             # The only 1x1 convolutions are shortcuts, plain in both papers.
             block = dict(min_kernel_size=2) | block
@@ -133,6 +151,27 @@ class ResNetBlocks(BlocksForConvNorm):
             block=block,
             **kwargs,
         )
+
+    @classmethod
+    def plain_cfg(cls, cfg: dict) -> dict:
+        """See :meth:`BlocksForConvNorm.plain_cfg`, and the class."""
+        plain = super().plain_cfg(cfg)
+        if plain.get('stage_blocks') is not None and cls.any_stage_blocks:
+            return dict(plain, type=type_of(cls.any_stage_blocks))
+        plain.pop('stage_blocks', None)
+        if not plain.get('contract_dilation'):
+            plain.pop('contract_dilation', None)
+            return plain
+        # mmpretrain's cannot be dilated so. mmseg's can; it names widths in
+        # its own way, has other defaults, and no drop path, which only
+        # training has.
+        plain['type'] = f'mmseg.{plain["type"].rpartition(".")[2]}'
+        plain.setdefault('out_indices', (3,))
+        plain.pop('drop_path_rate', None)
+        if issubclass(cls, ResNeXt):
+            plain.setdefault('groups', 32)
+            plain['base_width'] = plain.pop('width_per_group', 4)
+        return plain
 
     def init_weights(self) -> None:
         """As the stock network; see ``zero_init_residual``."""
@@ -165,6 +204,8 @@ class ResNetDBB(ResNetBlocks, StageBlocks, ContractedDilation, ResNet):
         torch.Size([1, 64, 2, 2])
     """
 
+    any_stage_blocks = PlainResNet
+
 
 @MODELS.register_module()
 class ResNetV1cDBB(ResNetBlocks, ContractedDilation, ResNetV1c):
@@ -183,12 +224,4 @@ class ResNetV1dDBB(ResNetBlocks, ResNetV1d):
 class ResNeXtDBB(ResNetBlocks, StageBlocks, ContractedDilation, ResNeXt):
     """ResNeXt with blocks, see :class:`ResNetDBB`."""
 
-
-@MODELS.register_module()
-class PlainResNet(StageBlocks, ContractedDilation, ResNet):
-    """ResNet of any ``stage_blocks``, which mmpretrain does not have."""
-
-
-@MODELS.register_module()
-class PlainResNeXt(StageBlocks, ContractedDilation, ResNeXt):
-    """ResNeXt of any ``stage_blocks``, which mmpretrain does not have."""
+    any_stage_blocks = PlainResNeXt

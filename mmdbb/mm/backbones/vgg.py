@@ -27,3 +27,14 @@ class VGGDBB(BlocksForConvNorm, VGG):
         >>> model(torch.rand(1, 3, 32, 32))[0].shape
         torch.Size([1, 512, 1, 1])
     """
+
+    @classmethod
+    def plain_cfg(cls, cfg: dict) -> dict:
+        """See :meth:`BlocksForConvNorm.plain_cfg`.
+
+        mmpretrain's VGG has no norms unless it is asked for them.
+        """
+        plain = super().plain_cfg(cfg)
+        if plain.get('norm_cfg') is None:
+            plain['norm_cfg'] = dict(type='BN', requires_grad=True)
+        return plain

@@ -21,8 +21,9 @@ from mmdbb.branches.identity import Identity
 from mmdbb.conv_norms import conv_norm_pairs
 
 NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)
-#: What stands before the first stage of the backbones of the OpenMMLab family.
-STEMS = ('backbone.conv1.', 'backbone.bn1.', 'backbone.stem.')
+#: What stands before the first stage of a backbone that does not say it by
+#: ``stem_names``: the names that OpenMMLab's packages have for it.
+STEM_NAMES = ('conv1', 'bn1', 'stem')
 #: Rules that multiply, and what each is for.
 FACTORS = {
     'bias_lr_mult': 'bias',
@@ -30,7 +31,8 @@ FACTORS = {
     'norm_decay_mult': 'norm',
     'identity_decay_mult': 'identity branch with a norm',
     'depthwise_decay_mult': 'depthwise convolution',
-    'stem_lr_mult': f'stem, which would be one of {STEMS}',
+    'stem_lr_mult': f'stem, which is one of {STEM_NAMES} of model.backbone, '
+    'or what its class says by stem_names',
 }
 RULES = (*FACTORS, 'custom_l2', 'custom_keys')
 
@@ -50,7 +52,9 @@ class ReparamOptimWrapperConstructor(DefaultOptimWrapperConstructor):
       norm that is an identity branch.
     - ``depthwise_decay_mult``: for depthwise convolutions, plain or blocks,
       all that is in them, and the norms behind them.
-    - ``stem_lr_mult``: for what stands before the backbone's first stage.
+    - ``stem_lr_mult``: for what stands before the backbone's first stage:
+      the parts that its class names in ``stem_names``, by default
+      ``('conv1', 'bn1', 'stem')``.
     - ``custom_l2``: whether to add RepVGG's own penalty to the loss (half of
       the weight decay times :meth:`RepVGGConv.get_custom_L2
       <mmdbb.blocks.repvgg.RepVGGConv.get_custom_L2>`), in place of weight
@@ -250,10 +254,12 @@ class _Parameters:
         self.identity: Set[str] = set()
         self.depthwise: Set[str] = set()
         self.custom_l2: Set[str] = set()
+        backbone = getattr(model, 'backbone', None)
+        stem = getattr(backbone, 'stem_names', STEM_NAMES)
         self.stem = {
             name
             for name, _ in model.named_parameters()
-            if name.startswith(STEMS)
+            if name.startswith(tuple(f'backbone.{part}.' for part in stem))
         }
         for name, module in model.named_modules():
             if isinstance(module, NORMS):

@@ -36,7 +36,7 @@ class Network(NamedTuple):
             and whether it is merged. Raises KeyError with the name of a
             layer that is missing, ValueError if there is no such backbone.
         host_block: The block that the host itself has for this network.
-        host_names: Starts of names -> starts of names in that block.
+        host_names: Starts of names in our block -> in the host's.
     """
 
     name: str
@@ -224,11 +224,9 @@ NETWORKS = (
         _repvgg_backbone,
         'RepVGGConv',
         (
-            ('rbr_identity.', 'branch_norm.'),
-            ('rbr_dense.conv.', 'branch_3x3.conv.'),
-            ('rbr_dense.bn.', 'branch_3x3.norm.'),
-            ('rbr_1x1.conv.', 'branch_1x1.conv.'),
-            ('rbr_1x1.bn.', 'branch_1x1.norm.'),
+            ('branches.identity.norm.', 'branch_norm.'),
+            ('branches.kxk.', 'branch_3x3.'),
+            ('branches.1x1.', 'branch_1x1.'),
         ),
     ),
 )

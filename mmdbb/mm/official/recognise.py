@@ -16,16 +16,10 @@ from torch import Tensor
 
 from mmdbb.errors import UserError
 from mmdbb.files.checkpoints import some
+from mmdbb.mm.config_types import class_of, is_own
 from mmdbb.mm.official.networks import NETWORKS, Network, Place
-from mmdbb.mm.stock.config import OWN_BACKBONES, STOCK_BACKBONES
-from mmdbb.official.blocks import ACBlock, DiverseBranchBlock, RepVGGBlock
-from mmdbb.official.orepa import (
-    OREPA,
-    OREPA_1x1,
-    OREPA_LargeConv,
-    RepVGGBlock_OREPA,
-    used_scales,
-)
+from mmdbb.official import names as official_names
+from mmdbb.official.names import BlockNames, drop_unread_rows_, translate
 
 
 class Form(NamedTuple):
@@ -34,56 +28,40 @@ class Form(NamedTuple):
     Attributes:
         kernel: The entry that holds a kernel of the layer's size.
         sign: The entry by which the form is known.
-        merged: Whether it is one convolution with a bias.
-        block: The block it is while training; None for convolution and norm.
-        names: Starts of names -> starts of names inside our block.
-        norm: Whether a norm follows under names of its own.
+        conv: Start of the names of the convolution, where it is one.
+        block: The names in the block, where it is one in training.
     """
 
     kernel: str
     sign: str
-    merged: bool
-    block: Optional[str] = None
-    names: Tuple[Tuple[str, str], ...] = ()
-    norm: bool = False
+    conv: str = ''
+    block: Optional[BlockNames] = None
+
+    @property
+    def merged(self) -> bool:
+        """Whether it is one convolution with a bias."""
+        return self.block is None and not self.norm
+
+    @property
+    def norm(self) -> bool:
+        """Whether a norm follows under names of its own."""
+        return self.block.norm if self.block else self.sign == 'bn.weight'
+
+    @property
+    def block_name(self) -> Optional[str]:
+        """What the block is called in configs; None for no block."""
+        return self.block and self.block.block
 
 
-def _block_form(
-    kernel: str, block: str, official: type, norm: bool = False
-) -> Form:
-    names = tuple((t, o.partition('.')[2]) for t, o in official.names)
-    return Form(kernel, kernel, False, block, names, norm)
-
-
-def _merged_form(name: str) -> Form:
-    return Form(f'{name}.weight', f'{name}.weight', True)
-
-
+#: Those of the papers' networks.
+BLOCKS = [names for names in official_names.BLOCKS if names.block]
 FORMS = (
-    Form('conv.weight', 'bn.weight', False, norm=True),
-    Form('conv.weight', 'conv.bias', True),
-    _block_form('dbb_origin.conv.weight', 'DBB', DiverseBranchBlock),
-    _block_form('square_conv.weight', 'ACB', ACBlock),
-    _block_form('rbr_dense.conv.weight', 'RepVGGConv', RepVGGBlock),
-    _block_form(
-        'rbr_dense.weight_rbr_origin', 'OREPARepVGG', RepVGGBlock_OREPA
-    ),
-    _block_form('weight_orepa_origin', 'OREPA', OREPA, norm=True),
-    _block_form('weight_or1x1_origin', 'OREPA', OREPA_1x1, norm=True),
-    # Of a stack the first kernel is as wide as the whole.
-    _block_form(
-        'weight0.weight_orepa_origin', 'OREPA', OREPA_LargeConv, norm=True
-    ),
-    *map(
-        _merged_form,
-        (
-            'dbb_reparam',
-            'fused_conv',
-            'rbr_reparam',
-            'orepa_reparam',
-            'or1x1_reparam',
-            'or_large_reparam',
-        ),
+    Form('conv.weight', 'bn.weight', 'conv.'),
+    Form('conv.weight', 'conv.bias', 'conv.'),
+    *(Form(b.kernel, b.kernel, block=b) for b in BLOCKS),
+    *(
+        Form(f'{b.merged}weight', f'{b.merged}weight', b.merged)
+        for b in BLOCKS
     ),
 )
 
@@ -117,24 +95,16 @@ class Layer(NamedTuple):
         """
         form = self.form
         starts = [('bn.', f'{place.norm}.')] if form.norm else []
-        if form.merged:
-            stem = form.kernel[: -len('weight')]
-            starts.append((stem, f'{place.conv}.'))
-        elif form.block is None:
-            starts.append(('conv.', f'{place.conv}.'))
-        elif hosts and form.block == network.host_block:
-            starts += [
-                (t, f'{place.block}.{o}') for t, o in network.host_names
-            ]
+        if form.block is None:
+            starts.append((form.conv, f'{place.conv}.'))
+        elif hosts and form.block_name == network.host_block:
+            for theirs, ours in form.block.inside:
+                host = translate(ours, network.host_names)
+                starts.append((theirs, f'{place.block}.{host}'))
         else:
-            starts += [(t, f'{place.conv}.{o}') for t, o in form.names]
-        names = {}
-        for rest in self.entries:
-            for theirs, ours in starts:
-                if rest.startswith(theirs):
-                    names[rest] = ours + rest[len(theirs) :]
-                    break
-        return names
+            starts += [(t, f'{place.conv}.{o}') for t, o in form.block.inside]
+        names = {rest: translate(rest, starts) for rest in self.entries}
+        return {rest: ours for rest, ours in names.items() if ours}
 
 
 class OfficialNetwork(NamedTuple):
@@ -164,8 +134,9 @@ class OfficialNetwork(NamedTuple):
     @property
     def needs_mmdbb(self) -> bool:
         """Whether the backbone is one of mmdbb's own."""
-        name = self.backbone['type'].rpartition('.')[2]
-        return name in (*STOCK_BACKBONES, *OWN_BACKBONES)
+        import mmdbb.mm.backbones  # noqa: F401
+
+        return is_own(class_of(self.backbone['type']))
 
     def __str__(self) -> str:
         """A line for people."""
@@ -204,7 +175,7 @@ def recognise(state: Dict[str, Tensor], path: str) -> OfficialNetwork:
     }
     layers = _layers_of(state, network, path)
     merged = {layer.form.merged for layer in layers.values()}
-    blocks = {layer.form.block for layer in layers.values()} - {None}
+    blocks = {layer.form.block_name for layer in layers.values()} - {None}
     if len(merged) > 1 or len(blocks) > 1:
         raise UserError(
             f'{path} is neither a training-time nor a converted file: some '
@@ -264,9 +235,7 @@ def _layers_of(
         if form is None:
             unknown += [f'{name}.{rest}' for rest in entries]
             continue
-        if 'rbr_dense.vector' in entries:
-            vector = entries['rbr_dense.vector']
-            entries['rbr_dense.vector'] = used_scales(vector)
+        drop_unread_rows_(entries)
         layers[name] = layer = Layer(form, entries)
         known = layer.names(network.place(name), network)
         unknown += [f'{name}.{rest}' for rest in entries if rest not in known]

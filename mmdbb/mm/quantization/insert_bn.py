@@ -23,12 +23,13 @@ from torch import Tensor, nn
 from mmdbb.branches.base import zero_bias
 from mmdbb.compare import Difference, compare_networks
 from mmdbb.errors import UserError
+from mmdbb.mm.config_types import class_of, rewrite
 from mmdbb.mm.deploy.load import build_model
 from mmdbb.mm.evaluation.images import Calibration
 from mmdbb.mm.evaluation.norm_statistics import channel_statistics
 from mmdbb.mm.outputs import Contents, Source, output_paths, writing
 from mmdbb.mm.quantization.network import fill_network
-from mmdbb.mm.stock.config import STOCK_BACKBONES, without_own_starts
+from mmdbb.mm.stock.config import without_own_starts
 from mmdbb.mm.structure import Structure
 from mmdbb.reparam import find_blocks
 
@@ -130,19 +131,14 @@ def conv_bn_config(cfg: Config) -> Config:
     Returns:
         Config: A copy, without what blocks start from.
     """
-    return Config(_with_conv_bn(without_own_starts(cfg.to_dict())))
+    fields = without_own_starts(cfg.to_dict())
+    return Config(rewrite(fields, _with_conv_bn, fields.get('default_scope')))
 
 
-def _with_conv_bn(node):
-    if isinstance(node, (list, tuple)):
-        return type(node)(_with_conv_bn(item) for item in node)
-    if not isinstance(node, dict):
-        return node
-    node = {k: _with_conv_bn(v) for k, v in node.items()}
-    backbone = str(node.get('type', '')).rpartition('.')[2]
-    if backbone in STOCK_BACKBONES and node.get('block') is None:
-        default = 'RepVGGConv' if backbone == 'ReparamRepVGG' else 'DBB'
-        node['block'] = dict(type=default)
+def _with_conv_bn(node: dict, scope: Optional[str]) -> dict:
+    default = getattr(class_of(node.get('type'), scope), 'default_block', None)
+    if default is not None and node.get('block') is None:
+        node['block'] = dict(default)
     for key in ('conv_cfg', 'block'):
         layer = node.get(key)
         if isinstance(layer, dict) and 'type' in layer:

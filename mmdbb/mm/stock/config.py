@@ -2,83 +2,83 @@
 """From the config of a network with blocks to that of the stock network.
 
 The stock network is what the host package itself builds: no ``conv_cfg``, no
-backbone of mmdbb unless the host has no such network.
+backbone of mmdbb unless the host has no such network. What a backbone is once
+it is merged, its class says by ``plain_cfg``
+(:class:`~mmdbb.mm.backbones.absorbed.BlocksForConvNorm`); nothing here knows
+one by its name.
 """
 
 from __future__ import annotations
 
-from typing import List, Optional, Tuple
+import sys
+from typing import Any, Iterator, List, Optional, Set, Tuple
 
+from mmengine import registry as registries
 from mmengine.config import Config
-from mmengine.registry import MODELS, WEIGHT_INITIALIZERS
-
-from mmdbb.blocks.branch_sum import BranchSumConv2d
-from mmdbb.blocks.build import registered_blocks
-
-#: Backbones of mmdbb -> what they are once merged.
-STOCK_BACKBONES = {
-    'ResNetDBB': 'ResNet',
-    'ResNetV1cDBB': 'ResNetV1c',
-    'ResNetV1dDBB': 'ResNetV1d',
-    'ResNeXtDBB': 'ResNeXt',
-    'MobileNetV1DBB': 'MobileNetV1',
-    'AlexNetDBB': 'PlainAlexNet',
-    'VGGDBB': 'VGG',
-    'ReparamRepVGG': 'RepVGG',
-}
-
-#: Plain backbones that the host packages lack: mmdbb's own.
-OWN_BACKBONES = (
-    'MobileNetV1',
-    'PlainAlexNet',
-    'PlainRepVGG',
-    'PlainResNet',
-    'PlainResNeXt',
+from mmengine.registry import (
+    HOOKS,
+    OPTIM_WRAPPER_CONSTRUCTORS,
+    WEIGHT_INITIALIZERS,
+    Registry,
 )
 
-#: Constructors of optimizers that only mmdbb knows.
-OWN_CONSTRUCTORS = ('ReparamOptimWrapperConstructor',)
+from mmdbb.blocks.base import ReparamConv2d
+from mmdbb.mm.config_types import (
+    class_of,
+    dicts_of,
+    is_own,
+    is_within,
+    module_of,
+    registered,
+    rewrite,
+    type_of,
+)
+from mmdbb.mm.hosts import HOSTS
 
-#: Hooks of mmdbb, which have nothing to do where no block is left.
-OWN_HOOKS = ('KernelPenaltyHook', 'QATHook', 'ReparamHook', 'RepeatableHook')
-
-#: Hooks of mmdbb in a hook's place -> that hook, which takes the same
-#: arguments.
-HOOKS_IN_PLACE = dict(WholeCheckpointHook='CheckpointHook')
+#: Packages whose classes are there without a config's ``custom_imports``.
+PACKAGES = (*HOSTS, 'torch', 'torchvision')
 
 
 def stock_config(cfg: Config) -> Config:
     """The config of the stock network, for use without mmdbb.
 
     Args:
-        cfg: Any config of the mm family.
+        cfg: Any config of the mm family, whose ``custom_imports`` are
+            imported. A type that no registry knows stays as it is.
 
     Returns:
         Config: A copy without mmdbb's layers, backbones, optimizer rules,
         hooks and imports, and without a checkpoint to start from. Where the
-        plain network is mmdbb's own (:data:`OWN_BACKBONES`),
-        ``mmdbb.mm.backbones`` is imported.
+        plain network is mmdbb's own, ``mmdbb.backbones`` is imported. The
+        import of a backbone from elsewhere goes with it, if the rest of the
+        config needs nothing else that it brings.
+
+    Raises:
+        UserError: If a backbone cannot say what it is once merged.
     """
-    fields = _without_blocks(without_own_starts(cfg.to_dict()))
-    rules = fields.get('optim_wrapper') or {}
-    if _name_of(rules.get('constructor')) in OWN_CONSTRUCTORS:
-        del rules['constructor']
-        rules.pop('paramwise_cfg', None)
-    hooks = fields.pop('custom_hooks', None) or []
-    hooks = [hook for hook in hooks if not _is_own_hook(hook)]
-    if hooks:
-        fields['custom_hooks'] = hooks
-    hooks = fields.get('default_hooks') or {}
-    for name in [n for n, hook in hooks.items() if _is_own_hook(hook)]:
-        del hooks[name]
-    for hook in [*hooks.values(), *fields.get('custom_hooks', ())]:
-        if isinstance(hook, dict):
-            name = _name_of(hook.get('type'))
-            hook['type'] = HOOKS_IN_PLACE.get(name, hook.get('type'))
+    fields = without_own_starts(cfg.to_dict())
+    merged: Set[Any] = set()
+
+    def without_blocks(node: dict, scope: Optional[str]) -> dict:
+        if is_block_cfg(node.get('conv_cfg'), scope):
+            node['conv_cfg'] = None
+        kind = class_of(node.get('type'), scope)
+        if not hasattr(kind, 'plain_cfg'):
+            return node
+        merged.add(kind)
+        return kind.plain_cfg(node)
+
+    scope = fields.get('default_scope')
+    fields = rewrite(fields, without_blocks, scope)
+    _drop_own_rules(fields, scope)
+    _drop_own_hooks(fields, scope)
     imports, names = imports_of(fields)
     fields.pop('custom_imports', None)
-    kept = [name for name in names if name.split('.')[0] != 'mmdbb']
-    if _has_own_backbone(fields):
+    names = [name for name in names if not is_within(name, 'mmdbb')]
+    kept = _without_merged(
+        names, {module_of(kind) for kind in merged}, _modules_of(fields)
+    )
+    if _needs_own_network(fields, scope):
         kept.append('mmdbb.backbones')
     if kept:
         fields['custom_imports'] = dict(imports, imports=kept)
@@ -95,119 +95,134 @@ def imports_of(fields: dict) -> Tuple[dict, List[str]]:
     return imports, [names] if isinstance(names, str) else list(names)
 
 
-def _is_own_hook(hook) -> bool:
-    return isinstance(hook, dict) and _name_of(hook.get('type')) in OWN_HOOKS
+def is_block_cfg(layer: Any, scope: Optional[str] = None) -> bool:
+    """Whether a layer's config names a block.
 
-
-def _has_own_backbone(node) -> bool:
-    if isinstance(node, (list, tuple)):
-        return any(_has_own_backbone(item) for item in node)
-    if not isinstance(node, dict):
+    Args:
+        layer: What stands in a config.
+        scope: The scope that it stands in.
+    """
+    if not isinstance(layer, dict):
         return False
-    name = _name_of(node.get('type'))
-    return name in OWN_BACKBONES or _has_own_backbone(list(node.values()))
+    kind = class_of(layer.get('type'), scope)
+    kind = getattr(kind, 'block', kind)
+    return isinstance(kind, type) and issubclass(kind, ReparamConv2d)
 
 
-def _without_blocks(node):
-    if isinstance(node, (list, tuple)):
-        return type(node)(_without_blocks(item) for item in node)
-    if not isinstance(node, dict):
-        return node
-    node = {k: _without_blocks(v) for k, v in node.items()}
-    conv_cfg = node.get('conv_cfg')
-    if isinstance(conv_cfg, dict) and _is_block(conv_cfg.get('type')):
-        node['conv_cfg'] = None
-    scope, _, name = _type_name(node.get('type')).rpartition('.')
-    if name in STOCK_BACKBONES:
-        stock = STOCK_BACKBONES[name]
-        if scope.startswith('mmdbb'):  # a class, by where it is defined
-            scope = ''
-        block = node.pop('block', None)
-        if 'ResNe' in name:
-            scope, stock = _merged_resnet(node, scope, stock)
-        node.pop('deploy', None)
-        if name == 'VGGDBB' and node.get('norm_cfg') is None:
-            node['norm_cfg'] = dict(type='BN', requires_grad=True)
-        if name == 'ReparamRepVGG':
-            stock = _merged_repvgg(node, block)
-        node['type'] = f'{scope or "mmpretrain"}.{stock}'
-    return node
-
-
-def _merged_resnet(node: dict, scope: str, stock: str) -> Tuple[str, str]:
-    """Say whose network a ResNet is once merged, and which."""
-    if node.get('stage_blocks') is not None:
-        return scope, f'Plain{stock}'
-    node.pop('stage_blocks', None)
-    if not node.get('contract_dilation'):
-        node.pop('contract_dilation', None)
-        return scope, stock
-    # mmpretrain's cannot be dilated so. mmseg's can; it names widths in its
-    # own way, has other defaults, and no drop path, which only training has.
-    node.setdefault('out_indices', (3,))
-    node.pop('drop_path_rate', None)
-    if stock == 'ResNeXt':
-        node.setdefault('groups', 32)
-        node['base_width'] = node.pop('width_per_group', 4)
-    return 'mmseg', stock
-
-
-def _merged_repvgg(node: dict, block: Optional[dict]) -> str:
-    """Say what a ReparamRepVGG is once merged; sets ``deploy``."""
-    from mmpretrain.models import RepVGG
-
-    layer = (block or dict(type='RepVGGConv'))['type']
-    layer = MODELS.get(layer) if isinstance(layer, str) else layer
-    if not issubclass(getattr(layer, 'block', layer), BranchSumConv2d):
-        return 'PlainRepVGG'  # a norm follows the block
-    node['deploy'] = True
-    arch = node['arch']
-    arch = RepVGG.arch_settings[arch] if isinstance(arch, str) else arch
-    # mmpretrain's leaves squeeze-and-excitation out once it is merged.
-    return 'PlainRepVGG' if arch['se_cfg'] else 'RepVGG'
-
-
-def without_own_starts(node):
+def without_own_starts(fields: dict) -> dict:
     """A config's fields without what only mmdbb starts a network from."""
-    if isinstance(node, (list, tuple)):
-        return type(node)(without_own_starts(item) for item in node)
-    if not isinstance(node, dict):
+
+    def change(node: dict, scope: Optional[str]) -> dict:
+        rules = node.get('init_cfg')
+        if isinstance(rules, (list, tuple)):
+            rules = [rule for rule in rules if not _is_own_start(rule, scope)]
+            node['init_cfg'] = rules or None
+        elif _is_own_start(rules, scope):
+            node['init_cfg'] = None
         return node
-    node = {k: without_own_starts(v) for k, v in node.items()}
-    init_cfg = node.get('init_cfg')
-    if isinstance(init_cfg, (list, tuple)):
-        rules = [rule for rule in init_cfg if not _is_own_start(rule)]
-        node['init_cfg'] = rules or None
-    elif _is_own_start(init_cfg):
-        node['init_cfg'] = None
-    return node
+
+    return rewrite(fields, change, fields.get('default_scope'))
 
 
-def _is_own_start(init_cfg) -> bool:
+def _is_own_start(rule: Any, scope: Optional[str]) -> bool:
     """Whether only mmdbb knows this rule; the weights come from training."""
-    if not isinstance(init_cfg, dict):
-        return False
-    rule = init_cfg.get('type')
-    if not isinstance(rule, type):
-        rule = WEIGHT_INITIALIZERS.get(str(rule))
-    return isinstance(rule, type) and _is_own(rule)
+    return isinstance(rule, dict) and is_own(
+        class_of(rule.get('type'), scope, WEIGHT_INITIALIZERS)
+    )
 
 
-def _is_own(kind: type) -> bool:
-    """Whether a class is defined in mmdbb."""
-    return kind.__module__.split('.')[0] == 'mmdbb'
+def _drop_own_rules(fields: dict, scope: Optional[str]) -> None:
+    """Leave mmdbb's optimizer rules out, in place."""
+    rules = fields.get('optim_wrapper') or {}
+    constructor = rules.get('constructor')
+    if is_own(class_of(constructor, scope, OPTIM_WRAPPER_CONSTRUCTORS)):
+        del rules['constructor']
+        rules.pop('paramwise_cfg', None)
 
 
-def _type_name(type_) -> str:
-    return type_.__name__ if isinstance(type_, type) else str(type_ or '')
+def _drop_own_hooks(fields: dict, scope: Optional[str]) -> None:
+    """Leave mmdbb's hooks out, in place.
+
+    One that subclasses a hook of another package has its place and takes its
+    arguments; there that hook comes back.
+    """
+    hooks = [_plain_hook(h, scope) for h in fields.get('custom_hooks') or ()]
+    fields.pop('custom_hooks', None)
+    hooks = [hook for hook in hooks if hook is not None]
+    if hooks:
+        fields['custom_hooks'] = hooks
+    hooks = fields.get('default_hooks') or {}
+    for name, hook in list(hooks.items()):
+        if hook is None:
+            continue
+        hooks[name] = _plain_hook(hook, scope)
+        if hooks[name] is None:
+            del hooks[name]
 
 
-def _name_of(type_) -> str:
-    """A type's name without what stands before it."""
-    return _type_name(type_).rpartition('.')[2]
+def _plain_hook(hook: Any, scope: Optional[str]) -> Any:
+    """What stands in a hook's place where mmdbb is not; None for nothing."""
+    if not isinstance(hook, dict):
+        return hook
+    kind = class_of(hook.get('type'), scope, HOOKS)
+    if not is_own(kind):
+        return hook
+    bases = [base for base in kind.__mro__ if not is_own(base)]
+    types = [name for name in (type_of(b, HOOKS) for b in bases) if name]
+    return dict(hook, type=types[0]) if types else None
 
 
-def _is_block(type_) -> bool:
-    blocks = registered_blocks()
-    classes = [block.__name__ for block in blocks.values()]
-    return _name_of(type_) in (*blocks, *classes)
+def _needs_own_network(fields: dict, scope: Optional[str]) -> bool:
+    """Whether a network is built that is defined in mmdbb."""
+    kinds = [class_of(n.get('type'), s) for n, s in dicts_of(fields, scope)]
+    return any(isinstance(kind, type) and is_own(kind) for kind in kinds)
+
+
+def _modules_of(fields: dict) -> Set[str]:
+    """Where everything is defined that a config's values may name."""
+    roots = [r for r in vars(registries).values() if isinstance(r, Registry)]
+    found = set()
+    for node, _ in dicts_of(fields):
+        for value in _flat(list(node.values())):
+            kinds = [value]
+            if isinstance(value, str):
+                # A name of a module's class, without a registry.
+                module, _, name = value.rpartition('.')
+                kinds = [getattr(sys.modules.get(module), name, None)]
+                kinds += [registered(value, None, root) for root in roots]
+            found.update(module_of(kind) for kind in kinds if callable(kind))
+    return found
+
+
+def _flat(values: Any) -> Iterator[Any]:
+    """What lists and tuples hold, however deep."""
+    for value in values:
+        if isinstance(value, (list, tuple)):
+            yield from _flat(value)
+        else:
+            yield value
+
+
+def _without_merged(
+    names: List[str], merged: Set[str], used: Set[str]
+) -> List[str]:
+    """Imports that are still needed.
+
+    Args:
+        names: What the config imports.
+        merged: Modules of the backbones that are plain ones now.
+        used: Modules of all that the rest of the config names.
+
+    Returns:
+        list: The imports without those that brought such a backbone, and
+        nothing else that is used.
+    """
+
+    def brings(name: str, modules: Set[str]) -> bool:
+        return any(is_within(module, name) for module in modules)
+
+    kept = [n for n in names if not brings(n, merged) or brings(n, used)]
+    # What is defined elsewhere may have come by the import of an import.
+    known = (*PACKAGES, 'mmdbb', *kept)
+    others = [m for m in used if not any(is_within(m, k) for k in known)]
+    return names if others else kept

@@ -1,0 +1,217 @@
+# Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
+"""The names in the papers' code: one table, for classes and for files.
+
+For the repositories of DBB (https://github.com/DingXiaoH/DiverseBranchBlock),
+ACNet, RepVGG and OREPA (https://github.com/JUGGHM/OREPA_CVPR2022). The papers'
+classes (:mod:`mmdbb.official.blocks`) load state dicts by it, and the layers
+in whole files (:mod:`mmdbb.mm.official.recognise`) are known by it.
+"""
+
+from __future__ import annotations
+
+from typing import Dict, NamedTuple, Optional, Tuple
+
+from torch import Tensor
+
+#: Starts of names -> starts of names.
+Names = Tuple[Tuple[str, str], ...]
+
+
+class BlockNames(NamedTuple):
+    """How the papers' code calls what is in a block.
+
+    Attributes:
+        kernel: The entry that holds a kernel of the block's whole size while
+            it is trained. A block in a file is known by it.
+        merged: Start of the merged convolution's names.
+        inside: Starts of their names -> starts of the names in our block.
+        block: Our block's name in configs; None for a block that no network
+            of the papers has.
+        norm: Whether a norm ``bn`` follows the block, which is not in it.
+    """
+
+    kernel: str
+    merged: str
+    inside: Names
+    block: Optional[str] = None
+    norm: bool = False
+
+    def within(self, prefix: str) -> Names:
+        """Starts of names for a module that holds our block.
+
+        Args:
+            prefix: What its entries of the block start with, ``'block.'``.
+
+        Returns:
+            tuple: Their starts -> its own, those of the merged block last.
+        """
+        inside = tuple((t, prefix + ours) for t, ours in self.inside)
+        return (*inside, (self.merged, prefix))
+
+
+def translate(name: str, starts: Names) -> Optional[str]:
+    """A name with the first start that fits replaced; None if none fits.
+
+    Args:
+        name: Of an entry.
+        starts: Starts of such names -> what takes their place.
+
+    Examples:
+        >>> translate('dbb_avg.avgbn.weight', DBB.inside)
+        'branches.1x1_avg.norm2.weight'
+    """
+    for old, new in starts:
+        if name.startswith(old):
+            return new + name[len(old) :]
+    return None
+
+
+def drop_unread_rows_(entries: Dict[str, Tensor], prefix: str = '') -> None:
+    """Cut what RepVGG-OREPA's code stores and never reads, in place.
+
+    Where a block has an identity, the paper's code makes six rows of scales,
+    of which the last is left as memory happened to be.
+
+    Args:
+        entries: Their names -> tensors, those of the scales (5 or 6, out).
+        prefix: Start of the block's names.
+    """
+    name = f'{prefix}rbr_dense.vector'
+    if name in entries:
+        entries[name] = entries[name][:5]
+
+
+#: Entries of OREPA's KxK kernels; ``{}`` is ``orepa`` or ``rbr``.
+_KXK = (
+    ('weight_{}_origin', 'origin'),
+    ('weight_{}_avg_conv', 'avg'),
+    ('weight_{}_avg_avg', 'avg_pattern'),
+    ('weight_{}_pfir_conv', 'prior'),
+    ('weight_{}_prior', 'prior_pattern'),
+    ('weight_{}_1x1_kxk_idconv1', 'inner1'),
+    ('weight_{}_1x1_kxk_conv2', 'inner2'),
+    ('weight_{}_1x1', 'pointwise'),
+    ('weight_{}_gconv_dw', 'depthwise'),
+    ('weight_{}_gconv_pw', 'separable'),
+    ('id_tensor', 'identity'),
+    ('vector', 'scale'),
+)
+
+#: Largest stack whose names are known: kernels of 31x31.
+_LAYERS = 15
+
+
+def _kxk(theirs: str, ours: str, kind: str = 'orepa') -> Names:
+    return tuple((theirs + t.format(kind), ours + o) for t, o in _KXK)
+
+
+DBB = BlockNames(
+    'dbb_origin.conv.weight',
+    'dbb_reparam.',
+    (
+        ('dbb_origin.conv.', 'branches.kxk.conv.'),
+        ('dbb_origin.bn.', 'branches.kxk.norm.'),
+        ('dbb_1x1.conv.', 'branches.1x1.conv.'),
+        ('dbb_1x1.bn.', 'branches.1x1.norm.'),
+        ('dbb_avg.conv.', 'branches.1x1_avg.conv1.'),
+        ('dbb_avg.bn.bn.', 'branches.1x1_avg.norm1.'),
+        ('dbb_avg.avgbn.', 'branches.1x1_avg.norm2.'),
+        ('dbb_1x1_kxk.idconv1.', 'branches.1x1_kxk.conv1.'),
+        ('dbb_1x1_kxk.conv1.', 'branches.1x1_kxk.conv1.'),
+        ('dbb_1x1_kxk.bn1.bn.', 'branches.1x1_kxk.norm1.'),
+        ('dbb_1x1_kxk.conv2.', 'branches.1x1_kxk.conv2.'),
+        ('dbb_1x1_kxk.bn2.', 'branches.1x1_kxk.norm2.'),
+    ),
+    'DBB',
+)
+ACB = BlockNames(
+    'square_conv.weight',
+    'fused_conv.',
+    (
+        ('square_conv.', 'branches.kxk.conv.'),
+        ('square_bn.', 'branches.kxk.norm.'),
+        ('ver_conv.', 'branches.kx1.conv.'),
+        ('ver_bn.', 'branches.kx1.norm.'),
+        ('hor_conv.', 'branches.1xk.conv.'),
+        ('hor_bn.', 'branches.1xk.norm.'),
+    ),
+    'ACB',
+)
+REPVGG = BlockNames(
+    'rbr_dense.conv.weight',
+    'rbr_reparam.',
+    (
+        ('rbr_identity.', 'branches.identity.norm.'),
+        ('rbr_dense.conv.', 'branches.kxk.conv.'),
+        ('rbr_dense.bn.', 'branches.kxk.norm.'),
+        ('rbr_1x1.conv.', 'branches.1x1.conv.'),
+        ('rbr_1x1.bn.', 'branches.1x1.norm.'),
+    ),
+    'RepVGGConv',
+)
+REPVGG_OREPA = BlockNames(
+    'rbr_dense.weight_rbr_origin',
+    'rbr_reparam.',
+    (
+        ('rbr_identity.', 'branches.identity.norm.'),
+        ('rbr_dense.bn.', 'branches.orepa.norm.'),
+        *_kxk('rbr_dense.', 'branches.orepa.generator.', 'rbr'),
+        ('rbr_1x1.conv.', 'branches.1x1.conv.'),
+        ('rbr_1x1.bn.', 'branches.1x1.norm.'),
+    ),
+    'OREPARepVGG',
+)
+OREPA = BlockNames(
+    'weight_orepa_origin',
+    'orepa_reparam.',
+    _kxk('', 'generator.'),
+    'OREPA',
+    norm=True,
+)
+OREPA_1X1 = BlockNames(
+    'weight_or1x1_origin',
+    'or1x1_reparam.',
+    (
+        ('weight_or1x1_origin', 'generator.origin'),
+        ('weight_or1x1_l2i_conv1', 'generator.inner1'),
+        ('weight_or1x1_l2i_conv2', 'generator.inner2'),
+        ('vector', 'generator.scale'),
+    ),
+    'OREPA',
+    norm=True,
+)
+#: A stack of composed kernels, of which the first is as wide as the whole.
+OREPA_LARGE = BlockNames(
+    'weight0.weight_orepa_origin',
+    'or_large_reparam.',
+    tuple(
+        pair
+        for i in range(_LAYERS)
+        for pair in _kxk(f'weight{i}.', f'generator.layers.{i}.')
+    ),
+    'OREPA',
+    norm=True,
+)
+#: A stack of plain kernels.
+OREPA_LARGE_BASE = BlockNames(
+    'weight0',
+    'or_large_reparam.',
+    tuple(
+        # Of two starts that fit, weight1 and weight10, the longer one first.
+        (f'weight{i}', f'generator.layers.{i}.weight')
+        for i in reversed(range(_LAYERS))
+    ),
+    norm=True,
+)
+
+#: All of them.
+BLOCKS = (
+    DBB,
+    ACB,
+    REPVGG,
+    REPVGG_OREPA,
+    OREPA,
+    OREPA_1X1,
+    OREPA_LARGE,
+    OREPA_LARGE_BASE,
+)
