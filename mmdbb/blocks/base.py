@@ -175,8 +175,11 @@ class ReparamConv2d(nn.Module):
         raise NotImplementedError
 
     def forward_branches(self, x: Tensor) -> Tensor:
-        """The same, each branch by itself: the reference for verification."""
-        raise NotImplementedError
+        """The same, each branch by itself: the reference for verification.
+
+        A block that is no sum has no other way than :meth:`forward_train`.
+        """
+        return type(self).forward_train(self, x)  # literal_forward sets ours
 
     def get_equivalent_kernel_bias(self) -> KernelBias:
         """The block in eval mode as one convolution.
