@@ -225,6 +225,7 @@ CORRELATED = dict(
 )
 
 
+# Those that the bound is documented for.
 @pytest.mark.parametrize('kind', [DBB, RepVGGConv])
 @pytest.mark.parametrize('images', CORRELATED)
 def test_correlated_channels(kind, images):
