@@ -11,12 +11,15 @@ os.environ['OMP_NUM_THREADS'] = '1'
 import mmengine.config.utils
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 
+# Tests of the tests want to see a failure, not the smallest that there is.
+ONLY_SEE = (Phase.explicit, Phase.generate)
 settings.register_profile(
     'mmdbb',
+    phases=ONLY_SEE if 'MMDBB_ONLY_SEE' in os.environ else tuple(Phase),
     derandomize=True,
     deadline=None,
     database=None,

@@ -52,6 +52,7 @@ def kernels_of(model, smallest, largest):
     ]
 
 
+# By name and by class; every block: test_blocks/test_registered.py.
 @pytest.mark.parametrize('block', ['OREPA', OREPAConv, 'OREPARepVGG'])
 def test_composed_kernels_there_and_back(block):
     plain = build('timm resnet18')

@@ -4,9 +4,7 @@ import pytest
 import torch
 from helpers import EXACT, distance, image, randomize
 from mmengine.config import Config
-from mmpretrain.registry import MODELS
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmdbb.mm.backbones import AlexNetDBB, PlainAlexNet
@@ -74,6 +72,7 @@ def test_blocks_stand_where_the_papers_do():
     assert isinstance(model.conv2.norm, nn.Identity)
 
 
+# Norms inside the blocks, and behind them; for every block, see RepVGG.
 @pytest.mark.parametrize('block', ['DBB', 'ACB', 'OREPA'])
 def test_merged_is_equal(block):
     model = AlexNetDBB(
@@ -137,23 +136,6 @@ def test_train_step_changes_everything(cls):
     optimizer.step()
     after = model.state_dict()
     assert not [k for k, v in after.items() if torch.equal(v, before[k])]
-
-
-@pytest.mark.parametrize('cls', [PlainAlexNet, AlexNetDBB])
-def test_frozen_stages_and_norm_eval(cls):
-    model = cls(**SMALL, frozen_stages=2, norm_eval=True)
-    assert model.train() is model
-    for i, stage in enumerate(model.stages):
-        assert stage.training == (i > 2)
-        assert all(p.requires_grad == (i > 2) for p in stage.parameters())
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
-    assert norms and not any(norm.training for norm in norms)
-
-
-def test_registered_in_mmpretrain():
-    for name in ('AlexNetDBB', 'PlainAlexNet'):
-        model = MODELS.build(dict(type=name, **SMALL))
-        assert type(model).__name__ == name
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,11 @@ from helpers import EXACT, distance, image, randomize
 from mmengine.config import Config
 from mmpretrain.models import RepVGG
 from mmpretrain.models.utils import SELayer
-from mmpretrain.registry import MODELS
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmdbb.blocks import DBB, RepVGGConv
+from mmdbb.blocks.build import registered_blocks
 from mmdbb.mm.backbones import PlainRepVGG, ReparamRepVGG
 from mmdbb.mm.deploy.load import build_model
 from mmdbb.mm.stock.config import stock_config
@@ -96,10 +95,14 @@ def test_architectures_are_the_papers(arch):
 
 
 @pytest.mark.parametrize(
-    'block', ['RepVGGConv', 'OREPARepVGG', 'DBB', 'ACB', 'OREPA']
+    ('arch', 'block'),
+    [
+        *(pytest.param(TINY, name, id=name) for name in registered_blocks()),
+        pytest.param(SE, 'RepVGGConv', id='squeeze and excitation'),
+    ],
 )
-@pytest.mark.parametrize('arch', [TINY, SE], ids=['tiny', 'se'])
 def test_merged_is_equal(arch, block):
+    """Here every block is tried in a backbone, of groups and strides."""
     model = small(
         arch=arch, block=dict(type=block), out_indices=range(4)
     ).double()
@@ -243,16 +246,6 @@ def test_train_step_changes_everything(cls, with_cp):
         assert counts and all(count == 1 for count in counts)
 
 
-@pytest.mark.parametrize('cls', [PlainRepVGG, ReparamRepVGG])
-def test_frozen_stages_and_norm_eval(cls):
-    model = small(cls, frozen_stages=1, norm_eval=True).train()
-    parts = [model.stem, *(getattr(model, s) for s in model.stages)]
-    for i, part in enumerate(parts):
-        assert all(p.requires_grad == (i > 1) for p in part.parameters())
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
-    assert norms and not any(norm.training for norm in norms)
-
-
 def test_dilated_stages():
     model = small(
         strides=(2, 2, 1, 1), dilations=(1, 1, 2, 4), out_indices=(1, 3)
@@ -260,12 +253,6 @@ def test_dilated_stages():
     shapes = [y.shape[2:] for y in model(torch.rand(2, 3, 64, 48))]
     assert shapes == [(8, 6), (8, 6)]
     assert model.stage_4[0].branch_reparam.dilation == (4, 4)
-
-
-def test_registered_in_mmpretrain():
-    for name in ('ReparamRepVGG', 'PlainRepVGG'):
-        model = MODELS.build(dict(type=name, arch=TINY))
-        assert type(model).__name__ == name
 
 
 def test_conv_cfg_is_refused():

@@ -7,23 +7,20 @@ import pytest
 import torch
 from helpers import EXACT, SINGLE, distance, image, randomize
 from mmengine.model import convert_sync_batchnorm, revert_sync_batchnorm
+from registered import (
+    each_block,
+    has_identity,
+    has_no_composed_kernel,
+    has_norms,
+)
 from torch import nn
 
-from mmdbb.blocks import (
-    ACB,
-    DBB,
-    BranchSumConv2d,
-    OREPAConv,
-    OREPARepVGG,
-    QARepVGGConv,
-    ReparamConv2d,
-    RepVGGConv,
-)
+from mmdbb.blocks import DBB, ReparamConv2d
+from mmdbb.reparam import literal_forward, reparameterize
+from mmdbb.transforms import KernelBias
 
-BLOCKS = (DBB, ACB, OREPAConv, OREPARepVGG, QARepVGGConv, RepVGGConv)
-KINDS = pytest.mark.parametrize('kind', BLOCKS, ids=lambda b: b.__name__)
-SUMS = [kind for kind in BLOCKS if issubclass(kind, BranchSumConv2d)]
-NORMED = pytest.mark.parametrize('kind', SUMS, ids=lambda b: b.__name__)
+KINDS = each_block()
+NORMED = each_block(has_norms)
 
 
 def build(kind=DBB, dtype=torch.float64, **arguments):
@@ -58,6 +55,34 @@ def test_a_block_must_say_what_it_computes():
         base(image(2, 4, 5, 6))
     with pytest.raises(NotImplementedError):
         base.get_equivalent_kernel_bias()
+
+
+class Scaled(ReparamConv2d):
+    """No sum, and so no other way to compute it than in training."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if not self.deploy:
+            self.conv = nn.Conv2d(**self.spec.conv_args)
+            self.scale = nn.Parameter(torch.tensor(3.0))
+
+    def forward_train(self, x):
+        return self.scale * self.conv(x)
+
+    def _compose(self):
+        return KernelBias(
+            self.scale * self.conv.weight, self.scale * self.conv.bias
+        )
+
+
+def test_a_block_that_is_no_sum_is_verified_too():
+    block = build(Scaled)
+    x = image(2, 4, 5, 6)
+    expected = block.forward_branches(x)
+    assert torch.equal(block(x), expected)
+    with literal_forward(nn.Sequential(block)) as model:
+        assert torch.equal(model(x), expected)
+    assert distance(reparameterize(block)(x), expected) < EXACT
 
 
 # Merging
@@ -345,8 +370,7 @@ def test_autocast(kind, training):
     with torch.autocast('cpu', dtype=torch.bfloat16):
         y = block(x)
     # As in the papers' code, a norm or nothing keeps its input's precision.
-    wide = issubclass(kind, (QARepVGGConv, RepVGGConv))
-    expected = torch.float32 if wide else torch.bfloat16
+    expected = torch.float32 if has_identity(kind) else torch.bfloat16
     assert y.dtype == expected
     y.float().square().mean().backward()
     for parameter in block.parameters():
@@ -356,13 +380,13 @@ def test_autocast(kind, training):
     assert distance(y, exact(x.double())) < tolerance
 
 
-def test_forward_moves_nothing_between_devices():
+@each_block(has_no_composed_kernel)
+def test_forward_moves_nothing_between_devices(kind):
     """No constant is kept in a buffer, nor copied in forward."""
-    for kind in (DBB, ACB, QARepVGGConv, RepVGGConv):
-        block = kind(4, 4, 3, padding=1)
-        allowed = ('running_mean', 'running_var', 'num_batches_tracked')
-        for name, _ in block.named_buffers():
-            assert name.endswith(allowed)
+    block = kind(4, 4, 3, padding=1)
+    allowed = ('running_mean', 'running_var', 'num_batches_tracked')
+    for name, _ in block.named_buffers():
+        assert name.endswith(allowed)
 
 
 @pytest.mark.gpu
@@ -390,11 +414,11 @@ def test_on_a_gpu(kind, dtype):
 # Norms
 
 
-def test_norms_are_real_batch_norms():
-    for kind in BLOCKS:
-        for module in kind(4, 4, 3).modules():
-            if 'Norm' in type(module).__name__:
-                assert type(module) is nn.BatchNorm2d
+@KINDS
+def test_norms_are_real_batch_norms(kind):
+    for module in kind(4, 4, 3).modules():
+        if 'Norm' in type(module).__name__:
+            assert type(module) is nn.BatchNorm2d
 
 
 @NORMED

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import EXACT, distance, image, randomize
+from registered import each_block, has_gammas
 from torch import nn
 
 from mmdbb.blocks import ACB, DBB, BranchSumConv2d, QARepVGGConv, RepVGGConv
@@ -144,7 +145,7 @@ def test_gamma_init():
     assert gammas(DBB(4, 8, 3, gamma_init=0)) == [[0.0]] * 4
 
 
-@pytest.mark.parametrize('kind', [DBB, ACB, RepVGGConv])
+@each_block(has_gammas)
 def test_single_init_starts_as_one_branch(kind):
     block = kind(4, 4, 3, padding=1, single_init=True).double().eval()
     first, *others = gammas(block)

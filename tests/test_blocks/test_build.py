@@ -5,26 +5,26 @@ import torch
 from helpers import image
 from mmcv.cnn import ConvModule, build_conv_layer
 from mmengine.registry import MODELS, DefaultScope
+from registered import each_block, name_of
 from torch import nn
 
-from mmdbb.blocks import ACB, DBB, RepVGGConv
+from mmdbb.blocks import ACB, DBB
 from mmdbb.blocks.build import block_arguments
 
-BLOCKS = dict(DBB=DBB, ACB=ACB, RepVGGConv=RepVGGConv)
 
-
-@pytest.mark.parametrize('name', BLOCKS)
+@each_block()
 @pytest.mark.parametrize(
     'scope', ['mmengine', 'mmcv', 'mmpretrain', 'mmdet', 'mmseg']
 )
-def test_bare_name_in_every_scope(name, scope):
+def test_bare_name_in_every_scope(kind, scope):
+    name = name_of(kind)
     with DefaultScope.overwrite_default_scope(scope):
         block = build_conv_layer(dict(type=name), 4, 8, 3, padding=1)
         module = ConvModule(
             4, 8, 3, conv_cfg=dict(type=name), norm_cfg=dict(type='BN')
         )
-    assert type(block) is BLOCKS[name]
-    assert type(module.conv) is BLOCKS[name]
+    assert type(block) is kind
+    assert type(module.conv) is kind
     assert module(image(2, 4, 5, 6, dtype=torch.float32)).shape[1] == 8
 
 
@@ -79,16 +79,20 @@ def test_the_rule_is_a_number(name, value):
 
 
 @pytest.mark.parametrize('kernel', [1, 3, 7])
-@pytest.mark.parametrize('name', BLOCKS)
-def test_unknown_keys_are_errors_at_any_size(name, kernel):
-    cfg = dict(type=name, brances=['kxk'], colour=1)
+@each_block()
+def test_unknown_keys_are_errors_at_any_size(kind, kernel):
+    cfg = dict(type=name_of(kind), brances=['kxk'], colour=1)
     with pytest.raises(TypeError) as error:
         build_conv_layer(cfg, 4, 8, kernel)
     message = str(error.value)
-    assert f"{name} got unknown keys ['brances', 'colour']" in message
-    for allowed in ('branches', 'gamma_init', 'norm_cfg', 'max_kernel_size'):
+    expected = f"{kind.__name__} got unknown keys ['brances', 'colour']"
+    assert expected in message
+    for allowed in (*block_arguments(kind), 'max_kernel_size'):
         assert f"'{allowed}'" in message
-    assert ("'reduce_gamma'" in message) is (name == 'ACB')
+    if kind in (ACB, DBB):
+        for allowed in ('branches', 'gamma_init', 'norm_cfg'):
+            assert f"'{allowed}'" in message
+        assert ("'reduce_gamma'" in message) is (kind is ACB)
 
 
 def test_block_arguments():

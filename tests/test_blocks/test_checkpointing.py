@@ -5,16 +5,10 @@ import copy
 import pytest
 import torch
 from helpers import EXACT, distance, image, randomize
+from registered import each_block
 from torch.utils.checkpoint import checkpoint
 
-from mmdbb.blocks import (
-    ACB,
-    DBB,
-    OREPAConv,
-    OREPARepVGG,
-    QARepVGGConv,
-    RepVGGConv,
-)
+from mmdbb.blocks import DBB
 from mmdbb.branches.norm import run_norm
 
 
@@ -26,9 +20,7 @@ def step(block, x, run):
     return y, dict(grads, input=x.grad), dict(block.named_buffers())
 
 
-@pytest.mark.parametrize(
-    'kind', [DBB, ACB, OREPAConv, OREPARepVGG, QARepVGGConv, RepVGGConv]
-)
+@each_block()
 @pytest.mark.parametrize('reentrant', [True, False])
 @pytest.mark.parametrize('groups', [1, 4])
 def test_checkpointed_block(kind, reentrant, groups):

@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import EXACT, distance, image, randomize
+from registered import each_block
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmdbb import ACB, DBB, OREPARepVGG, RepVGGConv
+from mmdbb import DBB
 
 
 @pytest.mark.parametrize('groups', [1, 4])
-@pytest.mark.parametrize('kind', [DBB, ACB, OREPARepVGG, RepVGGConv])
+@each_block()
 def test_compiled_whole(kind, groups):
     """One graph, in training and in eval mode, and the same arithmetic."""
     block = randomize(kind(4, 4, 3, padding=1, groups=groups).double())

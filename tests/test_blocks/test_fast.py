@@ -7,22 +7,19 @@ import torch
 from helpers import EXACT, distance, geometries, image, randomize
 from hypothesis import HealthCheck, given, settings
 from mmcv.cnn import build_conv_layer
+from registered import blocks, sums_branches
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from mmdbb import ACB, DBB, OREPARepVGG, QARepVGGConv, RepVGGConv
+from mmdbb import DBB
 from mmdbb.blocks import BranchSumConv2d, fast
 from mmdbb.blocks.fast import fast_forward
 from mmdbb.branches.moments import Maps, moments_of
 from mmdbb.branches.norm import batch_scale_shift
 
-BLOCKS = dict(
-    dbb=DBB,
-    acb=ACB,
-    repvgg=RepVGGConv,
-    qarepvgg=QARepVGGConv,
-    orepa_repvgg=OREPARepVGG,
+#: Sums that no preset has.
+OTHERS = dict(
     # The input itself comes first, and a norm behind padded borders.
     normed=lambda *a, **k: BranchSumConv2d(
         *a, branches=_with_identity(*a, **k), sum_norm=True, **k
@@ -102,10 +99,16 @@ CASES = [
 
 
 @pytest.mark.parametrize('kwargs', CASES, ids=str)
-@pytest.mark.parametrize('name', BLOCKS)
+@pytest.mark.parametrize(
+    'kind',
+    [
+        *blocks(sums_branches),
+        *(pytest.param(kind, id=name) for name, kind in OTHERS.items()),
+    ],
+)
 @pytest.mark.parametrize('training', [True, False])
-def test_fast_equals_literal(name, kwargs, training):
-    block = randomize(BLOCKS[name](**kwargs)).double().train(training)
+def test_fast_equals_literal(kind, kwargs, training):
+    block = randomize(kind(**kwargs)).double().train(training)
     assert_same(block, image(3, kwargs['in_channels'], 9, 11))
 
 

@@ -5,13 +5,13 @@ import copy
 import pytest
 from helpers import EXACT, distance, image, randomize
 from mmcv.cnn import ConvModule, fuse_conv_bn
+from registered import each_block, name_of
 from torch import nn
 
 from mmdbb import reparameterize
-from mmdbb.blocks import ACB, DBB, OREPAConv, QARepVGGConv, RepVGGConv
+from mmdbb.blocks import DBB
 
-BLOCKS = (ACB, DBB, OREPAConv, QARepVGGConv, RepVGGConv)
-KINDS = pytest.mark.parametrize('kind', BLOCKS, ids=lambda b: b.__name__)
+KINDS = each_block()
 X = image(2, 4, 6, 7)
 
 
@@ -28,7 +28,7 @@ def block(kind=DBB):
 
 
 def layer(kind):
-    return dict(type='OREPA' if kind is OREPAConv else kind.__name__)
+    return dict(type=name_of(kind))
 
 
 def network(*modules):

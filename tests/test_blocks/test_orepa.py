@@ -1,20 +1,24 @@
 """OREPA as a layer of configs, and the papers' classes around it."""
 
 import copy
-import inspect
 
 import pytest
 import torch
 from helpers import EXACT, distance, image, randomize
 from mmcv.cnn import ConvModule, build_conv_layer
+from registered import (
+    each_block,
+    each_paper,
+    has_custom_l2,
+    size_of,
+    takes,
+)
 from torch import nn
 
-import mmdbb
 from mmdbb import (
     OREPA,
     OREPA_1x1,
     OREPA_LargeConv,
-    OREPA_LargeConvBase,
     OREPAConv,
     OREPARepVGG,
     RepVGGBlock,
@@ -116,78 +120,20 @@ def test_the_kept_kernel_follows_its_parameters():
     assert copy.deepcopy(block)._cached_kernel is None
 
 
-def test_compiled_whole():
-    block = OREPAConv(4, 6, 3, padding=1)
-    compiled = torch.compile(block, fullgraph=True, backend='aot_eager')
-    x = image(2, 4, 7, 8, dtype=torch.float32)
-    for training in (True, False):
-        block.train(training)
-        y = compiled(x)
-        assert distance(y, block(x)) < 1e-5
-        grads = torch.autograd.grad(y.sum(), list(block.parameters()))
-        expected = torch.autograd.grad(
-            block(x).sum(), list(block.parameters())
-        )
-        for a, b in zip(grads, expected):
-            assert distance(a, b) < 1e-4
-
-
 # The papers' classes
 
-SIGNATURES = {
-    OREPA: (
-        'in_channels, out_channels, kernel_size, stride=1, padding=0, '
-        'dilation=1, groups=1, internal_channels_1x1_3x3=None, deploy=False, '
-        'nonlinear=None, single_init=False, weight_only=False, '
-        'init_hyper_para=1.0, init_hyper_gamma=1.0'
-    ),
-    OREPA_1x1: (
-        'in_channels, out_channels, kernel_size=1, stride=1, padding=0, '
-        'dilation=1, groups=1, deploy=False, nonlinear=None, '
-        'single_init=False'
-    ),
-    OREPA_LargeConvBase: (
-        'in_channels, out_channels, kernel_size, stride=1, padding=0, '
-        'dilation=1, groups=1, deploy=False, nonlinear=None, flip=False'
-    ),
-    RepVGGBlock_OREPA: (
-        'in_channels, out_channels, kernel_size, stride=1, padding=0, '
-        "dilation=1, groups=1, padding_mode='zeros', deploy=False, "
-        'use_se=False, nonlinear=ReLU()'
-    ),
-}
 
-
-@pytest.mark.parametrize('block', SIGNATURES, ids=lambda b: b.__name__)
-def test_arguments(block):
-    parameters = inspect.signature(block).parameters.values()
-    found = ', '.join(
-        p.name if p.default is p.empty else f'{p.name}={p.default!r}'
-        for p in parameters
-    )
-    assert found == SIGNATURES[block]
-
-
-def build(name, **kwargs):
-    size = 1 if name == 'OREPA_1x1' else 7 if 'Large' in name else 3
-    block = getattr(mmdbb, name)(4, 6, size, padding=size // 2, **kwargs)
+def build(kind, **kwargs):
+    size = size_of(kind)
+    block = kind(4, 6, size, padding=size // 2, **kwargs)
     return randomize(block.double()).eval()
 
 
-CLASSES = (
-    'OREPA',
-    'OREPA_1x1',
-    'OREPA_LargeConv',
-    'OREPA_LargeConvBase',
-    'RepVGGBlock_OREPA',
-)
-
-
-@pytest.mark.parametrize('name', CLASSES)
+@each_paper(argument='kind')
 @pytest.mark.parametrize('groups', [1, 2])
-def test_merging_folds_the_norm(name, groups):
+def test_merging_folds_the_norm(kind, groups):
     """The paper's code crashes on groups of the large form."""
-    block = build(name, groups=groups)
+    block = build(kind, groups=groups)
     x = image(2, 4, 9, 11)
     expected = block(x)
     kernel, bias = block.get_equivalent_kernel_bias()
@@ -202,11 +148,11 @@ def test_merging_folds_the_norm(name, groups):
     )
 
 
-@pytest.mark.parametrize('name', CLASSES)
-def test_built_merged_it_loads_what_was_merged(name):
-    block = build(name)
+@each_paper(argument='kind')
+def test_built_merged_it_loads_what_was_merged(kind):
+    block = build(kind)
     block.switch_to_deploy()
-    fresh = build(name, deploy=True)
+    fresh = build(kind, deploy=True)
     fresh.load_state_dict(block.state_dict())
     x = image(2, 4, 9, 11)
     assert torch.equal(fresh(x), block(x))
@@ -233,17 +179,17 @@ def test_large_forms_take_odd_squares():
         OREPA_LargeConv(4, 6, 6)
 
 
-@pytest.mark.parametrize('name', CLASSES)
+@each_paper(takes('nonlinear'), argument='kind')
 @pytest.mark.parametrize('deploy', [True, False])
-def test_nonlinear(name, deploy):
+def test_nonlinear(kind, deploy):
     """As in the paper's code None is none, by default RepVGG's is a ReLU."""
     own = nn.Hardtanh()
-    assert build(name, deploy=deploy, nonlinear=own).nonlinear is own
-    none = build(name, deploy=deploy, nonlinear=None)
+    assert build(kind, deploy=deploy, nonlinear=own).nonlinear is own
+    none = build(kind, deploy=deploy, nonlinear=None)
     assert type(none.nonlinear) is nn.Identity
     assert none(image(2, 4, 9, 11)).min() < 0
-    one, other = (build(name, deploy=deploy).nonlinear for _ in range(2))
-    is_repvgg = name == 'RepVGGBlock_OREPA'
+    one, other = (build(kind, deploy=deploy).nonlinear for _ in range(2))
+    is_repvgg = kind is RepVGGBlock_OREPA
     assert type(one) is (nn.ReLU if is_repvgg else nn.Identity)
     assert one is not other
 
@@ -270,7 +216,7 @@ def custom_l2_of_the_paper(block, kernel, channels=slice(None)):
     return (equivalent**2 / (t3**2 + t1**2)).sum() + circle
 
 
-@pytest.mark.parametrize('kind', [RepVGGConv, OREPARepVGG])
+@each_block(has_custom_l2)
 def test_custom_l2(kind):
     block = randomize(kind(4, 6, 3, padding=1).double())
     dense = block.branches[block.dense_branch]
@@ -282,7 +228,7 @@ def test_custom_l2(kind):
     assert dense.norm.weight.grad is None
 
 
-@pytest.mark.parametrize('kind', [RepVGGConv, OREPARepVGG])
+@each_block(has_custom_l2)
 def test_custom_l2_counts_no_centre_where_both_gammas_are_zero(kind):
     """As zero_init_residual leaves the last block of each residual path."""
     block = randomize(kind(4, 6, 3, padding=1).double())

@@ -8,10 +8,11 @@ import copy
 import pytest
 import torch
 from helpers import distance, image, randomize
+from registered import each_block, is_composed
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmdbb import DBB, OREPAConv, RepVGGConv
+from mmdbb import DBB, RepVGGConv
 from mmdbb.blocks import fast
 from mmdbb.blocks.build import registered_blocks
 
@@ -98,7 +99,7 @@ def test_the_dtype_is_that_of_the_literal_sum(name, half):
             expected = copy.deepcopy(block).forward_branches(x)
             y = copy.deepcopy(block)(x)
             # A composed kernel is one convolution, in half as any.
-            composed = isinstance(block, OREPAConv)
+            composed = is_composed(type(block))
             dtype = HALVES[half] if composed else expected.dtype
             assert y.dtype == dtype
             assert distance(y, expected) < 0.05
@@ -162,7 +163,7 @@ def test_bytes_kept_under_autocast(groups):
     assert kept(default) < (0.5 if groups == 1 else 0.2) * kept(literal)
 
 
-@pytest.mark.parametrize('kind', [DBB, RepVGGConv, OREPAConv])
+@each_block()
 @pytest.mark.parametrize('mode', ['float32', 'autocast', 'half'])
 def test_one_convolution_in_eval_mode(kind, mode):
     block = randomize(kind(8, 8, 3, padding=1)).eval()
@@ -224,6 +225,7 @@ CORRELATED = dict(
 )
 
 
+# Those that the bound is documented for.
 @pytest.mark.parametrize('kind', [DBB, RepVGGConv])
 @pytest.mark.parametrize('images', CORRELATED)
 def test_correlated_channels(kind, images):

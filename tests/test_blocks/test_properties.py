@@ -13,20 +13,11 @@ from helpers import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from registered import each_block
 
-from mmdbb.blocks import (
-    ACB,
-    DBB,
-    BranchSumConv2d,
-    OREPAConv,
-    OREPARepVGG,
-    QARepVGGConv,
-    RepVGGConv,
-)
+from mmdbb.blocks import DBB, BranchSumConv2d
 from mmdbb.geometry import ConvSpec
 from mmdbb.registry import BRANCHES
-
-BLOCKS = (DBB, ACB, OREPAConv, OREPARepVGG, QARepVGGConv, RepVGGConv)
 
 
 def check(block, shape, tolerance, dtype):
@@ -42,7 +33,7 @@ def check(block, shape, tolerance, dtype):
     assert distance(block(x), expected) < tolerance
 
 
-@pytest.mark.parametrize('block', BLOCKS, ids=lambda b: b.__name__)
+@each_block(argument='block')
 @given(case=geometries())
 @settings(max_examples=60)
 def test_block_is_its_merged_convolution(block, case):
@@ -50,7 +41,7 @@ def test_block_is_its_merged_convolution(block, case):
     check(block(**arguments), shape, EXACT, torch.float64)
 
 
-@pytest.mark.parametrize('block', BLOCKS, ids=lambda b: b.__name__)
+@each_block(argument='block')
 @given(case=geometries())
 @settings(max_examples=15)
 def test_block_in_float32(block, case):
@@ -72,7 +63,7 @@ def test_any_list_of_branches(case, names):
     check(block, shape, EXACT, torch.float64)
 
 
-@pytest.mark.parametrize('block', BLOCKS, ids=lambda b: b.__name__)
+@each_block(argument='block')
 @pytest.mark.parametrize('training', [True, False])
 @given(case=geometries())
 @settings(max_examples=15)
@@ -101,7 +92,7 @@ def test_forward_is_the_literal_sum(block, training, case):
         assert distance(p, q) < EXACT, name
 
 
-@pytest.mark.parametrize('block', BLOCKS, ids=lambda b: b.__name__)
+@each_block(argument='block')
 @pytest.mark.parametrize('padding', range(5))
 @pytest.mark.parametrize('kernel', [2, 3, (2, 3)])
 def test_odd_and_even_inputs(block, padding, kernel):

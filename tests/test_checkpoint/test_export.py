@@ -27,11 +27,16 @@ from torch import nn
 
 import mmdbb
 from mmdbb import DBB, reparameterize
-from mmdbb.blocks import OREPAConv, OREPARepVGG
+from mmdbb.blocks.build import registered_blocks
 from mmdbb.errors import UserError
 from mmdbb.export import Proof, Source, export_checkpoint
 from mmdbb.mm.deploy.load import build_model
-from mmdbb.mm.export.formats import FORMATS, ONNX_OPSET
+from mmdbb.mm.export.formats import (
+    FORMATS,
+    ONNX_OPSET,
+    file_format,
+    silence,
+)
 from mmdbb.mm.export.modules import export_module, preprocessing
 from mmdbb.mm.export.network import export_network, exportable
 
@@ -393,31 +398,56 @@ def test_given_images_are_compared_too(tmp_path):
 # Torch's exporters called on a network that is not merged
 
 
-@pytest.mark.parametrize('block', [DBB, OREPAConv, OREPARepVGG])
+class Side(nn.Module):
+    """Every registered block, side by side: one output each."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleDict(
+            {
+                name: kind(3, 4, 3, padding=1)
+                for name, kind in registered_blocks().items()
+            }
+        )
+
+    def forward(self, x):
+        return {n: block(x).relu() for n, block in self.blocks.items()}
+
+
 @pytest.mark.parametrize('format', FORMATS)
-def test_exporting_unmerged_blocks_directly_is_correct(
-    format, block, tmp_path
-):
-    """Slower to run than merged, but never another function."""
+def test_every_format_there_and_back(format, tmp_path):
+    """Blocks that are not merged: slower, but never another function.
+
+    As a format writes and loads by itself, and in batches of other sizes.
+    """
     kind = FORMATS[format]
-    block = block(3, 4, 3, padding=1)
-    model = randomize(nn.Sequential(block, nn.ReLU())).eval()
+    assert kind.suffix.startswith('.') and format in RUN, (
+        'give RUN what a user would read the file with'
+    )
+    model = randomize(Side()).eval()
     module = export_module(model)
     out = str(tmp_path / f'net{kind.suffix}')
-    with torch.no_grad():
-        kind.write(
-            module,
-            torch.zeros(2, 3, 6, 7),
-            ['output'],
-            dict(outputs=['output']),
-            out,
-        )
-        x = image(3, 3, 6, 7, dtype=torch.float32)
-        expected = block.to_conv()(x).relu()
-        # The recording leaves nothing behind in the block.
-        assert distance(model(x), expected) < SINGLE
-        found = RUN[format](out, x)['output']
-    assert distance(found, expected) < SINGLE
+    names = [f'output_{name}' for name in model.blocks]
+    assert file_format(format, out) is kind
+    with pytest.raises(UserError, match=f'must end in {kind.suffix}, got'):
+        file_format(format, str(tmp_path / 'net.other'))
+    with torch.no_grad(), silence():
+        example = torch.zeros(2, 3, 6, 7)
+        kind.write(module, example, names, dict(outputs=names), out)
+        loaded = kind.load(out)
+        for count in (1, 3):
+            x = image(count, 3, 6, 7, dtype=torch.float32)
+            expected = [b.to_conv()(x).relu() for b in model.blocks.values()]
+            # The recording leaves nothing behind in the block.
+            for y, z in zip(model(x).values(), expected):
+                assert distance(y, z) < SINGLE
+            found = RUN[format](out, x)
+            assert list(found) == names
+            again = loaded(x)
+            assert len(again) == len(found) == len(expected)
+            for name, y, z in zip(names, again, expected):
+                assert distance(found[name], z) < SINGLE, name
+                assert distance(y, z) < SINGLE, name
 
 
 # Nothing wrong is written

@@ -13,7 +13,7 @@ from networks import write_checkpoint, write_config
 from mmdbb import load_deployed
 from mmdbb.errors import UserError
 from mmdbb.files.checkpoints import read_checkpoint
-from mmdbb.files.formats import is_safetensors
+from mmdbb.files.formats import SUFFIXES, is_safetensors
 from mmdbb.files.formats import write_checkpoint as write
 from mmdbb.mm.deploy.load import build_model
 
@@ -53,13 +53,13 @@ def safetensors():
     return pytest.importorskip('safetensors.torch')
 
 
-@pytest.mark.parametrize('name', ['a.pth', 'a.safetensors'])
-def test_there_and_back(tmp_path, safetensors, name):
-    path = str(tmp_path / name)
+@pytest.mark.parametrize('suffix', SUFFIXES)
+def test_there_and_back(tmp_path, safetensors, suffix):
+    path = str(tmp_path / f'a{suffix}')
     tied = dict(STATE, tied=STATE['weight'], view=STATE['weight'][:1])
     odd = dict(META, odd=object(), nothing=None, number=float('inf'))
     write(path, tied, odd)
-    assert is_safetensors(path) is (name == 'a.safetensors')
+    assert is_safetensors(path) is (suffix == '.safetensors')
     found = read_checkpoint(path)
     assert found['state_dict'].keys() == tied.keys()
     for key, value in tied.items():

@@ -10,11 +10,12 @@ from helpers import EXACT, SINGLE, blocks_of, distance, image, randomize
 from mmengine.config import Config
 from mmengine.registry import MODELS
 from mmengine.runner import CheckpointLoader
+from registered import each_block, starts_plain, sums_branches, sums_several
 from torch import nn
 
 import mmdbb
 import mmdbb.mm.backbones
-from mmdbb import ACB, DBB, RepVGGConv, load_plain_weights_
+from mmdbb import DBB, load_plain_weights_
 from mmdbb.blocks import OREPAConv, OREPARepVGG
 from mmdbb.errors import UserError
 from mmdbb.mm.stock.config import stock_config
@@ -23,7 +24,7 @@ from mmdbb.reparam import literal_forward
 from mmdbb.stock_weights import stock_state
 from mmdbb.transforms import KernelBias
 
-BLOCKS = (DBB, ACB, RepVGGConv, OREPARepVGG)
+SUMS = each_block(starts_plain, sums_branches, argument='block_type')
 GEOMETRIES = (
     dict(in_channels=6, out_channels=8, kernel_size=3, padding=1),
     dict(in_channels=6, out_channels=6, kernel_size=3, padding=1, groups=3),
@@ -79,7 +80,7 @@ def started_block(block_type, geometry, case, bias=False, **kwargs):
 @pytest.mark.parametrize('bias', [False, True])
 @pytest.mark.parametrize('case', CASES)
 @pytest.mark.parametrize('geometry', GEOMETRIES, ids=str)
-@pytest.mark.parametrize('block_type', BLOCKS)
+@SUMS
 def test_block_is_the_plain_convolution(block_type, geometry, case, bias):
     block, plain, _ = started_block(block_type, geometry, case, bias)
     block.eval(), plain.eval()
@@ -140,7 +141,7 @@ def test_trained_blocks_start_anew(case, affine):
 
 @pytest.mark.parametrize('case', CASES)
 @pytest.mark.parametrize('geometry', GEOMETRIES[:3], ids=str)
-@pytest.mark.parametrize('block_type', BLOCKS)
+@each_block(starts_plain, sums_several, argument='block_type')
 def test_every_branch_is_alive(block_type, geometry, case):
     block, _, _ = started_block(block_type, geometry, case)
     block.train()
@@ -158,7 +159,7 @@ def test_every_branch_is_alive(block_type, geometry, case):
 
 
 @pytest.mark.parametrize('case', ['kept', 'absorbed'])
-@pytest.mark.parametrize('block_type', BLOCKS)
+@SUMS
 def test_training_starts_near_the_plain_network(block_type, case):
     x = image(8, 6, 9, 8)
     errors = []

@@ -6,6 +6,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
+from registered import each_block, name_of
 from torch import nn
 
 from mmdbb import DiverseBranchBlock
@@ -88,10 +89,11 @@ def test_hrnets_branches_are_no_blocks():
     start(blocks, blocks.state_dict())
 
 
-def test_other_networks_blocks_are_blocks():
-    for block in ('DBB', 'ACB', 'RepVGGConv', 'OREPA', 'OREPARepVGG'):
-        model = build(type='ResNet', depth=18, conv_cfg=dict(type=block))
-        assert holds_blocks(model.state_dict(), nn.Conv2d(3, 4, 1)), block
+@each_block()
+def test_other_networks_blocks_are_blocks(kind):
+    conv_cfg = dict(type=name_of(kind))
+    model = nn.Sequential(build(**conv_cfg, **CONV), nn.BatchNorm2d(4))
+    assert holds_blocks(model.state_dict(), nn.Conv2d(3, 4, 1))
 
 
 def test_a_start_without_weights_for_blocks():

@@ -12,12 +12,12 @@ import pytest
 import torch
 from helpers import distance, image, randomize
 from mmengine.config import Config
+from registered import each_block
 from runs import run_config, train
 from torch import nn
 
 import mmdbb
-from mmdbb import DBB, RepVGGConv, load_deployed
-from mmdbb.blocks import OREPAConv
+from mmdbb import DBB, load_deployed
 from mmdbb.errors import UserError
 from mmdbb.mm.engine import launch
 from mmdbb.mm.pruning.penalty import (
@@ -51,7 +51,7 @@ def test_penalties_exact():
 
 
 @pytest.mark.parametrize('kind', ['l1', 'group_lasso'])
-@pytest.mark.parametrize('block', [DBB, RepVGGConv, OREPAConv])
+@each_block(argument='block')
 def test_penalty_reaches_all_that_makes_the_kernel(kind, block):
     model = nn.Sequential(randomize(block(4, 4, 3).double()))
     kernel = model[0].get_equivalent_kernel_bias().kernel

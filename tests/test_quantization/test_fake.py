@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from helpers import distance, export, image
 from mmengine.config import Config
 from networks import CONFIGS, SIZE
+from registered import each_block
 from tiny_demo import tame
 from torch import nn
 
-from mmdbb import ACB, DBB, OREPARepVGG, QARepVGGConv, RepVGGConv
-from mmdbb.blocks import OREPAConv
+from mmdbb import DBB
 from mmdbb.errors import UserError
 from mmdbb.mm.deploy.load import build_model
 from mmdbb.mm.export.modules import export_module
@@ -30,8 +30,6 @@ from mmdbb.mm.quantization.flow import layers_to_quantize
 from mmdbb.mm.quantization.qat import prepare_qat_
 from mmdbb.mm.quantization.qdq import weight_scales, write_qdq
 from mmdbb.mm.quantization.session import OnnxNetwork
-
-BLOCKS = (ACB, DBB, OREPAConv, OREPARepVGG, QARepVGGConv, RepVGGConv)
 
 
 def learn_ranges(model, batches=2, size=SIZE):
@@ -62,7 +60,7 @@ def by_hand(x, low, high, steps=255):
 # One layer
 
 
-@pytest.mark.parametrize('kind', BLOCKS, ids=lambda b: b.__name__)
+@each_block()
 def test_the_equivalent_kernel_is_quantized(kind):
     block = tame(kind(4, 6, 3, padding=1)).train()
     names = list(block.state_dict())

@@ -7,12 +7,13 @@ import pytest
 import torch
 from helpers import EXACT, deploy, distance, export, image, randomize
 from mmengine.config import Config
+from registered import each_block, sums_branches
 from runs import run_config, train
 from tiny_demo import tame
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmdbb import ACB, DBB, QARepVGGConv, RepVGGConv
+from mmdbb import DBB, RepVGGConv
 from mmdbb.blocks import ConvBN, OREPAConv
 from mmdbb.errors import UserError
 from mmdbb.mm.deploy.load import build_model
@@ -264,7 +265,7 @@ def test_calibrated_norms_change_nothing():
 # The report
 
 
-@pytest.mark.parametrize('kind', [ACB, DBB, QARepVGGConv, RepVGGConv])
+@each_block(sums_branches)
 def test_branches_add_up_to_the_kernel(kind):
     block = randomize(kind(4, 4, 3, padding=1).double()).eval()
     parts = branch_kernels(block)
