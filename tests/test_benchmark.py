@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import distance, randomize
+from workshop import benchmark
 from workshop.benchmark import papers
 
-from mmdbb import DBB, benchmark
+from mmdbb import DBB
 from mmdbb.kernels import ComposedKernel
 from mmdbb.mm.engine.command import at_least_one
 

@@ -13,8 +13,8 @@ import platform
 from pathlib import Path
 
 import torch
+from workshop import benchmark
 
-from mmdbb import benchmark
 from mmdbb.blocks.build import registered_blocks
 from mmdbb.errors import UserError
 from mmdbb.mm.engine.command import (

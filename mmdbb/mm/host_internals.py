@@ -13,12 +13,14 @@ from types import FrameType
 from typing import Callable, Optional
 
 import numpy as np
+from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.logging import HistoryBuffer, print_log
 from mmengine.model import initialize
 from mmengine.optim.scheduler.param_scheduler import OneCycleParamScheduler
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from mmdbb.mm.hosts import is_installed
 from mmdbb.ports import Ports
 
 
@@ -35,6 +37,18 @@ def plug_in(ports: Ports) -> None:
             OneCycleParamScheduler
         ),
     }
+
+
+def cure_config_bases() -> None:
+    """Let ``_base_ = 'mmseg::...'`` find the onedl fork's configs.
+
+    mmengine (0.10.7, onedl 0.10.12) looks for a distribution that a table
+    names, ``mmsegmentation``, which the fork is not. Where there is none, the
+    module's own name serves: mmengine then finds the package by importing it.
+    Takes effect on configs that are read afterwards.
+    """
+    if not is_installed('mmsegmentation'):
+        MODULE2PACKAGE['mmseg'] = 'mmseg'
 
 
 def log(message: str, level: int = logging.INFO) -> None:
