@@ -101,6 +101,17 @@ def test_kept_megabytes_exact():
     assert benchmark.kept_megabytes(lambda: y * y) == 1
 
 
+def test_imports():
+    run = subprocess.run(
+        [sys.executable, '-W', 'ignore', TOOL, '--import', '--repeats', '1'],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert 'without hosts' in run.stdout
+    assert 'beyond it' in run.stdout
+
+
 def test_command(tmp_path):
     out = tmp_path / 'rows.json'
     command = [sys.executable, '-W', 'ignore', TOOL, '--network', 'mobilenet']
