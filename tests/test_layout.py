@@ -170,12 +170,11 @@ def private_names(text):
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and is_private(node.attr):
             owner = node.value
-            itself = isinstance(owner, ast.Name) and owner.id in (
-                'self',
-                'cls',
-                *own,
-            )
-            if not itself:
+            while isinstance(owner, ast.Attribute):
+                owner = owner.value
+            root = getattr(owner, 'id', None)
+            itself = owner is node.value and root in ('self', 'cls', *own)
+            if not itself and root not in ('torch', 'nn'):
                 yield node.attr
         elif isinstance(node, ast.Call):
             name = getattr(node.func, 'id', getattr(node.func, 'attr', ''))
@@ -284,6 +283,8 @@ def test_exceptions_are_needed():
         ("object.__setattr__(config, '_filename', None)", {'_filename'}),
         ('from mmengine.config.utils import _hidden', {'_hidden'}),
         ('self._own, cls._own, __name__, x.__dict__', set()),
+        ('self.runner._hooks', {'_hooks'}),
+        ('nn.modules.batchnorm._BatchNorm', set()),
         ('class A:\n  _x = 1\nA._x', set()),
     ],
 )

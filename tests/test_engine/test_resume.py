@@ -422,7 +422,7 @@ class Stop(Exception):
 
 
 def test_a_save_that_stops_loses_nothing(work, monkeypatch):
-    from mmdbb.checkpoint import atomic
+    from mmdbb.files import atomic
 
     folder, cfg = work
     cfg.merge_from_dict(
