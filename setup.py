@@ -12,6 +12,23 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 SHIPPED = ('configs', 'tools', 'model-index.yml')
+#: What serves the work on mmdbb itself, and needs a checkout.
+WORKSHOP = (
+    'tools/workshop',
+    'tools/benchmark.py',
+    'tools/demo.py',
+    'tools/model_zoo.py',
+    'tools/prepare_demo_data.py',
+    'tools/study.py',
+)
+
+
+def run(path):
+    """The names that a file of the package defines, which is not imported."""
+    return runpy.run_path(str(ROOT / path))
+
+
+HOSTS = run('mmdbb/mm/hosts.py')['HOSTS'].values()
 
 # Ranges of what should work together, for whoever adds mmdbb to an
 # environment of their own; requirements/*.txt pins the single combination
@@ -19,24 +36,12 @@ SHIPPED = ('configs', 'tools', 'model-index.yml')
 # torch first, then `mim install mmcv` or `pip install --no-build-isolation`.
 EXTRAS = {
     'openmmlab': [
-        'mmengine>=0.10.0,<1.0',
-        'mmcv>=2.0.0,<2.2',  # mmdet 3.3 and mmsegmentation 1.2 refuse 2.2
-        'mmpretrain>=1.2.0,<2.0',
-        'mmdet>=3.2.0,<4.0',
-        'mmsegmentation>=1.2.0,<2.0',
+        *(str(host.openmmlab) for host in HOSTS),
         'ftfy',  # mmsegmentation imports both without requiring them
         'regex',
         'setuptools<81',  # mmengine 0.10 reads pkg_resources at run time
     ],
-    'onedl': [
-        'onedl-mmengine>=0.10.12,<1.0',
-        'onedl-mmcv>=2.3.6,<3.0',
-        'onedl-mmpretrain>=1.3.6,<2.0',
-        'onedl-mmdetection>=3.5.1,<4.0',
-        'onedl-mmsegmentation>=1.4.2,<2.0',
-        'ftfy',
-        'regex',
-    ],
+    'onedl': [*(str(host.onedl) for host in HOSTS), 'ftfy', 'regex'],
     'demo': [
         'mlxtend>=0.23',
         'scikit-learn>=1.3',
@@ -83,15 +88,13 @@ class BuildWithMim(build_py):
     def _copy(self, source, target):
         files = sorted(source.rglob('*')) if source.is_dir() else [source]
         for file in files:
-            if file.is_file() and '__pycache__' not in file.parts:
+            inside = file.relative_to(ROOT).as_posix()
+            if inside.startswith(WORKSHOP) or '__pycache__' in file.parts:
+                continue
+            if file.is_file():
                 out = target / file.relative_to(source)
                 self.mkpath(str(out.parent))
                 self.copy_file(str(file), str(out))
-
-
-def version():
-    """Read the version without importing the package and its hosts."""
-    return runpy.run_path(str(ROOT / 'mmdbb/version.py'))['__version__']
 
 
 def readme():
@@ -102,17 +105,21 @@ def readme():
 
 setup(
     name='mmdbb',
-    version=version(),
+    version=run('mmdbb/version.py')['__version__'],
     description='Structural re-parameterization (Diverse Branch Block and '
     'its relatives) for the OpenMMLab family',
     long_description=readme(),
     long_description_content_type='text/markdown',
     license='Apache-2.0',
     python_requires='>=3.9',
+    # The folder is named for the sake of editable installations: setuptools
+    # then puts it on the path, where the package is found even from the
+    # folder above a checkout that is called mmdbb too.
+    package_dir={'': '.'},
     packages=find_packages(include=['mmdbb', 'mmdbb.*']),
-    # The hosts are extras, because two stacks provide the same imports;
+    # All else is an extra: two stacks provide the same imports, and
     # mmdbb/mm/hosts.py says what is missing where something is.
-    install_requires=['torch>=2.1', 'numpy', 'packaging'],
+    install_requires=['torch>=2.1', 'numpy'],
     extras_require=EXTRAS,
     cmdclass={'build_py': BuildWithMim},
     zip_safe=False,

@@ -12,14 +12,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mmdbb.blocks.branch_sum import BranchSumConv2d
 from mmdbb.blocks.build import block_of
 from mmdbb.errors import UserError
-from mmdbb.files.checkpoints import load_strictly, some
+from mmdbb.files.checkpoints import load_strictly
+from mmdbb.files.sources import some
 from mmdbb.modules import has_hooks
-from mmdbb.plain.blocks import (
-    BRANCH_SCALE,
-    NormValues,
-    copy_entries_,
-    plain_start,
-)
+from mmdbb.plain.blocks import BRANCH_SCALE, copy_entries_, plain_start
+from mmdbb.plain.branch_sums import NormValues
 from mmdbb.reparam import find_blocks
 from mmdbb.stock_weights import stock_state
 from mmdbb.tracing import sole_readers

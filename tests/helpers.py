@@ -207,7 +207,9 @@ def run_tool(name, *arguments):
 
 def deploy(cfg, checkpoint, out, overwrite=False, **options):
     """`deploy_checkpoint`, its options in a row."""
-    from mmdbb.deploy import MergeOptions, Proof, Source, deploy_checkpoint
+    from mmdbb.mm.deploy.checkpoint import deploy_checkpoint
+    from mmdbb.mm.deploy.merge import MergeOptions
+    from mmdbb.mm.outputs import Proof, Source
 
     source = {n: options.pop(n) for n in ('ema', 'unsafe') if n in options}
     return deploy_checkpoint(
@@ -222,7 +224,8 @@ def deploy(cfg, checkpoint, out, overwrite=False, **options):
 
 def export(model, out, format='onnx', image_size=(224, 224), **options):
     """`export_network`, its proof in a row."""
-    from mmdbb.export import Proof, export_network
+    from mmdbb.mm.export.network import export_network
+    from mmdbb.mm.outputs import Proof
 
     proof = _taken(Proof, dict(options, image_size=image_size))
     options = {k: v for k, v in options.items() if k not in Proof._fields}

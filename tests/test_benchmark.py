@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import distance, randomize
+from workshop import benchmark
 from workshop.benchmark import papers
 
-from mmdbb import DBB, benchmark
+from mmdbb import DBB
 from mmdbb.kernels import ComposedKernel
 from mmdbb.mm.engine.command import at_least_one
 
@@ -98,6 +99,17 @@ def test_kept_megabytes_exact():
     y = x.exp()
     # Both factors are kept, and share one storage.
     assert benchmark.kept_megabytes(lambda: y * y) == 1
+
+
+def test_imports():
+    run = subprocess.run(
+        [sys.executable, '-W', 'ignore', TOOL, '--import', '--repeats', '1'],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert 'without hosts' in run.stdout
+    assert 'beyond it' in run.stdout
 
 
 def test_command(tmp_path):

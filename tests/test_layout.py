@@ -34,8 +34,8 @@ LOWER = (
 UPPER = (
     ('mm.hosts',),
     ('mm',),
-    ('mm.host_internals', 'mm.host_loading'),
-    ('mm.config_files', 'mm.config_types'),
+    ('mm.host_internals',),
+    ('mm.host_loading', 'mm.config_files', 'mm.config_types'),
     ('mm.backbones', 'mm.stock', 'mm.structure'),
     # What outputs are read again by.
     ('mm.deploy.load', 'mm.deploy.images'),

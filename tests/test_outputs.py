@@ -13,26 +13,20 @@ from helpers import image, run_tool
 from mmengine.config import Config
 from mmengine.registry import HOOKS
 
-from mmdbb.deploy import (
-    MergeOptions,
-    Proof,
-    Source,
-    Structure,
-    deploy_checkpoint,
-)
 from mmdbb.errors import UserError
-from mmdbb.export import export_checkpoint
 from mmdbb.files.checkpoints import read_checkpoint
 from mmdbb.mm import outputs
+from mmdbb.mm.deploy.checkpoint import deploy_checkpoint
+from mmdbb.mm.deploy.merge import MergeOptions
 from mmdbb.mm.engine import reparam_hook
+from mmdbb.mm.evaluation.images import Calibration
+from mmdbb.mm.export.checkpoint import export_checkpoint
 from mmdbb.mm.official.convert import convert_official
-from mmdbb.mm.structure import written_structure
-from mmdbb.prune import Calibration, PruneOptions, prune_checkpoint
-from mmdbb.quantize import (
-    QuantizeOptions,
-    insert_bn_checkpoint,
-    quantize_checkpoint,
-)
+from mmdbb.mm.outputs import Proof, Source
+from mmdbb.mm.pruning.pipeline import PruneOptions, prune_checkpoint
+from mmdbb.mm.quantization.insert_bn import insert_bn_checkpoint
+from mmdbb.mm.quantization.ptq import QuantizeOptions, quantize_checkpoint
+from mmdbb.mm.structure import Structure, written_structure
 from mmdbb.version import __version__
 
 pytestmark = pytest.mark.usefixtures('quiet')

@@ -7,12 +7,22 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from fresh import TREES, checkout, pip
 
 import mmdbb
 
 ROOT = Path(__file__).resolve().parents[1]
-BUILD = ('setup.py', 'pyproject.toml', 'MANIFEST.in', 'LICENSE')
-TREES = ('mmdbb', 'configs', 'tools')
+#: What serves the work on mmdbb itself.
+WORKSHOP = ('benchmark', 'demo', 'model_zoo', 'prepare_demo_data', 'study')
+
+
+def is_shipped(path):
+    """Whether a path, relative to the checkout, belongs into a wheel."""
+    parts = path.parts
+    workshop = parts[0] == 'tools' and (
+        parts[1] == 'workshop' or path.stem in WORKSHOP
+    )
+    return not workshop and not {'.mim', '__pycache__'} & set(parts)
 
 
 def sources():
@@ -21,36 +31,8 @@ def sources():
         str(path.relative_to(ROOT))
         for tree in TREES
         for path in (ROOT / tree).rglob('*')
-        if path.is_file()
-        and not {'.mim', '__pycache__'} & set(path.relative_to(ROOT).parts)
+        if path.is_file() and is_shipped(path.relative_to(ROOT))
     }
-
-
-def checkout(folder):
-    """A copy of the checkout, so that building leaves no trace in it."""
-    for name in (*BUILD, 'README.md', 'model-index.yml'):
-        if (ROOT / name).exists():
-            shutil.copy(ROOT / name, folder / name)
-    for tree in TREES:
-        shutil.copytree(
-            ROOT / tree,
-            folder / tree,
-            ignore=shutil.ignore_patterns('.mim', '__pycache__'),
-        )
-    return folder
-
-
-def pip(*arguments, cwd):
-    if arguments[0] == 'install':
-        # Else pip removes the mmdbb that the tests run from.
-        arguments += ('--ignore-installed',)
-    subprocess.run(
-        [sys.executable, '-m', 'pip', '--disable-pip-version-check']
-        + [*arguments, '--no-deps', '--no-build-isolation', '--no-index'],
-        check=True,
-        cwd=cwd,
-        capture_output=True,
-    )
 
 
 @pytest.fixture(scope='module')
@@ -85,11 +67,36 @@ def test_wheel_holds_the_package_and_its_mim_folder(wheel):
     assert 'mmdbb/.mim/configs/resnet18_dbb_imagenet.py' in names
 
 
+def test_wheel_has_no_workshop(wheel):
+    """Its tools read what only a checkout has: tests, docs, pictures."""
+    file = zipfile.ZipFile(wheel)
+    tools = [n for n in file.namelist() if n.startswith('mmdbb/.mim/tools/')]
+    assert tools
+    for name in tools:
+        assert 'workshop' not in name
+        assert Path(name).stem not in WORKSHOP
+        assert b'workshop' not in file.read(name), name
+    # Each front of the workshop is known here.
+    fronts = {
+        path.stem
+        for path in (ROOT / 'tools').glob('*.py')
+        if 'workshop' in path.read_text()
+    }
+    assert fronts == set(WORKSHOP)
+
+
 def test_wheel_metadata(wheel):
     with zipfile.ZipFile(wheel) as file:
         (name,) = (n for n in file.namelist() if n.endswith('/METADATA'))
         text = file.read(name).decode()
     assert 'Requires-Python: >=3.9' in text
+    required = [
+        line.partition(': ')[2]
+        for line in text.splitlines()
+        if line.startswith('Requires-Dist: ') and 'extra ==' not in line
+    ]
+    # numpy reads checkpoints; torch does without.
+    assert required == ['torch>=2.1', 'numpy']
     for extra in ('demo', 'tests', 'onedl', 'openmmlab'):
         assert f'Provides-Extra: {extra}' in text
 
@@ -122,7 +129,7 @@ def test_editable_installation_links(tmp_path):
     prefix = tmp_path / 'prefix'
     pip('install', '-e', '.', '--prefix', str(prefix), cwd=folder)
     for name in ('configs', 'tools'):
-        link = folder / 'mmdbb/.mim' / name
+        link = folder / 'mmdbb/.mim' / name  # the workshop too
         assert link.is_symlink()
         assert link.resolve() == (folder / name).resolve()
     # Installing again is fine.

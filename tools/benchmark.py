@@ -5,6 +5,10 @@
 
 prints a table for each phase, and with --out writes it as JSON; --plot draws
 how a block's time and memory grow with batch, width and resolution.
+
+  python tools/benchmark.py --import
+
+prints what `import mmdbb` takes beyond `import torch`.
 """
 
 import json
@@ -13,8 +17,8 @@ import platform
 from pathlib import Path
 
 import torch
+from workshop import benchmark
 
-from mmdbb import benchmark
 from mmdbb.blocks.build import registered_blocks
 from mmdbb.errors import UserError
 from mmdbb.mm.engine.command import (
@@ -71,6 +75,12 @@ def parse_args():
         default=5,
         help='times that each variant runs; default: %(default)s',
     )
+    parser.add_argument(
+        '--import',
+        dest='imports',
+        action='store_true',
+        help='measure `import mmdbb` and nothing else',
+    )
     parser.add_argument('--out', help='write the rows to this JSON file')
     parser.add_argument('--plot', help='draw the growth of one block here')
     parser.add_argument(
@@ -81,6 +91,9 @@ def parse_args():
 
 def main():
     args = parse_args()
+    if args.imports:
+        print_imports(args.repeats)
+        return
     try:
         device = torch.device(args.device)
         images = torch.randn(args.batch, 3, *args.image_size, device=device)
@@ -99,6 +112,15 @@ def main():
             draw_growth(points, plot)
         if out:
             Path(out).write_text(json.dumps(report, indent=1) + '\n')
+
+
+def print_imports(repeats):
+    rows = [
+        (name, *(f'{seconds:.2f}' for seconds in time))
+        for name, time in benchmark.import_times(repeats).items()
+    ]
+    header = ('import', 'torch (s)', 'mmdbb beyond it (s)', 'working (s)')
+    print_table(header, rows)
 
 
 def measure(args, images):

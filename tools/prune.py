@@ -17,11 +17,11 @@ from mmdbb.mm.engine.command import (
     load_config,
     run_command,
 )
-from mmdbb.mm.pruning.pipeline import print_pruned
-from mmdbb.prune import (
-    Calibration,
+from mmdbb.mm.evaluation.images import Calibration
+from mmdbb.mm.outputs import Source
+from mmdbb.mm.pruning.pipeline import (
     PruneOptions,
-    Source,
+    print_pruned,
     prune_checkpoint,
 )
 

@@ -10,6 +10,8 @@ from typing import Iterator, List, Set
 
 from mmengine.config import Config
 
+from mmdbb.mm.host_internals import files_in_text, make_note, note_of
+
 #: Lists to note the files in that are opened; Python's hooks stay for good.
 _NOTING: List[Set[str]] = []
 _NAME = '_files_read'
@@ -48,7 +50,7 @@ def _note(event: str, arguments: tuple) -> None:
 
 def remember_files(cfg: Config, files: Set[str]) -> None:
     """Note in a config which files it was made of."""
-    object.__setattr__(cfg, _NAME, frozenset(files))
+    make_note(cfg, _NAME, frozenset(files))
 
 
 def files_of(cfg: Config) -> Set[str]:
@@ -59,13 +61,8 @@ def files_of(cfg: Config) -> Set[str]:
             of them; or from elsewhere: then its own file, and the bases that
             it names in its text.
     """
-    files = set(vars(cfg).get(_NAME, ()))
+    files = set(note_of(cfg, _NAME, ()))
     if cfg.filename:
         files.add(os.path.abspath(cfg.filename))
-        # mmengine puts each file's path before its text.
-        files.update(
-            line
-            for line in (cfg.text or '').splitlines()
-            if os.path.isabs(line) and os.path.isfile(line)
-        )
+        files.update(files_in_text(cfg))
     return files

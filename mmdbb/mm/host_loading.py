@@ -18,13 +18,13 @@ from urllib.parse import urlparse
 
 import torch
 from mmengine.runner import CheckpointLoader
-from mmengine.runner import checkpoint as host
 from torch import Tensor, nn
 
 from mmdbb.errors import UserError
 from mmdbb.files.checkpoints import check_regular, read_content
 from mmdbb.files.sources import AVERAGED, TRAINED, check_values, shown
 from mmdbb.files.values import Unread
+from mmdbb.mm.host_internals import replace_readers
 
 Place = Union[str, torch.device, dict, Callable, None]
 #: Whether one of mmdbb's own tools is at work.
@@ -36,9 +36,7 @@ def read_as_data() -> None:
 
     Calling it again changes nothing.
     """
-    CheckpointLoader.register_scheme('', load_for_mmengine, force=True)
-    # Used for http, https, torchvision, open-mmlab and mmcls.
-    host.load_url = load_url
+    replace_readers(load_for_mmengine, load_url)
 
 
 def load_from_local(filename: str, map_location: Place = None) -> dict:

@@ -1,9 +1,12 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""The packages that mmdbb extends, and what has to be cured in them.
+"""The packages that mmdbb extends, and the versions that it works with.
 
 Two stacks provide the same import names: the OpenMMLab packages and the
 maintained forks, whose distributions are named `onedl-*`. What counts is the
 version of the module that is imported, whoever ships it.
+
+``setup.py`` runs this file for the ranges, so it imports nothing but the
+standard library.
 """
 
 from __future__ import annotations
@@ -12,39 +15,101 @@ import importlib
 import importlib.metadata
 import re
 from types import ModuleType
-from typing import Dict, Iterable, List, NamedTuple, Optional, Tuple
+from typing import Dict, NamedTuple, Optional, Tuple
 
 
-class Host(NamedTuple):
-    """A host package: its distributions and the versions that are allowed.
+class MissingHosts(ImportError):
+    """Host packages are missing, or of versions that mmdbb does not know.
 
-    Attributes:
-        distribution: What OpenMMLab's package index entry is called.
-        fork: What the maintained fork is called there.
-        minimum: The oldest version allowed.
-        below: The first version that is not allowed any more.
-        installer: The command that installs OpenMMLab's distribution.
+    Args:
+        message: Names them all, and the command that installs them.
+        wrong: Their import names -> the versions found, None for none.
     """
 
-    distribution: str
-    fork: str
+    def __init__(self, message: str, wrong: Dict[str, Optional[str]]) -> None:
+        super().__init__(message)
+        self.wrong = wrong
+
+    def beside(self, *names: str) -> MissingHosts:
+        """The error of these packages and of others that are needed too.
+
+        Args:
+            names: Import names, each one of :data:`HOSTS`.
+        """
+        try:
+            require(*names)
+        except MissingHosts as error:
+            wrong = {**self.wrong, **error.wrong}
+            return MissingHosts(_complaint(wrong), wrong)
+        except ImportError:  # of what is missing already
+            pass
+        return self
+
+
+class Distribution(NamedTuple):
+    """A package as pip knows it.
+
+    Attributes:
+        name: Its name in the package index.
+        minimum: The oldest version that mmdbb works with.
+        below: The first version after those.
+    """
+
+    name: str
     minimum: str
     below: str
-    installer: str = 'pip install'
 
     @property
     def allowed(self) -> str:
         """The range of versions, as pip writes it."""
         return f'>={self.minimum},<{self.below}'
 
+    def __str__(self) -> str:
+        """The requirement, as pip writes it."""
+        return f'{self.name}{self.allowed}'
 
+    def has(self, version: str) -> bool:
+        """Whether a version lies in the range."""
+        low, high = _release(self.minimum), _release(self.below)
+        return low <= _release(version) < high
+
+
+class Host(NamedTuple):
+    """A package that mmdbb extends, under its one import name.
+
+    Attributes:
+        openmmlab: OpenMMLab's distribution.
+        onedl: The maintained fork's.
+    """
+
+    openmmlab: Distribution
+    onedl: Distribution
+
+
+#: Import names -> what brings them. These are all the ranges there are:
+#: setup.py makes its extras of them, the docs and the tests repeat them.
 HOSTS = {
-    'mmengine': Host('mmengine', 'onedl-mmengine', '0.10.0', '1.0.0'),
-    # mim picks a build that fits the installed torch.
-    'mmcv': Host('mmcv', 'onedl-mmcv', '2.0.0', '3.0.0', 'mim install'),
-    'mmpretrain': Host('mmpretrain', 'onedl-mmpretrain', '1.2.0', '2.0.0'),
-    'mmdet': Host('mmdet', 'onedl-mmdetection', '3.2.0', '4.0.0'),
-    'mmseg': Host('mmsegmentation', 'onedl-mmsegmentation', '1.2.0', '2.0.0'),
+    'mmengine': Host(
+        Distribution('mmengine', '0.10.0', '1.0.0'),
+        Distribution('onedl-mmengine', '0.10.12', '1.0.0'),
+    ),
+    'mmcv': Host(
+        # mmdet 3.3 and mmsegmentation 1.2 refuse 2.2.
+        Distribution('mmcv', '2.0.0', '2.2.0'),
+        Distribution('onedl-mmcv', '2.3.6', '3.0.0'),
+    ),
+    'mmpretrain': Host(
+        Distribution('mmpretrain', '1.2.0', '2.0.0'),
+        Distribution('onedl-mmpretrain', '1.3.6', '2.0.0'),
+    ),
+    'mmdet': Host(
+        Distribution('mmdet', '3.2.0', '4.0.0'),
+        Distribution('onedl-mmdetection', '3.5.1', '4.0.0'),
+    ),
+    'mmseg': Host(
+        Distribution('mmsegmentation', '1.2.0', '2.0.0'),
+        Distribution('onedl-mmsegmentation', '1.4.2', '2.0.0'),
+    ),
 }
 
 
@@ -60,9 +125,9 @@ def require(*names: str) -> ModuleType:
     Raises:
         ValueError: A name is not of such a package.
         ImportError: One is not installed, too old, too new, or refuses the
-            packages that it is installed with. One message names all
-            packages that are missing, the versions found, the versions
-            allowed and the commands that install them.
+            packages that it is installed with. One message names all that
+            are missing, the versions found and allowed, and one command
+            that installs them.
 
     Example:
         >>> from mmdbb.mm.hosts import require
@@ -80,9 +145,10 @@ def require(*names: str) -> ModuleType:
         try:
             module = importlib.import_module(name)
         except ModuleNotFoundError as error:
-            if error.name != name:  # something that the host itself needs
+            # Hosts need each other; what else they need is theirs to say.
+            if error.name not in HOSTS:
                 raise
-            wrong[name] = None
+            wrong[error.name] = None
         except AssertionError as error:
             # mmdet and mmseg assert the versions of mmcv and mmengine.
             raise ImportError(f'{name} cannot be imported: {error}') from error
@@ -90,19 +156,33 @@ def require(*names: str) -> ModuleType:
             if not _is_allowed(name, module.__version__):
                 wrong[name] = module.__version__
     if wrong:
-        raise ImportError(_complaint(wrong))
+        raise MissingHosts(_complaint(wrong), wrong)
     return importlib.import_module(names[0])
 
 
 def check_version(name: str, found: str) -> None:
-    """Raise ImportError unless version `found` of host `name` is allowed."""
+    """Raise ImportError unless a version of a host package is allowed.
+
+    Args:
+        name: Import name, one of :data:`HOSTS`.
+        found: The version of the module.
+    """
     if not _is_allowed(name, found):
-        raise ImportError(_complaint({name: found}))
+        raise MissingHosts(_complaint({name: found}), {name: found})
+
+
+def is_installed(distribution: str) -> bool:
+    """Whether pip knows a distribution of this name here."""
+    try:
+        importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def _is_allowed(name: str, found: str) -> bool:
-    host = HOSTS[name]
-    return _release(host.minimum) <= _release(found) < _release(host.below)
+    # The two stacks number their versions apart from each other.
+    return any(each.has(found) for each in HOSTS[name])
 
 
 def _release(version: str) -> Tuple[int, ...]:
@@ -112,50 +192,34 @@ def _release(version: str) -> Tuple[int, ...]:
     return (*numbers, 0, 0)[:3]
 
 
-def cure_config_bases() -> None:
-    """Let `_base_ = 'mmseg::...'` find the onedl fork's configs.
-
-    mmengine looks for a distribution called `mmsegmentation`, which the fork
-    is not. Where there is none, the module's own name serves: mmengine then
-    finds the package by importing it. Takes effect on configs that are read
-    afterwards.
-    """
-    from mmengine.config.utils import MODULE2PACKAGE
-
-    if _installed('mmsegmentation') is None:
-        MODULE2PACKAGE['mmseg'] = 'mmseg'
-
-
-def _installed(distribution: str) -> str | None:
-    """Return the version of an installed distribution, None without one."""
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def _complaint(wrong: Dict[str, Optional[str]]) -> str:
     """What to say of packages that are missing or of a wrong version.
 
     Args:
         wrong: Their import names -> the versions found, None for none.
     """
-    needs = ' and '.join(
-        f'{name} {HOSTS[name].allowed}; found: {found or "not installed"}'
+    stack = _stack()
+    wanted = {name: getattr(HOSTS[name], stack) for name in wrong}
+    needs = [
+        f'{name} ({wanted[name].allowed}; '
+        + (f'found: {found})' if found else 'not installed)')
         for name, found in wrong.items()
-    )
-    own = [f'{h.installer} "{h.distribution}{h.allowed}"' for h in _of(wrong)]
-    forks = [f'pip install "{h.fork}{h.allowed}"' for h in _of(wrong)]
-    ways = [' && '.join(own), ' && '.join(forks)]
-    if any(_installed(host.fork) for host in HOSTS.values()):
-        ways = ways[1:]
-    elif any(_installed(host.distribution) for host in HOSTS.values()):
-        ways = ways[:1]
+    ]
+    if len(needs) > 2:
+        needs = [', '.join(needs[:-1]), needs[-1]]
+    quoted = ' '.join(f'"{each}"' for each in wanted.values())
+    command = f'pip install {quoted}'
+    if stack == 'openmmlab' and 'mmcv' in wrong:
+        # mim picks a build of mmcv that fits the installed torch.
+        command = f'pip install openmim && mim install {quoted}'
     return (
-        f'mmdbb needs {needs}. Install with: '
-        f'{"  or, from the forks:  ".join(ways)}'
+        f'mmdbb needs {" and ".join(needs)}. Install '
+        f'{"them" if len(wrong) > 1 else "it"} with: {command}'
     )
 
 
-def _of(names: Iterable[str]) -> List[Host]:
-    return [HOSTS[name] for name in names]
+def _stack() -> str:
+    """Which of the two stacks is installed; OpenMMLab's where none is."""
+    if any(is_installed(host.onedl.name) for host in HOSTS.values()):
+        return 'onedl'
+    return 'openmmlab'

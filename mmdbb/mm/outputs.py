@@ -31,12 +31,8 @@ from mmengine.config import Config
 from torch import Tensor, nn
 
 from mmdbb.errors import UserError
-from mmdbb.files.checkpoints import (
-    all_or_nothing,
-    load_strictly,
-    read_checkpoint,
-    sha256,
-)
+from mmdbb.files.atomic import all_or_nothing
+from mmdbb.files.checkpoints import load_strictly, read_checkpoint, sha256
 from mmdbb.files.formats import OWN, SUFFIXES, write_checkpoint
 from mmdbb.mm.config_files import files_of
 from mmdbb.mm.deploy.images import given_batch, random_batch

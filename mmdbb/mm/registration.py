@@ -9,7 +9,7 @@ import mmcv.cnn  # noqa: F401  (registers the norms)
 from mmengine.registry import MODELS
 
 from mmdbb.blocks.build import layer_of
-from mmdbb.mm import host_internals, hosts
+from mmdbb.mm import host_internals
 from mmdbb.mm.engine import (  # noqa: F401
     optim,
     reparam_hook,
@@ -47,5 +47,5 @@ PORTS.find_layer = _find_layer
 PORTS.read_address = read_address
 host_internals.plug_in(PORTS)
 BLOCKS.follow(_register_layer)
-hosts.cure_config_bases()
+host_internals.cure_config_bases()
 read_as_data()

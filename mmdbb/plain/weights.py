@@ -21,13 +21,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mmdbb.blocks.base import ReparamConv2d
 from mmdbb.conv_norms import norm_names
 from mmdbb.errors import UserError
-from mmdbb.files.checkpoints import read_checkpoint, some
-from mmdbb.plain.blocks import (
-    BRANCH_SCALE,
-    NormValues,
-    copy_entries_,
-    plain_start,
-)
+from mmdbb.files.checkpoints import read_checkpoint
+from mmdbb.files.sources import some
+from mmdbb.plain.blocks import BRANCH_SCALE, copy_entries_, plain_start
+from mmdbb.plain.branch_sums import NormValues
 from mmdbb.ports import PORTS
 from mmdbb.reparam import find_blocks
 from mmdbb.stock_weights import stem_in_sequence

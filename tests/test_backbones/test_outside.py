@@ -10,10 +10,10 @@ from mmengine.registry import HOOKS, MODELS
 from runs import run_config, train
 from torch import nn
 
-from mmdbb.backbones import BlocksForConvNorm
 from mmdbb.blocks import ACB, DBB, RepVGGConv
 from mmdbb.errors import UserError
 from mmdbb.files.checkpoints import read_checkpoint
+from mmdbb.mm.backbones.absorbed import BlocksForConvNorm
 from mmdbb.mm.config_types import class_of, type_of
 from mmdbb.mm.deploy.load import build_model
 from mmdbb.mm.quantization.insert_bn import conv_bn_config

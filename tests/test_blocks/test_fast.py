@@ -383,7 +383,7 @@ def test_one_value_a_channel_raises_as_batch_norm_does():
 @pytest.mark.parametrize('name', ['dbb', 'normed', 'wide'])
 def test_one_pixel_with_a_border_raises_as_batch_norm_does(name):
     """The output has nine values a channel, the first norms see one."""
-    block = BLOCKS[name](6, 8, 3, padding=2)
+    block = dict(OTHERS, dbb=DBB)[name](6, 8, 3, padding=2)
     with pytest.raises(ValueError, match='more than 1 value per channel'):
         block(torch.rand(1, 6, 1, 1))
     assert all(b.isfinite().all() for b in block.buffers())

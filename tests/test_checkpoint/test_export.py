@@ -29,8 +29,8 @@ import mmdbb
 from mmdbb import DBB, reparameterize
 from mmdbb.blocks.build import registered_blocks
 from mmdbb.errors import UserError
-from mmdbb.export import Proof, Source, export_checkpoint
 from mmdbb.mm.deploy.load import build_model
+from mmdbb.mm.export.checkpoint import export_checkpoint
 from mmdbb.mm.export.formats import (
     FORMATS,
     ONNX_OPSET,
@@ -39,6 +39,7 @@ from mmdbb.mm.export.formats import (
 )
 from mmdbb.mm.export.modules import export_module, preprocessing
 from mmdbb.mm.export.network import export_network, exportable
+from mmdbb.mm.outputs import Proof, Source
 
 pytestmark = [
     pytest.mark.usefixtures('quiet'),

@@ -11,13 +11,13 @@ from mmengine.utils import digit_version
 from torch import nn
 
 from mmdbb.errors import UserError
+from mmdbb.files.atomic import all_or_nothing
 from mmdbb.files.checkpoints import (
-    all_or_nothing,
     compare_with_torch,
     load_strictly,
     read_checkpoint,
-    some,
 )
+from mmdbb.files.sources import some
 
 STATE = dict(weight=torch.ones(2, 3), count=torch.tensor(3))
 ONES = dict(weight=torch.ones(2))

@@ -19,7 +19,8 @@ from mmdbb import DBB, load_plain_weights_
 from mmdbb.blocks import OREPAConv, OREPARepVGG
 from mmdbb.errors import UserError
 from mmdbb.mm.stock.config import stock_config
-from mmdbb.plain.blocks import NormValues, copy_entries_, plain_start
+from mmdbb.plain.blocks import copy_entries_, plain_start
+from mmdbb.plain.branch_sums import NormValues
 from mmdbb.reparam import literal_forward
 from mmdbb.stock_weights import stock_state
 from mmdbb.transforms import KernelBias

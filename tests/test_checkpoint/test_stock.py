@@ -14,10 +14,10 @@ from mmpretrain.registry import MODELS as MMPRETRAIN_MODELS
 from networks import CONFIGS, write_checkpoint, write_config
 from torch import nn
 
-from mmdbb.backbones import BlocksForConvNorm
 from mmdbb.blocks import DBB
 from mmdbb.conv_norms import norm_names
 from mmdbb.errors import UserError
+from mmdbb.mm.backbones.absorbed import BlocksForConvNorm
 from mmdbb.mm.deploy.load import build_model
 from mmdbb.mm.pruning.penalty import KernelPenaltyHook
 from mmdbb.mm.quantization.qat import QATHook  # noqa: F401

@@ -20,6 +20,8 @@ import mmdbb
 from mmdbb import DBB, load_deployed
 from mmdbb.errors import UserError
 from mmdbb.mm.engine import launch
+from mmdbb.mm.evaluation.images import Calibration
+from mmdbb.mm.outputs import Source
 from mmdbb.mm.pruning.penalty import (
     KernelPenaltyHook,
     filter_lengths,
@@ -28,15 +30,12 @@ from mmdbb.mm.pruning.penalty import (
     l1,
     penalized_blocks,
 )
-from mmdbb.mm.pruning.pipeline import print_pruned
-from mmdbb.mm.pruning.structure import cost_of
-from mmdbb.prune import (
-    Calibration,
+from mmdbb.mm.pruning.pipeline import (
     PruneOptions,
-    Source,
-    prune_,
+    print_pruned,
     prune_checkpoint,
 )
+from mmdbb.mm.pruning.structure import cost_of, prune_
 
 ROOT = Path(mmdbb.__file__).parents[1]
 FEW = Calibration(8)

@@ -23,23 +23,20 @@ from mmdbb.errors import UserError
 from mmdbb.mm.deploy.load import build_model
 from mmdbb.mm.evaluation.figures import evaluate, quiet_runner
 from mmdbb.mm.evaluation.images import (
+    Calibration,
     calibration_images,
     check_calibration,
     pad_to,
 )
 from mmdbb.mm.evaluation.substitutes import running_instead
+from mmdbb.mm.outputs import Source
 from mmdbb.mm.quantization.fake import quantizers, set_quantizing_
 from mmdbb.mm.quantization.network import load_network
 from mmdbb.mm.quantization.onnx_static import METHODS, quantize_onnx
+from mmdbb.mm.quantization.ptq import QuantizeOptions, quantize_checkpoint
 from mmdbb.mm.quantization.qat import prepare_qat_
 from mmdbb.mm.quantization.session import OnnxNetwork
 from mmdbb.mm.quantization.tables import print_quantized
-from mmdbb.quantize import (
-    Calibration,
-    QuantizeOptions,
-    Source,
-    quantize_checkpoint,
-)
 
 ROOT = Path(mmdbb.__file__).parents[1]
 FEW = QuantizeOptions(calibration=Calibration(8))

@@ -17,7 +17,9 @@ from mmdbb import DBB, RepVGGConv
 from mmdbb.blocks import ConvBN, OREPAConv
 from mmdbb.errors import UserError
 from mmdbb.mm.deploy.load import build_model
+from mmdbb.mm.evaluation.images import Calibration
 from mmdbb.mm.evaluation.norm_statistics import calibrate_norms_
+from mmdbb.mm.outputs import Source
 from mmdbb.mm.quantization.fake import (
     is_quantizing,
     quantizable_layers,
@@ -37,7 +39,6 @@ from mmdbb.mm.quantization.ranges import (
     signal_to_noise,
 )
 from mmdbb.mm.quantization.tables import plot_ranges, print_ranges
-from mmdbb.quantize import Calibration, Source
 from mmdbb.reparam import find_blocks
 
 # The hook

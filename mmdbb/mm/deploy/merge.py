@@ -10,7 +10,8 @@ from mmcv.cnn import fuse_conv_bn
 from mmengine.config import Config
 from torch import Tensor, nn
 
-from mmdbb.blocks.base import ReparamConv2d, leaf_dtype
+from mmdbb.blocks.base import ReparamConv2d
+from mmdbb.branches.base import leaf_dtype
 from mmdbb.conv_norms import norm_names
 from mmdbb.errors import UserError
 from mmdbb.files.checkpoints import load_strictly

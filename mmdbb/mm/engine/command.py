@@ -14,7 +14,6 @@ import os
 import signal
 import sys
 import threading
-import traceback
 import warnings
 from pathlib import Path
 from typing import Callable, Iterator, NoReturn, Optional, Tuple
@@ -25,6 +24,7 @@ from mmengine.utils import import_modules_from_strings
 from mmdbb.errors import Terminated, UserError, interruption
 from mmdbb.files.checkpoints import check_regular
 from mmdbb.mm.config_files import noting_files, remember_files
+from mmdbb.mm.host_internals import is_building
 from mmdbb.mm.host_loading import strict_loading
 
 #: What constructors raise of arguments that are wrong.
@@ -117,25 +117,12 @@ def _explained(error: Exception) -> Optional[str]:
         return str(error)
     if isinstance(error, OSError) and error.filename is not None:
         return str(error)
-    if _is_of_config(error):
+    if isinstance(error, BAD_ARGUMENTS) and is_building(error):
         return (
             f'cannot build what the config says: {type(error).__name__}: '
             f'{error} (MMDBB_TRACEBACK=1 shows where)'
         )
     return None
-
-
-def _is_of_config(error: Exception) -> bool:
-    """Whether a part of the config could not be built as it says."""
-    if not isinstance(error, BAD_ARGUMENTS):
-        return False
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        place = frame.f_globals.get('__name__'), frame.f_code.co_name
-        if place[0] == 'mmengine.runner.runner' and place[1].startswith(
-            'build_'
-        ):
-            return True
-    return False
 
 
 def at_least_one(text: str) -> int:

@@ -6,17 +6,17 @@ mmengine loads what fits, leaves the rest as it was made and warns in the log.
 
 from __future__ import annotations
 
-import re
-
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from torch import nn
 
 from mmdbb.errors import UserError
-from mmdbb.files.checkpoints import describe_misfit, some
+from mmdbb.files.checkpoints import describe_misfit
+from mmdbb.files.sources import some
 from mmdbb.mm.deploy.load import own_of
 from mmdbb.mm.engine.resume import check_resumable, saves_optimizer
+from mmdbb.mm.host_internals import loaded_state
 from mmdbb.mm.stock.config import without_own_starts
 from mmdbb.reparam import find_blocks
 
@@ -46,7 +46,7 @@ class StartingCheckpointHook(Hook):
             check_resumable(checkpoint, self.path, self.needs_optimizer)
         if self.starts_plain:
             return
-        state = _state_of(checkpoint)
+        state = loaded_state(checkpoint)
         lost = [
             name
             for name, block in find_blocks(unwrapped(runner.model)).items()
@@ -80,7 +80,7 @@ class FittingCheckpointHook(Hook):
         Raises:
             UserError: If a parameter is missing or has another shape.
         """
-        state = _state_of(checkpoint)
+        state = loaded_state(checkpoint)
         model = unwrapped(runner.model)
         try:
             missing, _ = model.load_state_dict(state, strict=False)
@@ -95,12 +95,6 @@ class FittingCheckpointHook(Hook):
             raise UserError(
                 f'{self.path} does not fit the network of the config; {misfit}'
             )
-
-
-def _state_of(checkpoint: dict) -> dict:
-    """The weights of a checkpoint as mmengine reads them."""
-    state = checkpoint.get('state_dict', checkpoint)
-    return {re.sub('^module[.]', '', name): v for name, v in state.items()}
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -8,22 +8,23 @@ differs stands in one table here, chosen by the config's `default_scope`.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
-import functools
 import os
 import re
 from pathlib import Path
-from typing import Iterable, NamedTuple
+from typing import Iterable, Iterator, NamedTuple
 
 from mmengine.config import Config, ConfigDict
 from mmengine.device import get_device
 from mmengine.registry import METRICS, RUNNERS
 from mmengine.runner import Runner
 
+from mmdbb.errors import UserError
 from mmdbb.files.checkpoints import read_checkpoint
 from mmdbb.mm.config_files import files_of
 from mmdbb.mm.deploy.load import give_structure_
-from mmdbb.mm.engine.command import UserError, check_file
+from mmdbb.mm.engine.command import check_file
 from mmdbb.mm.engine.fitting import (
     FittingCheckpointHook,
     StartingCheckpointHook,
@@ -36,6 +37,12 @@ from mmdbb.mm.engine.resume import (
     newest_whole_checkpoint,
 )
 from mmdbb.mm.engine.whole_checkpoints import WholeCheckpointHook
+from mmdbb.mm.host_internals import (
+    DET_TTA_MODEL,
+    LAUNCHED,
+    forget_filename,
+    resume_within,
+)
 
 
 class Task(NamedTuple):
@@ -71,7 +78,7 @@ TASKS = {
         show_dir='default_hooks.visualization.test_out_dir',
         dump='mmdet.DumpDetResults',
         tta_model=dict(
-            type='DetTTAModel',  # mmdet registers it in the root
+            type=DET_TTA_MODEL,
             tta_cfg=dict(
                 nms=dict(type='nms', iou_threshold=0.5), max_per_img=100
             ),
@@ -79,12 +86,6 @@ TASKS = {
         tta_meta=('flip', 'flip_direction'),
     ),
     'mmseg': Task(draw='draw', show_dir='visualizer.save_dir'),
-}
-#: Launcher -> a variable that it sets for its processes.
-LAUNCHED = {
-    'pytorch': 'RANK',
-    'slurm': 'SLURM_PROCID',
-    'mpi': 'OMPI_COMM_WORLD_LOCAL_RANK',
 }
 # Another package of the family: what most of them do.
 OTHERS = Task(draw='draw', show_dir='visualizer.save_dir')
@@ -137,19 +138,18 @@ def train(config: Config, args: argparse.Namespace) -> None:
 
 def _explain_resume(runner: Runner) -> None:
     """Let a state that does not fit be a mistake of the checkpoint."""
-    resume = runner.resume
 
-    @functools.wraps(resume)
-    def explained(path: str, *args: object, **kwargs: object) -> None:
+    @contextlib.contextmanager
+    def explained(path: str) -> Iterator[None]:
         with explained_resume(path):
-            resume(path, *args, **kwargs)
+            yield
             wrapper = runner.optim_wrapper
             # Several are kept by name; others' runners have none of these.
             several = getattr(wrapper, 'optim_wrappers', {None: wrapper})
             for each in several.values():
                 check_resumed(getattr(each, 'optimizer', None), path)
 
-    runner.resume = explained
+    resume_within(runner, explained)
 
 
 def check_starts(fields: object, place: str) -> None:
@@ -223,7 +223,7 @@ def _keep_inputs(
         )
     # Work folders are tested and resumed by what mmengine wrote there: it is
     # kept, and the config as it is run gets the name of its time.
-    object.__setattr__(config, '_filename', None)
+    forget_filename(config)
 
 
 def _is_one_of(path: str, inputs: Iterable[str]) -> bool:

@@ -18,6 +18,7 @@ from mmengine.runner import Runner
 from mmdbb.errors import interruption
 from mmdbb.mm.deploy.checkpoint import deploy_checkpoint
 from mmdbb.mm.deploy.merge import MergeOptions
+from mmdbb.mm.host_internals import best_checkpoints
 from mmdbb.mm.outputs import Proof, Source, output_paths
 
 
@@ -118,23 +119,6 @@ class ReparamHook(Hook):
 
     def _out(self, path: str) -> str:
         return os.path.splitext(path)[0] + f'{self.suffix}.pth'
-
-
-def best_checkpoints(runner: Runner) -> Dict[str, Tuple[str, object]]:
-    """The best checkpoints that a run has so far, by metric.
-
-    Returns:
-        dict: Metric (empty if there is only one) -> path and score.
-    """
-    infos = runner.message_hub.runtime_info
-    return {
-        name[len('best_ckpt') :]: (
-            str(path),
-            infos.get(name.replace('ckpt', 'score', 1)),
-        )
-        for name, path in infos.items()
-        if name.startswith('best_ckpt') and path
-    }
 
 
 def _of(kind: type, options: dict) -> tuple:

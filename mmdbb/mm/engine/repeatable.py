@@ -21,6 +21,7 @@ from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch.utils.data import Dataset, get_worker_info
 
 from mmdbb.errors import UserError
+from mmdbb.mm.host_internals import give_dataset
 
 
 @HOOKS.register_module()
@@ -54,8 +55,7 @@ class RepeatableHook(Hook):
         if isinstance(runner.train_loop, EpochBasedTrainLoop):
             loader = runner.train_dataloader
             seeded = SeededDataset(loader.dataset, runner.seed)
-            # A loader refuses another data set; its workers have not started.
-            object.__setattr__(loader, 'dataset', seeded)
+            give_dataset(loader, seeded)
 
     def before_train_epoch(self, runner: Runner) -> None:
         """Let the workers know the epoch."""

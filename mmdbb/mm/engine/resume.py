@@ -19,17 +19,20 @@ from typing import Any, Dict, Iterator, List, Optional, Tuple
 import numpy as np
 from mmengine.config import Config
 from mmengine.dist import is_main_process
-from mmengine.logging import HistoryBuffer
 from torch import Tensor, strided
 
 from mmdbb.errors import UserError, interruption
 from mmdbb.files.sources import DTYPES, some
 from mmdbb.files.values import Unread
-from mmdbb.mm.engine.whole_checkpoints import checkpoint_folder
+from mmdbb.mm.host_internals import (
+    POINTER,
+    SCHEDULER_COUNTS,
+    TEMPLATES,
+    checkpoint_folder,
+    is_hub_state,
+)
 from mmdbb.mm.host_loading import load_from_local
 
-#: mmengine's, which only says where else to look.
-POINTER = 'last_checkpoint'
 #: A checkpoint that counts more was not written by a training.
 MOST_STEPS = 10**12
 #: Of a group of parameters: what an optimizer and its schedulers compute with.
@@ -39,7 +42,6 @@ LIKE_PARAMETERS = frozenset(
     ('momentum_buffer', 'exp_avg', 'exp_avg_sq', 'max_exp_avg_sq', 'exp_inf')
     + ('square_avg', 'grad_avg', 'acc_delta', 'sum', 'prev', 'ax')
 )
-TEMPLATES = ('epoch_{}.pth', 'iter_{}.pth')
 
 
 def newest_whole_checkpoint(config: Config) -> Optional[str]:
@@ -230,7 +232,7 @@ def check_resumable(
             ('meta.iter', _is_count(meta, 'iter')),
             ('meta.seed', _is_seed(meta)),
             ('meta.cfg', _is_text(meta, 'cfg')),
-            ('message_hub', _is_hub(hub)),
+            ('message_hub', is_hub_state(hub)),
             ('optimizer', isinstance(optimizer, dict)),
             (
                 'param_schedulers',
@@ -341,7 +343,7 @@ def _are_schedulers(states: Any) -> bool:
         and all(isinstance(key, str) for key in state)
         and all(
             type(state.get(key, 0)) is int and 0 <= state.get(key, 0)
-            for key in ('last_step', '_global_step')
+            for key in SCHEDULER_COUNTS
         )
         and isinstance(state.get('base_values', []), list)
         and all(map(_is_number, state.get('base_values', [])))
@@ -427,18 +429,3 @@ def _is_finite(value: Tensor) -> bool:
     if size > value.untyped_storage().nbytes():
         return False
     return value.dtype not in DTYPES or bool(value.isfinite().all())
-
-
-def _is_hub(hub: Any) -> bool:
-    parts = ('log_scalars', 'runtime_info', 'resumed_keys')
-    if not isinstance(hub, dict) or not all(
-        isinstance(hub.get(part), dict)
-        and all(isinstance(key, str) for key in hub[part])
-        for part in parts
-    ):
-        return False
-    ids = hub['runtime_info'].get('keep_ckpt_ids', [])
-    return all(
-        isinstance(value, HistoryBuffer)
-        for value in hub['log_scalars'].values()
-    ) and (isinstance(ids, list) and all(type(i) is int for i in ids))

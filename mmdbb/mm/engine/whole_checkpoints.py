@@ -8,17 +8,22 @@ beside its place and moved there, and the old one goes last.
 
 from __future__ import annotations
 
-import contextlib
 import os
-from typing import Any, Iterator, List, Tuple
+from typing import Any
 
 from mmengine.fileio import LocalBackend, register_backend
-from mmengine.hooks import CheckpointHook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
 from mmdbb.errors import UserError
 from mmdbb.files.atomic import all_or_nothing
+from mmdbb.mm.host_internals import (
+    POINTER,
+    RemovingLast,
+    best_checkpoints,
+    checkpoint_folder,
+    forget_best,
+)
 
 BACKEND = 'mmdbb_whole'
 
@@ -41,26 +46,8 @@ class WholeFiles(LocalBackend):
 register_backend(BACKEND, WholeFiles, force=True)
 
 
-class _Later:
-    """A file backend that removes nothing yet."""
-
-    def __init__(self, backend: Any) -> None:
-        self.backend = backend
-        #: What to remove, and the method that does.
-        self.removals: List[Tuple[Any, str]] = []
-
-    def remove(self, path: str) -> None:
-        self.removals.append((self.backend.remove, path))
-
-    def rmtree(self, path: str) -> None:
-        self.removals.append((self.backend.rmtree, path))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.backend, name)
-
-
 @HOOKS.register_module()
-class WholeCheckpointHook(CheckpointHook):
+class WholeCheckpointHook(RemovingLast):
     """Saves checkpoints as mmengine's hook, and never loses the last one.
 
     ``tools/train.py`` puts it in the place of ``CheckpointHook``. A best
@@ -88,61 +75,22 @@ class WholeCheckpointHook(CheckpointHook):
             UserError: If mmengine's pointer could not be written: a pipe
                 would stop the training at its first checkpoint.
         """
-        pointer = os.path.join(runner.work_dir, 'last_checkpoint')
+        pointer = os.path.join(runner.work_dir, POINTER)
         if os.path.exists(pointer) and not os.path.isfile(pointer):
             raise UserError(
                 f'{pointer} is not a file; remove it: it says which '
                 'checkpoint was written last'
             )
-        infos = runner.message_hub.runtime_info
-        for name in [n for n in infos if n.startswith('best_ckpt')]:
-            folder = os.path.dirname(os.path.realpath(str(infos[name])))
+        for metric, (best, _) in best_checkpoints(runner).items():
+            folder = os.path.dirname(os.path.realpath(best))
             if folder != os.path.realpath(self._folder(runner)):
                 runner.logger.warning(
-                    f'{name} of the checkpoint is not in {runner.work_dir}, '
-                    f'and forgotten: {infos[name]}'
+                    f'best_ckpt{metric} of the checkpoint is not in '
+                    f'{runner.work_dir}, and forgotten: {best}'
                 )
-                infos[name] = None
+                forget_best(runner, metric)
         super().before_train(runner)
 
     def _folder(self, runner: Runner) -> str:
         """Where :meth:`CheckpointHook.before_train` puts checkpoints."""
         return checkpoint_folder(runner.work_dir, self.out_dir)
-
-    def _save_checkpoint_with_step(self, *args: Any, **kwargs: Any) -> None:
-        with self._removing_last():
-            super()._save_checkpoint_with_step(*args, **kwargs)
-
-    def _save_best_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        with self._removing_last():
-            super()._save_best_checkpoint(*args, **kwargs)
-
-    @contextlib.contextmanager
-    def _removing_last(self) -> Iterator[None]:
-        backend = self.file_backend
-        if isinstance(backend, _Later):  # saving the best saves the last too
-            yield
-            return
-        self.file_backend = _Later(backend)
-        try:
-            yield
-            removals = self.file_backend.removals
-        finally:
-            self.file_backend = backend
-        kept = {self.last_ckpt, getattr(self, 'best_ckpt_path', None)}
-        kept.update(getattr(self, 'best_ckpt_path_dict', {}).values())
-        for remove, path in removals:
-            if path not in kept:  # written again under its name
-                remove(path)
-
-
-def checkpoint_folder(work_dir: str, out_dir: Any = None) -> str:
-    """The folder that ``CheckpointHook`` writes to.
-
-    Args:
-        work_dir: Of the run.
-        out_dir: Of the hook.
-    """
-    if out_dir is None or str(out_dir) == work_dir:
-        return work_dir
-    return os.path.join(out_dir, os.path.basename(work_dir.rstrip(os.sep)))

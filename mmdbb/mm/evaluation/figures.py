@@ -16,6 +16,7 @@ from torch import Tensor
 from mmdbb.errors import UserError
 from mmdbb.mm.engine.launch import build_runner
 from mmdbb.mm.evaluation.substitutes import running_instead
+from mmdbb.mm.host_internals import drop_hooks, name_run
 
 #: The figure that is reported, by evaluator.
 FIGURES = ('accuracy/top1', 'coco/bbox_mAP', 'mIoU')
@@ -50,17 +51,12 @@ def quiet_runner(cfg: Config) -> Iterator[Runner]:
             raise UserError(f'the config has no {name}')
     cfg = copy.deepcopy(cfg)
     cfg.update(load_from=None, resume=False, log_level='ERROR')
-    cfg.experiment_name = f'mmdbb_{id(cfg)}'
-    # mmengine keeps visualizers by name, with the folder they began with.
-    cfg.visualizer = dict(
-        type='Visualizer', name=cfg.experiment_name, vis_backends=[]
-    )
+    name_run(cfg, f'mmdbb_{id(cfg)}')
     with tempfile.TemporaryDirectory(prefix='mmdbb-') as folder:
         cfg.work_dir = folder
         with contextlib.redirect_stdout(None):  # pycocotools talks
             runner = build_runner(cfg)
-            # They log, draw and save; the loops do without.
-            runner._hooks.clear()
+            drop_hooks(runner)
             try:
                 yield runner
             finally:
@@ -102,7 +98,8 @@ def evaluate(
     instead = running_instead(model, network) if network else None
     try:
         with instead or contextlib.nullcontext():
-            found = dict(_loop(runner).run())
+            # As Runner.test(), which would load a checkpoint again.
+            found = dict(runner.test_loop.run())
     finally:
         model.train(mode)
     if name is None:
@@ -115,10 +112,3 @@ def evaluate(
         )
     value = float(found.get(name, 0.0))
     return Figure(name, value * (100 if name.startswith(SHARES) else 1))
-
-
-def _loop(runner: Runner):
-    # As Runner.test(), which would load a checkpoint again.
-    if isinstance(runner._test_loop, dict):
-        runner._test_loop = runner.build_test_loop(runner._test_loop)
-    return runner._test_loop

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from mmdbb.errors import UserError
 from mmdbb.mm.export.modules import Detector, export_module
+from mmdbb.mm.host_internals import replaced
 
 
 @contextlib.contextmanager
@@ -61,13 +62,10 @@ def running_instead(
 
     places = [(model, 'extract_feat', extract_feat)]
     places += [(head, 'forward', forward) for head in heads]
-    for place, name, function in places:
-        setattr(place, name, function)
-    try:
+    with contextlib.ExitStack() as stack:
+        for place in places:
+            stack.enter_context(replaced(*place))
         yield
-    finally:
-        for place, name, _ in places:
-            delattr(place, name)
 
 
 def _heads(model: nn.Module) -> List[nn.Module]:
@@ -103,12 +101,9 @@ def _structures(model: nn.Module, head: nn.Module, size: Tuple[int, int]):
     )
     images = parameter.new_zeros(1, channels, *size)
     features = list(model.extract_feat(images))
-    head.forward = watch
-    try:
+    with replaced(head, 'forward', watch):
         if isinstance(export_module(model), Detector):
             head(tuple(features))
         else:
             model(images, mode='tensor')
-    finally:
-        del head.forward
     return tree_flatten(features)[1], tree_flatten(found[-1])[1]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdbb.errors import UserError
+from mmdbb.mm.host_internals import channel_order
 from mmdbb.modules import named_values
 
 #: Attributes of a detector that read its feature maps after a dense head.
@@ -196,16 +197,10 @@ def preprocessing(model: nn.Module) -> dict:
         family.
     """
     own = getattr(model, 'data_preprocessor', None)
-    flips = [
-        getattr(own, name)
-        for name in ('to_rgb', 'channel_conversion', '_channel_conversion')
-        if hasattr(own, name)
-    ]
-    order = ('RGB' if flips[0] else 'BGR') if flips else None
     return dict(
         mean=_numbers(getattr(own, 'mean', None)),
         std=_numbers(getattr(own, 'std', None)),
-        channel_order=order,
+        channel_order=channel_order(own),
     )
 
 

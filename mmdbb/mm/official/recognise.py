@@ -15,7 +15,7 @@ from typing import Dict, List, NamedTuple, Optional, Tuple
 from torch import Tensor
 
 from mmdbb.errors import UserError
-from mmdbb.files.checkpoints import some
+from mmdbb.files.sources import some
 from mmdbb.mm.config_types import class_of, is_own
 from mmdbb.mm.official.networks import NETWORKS, Network, Place
 from mmdbb.official import names as official_names

@@ -21,6 +21,7 @@ from mmengine.registry import HOOKS
 from torch import Tensor, nn
 
 from mmdbb.blocks.base import ReparamConv2d
+from mmdbb.mm.host_internals import replace, take_back
 from mmdbb.reparam import find_blocks
 
 
@@ -172,13 +173,13 @@ class KernelPenaltyHook(Hook):
                 losses = dict(losses, **{self.name: self.weight * penalty})
             return parse(losses)
 
-        model.parse_losses = parse_losses
+        replace(model, 'parse_losses', parse_losses)
 
     def after_train(self, runner) -> None:
         """Leave the model as it was."""
         model = runner.model
         model = model.module if is_model_wrapper(model) else model
-        vars(model).pop('parse_losses', None)
+        take_back(model, 'parse_losses')
 
 
 def filter_lengths(model: nn.Module) -> Dict[str, List[float]]:

@@ -20,6 +20,7 @@ from mmdbb.mm.evaluation.images import Calibration, first_size
 from mmdbb.mm.evaluation.norm_statistics import calibrate_norms_
 from mmdbb.mm.export.modules import Detector, export_module
 from mmdbb.mm.export.network import ExportOptions, write_network
+from mmdbb.mm.host_internals import replaced
 from mmdbb.mm.outputs import Proof, Source, output_paths, writing
 from mmdbb.mm.pruning.structure import (
     Cost,
@@ -233,11 +234,9 @@ def train_on_(
     stock_cfg.default_hooks.checkpoint = None
     runner = build_runner(stock_cfg)
     _give(runner, model)
-    model.init_weights = _nothing  # these are the weights
-    try:
+    # These are the weights.
+    with replaced(model, 'init_weights', _nothing):
         runner.train()
-    finally:
-        del model.init_weights
 
 
 def _nothing() -> None:

@@ -25,8 +25,8 @@ from torch.ao.quantization import (
 )
 
 from mmdbb.blocks.base import ReparamConv2d
-from mmdbb.blocks.fast import convolve
 from mmdbb.branches.norm import norm_scale_shift
+from mmdbb.geometry import convolve
 
 #: What becomes of a layer's names; an entry that tells such a checkpoint.
 INPUT, WEIGHT, OUTPUT = (

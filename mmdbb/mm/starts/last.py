@@ -13,6 +13,11 @@ from mmengine.model import update_init_info
 from torch import nn
 
 from mmdbb.errors import UserError
+from mmdbb.mm.host_internals import (
+    initialize_children,
+    is_initializing,
+    say_pretrained,
+)
 
 
 class AppliedLast:
@@ -36,11 +41,11 @@ class AppliedLast:
 
     def __call__(self, module: nn.Module) -> None:
         """Give the module its start, last of all that initialises it."""
-        initializing = hasattr(module, '_params_init_info')
+        initializing = is_initializing(module)
         if initializing:
             self._refuse_later_rules(module)
             _take_back(module)
-            _initialize_children(module)
+            initialize_children(module)
         print_log(str(self), logger='current')
         self.fill(module)
         if initializing:
@@ -73,16 +78,6 @@ def _take_back(module: nn.Module) -> None:
             child.init_cfg = None
 
 
-def _initialize_children(module: nn.Module) -> None:
-    """Do now what mmengine would do after this rule, and so overwrite it."""
-    for child in module.children():
-        if hasattr(child, 'init_weights') and not getattr(
-            child, 'is_init', False
-        ):
-            child.init_weights()
-            child.is_init = True
-
-
 class LoadedLast(AppliedLast):
     """Base of the initialisers that load a checkpoint.
 
@@ -107,8 +102,5 @@ class LoadedLast(AppliedLast):
     def fill(self, module: nn.Module) -> None:
         """Load the weights, and tell the host that they are loaded."""
         self.load(module)
-        if hasattr(module, '_params_init_info'):
-            # What the hosts' last steps ask for.
-            module.init_cfg = dict(
-                type='Pretrained', checkpoint=self.checkpoint
-            )
+        if is_initializing(module):
+            say_pretrained(module, self.checkpoint)

@@ -17,6 +17,7 @@ from mmengine.registry import WEIGHT_INITIALIZERS
 from torch import nn
 
 from mmdbb.blocks.base import ReparamConv2d
+from mmdbb.mm.host_internals import shared_notes
 from mmdbb.mm.starts.last import AppliedLast
 
 
@@ -54,9 +55,8 @@ class TorchDefaultInit(AppliedLast):
 
     def fill(self, module: nn.Module) -> None:
         """Draw the weights of all layers outside blocks again."""
-        # Shared by all modules of a model while it is initialised.
-        info = getattr(module, '_params_init_info', {})
-        taken = info.setdefault('seeds of TorchDefault', set())
+        notes = shared_notes(module)
+        taken = notes.setdefault('seeds of TorchDefault', set())
         for name, layer in _layers(module):
             seed = _seed_of(name, layer)
             while seed in taken:  # the same layer in another part

@@ -2,6 +2,7 @@
 """What blocks cost, in time and memory."""
 
 from .growth import AXES, Point, growth
+from .imports import ImportTime, import_times
 from .measure import Spread, interleaved, kept_megabytes, peak_megabytes
 from .papers import papers_way
 from .phases import (
@@ -16,6 +17,7 @@ from .processes import sync_rows
 
 __all__ = [
     'AXES',
+    'ImportTime',
     'NETWORKS',
     'PHASES',
     'PRECISIONS',
@@ -24,6 +26,7 @@ __all__ = [
     'Spread',
     'composing_bound',
     'growth',
+    'import_times',
     'interleaved',
     'kept_megabytes',
     'papers_way',

@@ -27,7 +27,7 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 
 from mmdbb.errors import UserError
-from mmdbb.files.checkpoints import all_or_nothing
+from mmdbb.files.atomic import all_or_nothing
 from mmdbb.mm.engine.measure import check_picture, print_table
 from workshop.demo.prepare import prepare
 
