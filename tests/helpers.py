@@ -206,14 +206,12 @@ def run_tool(name, *arguments):
 
 
 def deploy(cfg, checkpoint, out, overwrite=False, **options):
-    """`deploy_checkpoint`, its options in a row."""
-    from mmdbb.mm.deploy.checkpoint import deploy_checkpoint
-    from mmdbb.mm.deploy.merge import MergeOptions
-    from mmdbb.mm.outputs import Proof, Source
+    """What tools/reparam.py calls, its options in a row."""
+    from mmdbb.deploy import MergeOptions, Proof, Source, deploy_checkpoint
 
-    source = {n: options.pop(n) for n in ('ema', 'unsafe') if n in options}
+    ema, unsafe = options.pop('ema', None), options.pop('unsafe', False)
     return deploy_checkpoint(
-        Source(cfg, str(checkpoint), **source),
+        Source(cfg, str(checkpoint), ema, unsafe),
         str(out),
         _taken(MergeOptions, options),
         _taken(Proof, options),
