@@ -757,8 +757,7 @@ TABLE = (
         'if False:',
         'a forward pass that a backward pass starts',
         (
-            f'{MODE}[training within_a_hook-collapsed-DBB]',
-            f'{CHECKPOINTING}::test_norms_keep_their_statistics_after_an_exception',
+            f'{CHECKPOINTING}::test_a_forward_pass_that_a_hook_within_a_segment_starts',
         ),
     ),
     Mutation(
@@ -796,16 +795,14 @@ TABLE = (
         "    '_backward_hooks',\n",
         '',
         'backward hooks are seen',
-        (f'{WATCHED}::test_every_hook_is_called',),
+        (f'{WATCHED}::test_a_hook_of_one_kind_alone_is_called',),
     ),
     Mutation(
         'mmdbb/modules.py',
         "has_hooks(each) or 'forward' in vars(each) or is_par",
         'has_hooks(each) or is_par',
         'a forward put in place of a layer of a block',
-        (
-            f'{WATCHED}::test_a_forward_put_in_place_of_a_layers_own_is_refused',
-        ),
+        (f'{WATCHED}::test_a_forward_put_in_place_of_a_layers_own_is_obeyed',),
     ),
     Mutation(
         'mmdbb/modules.py',
@@ -836,7 +833,7 @@ TABLE = (
         'for each, attribute, weight in reversed(stale):',
         'for each, attribute, weight in ():',
         'weights put back after merging',
-        (f'{WATCHED}::test_merged_as_forward_computes_after_a_step',),
+        (f'{WATCHED}::test_merging_leaves_computed_weights_as_they_stood',),
     ),
     # ------------------------------------------------ found by earlier runs
     Mutation(

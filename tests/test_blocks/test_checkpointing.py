@@ -61,3 +61,23 @@ def test_norms_keep_their_statistics_after_an_exception():
     (2 * x).sum().backward()
     assert norm.track_running_stats
     assert norm.running_mean is mean
+
+
+@pytest.mark.parametrize('reentrant', [True, False])
+def test_a_forward_pass_that_a_hook_within_a_segment_starts(reentrant):
+    """It is a new one, although the segment's own backward pass is below."""
+    block = randomize(DBB(4, 4, 3, padding=1).double())
+    twin, z, others = copy.deepcopy(block), image(3, 4, 5, 7, seed=2), []
+
+    def segment(x):
+        y = 2 * x
+        if y.requires_grad and (reentrant or not others):
+            y.register_hook(lambda grad: others.append(block(z)))
+        return y.square()
+
+    x = image(3, 4, 5, 7).requires_grad_()
+    checkpoint(segment, x, use_reentrant=reentrant).sum().backward()
+    assert len(others) == 1
+    assert distance(others[0], twin.forward_branches(z)) < EXACT
+    for name, value in twin.named_buffers():
+        assert distance(block.get_buffer(name), value) < EXACT, name

@@ -54,6 +54,54 @@ def test_every_hook_is_called(kind, inner, training):
     assert distance(x.grad, y.grad) < EXACT
 
 
+@pytest.mark.parametrize(
+    'kind',
+    [
+        'forward_pre_hook',
+        'forward_hook',
+        'full_backward_pre_hook',
+        'full_backward_hook',
+    ],
+)
+@pytest.mark.parametrize('inner', ['1x1.norm', '1x1_kxk.conv2', '1x1_avg'])
+def test_a_hook_of_one_kind_alone_is_called(kind, inner):
+    block = randomize(DBB(6, 6, 3, padding=1)).double()
+    calls = []
+    module = block.branches.get_submodule(inner)
+    getattr(module, f'register_{kind}')(record(calls, kind))
+    block(image(2, 6, 9, 10).requires_grad_()).square().sum().backward()
+    assert calls == [kind]
+
+
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize(
+    ('kind', 'inner'),
+    [
+        (DBB, 'branches.1x1.conv'),
+        (DBB, 'branches.1x1_avg.norm1'),
+        (DBB, 'branches.1x1_kxk.conv1'),
+        (QARepVGGConv, 'norm'),
+    ],
+)
+def test_a_forward_put_in_place_of_a_layers_own_is_obeyed(
+    kind, inner, training
+):
+    block = randomize(kind(6, 6, 3, padding=1)).double().train(training)
+    x = image(2, 6, 9, 10)
+    before = copy.deepcopy(block)(x)
+    layer = block.get_submodule(inner)
+    calls, forward = [], layer.forward
+
+    def other(x):
+        calls.append(inner)
+        return forward(x) + x.sum(1, keepdim=True).square()
+
+    layer.forward = other
+    found = block(x)
+    assert calls == [inner]
+    assert distance(found, before) > 1e-2
+
+
 @pytest.mark.parametrize('training', [True, False])
 def test_a_hook_that_changes_a_branch_is_obeyed_or_refused(training):
     block = randomize(DBB(6, 6, 3, padding=1)).double().train(training)
@@ -276,6 +324,30 @@ def test_merged_as_forward_computes_after_a_step(how, kind, inner, name):
     net = nn.Sequential(block)
     merged = reparameterize(net, inplace=True)
     assert distance(merged(x), expected) < EXACT
+
+
+@pytest.mark.filterwarnings('ignore::FutureWarning', 'ignore::UserWarning')
+@pytest.mark.parametrize('refused', [False, True])
+@pytest.mark.parametrize('how', ['prune', 'weight_norm', 'spectral_norm'])
+def test_merging_leaves_computed_weights_as_they_stood(how, refused):
+    """Of before the last step: who reads one sees what forward left there."""
+    block = DBB(4, 4, 3).eval()
+    conv = block.branches['kxk'].conv
+    COMPUTED[how](conv, 'weight')
+    block(torch.rand(1, 4, 6, 6))
+    with torch.no_grad():
+        for parameter in conv.parameters():
+            parameter.mul_(-2)
+    stood = vars(conv)['weight']
+    values = stood.detach().clone()
+    if refused:
+        block.branches['1x1_kxk'].register_forward_hook(lambda *_: None)
+        with pytest.raises(ValueError, match='1x1_kxk has a hook'):
+            block.get_equivalent_kernel_bias()
+    else:
+        block.get_equivalent_kernel_bias()
+    assert vars(conv)['weight'] is stood
+    assert torch.equal(stood, values)
 
 
 @pytest.mark.parametrize('inner', ['generator', 'branches.orepa.generator'])
