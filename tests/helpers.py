@@ -207,7 +207,9 @@ def run_tool(name, *arguments):
 
 def deploy(cfg, checkpoint, out, overwrite=False, **options):
     """What tools/reparam.py calls, its options in a row."""
-    from mmdbb.deploy import MergeOptions, Proof, Source, deploy_checkpoint
+    from mmdbb.mm.deploy.checkpoint import deploy_checkpoint
+    from mmdbb.mm.deploy.merge import MergeOptions
+    from mmdbb.mm.outputs import Proof, Source
 
     ema, unsafe = options.pop('ema', None), options.pop('unsafe', False)
     return deploy_checkpoint(

@@ -17,7 +17,6 @@ from mmdbb.blocks import BranchSumConv2d, ComposedKernelConv2d
 from mmdbb.blocks.build import registered_blocks
 from mmdbb.branches import Identity
 from mmdbb.kernels import ComposedKernel
-from mmdbb.plain.branch_sums import dense_branch
 
 # Blocks
 
@@ -104,7 +103,7 @@ def starts_plain(kind):
     if not sums_branches(kind):
         return False
     example = example_of(kind)
-    return example.norm is None and dense_branch(example) is not None
+    return example.norm is None and example.dense_branch is not None
 
 
 def starts_otherwise(kind):

@@ -86,7 +86,7 @@ NEEDS = {
     'import mmdbb.export': ('mmengine', 'mmcv'),
     'import mmdbb.quantize': ('mmengine', 'mmcv'),
     'import mmdbb.prune': ('mmengine', 'mmcv'),
-    'import mmdbb.backbones': ('mmengine', 'mmcv', 'mmpretrain'),
+    'import mmdbb.mm.backbones': ('mmengine', 'mmcv', 'mmpretrain'),
 }
 
 

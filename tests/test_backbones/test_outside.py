@@ -32,7 +32,7 @@ from mmengine.registry import HOOKS
 from mmseg.models.backbones import ResNetV1c
 from mmseg.registry import MODELS as MMSEG_MODELS
 
-from mmdbb.backbones import BlocksForConvNorm
+from mmdbb.mm.backbones import BlocksForConvNorm
 
 
 @MMDET_MODELS.register_module()
@@ -55,7 +55,7 @@ from mmcv.cnn import build_conv_layer, build_norm_layer
 from mmengine.registry import MODELS
 from torch import nn
 
-from mmdbb.backbones import BlocksForConvNorm
+from mmdbb.mm.backbones import BlocksForConvNorm
 
 
 @MODELS.register_module()

@@ -11,7 +11,7 @@ from registered import registered_here
 from test_backbones.cases import SMALL
 from torch.nn.modules.batchnorm import _BatchNorm
 
-import mmdbb.backbones
+import mmdbb.mm.backbones
 from mmdbb.mm.stock.config import stock_config
 from mmdbb.reparam import literal_forward, reparameterize
 from mmdbb.stock_weights import stock_state
@@ -86,7 +86,7 @@ def norms(model):
 @EACH
 def test_is_documented_and_public(name):
     assert BACKBONES[name].__doc__
-    public = getattr(mmdbb.backbones, BACKBONES[name].__name__)
+    public = getattr(mmdbb.mm.backbones, BACKBONES[name].__name__)
     assert public is BACKBONES[name]
 
 

@@ -98,7 +98,7 @@ class BlocksForConvNorm:
             UserError: If no class behind the mixin is registered.
 
         Examples:
-            >>> from mmdbb.backbones import ResNetDBB
+            >>> from mmdbb.mm.backbones import ResNetDBB
             >>> ResNetDBB.plain_cfg(dict(
             ...     type='ResNetDBB', depth=18, block=dict(type='ACB')))
             {'type': 'mmpretrain.ResNet', 'depth': 18}

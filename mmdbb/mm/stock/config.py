@@ -49,7 +49,7 @@ def stock_config(cfg: Config) -> Config:
     Returns:
         Config: A copy without mmdbb's layers, backbones, optimizer rules,
         hooks and imports, and without a checkpoint to start from. Where the
-        plain network is mmdbb's own, ``mmdbb.backbones`` is imported. The
+        plain network is mmdbb's own, ``mmdbb.mm.backbones`` is imported. The
         import of a backbone from elsewhere goes with it, if the rest of the
         config needs nothing else that it brings.
 
