@@ -2,22 +2,28 @@
 """Deploying: from a trained checkpoint to a merged one, proven equal."""
 
 from mmdbb.mm.deploy.checkpoint import Deployed, deploy_checkpoint
-from mmdbb.mm.deploy.load import load_deployed
+from mmdbb.mm.deploy.load import build_model, load_deployed
 from mmdbb.mm.deploy.merge import Merged, MergeOptions, merge_checkpoint
+from mmdbb.mm.official.convert import ConvertedOfficial, convert_official
 from mmdbb.mm.outputs import Contents, Proof, Source
 from mmdbb.mm.stock.config import stock_config
 from mmdbb.mm.structure import Structure
+from mmdbb.stock_weights import stock_state
 
 __all__ = [
     'Contents',
+    'ConvertedOfficial',
     'Deployed',
     'MergeOptions',
     'Merged',
     'Proof',
     'Source',
     'Structure',
+    'build_model',
+    'convert_official',
     'deploy_checkpoint',
     'load_deployed',
     'merge_checkpoint',
     'stock_config',
+    'stock_state',
 ]

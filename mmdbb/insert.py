@@ -22,6 +22,8 @@ from mmdbb.stock_weights import stock_state
 from mmdbb.tracing import sole_readers
 from mmdbb.transforms import KernelBias
 
+__all__ = ['insert_blocks_', 'merge_into_']
+
 Where = Callable[[str, nn.Conv2d], bool]
 
 # Norms that a block can absorb. A subclass may compute more (timm has norms

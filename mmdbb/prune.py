@@ -3,7 +3,7 @@
 
 from mmdbb.mm.evaluation.images import Calibration
 from mmdbb.mm.outputs import Source
-from mmdbb.mm.pruning.penalty import KernelPenaltyHook
+from mmdbb.mm.pruning.penalty import KernelPenaltyHook, kernel_penalty
 from mmdbb.mm.pruning.pipeline import (
     Pruned,
     PruneOptions,
@@ -17,6 +17,7 @@ __all__ = [
     'PruneOptions',
     'Pruned',
     'Source',
+    'kernel_penalty',
     'prune_',
     'prune_checkpoint',
 ]

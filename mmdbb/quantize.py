@@ -3,6 +3,7 @@
 
 from mmdbb.mm.evaluation.images import Calibration
 from mmdbb.mm.outputs import Source
+from mmdbb.mm.quantization.fake import remove_quantizers_, set_quantizing_
 from mmdbb.mm.quantization.insert_bn import Inserted, insert_bn_checkpoint
 from mmdbb.mm.quantization.ptq import (
     Quantized,
@@ -10,7 +11,7 @@ from mmdbb.mm.quantization.ptq import (
     quantize_checkpoint,
 )
 from mmdbb.mm.quantization.qat import QATHook, prepare_qat_
-from mmdbb.mm.quantization.ranges import KernelRange
+from mmdbb.mm.quantization.ranges import KernelRange, kernel_ranges
 
 __all__ = [
     'Calibration',
@@ -21,6 +22,9 @@ __all__ = [
     'Quantized',
     'Source',
     'insert_bn_checkpoint',
+    'kernel_ranges',
     'prepare_qat_',
     'quantize_checkpoint',
+    'remove_quantizers_',
+    'set_quantizing_',
 ]

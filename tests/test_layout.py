@@ -13,6 +13,8 @@ import pytest
 import mmdbb
 
 ROOT = Path(mmdbb.__file__).parent
+#: The public faces, which pass on what others define.
+FACES = ('backbones', 'deploy', 'export', 'prune', 'quantize')
 #: The lower storey, which needs torch only. Each part may import from those
 #: above it, and from itself. What is new belongs somewhere here.
 LOWER = (
@@ -49,8 +51,7 @@ UPPER = (
     ('mm.quantization',),
     ('mm.pruning',),
     ('mm.registration',),
-    # The public faces.
-    ('backbones', 'deploy', 'export', 'quantize', 'prune'),
+    FACES,
 )
 LAYERS = LOWER + UPPER
 RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer}
@@ -150,6 +151,33 @@ def test_the_test_of_directions_bites(tmp_path, place, source, message):
 def test_the_core_names_no_host_package(path):
     """What a user of plain PyTorch gets needs mmengine and mmcv only."""
     assert not set(imports_of(path)) & set(HOST_PACKAGES)
+
+
+def names_of(path):
+    """Names that a module defines at its top."""
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            yield node.name
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            yield from (
+                name.id
+                for name in ast.walk(node)
+                if isinstance(name, ast.Name)
+            )
+
+
+def test_names_are_imported_from_the_modules_that_define_them():
+    """But for packages' names and the public faces, which pass names on."""
+    owned = {
+        module_of(path): set(names_of(path))
+        for path in FILES
+        if path.name != '__init__.py' and part_of(module_of(path)) not in FACES
+    }
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module in owned:
+                names = {alias.name for alias in node.names}
+                assert names <= owned[node.module], path
 
 
 TOOLS = sorted((ROOT.parent / 'tools').glob('*.py'))

@@ -8,8 +8,8 @@ writes the weights OUT.pth and the config OUT.py. Architecture, block and
 structure are recognised.
 """
 
+from mmdbb.deploy import convert_official
 from mmdbb.mm.engine.command import Parser, add_unsafe_argument, run_command
-from mmdbb.mm.official.convert import convert_official
 
 
 def parse_args():

@@ -17,13 +17,8 @@ from mmdbb.mm.engine.command import (
     load_config,
     run_command,
 )
-from mmdbb.mm.evaluation.images import Calibration
-from mmdbb.mm.outputs import Source
-from mmdbb.mm.pruning.pipeline import (
-    PruneOptions,
-    print_pruned,
-    prune_checkpoint,
-)
+from mmdbb.mm.pruning.pipeline import print_pruned
+from mmdbb.prune import Calibration, PruneOptions, Source, prune_checkpoint
 
 
 def parse_args():

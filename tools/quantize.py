@@ -23,12 +23,16 @@ from mmdbb.mm.engine.command import (
     load_config,
     run_command,
 )
-from mmdbb.mm.evaluation.images import SPLITS, Calibration
-from mmdbb.mm.outputs import Source
-from mmdbb.mm.quantization.insert_bn import insert_bn_checkpoint
+from mmdbb.mm.evaluation.images import SPLITS
 from mmdbb.mm.quantization.onnx_static import METHODS
-from mmdbb.mm.quantization.ptq import QuantizeOptions, quantize_checkpoint
 from mmdbb.mm.quantization.tables import print_quantized
+from mmdbb.quantize import (
+    Calibration,
+    QuantizeOptions,
+    Source,
+    insert_bn_checkpoint,
+    quantize_checkpoint,
+)
 
 
 def parse_args():

@@ -4,7 +4,7 @@
 python tools/range_report.py CONFIG CHECKPOINT [--plot ranges.png]
 """
 
-from mmdbb.mm.deploy.load import build_model
+from mmdbb.deploy import build_model
 from mmdbb.mm.engine.command import (
     Parser,
     add_config_arguments,
@@ -13,8 +13,8 @@ from mmdbb.mm.engine.command import (
 )
 from mmdbb.mm.engine.measure import check_picture, report_files
 from mmdbb.mm.quantization.network import load_network
-from mmdbb.mm.quantization.ranges import kernel_ranges
 from mmdbb.mm.quantization.tables import plot_ranges, print_ranges
+from mmdbb.quantize import kernel_ranges
 
 
 def parse_args():

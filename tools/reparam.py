@@ -13,9 +13,9 @@ import argparse
 
 import torch
 
+from mmdbb.deploy import MergeOptions, Proof, Source, deploy_checkpoint
 from mmdbb.errors import UserError
-from mmdbb.mm.deploy.checkpoint import deploy_checkpoint
-from mmdbb.mm.deploy.merge import MergeOptions
+from mmdbb.export import export_checkpoint
 from mmdbb.mm.engine.command import (
     Parser,
     add_config_arguments,
@@ -25,9 +25,7 @@ from mmdbb.mm.engine.command import (
     load_config,
     run_command,
 )
-from mmdbb.mm.export.checkpoint import export_checkpoint
 from mmdbb.mm.export.formats import FORMATS, INPUT
-from mmdbb.mm.outputs import Proof, Source
 
 
 def parse_args():
