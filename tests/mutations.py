@@ -79,7 +79,7 @@ OREPA = 'tests/test_blocks/test_orepa.py'
 WATCHED = 'tests/test_blocks/test_watched.py'
 PROCESSES = 'tests/test_blocks/test_environments.py'
 SYNC = f'{PROCESSES}::test_sync_bn_in_two_processes'
-PLAIN = 'tests/test_checkpoint/test_plain.py'
+PLAIN = 'tests/test_plain/test_weights.py'
 REPARAM = 'tests/test_reparam.py'
 INSERT = 'tests/test_insert.py'
 
@@ -842,7 +842,7 @@ TABLE = (
         'else state[name]',
         'integers of merged files',
         (
-            'tests/test_checkpoint/test_files.py::test_merged_files_keep_their_floats_and_get_the_models_integers',
+            'tests/test_files/test_checkpoints.py::test_merged_files_keep_their_floats_and_get_the_models_integers',
         ),
     ),
     Mutation(
@@ -851,7 +851,7 @@ TABLE = (
         'file.fileno()',
         'a disk that is full only in the end',
         (
-            'tests/test_checkpoint/test_atomic.py::test_a_disk_that_shows_only_at_the_end_that_it_is_full',
+            'tests/test_files/test_atomic.py::test_a_disk_that_shows_only_at_the_end_that_it_is_full',
         ),
     ),
     Mutation(

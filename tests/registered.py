@@ -88,6 +88,16 @@ def is_composed(kind):
     return issubclass(kind, ComposedKernelConv2d)
 
 
+def keeps_its_kernel(kind):
+    """Whether in eval mode it is one convolution, its kernel kept."""
+    return sums_branches(kind) or is_composed(kind)
+
+
+def has_starts(kind):
+    """Whether its scales can be set, as single_init does."""
+    return hasattr(kind, 'init_gamma') and hasattr(kind, 'single_init')
+
+
 def has_no_composed_kernel(kind):
     return not holds(kind, ComposedKernel)
 

@@ -114,7 +114,11 @@ def test_imports_point_one_way(path):
 @pytest.mark.parametrize(
     ('place', 'source', 'message'),
     [
-        ('blocks/new.py', 'import mmdbb.mm.pruning', 'blocks imports pruning'),
+        (
+            'blocks/new.py',
+            'import mmdbb.mm.pruning',
+            'blocks imports mm.pruning',
+        ),
         ('blocks/new.py', 'from mmdbb import insert', 'blocks imports insert'),
         ('blocks/new.py', 'from ..reparam import find_blocks', 'reparam'),
         ('blocks/__init__.py', 'from ..reparam import a', 'imports reparam'),

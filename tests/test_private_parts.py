@@ -21,11 +21,13 @@ NOT_OF_HOSTS = {
     '_exit',
     '_replace',
     '_asdict',
+    '_fields',
 }
 #: File, private name -> why it stands there. What a host calls of these is
 #: tested in test_mm/test_host_internals.py.
 PRIVATE = {
     ('mm/engine/optim.py', '_validate_cfg'): "overrides mmengine's",
+    ('mm/backbones/absorbed.py', '_freeze_stages'): 'where a host has it',
     ('mm/evaluation/substitutes.py', '_dense_head'): 'of our Detector',
 }
 #: File, attribute -> why something of a host's is replaced outside of

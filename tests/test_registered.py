@@ -177,7 +177,7 @@ def test_a_right_block_passes_and_is_in_every_test(tmp_path):
         RIGHT,
         'tests/test_blocks',
         'tests/test_backbones/test_repvgg.py',
-        'tests/test_checkpoint/test_plain.py',
+        'tests/test_plain/test_weights.py',
         '-k',
         'MobileOneConv and (test_properties or test_registered or test_build'
         ' or test_merged_is_equal) and not float32 and not mmseg',

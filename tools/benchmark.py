@@ -93,7 +93,11 @@ def main():
     args = parse_args()
     if args.imports:
         print_imports(args.repeats)
-        return
+    else:
+        write_report(args)
+
+
+def write_report(args):
     try:
         device = torch.device(args.device)
         images = torch.randn(args.batch, 3, *args.image_size, device=device)

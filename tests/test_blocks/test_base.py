@@ -12,6 +12,8 @@ from registered import (
     has_identity,
     has_no_composed_kernel,
     has_norms,
+    has_starts,
+    keeps_its_kernel,
 )
 from torch import nn
 
@@ -215,7 +217,7 @@ def test_equivalent_kernel_is_differentiable():
     assert all(p.grad is not None for p in block.parameters())
 
 
-@KINDS
+@each_block(has_starts)
 @pytest.mark.parametrize('name', ['init_gamma', 'single_init'])
 @pytest.mark.parametrize('deploy', [True, False])
 def test_merged_there_is_nothing_to_initialise(kind, name, deploy):
@@ -322,7 +324,7 @@ def test_meta_device(kind):
     block.to_empty(device='cpu')
 
 
-@KINDS
+@each_block(keeps_its_kernel)
 def test_a_kernel_kept_in_inference_mode_serves_gradients(kind):
     """Tensors made in that mode cannot be saved for a backward pass."""
     block = build(kind).requires_grad_(False)

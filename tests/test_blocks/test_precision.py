@@ -8,7 +8,7 @@ import copy
 import pytest
 import torch
 from helpers import distance, image, randomize
-from registered import each_block, is_composed
+from registered import each_block, is_composed, keeps_its_kernel
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -163,7 +163,7 @@ def test_bytes_kept_under_autocast(groups):
     assert kept(default) < (0.5 if groups == 1 else 0.2) * kept(literal)
 
 
-@each_block()
+@each_block(keeps_its_kernel)
 @pytest.mark.parametrize('mode', ['float32', 'autocast', 'half'])
 def test_one_convolution_in_eval_mode(kind, mode):
     block = randomize(kind(8, 8, 3, padding=1)).eval()

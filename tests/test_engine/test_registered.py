@@ -110,7 +110,7 @@ def test_nothing_else_is_registered():
         if not inspect.isclass(part)
     }
     layers = set(registered_blocks())
-    # Tested in test_checkpoint/test_partial.py.
+    # Tested in test_mm/test_partial.py.
     assert functions == layers | {'PartlyMerged'}
 
 
