@@ -250,7 +250,7 @@ def test_a_training_that_does_not_keep_its_optimizer(work, capsys):
         content = read_content(str(path))
         del content['optimizer']
         torch.save(content, path)
-    with pytest.raises(UserError, match='missing, is optimizer') as error:
+    with pytest.raises(UserError, match='wrong form: optimizer') as error:
         newest_whole_checkpoint(cfg)
     assert f'in {folder} is' in str(error.value)  # once
     cfg.default_hooks.checkpoint.save_optimizer = False
