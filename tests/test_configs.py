@@ -547,7 +547,7 @@ def test_a_missing_start_is_said_before_anything_else(
     config = f'configs/{Path(run).parent.name}.py'
     assert line.startswith(
         f'train.py: model.backbone.init_cfg starts from {run}, which does not '
-        f'exist (what training {config} writes); name yours by --cfg-options '
+        f'exist (training {config} writes it); name yours by --cfg-options '
         'model.backbone.init_cfg.checkpoint=PATH'
     )
     assert (ROOT.parent / config).exists()

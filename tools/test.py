@@ -18,7 +18,7 @@ def parse_args():
     add_config_arguments(parser)
     parser.add_argument('checkpoint', help='path of the checkpoint')
     parser.add_argument(
-        '--out', metavar='FILE.pkl', help='write the predictions to a file'
+        '--out', metavar='FILE.pkl', help='write the predictions to this file'
     )
     parser.add_argument(
         '--show', action='store_true', help='show predictions in a window'
@@ -30,19 +30,20 @@ def parse_args():
         '--interval',
         type=at_least_one,
         default=1,
-        help='draw every so many batches (classification: images)',
+        help='draw only every INTERVAL-th batch (classification: image); '
+        'default: %(default)s',
     )
     parser.add_argument(
         '--wait-time',
         type=at_least_zero,
         default=2,
-        help='seconds that an image is shown',
+        help='seconds to show each image; default: %(default)s',
     )
     parser.add_argument(
         '--tta',
         action='store_true',
-        help='average over test-time augmentation: tta_pipeline of the '
-        'config, or flipping',
+        help='average the predictions over test-time augmentation: by '
+        "the config's tta_pipeline, or else by flipping",
     )
     add_launcher_arguments(parser)
     return parser.parse_args()

@@ -20,12 +20,12 @@ def parse_args():
         const='auto',
         metavar='PATH',
         help='resume from this checkpoint; without a path, or with `auto`, '
-        'from the newest whole one in the work folder',
+        'from the newest checkpoint in the work folder that is whole',
     )
     parser.add_argument(
         '--repeatable',
         action='store_true',
-        help='draw random numbers so that a resumed training equals the '
+        help='seed each step anew, so that a resumed training equals an '
         'uninterrupted one bit by bit; needs randomness.seed in the config',
     )
     parser.add_argument(
@@ -39,7 +39,7 @@ def parse_args():
     parser.add_argument(
         '--auto-scale-lr',
         action='store_true',
-        help='scale the learning rate by the batch size in use over '
+        help='multiply the learning rate by the total batch size, divided by '
         'auto_scale_lr.base_batch_size of the config',
     )
     add_launcher_arguments(parser)

@@ -1,5 +1,5 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""Which files a config is made of."""
+"""Find the files that a config was made of: its own, its bases and others."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from mmengine.config import Config
 
 from mmdbb.mm.host_internals import files_in_text, make_note, note_of
 
-#: Lists to note the files in that are opened; Python's hooks stay for good.
+#: Sets that get the paths of opened files, one for each active context. They
+#: are global because Python's audit hooks can never be removed.
 _NOTING: List[Set[str]] = []
 _NAME = '_files_read'
 
 
 @contextlib.contextmanager
 def noting_files() -> Iterator[Set[str]]:
-    """Within the context, the files that Python opens to read are noted.
+    """Within the context, note the files that Python opens for reading.
 
     Yields:
-        set: Their paths, as far as there are any yet.
+        set: Their absolute paths. The set grows while the context is active.
     """
     if _note not in _HOOKS:
         _HOOKS.append(_note)
@@ -49,7 +50,12 @@ def _note(event: str, arguments: tuple) -> None:
 
 
 def remember_files(cfg: Config, files: Set[str]) -> None:
-    """Note in a config which files it was made of."""
+    """Store in a config the files that it was made of.
+
+    Args:
+        cfg: The config.
+        files: Absolute paths of the files.
+    """
     make_note(cfg, _NAME, frozenset(files))
 
 
@@ -57,9 +63,13 @@ def files_of(cfg: Config) -> Set[str]:
     """The files that a config was made of, as far as they are known.
 
     Args:
-        cfg: From :func:`mmdbb.mm.engine.command.load_config`, which notes all
-            of them; or from elsewhere: then its own file, and the bases that
-            it names in its text.
+        cfg: The config. For one from
+            :func:`mmdbb.mm.engine.command.load_config` all files are known;
+            for any other only its own file and the bases that it names in its
+            text.
+
+    Returns:
+        set: Absolute paths of the files.
     """
     files = set(note_of(cfg, _NAME, ()))
     if cfg.filename:

@@ -1,11 +1,11 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""The types in a config: which class each one names, and back again.
+"""The types in a config: from a type to its class, and back.
 
-A config names a class by the class itself, by a registered name with or
-without the scope of its package (``mmdet.ResNet``), or by its module
-(``mmdet.models.backbones.resnet.ResNet``). What a registry does not know and
-Python cannot import is nobody's class, which is no error here: a config has
-types that none of these registries holds.
+Under ``type`` a config has a class itself, its name in a registry with or
+without the scope of its package (``mmdet.ResNet``), or its import path
+(``mmdet.models.backbones.resnet.ResNet``). A type that is in no registry and
+cannot be imported gives None and no error: a config also has types for
+registries other than the one that is asked.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from typing import Any, Callable, Iterator, Optional, Tuple
 from mmengine.registry import MODELS, Registry
 from mmengine.utils import get_object_from_string
 
-#: From a dict of a config and the scope that it stands in to a dict.
+#: A function that maps a dict in a config, and its scope, to a new dict.
 Change = Callable[[dict, Optional[str]], dict]
 
 
 def class_of(
     type_: Any, scope: Optional[str] = None, registry: Registry = MODELS
 ) -> Optional[Any]:
-    """The class, or the function, that a type in a config names.
+    """Find the class, or the function, that a type in a config names.
 
     Args:
-        type_: What stands under ``type``.
-        scope: The package whose registry is asked for a bare name; if None,
-            or if it has no registry, all of them are asked.
-        registry: Any one of the registries to ask: those of the OpenMMLab
-            packages for the same things belong together.
+        type_: The value under ``type`` in the config.
+        scope: The package in whose registry to look up a name without scope.
+            If it is None or has no registry, all registries are searched.
+        registry: Any of the registries for this kind of thing. mmengine's and
+            those of the OpenMMLab packages form a tree, so one leads to all.
 
     Returns:
         The class or the function; None if there is none.
@@ -54,7 +54,17 @@ def class_of(
 def registered(
     name: str, scope: Optional[str] = None, registry: Registry = MODELS
 ) -> Optional[Any]:
-    """As :func:`class_of`, for names; imports nothing."""
+    """Look up a name in the registries, without importing anything.
+
+    Args:
+        name: The name, with or without the scope of its package.
+        scope: The package in whose registry to look up a name without scope.
+            If it is None or has no registry, all registries are searched.
+        registry: Any of the registries for this kind of thing.
+
+    Returns:
+        The class or the function; None if no registry has the name.
+    """
     registries = {r.scope: r for r in _tree(registry.root)}
     first, _, rest = name.partition('.')
     if rest:
@@ -66,15 +76,16 @@ def registered(
 
 
 def type_of(kind: Any, registry: Registry = MODELS) -> Optional[str]:
-    """The type by which a config of any scope names a class.
+    """The type that names a class in a config of any scope.
 
     Args:
         kind: A class, or a function.
-        registry: Any one of the registries to look in.
+        registry: Any of the registries for this kind of thing.
 
     Returns:
-        str: Such as ``mmdet.ResNet``, or a bare name in the registry that
-        all packages share; None if it is not registered.
+        str: The registered name with its scope, such as ``mmdet.ResNet``; a
+        name in mmengine's registry, which all packages share, has no scope.
+        None if the class is not registered.
 
     Examples:
         >>> type_of(class_of('BaseDataPreprocessor'))
@@ -94,28 +105,45 @@ def type_of(kind: Any, registry: Registry = MODELS) -> Optional[str]:
 
 
 def module_of(kind: Any) -> str:
-    """The module in which a class or a function is defined."""
+    """The name of the module that defines a class or a function.
+
+    Args:
+        kind: The class or the function.
+    """
     return getattr(kind, '__module__', None) or ''
 
 
 def is_own(kind: Any) -> bool:
-    """Whether a class or a function is defined in mmdbb."""
+    """Whether mmdbb defines a class or a function.
+
+    Args:
+        kind: The class or the function.
+    """
     return is_within(module_of(kind), 'mmdbb')
 
 
 def is_within(module: str, package: str) -> bool:
-    """Whether a module is a package, or is in it."""
+    """Whether a module is a package itself, or a module inside it.
+
+    Args:
+        module: Name of the module.
+        package: Name of the package.
+    """
     return f'{module}.'.startswith(f'{package}.')
 
 
 def rewrite(node: Any, change: Change, scope: Optional[str] = None) -> Any:
-    """Copy a config's fields, with each dict in them changed.
+    """Copy a config's fields, and apply a function to each dict in them.
 
     Args:
         node: The fields, or a part of them.
-        change: Gets each dict, the inner ones first, as a copy that it may
-            change in place.
-        scope: The scope that ``node`` stands in.
+        change: The function. It is called for inner dicts first, with a copy
+            that it may change in place, and returns the dict to use.
+        scope: The scope of ``node``: the package whose registry its types
+            belong to. A ``_scope_`` in a dict replaces it for that dict.
+
+    Returns:
+        The changed copy.
     """
     if isinstance(node, (list, tuple)):
         return type(node)(rewrite(item, change, scope) for item in node)
@@ -130,11 +158,15 @@ def rewrite(node: Any, change: Change, scope: Optional[str] = None) -> Any:
 def dicts_of(
     node: Any, scope: Optional[str] = None
 ) -> Iterator[Tuple[dict, Optional[str]]]:
-    """All dicts in a config's fields, each with the scope it stands in.
+    """All dicts in a config's fields, each with its scope.
 
     Args:
         node: The fields, or a part of them.
-        scope: The scope that ``node`` stands in.
+        scope: The scope of ``node``: the package whose registry its types
+            belong to. A ``_scope_`` in a dict replaces it for that dict.
+
+    Yields:
+        tuple: A dict and its scope.
     """
     if isinstance(node, dict):
         scope = node.get('_scope_', scope)
@@ -152,7 +184,7 @@ def _tree(registry: Registry) -> Iterator[Registry]:
 
 
 def _lookup(registry: Optional[Registry], name: str) -> Optional[Any]:
-    """What a registry, or one that it falls back to, has under a name."""
+    """Look up a name in a registry, then in the registries above it."""
     while registry is not None:
         if name in registry.module_dict:
             return registry.module_dict[name]

@@ -1,11 +1,12 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""mmengine's readers of checkpoints, replaced by the one of mmdbb.
+"""Let mmengine read checkpoints with mmdbb's reader, which runs no code.
 
-mmengine 0.10.7 leaves it to ``torch.load`` how a file is read: since torch
-2.6 that refuses the files that mmengine writes itself, and before, as for all
-that is downloaded, it runs what code is in them. With these, ``load_from``,
-``resume``, testing and ``init_cfg`` read data and nothing else, whichever
-tool starts them. ``torch.load`` itself stays as it is.
+mmengine 0.10.7 reads files by ``torch.load`` with its default settings. Since
+torch 2.6 these refuse the files that mmengine itself writes. Older versions of
+torch run any code in a file; mmengine does the same with all files that it
+downloads, on every torch. With the functions here, ``load_from``, ``resume``,
+testing and ``init_cfg`` read data and nothing else, in mmdbb's tools and in
+those of the OpenMMLab packages. ``torch.load`` itself stays as it is.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ from mmdbb.files.values import Unread
 from mmdbb.mm.host_internals import replace_readers
 
 Place = Union[str, torch.device, dict, Callable, None]
-#: Whether one of mmdbb's own tools is at work.
+#: Whether strict_loading() is active, as in all of mmdbb's own tools.
 _STRICT = contextvars.ContextVar('strict', default=False)
 
 
 def read_as_data() -> None:
-    """Let mmengine read local and downloaded checkpoints by mmdbb.
+    """Let mmengine read local and downloaded checkpoints with mmdbb's reader.
 
     Calling it again changes nothing.
     """
@@ -40,15 +41,21 @@ def read_as_data() -> None:
 
 
 def load_from_local(filename: str, map_location: Place = None) -> dict:
-    """Read a checkpoint for mmdbb's own tools: no value may be strange.
+    """Read a checkpoint for mmdbb's own tools, and check its values.
 
     Args:
-        filename: Path of the file, of any form that mmdbb reads.
-        map_location: The device to put tensors on.
+        filename: Path of the file: one that ``torch.save`` wrote, or a
+            safetensors file.
+        map_location: The device to put tensors on; None, a function or a dict
+            leaves them on the CPU.
+
+    Returns:
+        dict: The content of the file.
 
     Raises:
-        UserError: If it is no checkpoint, is damaged, holds more than data,
-            or has weights that no network has.
+        UserError: If the file is no checkpoint, is damaged, holds more than
+            data, or has weights that no network can have, such as NaN or a
+            negative variance.
     """
     path = os.path.expanduser(filename)
     size = check_regular(path, 'checkpoint')
@@ -59,19 +66,25 @@ def load_from_local(filename: str, map_location: Place = None) -> dict:
 
 
 def load_for_mmengine(filename: str, map_location: Place = None) -> dict:
-    """Read a checkpoint, in the place of mmengine's ``load_from_local``.
+    """Read a checkpoint; replaces mmengine's own ``load_from_local``.
 
-    Others' code gets what it would get from torch: buffers may be infinite,
-    an entry None or of some layer's own form. Within :func:`strict_loading`
-    it is :func:`load_from_local`.
+    In other people's tools this function does not check the values, so that
+    they get the same content as from torch: their buffers may be infinite,
+    and an entry may be None or of a layer's own type. Within
+    :func:`strict_loading` it calls :func:`load_from_local` instead.
 
     Args:
-        filename: As there.
-        map_location: As there.
+        filename: Path of the file: one that ``torch.save`` wrote, or a
+            safetensors file.
+        map_location: The device to put tensors on; None, a function or a dict
+            leaves them on the CPU.
+
+    Returns:
+        dict: The content of the file.
 
     Raises:
-        UserError: If it is no checkpoint, is damaged, holds more than data,
-            or mmengine would load what was not read.
+        UserError: If the file is no checkpoint, is damaged, holds more than
+            data, or has an entry among its weights that mmdbb cannot read.
     """
     if _STRICT.get():
         return load_from_local(filename, map_location)
@@ -93,10 +106,14 @@ def read_address(address: str) -> dict:
     """Read a checkpoint from an address that mmengine knows.
 
     Args:
-        address: Such as ``torchvision://resnet50`` or ``https://...``.
+        address: The address, such as ``torchvision://resnet50`` or
+            ``https://...``.
+
+    Returns:
+        dict: The checkpoint, with tensors on the CPU.
 
     Raises:
-        UserError: If there is none, or it cannot be read.
+        UserError: If the address has no checkpoint, or it cannot be read.
     """
     try:
         return CheckpointLoader.load_checkpoint(address, 'cpu')
@@ -108,7 +125,10 @@ def read_address(address: str) -> dict:
 
 @contextlib.contextmanager
 def strict_loading() -> Iterator[None]:
-    """Within the context mmengine gets no weights of strange values."""
+    """Within the context mmengine's loading checks values, too.
+
+    Weights that no network can have, such as NaN, are then an error.
+    """
     before = _STRICT.set(True)
     try:
         yield
@@ -124,18 +144,26 @@ def load_url(
     check_hash: bool = False,
     file_name: Optional[str] = None,
 ) -> dict:
-    """Download a checkpoint once and read it, as torch's function of the name.
+    """Download a checkpoint once, and read it; replaces torch's ``load_url``.
 
     Args:
-        url: Where it is.
-        model_dir: Folder to keep it in; torch's by default.
-        map_location: The device to put tensors on.
-        progress: Whether to show a bar.
-        check_hash: Whether its name ends in the start of its SHA-256.
-        file_name: What to call it, by default as in the address.
+        url: Address of the file.
+        model_dir: Folder to keep the file in; by default the folder
+            ``checkpoints`` of ``torch.hub``.
+        map_location: The device to put tensors on; None, a function or a dict
+            leaves them on the CPU.
+        progress: Whether to show a progress bar.
+        check_hash: Whether to compare the file's SHA-256 with the digits at
+            the end of its name.
+        file_name: Name of the file in the folder; by default its name in the
+            address.
+
+    Returns:
+        dict: The content of the file.
 
     Raises:
-        UserError: As :func:`load_from_local`.
+        UserError: If the file is no checkpoint, is damaged, holds more than
+            data, or has an entry among its weights that mmdbb cannot read.
     """
     folder = model_dir or os.path.join(torch.hub.get_dir(), 'checkpoints')
     os.makedirs(folder, exist_ok=True)
@@ -174,7 +202,7 @@ def _check_names(state: dict, content: dict, path: str) -> None:
 
 
 def _states(content: dict, path: str) -> Iterator[dict]:
-    """What mmengine, or a host, may load into a network."""
+    """The state dicts in a checkpoint that may be loaded into a network."""
     if not all(isinstance(key, str) for key in content):
         raise UserError(f'{path} is not a checkpoint: its keys are no names')
     found = [key for key in (*TRAINED, *AVERAGED) if key in content]
@@ -192,10 +220,11 @@ def _states(content: dict, path: str) -> Iterator[dict]:
 
 
 def _on(content: dict, place: Place) -> dict:
-    """What was read with its tensors on a device.
+    """Move the tensors of a checkpoint to a device, in place.
 
-    Callables and dicts, which go by where a tensor was, choose the CPU: that
-    place need not be here.
+    Functions and dicts choose a device by the one that a tensor was saved
+    from. This machine may not have that device, so they leave all tensors on
+    the CPU.
     """
     if place is None or callable(place) or isinstance(place, dict):
         return content
@@ -206,8 +235,8 @@ def _on(content: dict, place: Place) -> dict:
 
 def _moved(value: Any, place: Place, moved: Dict[int, tuple]) -> Any:
     if isinstance(value, Tensor):
-        # Entries that are one tensor stay one. What was moved is held too:
-        # its identity must not become another's.
+        # Entries that share a tensor go on to share it. The original is kept
+        # too: once it is freed, another tensor could get its id.
         if id(value) not in moved:
             there = value.detach().to(place)
             if isinstance(value, nn.Parameter):

@@ -149,7 +149,7 @@ def test_a_study_is_taken_up_where_it_stopped(
     assert len(written['results']) == 2
     trained = []
     monkeypatch.setattr(
-        study, 'train', lambda cfg: trained.append(cfg) or 50.0
+        study, 'train_network', lambda cfg: trained.append(cfg) or 50.0
     )
     again, _ = run(tiny_data, tmp_path, seeds=2)
     assert again[:2] == results and len(trained) == 2
@@ -179,7 +179,7 @@ def test_results_of_another_budget_are_kept(tiny_data, tmp_path):
 def test_overwriting_keeps_what_can_be_taken_up(
     tiny_data, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(study, 'train', lambda cfg: 50.0)
+    monkeypatch.setattr(study, 'train_network', lambda cfg: 50.0)
     out = tmp_path / 'out.json'
     mine = study.Result('plain', 0, 90.0)
     study._write(out, SMALL, [mine])
@@ -195,7 +195,7 @@ def test_overwriting_keeps_what_can_be_taken_up(
 
 
 def test_what_cannot_be_written_shows_first(tiny_data, tmp_path, monkeypatch):
-    monkeypatch.setattr(study, 'train', lambda cfg: 1 / 0)
+    monkeypatch.setattr(study, 'train_network', lambda cfg: 1 / 0)
     (tmp_path / 'file').write_text('mine')
     for out in (tmp_path, tmp_path / 'file' / 'out.json'):
         with pytest.raises(UserError, match='is a folder|cannot write'):

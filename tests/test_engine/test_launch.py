@@ -53,7 +53,7 @@ def test_drawing_needs_a_hook(config, tmp_path):
 
 
 def test_dump_is_registered(config, tmp_path):
-    kind = launch._task(config).dump
+    kind = launch._package(config).dump
     metric = METRICS.build(
         dict(type=kind, out_file_path=str(tmp_path / 'out.pkl'))
     )
@@ -118,4 +118,4 @@ def test_amp_takes_the_place_of_the_plain_wrapper_only(kind):
 
 def test_other_packages_of_the_family_are_welcome():
     config = Config(dict(default_scope='mmpose'))
-    assert launch._task(config) is launch.OTHERS
+    assert launch._package(config) is launch.OTHERS

@@ -1,8 +1,9 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""What the command-line tools share: arguments, configs, users' mistakes.
+"""The command-line tools' shared parts: arguments, configs, users' mistakes.
 
-A user's mistake ends a command with one line on stderr and exit code 2, Ctrl-C
-and SIGTERM with one and the shell's codes for them. A bug keeps its traceback.
+A user's mistake ends a command with one line on stderr and exit code 2. Ctrl-C
+and SIGTERM end it with one line too, and with the exit codes that a shell
+gives them (130 and 143). A bug keeps its traceback.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from mmdbb.mm.config_files import noting_files, remember_files
 from mmdbb.mm.host_internals import is_building
 from mmdbb.mm.host_loading import strict_loading
 
-#: What constructors raise of arguments that are wrong.
+#: Errors that constructors raise for wrong arguments.
 BAD_ARGUMENTS = (
     AssertionError,
     ImportError,
@@ -38,7 +39,7 @@ BAD_ARGUMENTS = (
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors take one line."""
+    """An ArgumentParser that reports an error in one line."""
 
     def error(self, message: str) -> NoReturn:
         """Print `message` to stderr and exit with code 2."""
@@ -46,7 +47,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class CfgOptions(DictAction):
-    """`--cfg-options key=value ...`, refusing what has no such shape."""
+    """`--cfg-options KEY=VALUE ...`; anything of another form is an error."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         """Merge `values` into the namespace."""
@@ -64,13 +65,16 @@ class CfgOptions(DictAction):
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run a tool's `main`; a `UserError` ends it with exit code 2.
+    """Run a tool's `main`; a user's mistake ends it with exit code 2.
 
-    What else is the user's: a file that is missing or that the system
-    refuses, which the error names, and what cannot be built as the config
-    says.
+    These count as a user's mistakes: a `UserError`, an error of the system
+    that names a file (missing, not readable), and an error while a runner
+    builds a part of the config.
+
+    Args:
+        main: The tool, without arguments.
     """
-    # mmengine's, of its own use of setuptools.
+    # mmengine imports pkg_resources; users can do nothing about the warning.
     warnings.filterwarnings('ignore', message='pkg_resources is deprecated')
     try:
         with _ended_by_exceptions(), strict_loading():
@@ -93,14 +97,14 @@ def run_command(main: Callable[[], None]) -> None:
 
 @contextlib.contextmanager
 def _ended_by_exceptions() -> Iterator[None]:
-    """Within the context SIGTERM is an exception, as Ctrl-C is."""
+    """Within the context SIGTERM raises an exception, as Ctrl-C does."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     process = os.getpid()
 
     def end(number, frame):
-        if os.getpid() != process:  # a child that took the handler over
+        if os.getpid() != process:  # a forked child inherits the handler
             os._exit(128 + number)
         raise Terminated
 
@@ -112,7 +116,7 @@ def _ended_by_exceptions() -> Iterator[None]:
 
 
 def _explained(error: Exception) -> Optional[str]:
-    """What to say of a user's mistake; None for a bug."""
+    """The message for a user's mistake; None if the error is a bug."""
     if isinstance(error, (UserError, FileNotFoundError)):
         return str(error)
     if isinstance(error, OSError) and error.filename is not None:
@@ -126,7 +130,10 @@ def _explained(error: Exception) -> Optional[str]:
 
 
 def at_least_one(text: str) -> int:
-    """The type of arguments that count something.
+    """Parse a count: the `type` of arguments such as `--calib`.
+
+    Args:
+        text: The argument as typed.
 
     Raises:
         argparse.ArgumentTypeError: If it is no whole number from 1 on.
@@ -135,7 +142,10 @@ def at_least_one(text: str) -> int:
 
 
 def at_least_zero(text: str) -> float:
-    """The type of arguments that limit or scale something.
+    """Parse a limit or a factor: the `type` of `--wait-time` and others.
+
+    Args:
+        text: The argument as typed.
 
     Raises:
         argparse.ArgumentTypeError: If it is no finite number from 0 on.
@@ -144,7 +154,10 @@ def at_least_zero(text: str) -> float:
 
 
 def seed(text: str) -> int:
-    """The type of seeds: what numpy's generators take.
+    """Parse a seed, which NumPy's generators limit to 32 bits.
+
+    Args:
+        text: The argument as typed.
 
     Raises:
         argparse.ArgumentTypeError: If it is no whole number of 32 bits.
@@ -154,7 +167,7 @@ def seed(text: str) -> int:
 
 
 def _number(kind: type, text: str, low: float, end: float, what: str):
-    """The number that a text says, if it is from `low` on and below `end`."""
+    """Parse a number, and check that ``low <= number < end``."""
     try:
         number = kind(text)
     except ValueError:
@@ -169,7 +182,13 @@ def add_image_size_argument(
     help: str,
     default: Optional[Tuple[int, int]] = None,
 ) -> None:
-    """Add the size of images, in pixels."""
+    """Add `--image-size HEIGHT WIDTH`, in pixels.
+
+    Args:
+        parser: The command's parser.
+        help: The help text.
+        default: Height and width if the option is not given.
+    """
     parser.add_argument(
         '--image-size',
         nargs=2,
@@ -183,11 +202,12 @@ def add_image_size_argument(
 def add_image_choice_arguments(
     parser: argparse.ArgumentParser, calib: str
 ) -> None:
-    """Add which of the config's images a network is fitted and tested on.
+    """Add `--calib`, `--metric` and `--seed`: the images and the figure.
 
     Args:
         parser: The command's parser.
-        calib: What the images are for.
+        calib: Purpose of the images, to complete the help text
+            "images ...", such as ``'to calibrate with'``.
     """
     parser.add_argument(
         '--calib',
@@ -197,24 +217,26 @@ def add_image_choice_arguments(
         help=f'images {calib}; default: %(default)s',
     )
     parser.add_argument(
-        '--metric', help='figure of the evaluator; default: its main one'
+        '--metric',
+        help="name of the evaluator's figure to report; default: its main one",
     )
     parser.add_argument(
         '--seed',
         type=seed,
         default=0,
-        help='of the choice of images; default: 0',
+        help='random seed for the choice of images; default: 0',
     )
 
 
 def add_config_arguments(
     parser: argparse.ArgumentParser, work_dir: bool = True
 ) -> None:
-    """Add what every command on a config takes.
+    """Add the arguments of every command that takes a config.
 
     Args:
         parser: The command's parser.
-        work_dir: Whether the command writes logs or checkpoints.
+        work_dir: Whether the command writes logs or checkpoints, and so takes
+            `--work-dir`.
     """
     parser.add_argument('config', help='path of the config')
     parser.add_argument(
@@ -234,24 +256,32 @@ def add_config_arguments(
 
 
 def add_unsafe_argument(parser: argparse.ArgumentParser) -> None:
-    """Add the way to read a file that holds more than data."""
+    """Add `--unsafe-load`, which reads checkpoints that hold code.
+
+    Args:
+        parser: The command's parser.
+    """
     parser.add_argument(
         '--unsafe-load',
         action='store_true',
-        help='read a checkpoint that holds more than data, and run whatever '
-        'code is in it: only for files that you trust',
+        help='read a checkpoint even if it holds more than data, and run the '
+        'code in it; only for files that you trust',
     )
 
 
 def add_launcher_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add how the command's processes were started."""
+    """Add `--launcher`, the program that started the command's processes.
+
+    Args:
+        parser: The command's parser.
+    """
     parser.add_argument(
         '--launcher',
         choices=['none', 'pytorch', 'slurm', 'mpi'],
         default='none',
-        help='what started the processes of a distributed run',
+        help='the program that started the processes of a distributed run',
     )
-    # torch's launchers pass it in one spelling or the other.
+    # Which spelling torch.distributed.launch passes depends on its version.
     parser.add_argument(
         '--local_rank',
         '--local-rank',
@@ -262,17 +292,19 @@ def add_launcher_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def load_config(args: argparse.Namespace) -> Config:
-    """Read the config that the arguments name, with their changes.
+    """Read the config that the arguments name, and apply `--cfg-options`.
 
     Sets `work_dir` and `launcher` where the command has these arguments.
 
     Args:
-        args: Parsed arguments of :func:`add_config_arguments`, and perhaps
-            of :func:`add_launcher_arguments`.
+        args: Parsed arguments: those that :func:`add_config_arguments` adds,
+            and for a distributed command those that
+            :func:`add_launcher_arguments` adds.
 
     Raises:
-        UserError: The config is missing, cannot be read, cannot import what
-            it names, or has no place for one of the changes.
+        UserError: If the config is missing or cannot be read, one of its
+            ``custom_imports`` fails, or a key of `--cfg-options` does not
+            fit its fields.
     """
     path = check_file(args.config, 'config')
     try:
@@ -308,12 +340,16 @@ def load_config(args: argparse.Namespace) -> Config:
 
 
 def check_file(path: str, what: str) -> str:
-    """Return `path` unless it is a local path of no regular file.
+    """Check that a path is a regular file, and return it.
 
-    Addresses of other backends (`https://`, `torchvision://`) pass.
+    Addresses of other backends (`https://`, `torchvision://`) pass unchecked.
+
+    Args:
+        path: The path.
+        what: What the file should be, such as ``'config'``, for messages.
 
     Raises:
-        UserError: No such file; `what` says what it should have been.
+        UserError: If there is no such file, or it is not a regular one.
     """
     if '://' in path:
         return path

@@ -1,7 +1,8 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""Refusing checkpoints that do not fit, before mmengine loads them.
+"""Hooks that refuse a checkpoint that does not fit, before mmengine loads it.
 
-mmengine loads what fits, leaves the rest as it was made and warns in the log.
+mmengine loads the entries that fit, leaves all other parameters at their
+start values, and only warns in the log.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ class StartingCheckpointHook(Hook):
     """Refuses a checkpoint that a training cannot start from.
 
     Args:
-        config: The training's, with ``load_from`` and ``resume``.
+        config: Config of the training. Its ``load_from`` names the
+            checkpoint, its ``resume`` says whether to continue its training.
     """
 
     def __init__(self, config: Config) -> None:
@@ -35,12 +37,13 @@ class StartingCheckpointHook(Hook):
         self.starts_plain = without_own_starts(model) != model
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Look for what a training needs.
+        """Check that the checkpoint holds everything the training needs.
 
         Raises:
-            UserError: If it has nothing to resume from, or weights of plain
-                convolutions where the network has blocks, which do not start
-                from a file of their own.
+            UserError: If a training is to resume, but the checkpoint lacks
+                its state; or if it holds weights of plain convolutions where
+                the network has blocks. The latter is allowed if the config's
+                ``init_cfg`` gives the blocks their start.
         """
         if self.resume:
             check_resumable(checkpoint, self.path, self.needs_optimizer)
@@ -58,7 +61,7 @@ class StartingCheckpointHook(Hook):
             raise UserError(
                 f'{self.path} is of a plain or merged network: it has plain '
                 f'weights for {some(lost)}, which are blocks here and would '
-                'start at random; plain weights are given to blocks by '
+                'start at random; to start blocks from plain weights, use '
                 "init_cfg=dict(type='PlainPretrained', ...), see "
                 'docs/plain_weights.md'
             )
@@ -68,14 +71,17 @@ class FittingCheckpointHook(Hook):
     """Refuses a checkpoint that lacks parameters of the network.
 
     Args:
-        path: Path of the checkpoint, for the message.
+        path: Path of the checkpoint, for messages.
     """
 
     def __init__(self, path: str) -> None:
         self.path = path
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Try whether it fits, by the loading code of the model's own layers.
+        """Load the weights as mmengine will, and see what is missing.
+
+        Loading itself decides, because layers may rename entries of older
+        checkpoints while they load.
 
         Raises:
             UserError: If a parameter is missing or has another shape.
@@ -84,7 +90,7 @@ class FittingCheckpointHook(Hook):
         model = unwrapped(runner.model)
         try:
             missing, _ = model.load_state_dict(state, strict=False)
-        except RuntimeError:  # of shapes, which for buffers are the host's
+        except RuntimeError:  # a shape differs: in buffers it may
             missing = [
                 name
                 for name, value in model.state_dict().items()
@@ -98,7 +104,7 @@ class FittingCheckpointHook(Hook):
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The network in what several GPUs and augmentation put around it."""
+    """The network without its wrappers for several GPUs and augmentation."""
     while isinstance(getattr(model, 'module', None), nn.Module):
         model = model.module
     return model

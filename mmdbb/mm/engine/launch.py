@@ -1,8 +1,9 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""One way to train and to test for the three tasks.
+"""Train and test classifiers, detectors and segmentors with one pair of tools.
 
-The tools of mmpretrain, mmdet and mmseg differ where their packages do. What
-differs stands in one table here, chosen by the config's `default_scope`.
+mmpretrain, mmdet and mmseg each have tools of their own, which differ in a few
+settings. The table :data:`PACKAGES` lists these settings; the config's
+`default_scope` chooses the row.
 """
 
 from __future__ import annotations
@@ -45,17 +46,20 @@ from mmdbb.mm.host_internals import (
 )
 
 
-class Task(NamedTuple):
-    """What a host package does in its own way.
+class Package(NamedTuple):
+    """The settings in which one OpenMMLab package differs from the others.
 
     Attributes:
         draw: The visualization hook's argument that turns drawing on.
-        show_dir: Where the folder for drawn images goes: a path in the
-            config.
+        show_dir: The config's field, as a dotted key, that takes the folder
+            for drawn images.
         dump: The metric that writes predictions to a file.
-        dataloader: Arguments that the host's own tools give dataloaders.
-        tta_model: The default way to merge test-time augmentation.
-        tta_meta: Meta data that its inputs must carry, beyond the usual.
+        dataloader: Default arguments that the package's own tools give
+            dataloaders.
+        tta_model: Config of the model that averages predictions over
+            test-time augmentation; None if the package has none.
+        tta_meta: Keys of meta data that ``tta_model`` reads, beyond those
+            that a test pipeline packs anyway.
     """
 
     draw: str
@@ -66,14 +70,14 @@ class Task(NamedTuple):
     tta_meta: tuple = ()
 
 
-TASKS = {
-    'mmpretrain': Task(
+PACKAGES = {
+    'mmpretrain': Package(
         draw='enable',
         show_dir='default_hooks.visualization.out_dir',
         dataloader=dict(collate_fn=dict(type='default_collate')),
         tta_model=dict(type='mmpretrain.AverageClsScoreTTA'),
     ),
-    'mmdet': Task(
+    'mmdet': Package(
         draw='draw',
         show_dir='default_hooks.visualization.test_out_dir',
         dump='mmdet.DumpDetResults',
@@ -85,10 +89,10 @@ TASKS = {
         ),
         tta_meta=('flip', 'flip_direction'),
     ),
-    'mmseg': Task(draw='draw', show_dir='visualizer.save_dir'),
+    'mmseg': Package(draw='draw', show_dir='visualizer.save_dir'),
 }
-# Another package of the family: what most of them do.
-OTHERS = Task(draw='draw', show_dir='visualizer.save_dir')
+# Settings for any other OpenMMLab package: those that most of them use.
+OTHERS = Package(draw='draw', show_dir='visualizer.save_dir')
 
 
 def train(config: Config, args: argparse.Namespace) -> None:
@@ -99,7 +103,8 @@ def train(config: Config, args: argparse.Namespace) -> None:
         args: Parsed arguments of `tools/train.py`.
 
     Raises:
-        UserError: An argument does not fit the config or the machine.
+        UserError: If an argument does not fit the config or the machine, or
+            a checkpoint is missing or does not fit.
     """
     if args.no_validate:
         config.val_cfg = config.val_dataloader = config.val_evaluator = None
@@ -112,14 +117,14 @@ def train(config: Config, args: argparse.Namespace) -> None:
                 'config'
             )
         config.auto_scale_lr.enable = True
-    # mmengine would believe its pointer where the config says so.
+    # With resume=True in the config, mmengine would trust its pointer file.
     if args.resume or (config.get('resume') and not config.get('load_from')):
         path = (
             newest_whole_checkpoint(config)
             if args.resume in (None, 'auto')
             else check_file(args.resume, 'checkpoint to resume from')
         )
-        # A first start has nothing to resume, but weights to start from.
+        # A first run finds nothing to resume; its load_from still counts.
         config.resume = path is not None
         config.load_from = path or config.get('load_from')
     if config.get('load_from'):
@@ -137,14 +142,15 @@ def train(config: Config, args: argparse.Namespace) -> None:
 
 
 def _explain_resume(runner: Runner) -> None:
-    """Let a state that does not fit be a mistake of the checkpoint."""
+    """Let a state that cannot be resumed raise an error naming the file."""
 
     @contextlib.contextmanager
     def explained(path: str) -> Iterator[None]:
         with explained_resume(path):
             yield
             wrapper = runner.optim_wrapper
-            # Several are kept by name; others' runners have none of these.
+            # mmengine's wrapper for several optimizers keeps them by name;
+            # runners of other packages may have no wrapper at all.
             several = getattr(wrapper, 'optim_wrappers', {None: wrapper})
             for each in several.values():
                 check_resumed(getattr(each, 'optimizer', None), path)
@@ -153,16 +159,17 @@ def _explain_resume(runner: Runner) -> None:
 
 
 def check_starts(fields: object, place: str) -> None:
-    """Check that the checkpoints exist that a model's parts start from.
+    """Check that the checkpoints named in ``init_cfg`` exist.
 
-    Before the data are read: mmengine asks for them after that.
+    mmengine opens them only after it has read the data sets, which can take
+    minutes; here a missing file is an error at once.
 
     Args:
         fields: The model's config, or a part of it.
-        place: Where it stands in the whole config.
+        place: Dotted key of ``fields`` in the whole config.
 
     Raises:
-        UserError: If one is missing; the message says what there is to do.
+        UserError: If one is missing; the message says how to name another.
     """
     if isinstance(fields, (list, tuple)):
         for i, item in enumerate(fields):
@@ -180,31 +187,31 @@ def check_starts(fields: object, place: str) -> None:
         return
     run = re.fullmatch(r'work_dirs/([\w.-]+)/\w+\.pth', path)
     if run and Path('configs', f'{run[1]}.py').is_file():
-        what = f'what training configs/{run[1]}.py writes'
+        what = f'training configs/{run[1]}.py writes it'
     else:
         what = 'no file'
     raise UserError(
         f'{place} starts from {path}, which does not exist ({what}); name '
-        f'yours by --cfg-options {place}.checkpoint=PATH; other starts (the '
-        "papers' files, plain weights, from scratch) stand in docs/recipes.md"
+        f'yours by --cfg-options {place}.checkpoint=PATH; docs/recipes.md has '
+        "other starts (the papers' files, plain weights, from scratch)"
     )
 
 
 def _keep_inputs(
     config: Config, checkpoint: str | None, out: str | None = None
 ) -> None:
-    """Refuse to write over what is read.
+    """Raise if a run would overwrite one of its input files.
 
-    mmengine writes the config, as it is then, to the work folder, under the
-    name of its file.
+    mmengine itself writes a file too: the config with all changes, in the
+    work folder, under the name of the config's file.
 
     Args:
-        config: From :func:`load_config`.
-        checkpoint: Path of the weights, if any.
+        config: The config, from :func:`load_config`.
+        checkpoint: Path of the weights that are read, if any.
         out: Path of the predictions to write, if any.
 
     Raises:
-        UserError: It names the file.
+        UserError: If an input would be overwritten. The message names it.
     """
     inputs = [*files_of(config), *([checkpoint] if checkpoint else [])]
     if out and _is_one_of(out, inputs):
@@ -221,26 +228,26 @@ def _keep_inputs(
             f'the config as it is run would be written over {copy}, which is '
             'an input; choose another --work-dir'
         )
-    # Work folders are tested and resumed by what mmengine wrote there: it is
-    # kept, and the config as it is run gets the name of its time.
+    # The user runs the config that mmengine wrote to the work folder. That
+    # file is kept; the new dump is named by the time of the run instead.
     forget_filename(config)
 
 
 def _is_one_of(path: str, inputs: Iterable[str]) -> bool:
-    """Whether a path leads to one of some files, by links of any kind."""
+    """Whether a path leads to one of some files, by any kind of link."""
     for other in inputs:
         if os.path.realpath(path) == os.path.realpath(other):
             return True
         try:
             if os.path.samefile(path, other):
                 return True
-        except (OSError, ValueError):  # there is none yet, or an address
+        except (OSError, ValueError):  # no such file yet, or an address
             continue
     return False
 
 
 def _is_dump(path: str) -> bool:
-    """Whether a config is one that mmengine wrote."""
+    """Whether mmengine wrote this config file."""
     with open(path, encoding='utf-8') as file:
         text = file.read()
     config = Config.fromfile(path, import_custom_modules=False)
@@ -264,7 +271,7 @@ def test(config: Config, args: argparse.Namespace) -> dict:
         The metrics by name.
 
     Raises:
-        UserError: An argument does not fit the config.
+        UserError: If an argument or the checkpoint does not fit the config.
     """
     config.load_from = check_file(args.checkpoint, 'checkpoint')
     config.resume = False
@@ -286,21 +293,27 @@ def test(config: Config, args: argparse.Namespace) -> dict:
             unwrapped(runner.model), read_checkpoint(args.checkpoint)
         )
     if args.out:
-        dump = dict(type=_task(config).dump, out_file_path=args.out)
+        dump = dict(type=_package(config).dump, out_file_path=args.out)
         runner.test_evaluator.metrics.append(METRICS.build(dump))
     return runner.test()
 
 
 def build_runner(config: Config) -> Runner:
-    """Build the config's runner, its dataloaders as the host's tools do.
+    """Build the config's runner.
+
+    Dataloaders get the default arguments of the OpenMMLab package's own tools.
+
+    Args:
+        config: The config; its dataloaders are changed in place.
 
     Raises:
-        UserError: The launcher needs GPUs and the machine has none.
+        UserError: If the launcher needs GPUs and the machine has none, or the
+            launcher did not start this process.
     """
     for name in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
         loader = config.get(name)
         if loader is not None:
-            for key, value in _task(config).dataloader.items():
+            for key, value in _package(config).dataloader.items():
                 loader.setdefault(key, value)
     launcher = config.get('launcher', 'none')
     if launcher != 'none' and get_device() == 'cpu':
@@ -308,24 +321,24 @@ def build_runner(config: Config) -> Runner:
     started = LAUNCHED.get(launcher)
     if started and started not in os.environ:
         raise UserError(
-            f'--launcher {launcher} needs the environment of its processes; '
-            f'{started} is not set'
+            f'--launcher {launcher} is for processes that it started; in this '
+            f'one {started} is not set'
         )
     if 'runner_type' in config:
         return RUNNERS.build(config)
     return Runner.from_cfg(config)
 
 
-def _task(config: Config) -> Task:
-    return TASKS.get(config.get('default_scope'), OTHERS)
+def _package(config: Config) -> Package:
+    return PACKAGES.get(config.get('default_scope'), OTHERS)
 
 
 def _enable_amp(config: Config) -> None:
-    """Train in mixed precision, the loss scaled dynamically."""
+    """Switch the config to mixed precision with dynamic loss scaling."""
     kind = config.optim_wrapper.get('type', 'OptimWrapper')
     if kind not in ('OptimWrapper', 'AmpOptimWrapper'):
         raise UserError(
-            f'--amp takes the place of OptimWrapper; optim_wrapper.type of '
+            f'--amp can replace only OptimWrapper; optim_wrapper.type of '
             f'the config is {kind}'
         )
     if get_device() == 'cpu':
@@ -335,29 +348,29 @@ def _enable_amp(config: Config) -> None:
 
 
 def _enable_drawing(config: Config, args: argparse.Namespace) -> None:
-    task = _task(config)
+    package = _package(config)
     hook = config.get('default_hooks', {}).get('visualization')
     if hook is None:
         raise UserError(
             '--show and --show-dir need default_hooks.visualization in the '
             'config'
         )
-    hook[task.draw] = True
+    hook[package.draw] = True
     hook.show = args.show
     hook.wait_time = args.wait_time
     hook.interval = args.interval
     if args.show_dir:
-        config.merge_from_dict({task.show_dir: args.show_dir})
+        config.merge_from_dict({package.show_dir: args.show_dir})
 
 
 def _enable_tta(config: Config) -> None:
-    """Average predictions over test-time augmentation.
+    """Switch the config to predictions averaged over test-time augmentation.
 
-    The config's own `tta_model` and `tta_pipeline`, or else flipping, where
-    the host has a model that merges it.
+    The config's own `tta_model` and `tta_pipeline` are used if it has them.
+    The default is the package's `tta_model` on the image and its mirror image.
     """
-    task = _task(config)
-    model = config.get('tta_model', task.tta_model)
+    package = _package(config)
+    model = config.get('tta_model', package.tta_model)
     if model is None:
         raise UserError('--tta needs tta_model in the config')
     dataset = config.test_dataloader.dataset
@@ -366,13 +379,13 @@ def _enable_tta(config: Config) -> None:
     pipeline = config.get('tta_pipeline')
     if pipeline is None:
         *pipeline, pack = copy.deepcopy(dataset.pipeline)
-        if task.tta_meta:
+        if package.tta_meta:
             usual = pack.get(
                 'meta_keys',
                 ('img_id', 'img_path', 'ori_shape', 'img_shape')
                 + ('scale_factor',),
             )
-            pack.meta_keys = (*usual, *task.tta_meta)
+            pack.meta_keys = (*usual, *package.tta_meta)
         flips = [dict(type='RandomFlip', prob=prob) for prob in (1.0, 0.0)]
         pipeline.append(dict(type='TestTimeAug', transforms=[flips, [pack]]))
     dataset.pipeline = pipeline

@@ -1,5 +1,5 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""What tools measure and report: latency in turns, tables, files."""
+"""Helpers of tools that measure: latencies, tables, report files, plots."""
 
 from __future__ import annotations
 
@@ -22,10 +22,17 @@ WIDEST = 10_000
 def interleaved_latency(
     calls: List[Callable[[], object]], rounds: int = 15
 ) -> List[float]:
-    """The median seconds of each call on one thread, all called in turn.
+    """Measure the median latency of each call, in seconds on one thread.
 
-    What else the machine does then touches all of them alike. The first two
-    rounds do not count.
+    A round runs every call once. So other load on the machine slows all calls
+    alike, and their ratios stay right. Two rounds of warm-up do not count.
+
+    Args:
+        calls: The functions to time.
+        rounds: How many times each is timed.
+
+    Returns:
+        list: A median for each call.
     """
     seconds = [[] for _ in calls]
     threads = torch.get_num_threads()
@@ -48,16 +55,16 @@ def print_table(
     caption: Optional[str] = None,
     title: Optional[str] = None,
 ) -> None:
-    """Print rows of text as a table, numbers to the right.
+    """Print a table; all columns but the first are aligned to the right.
 
-    Into a file or a pipe it is as wide as it needs to be; on a terminal that
-    is too narrow, cells take more lines, and lose nothing.
+    In a file or a pipe the table is as wide as it needs to be. On a terminal
+    that is too narrow, long cells wrap, so that no text is cut off.
 
     Args:
         header: A title for each column.
-        rows: As many cells each.
-        caption: Stands below the table.
-        title: Stands above it.
+        rows: For each row a text for each column.
+        caption: Text below the table.
+        title: Text above the table.
     """
     from rich.console import Console
     from rich.measure import Measurement
@@ -82,18 +89,21 @@ def print_table(
 def report_files(
     *paths: Optional[str], overwrite: bool = False
 ) -> Iterator[List[Optional[str]]]:
-    """`all_or_nothing` for files of which some were not asked for.
+    """Write optional report files, all of them or none.
 
     Args:
-        paths: The files to write, None for one that is not.
+        paths: The files to write; None for a report that the user did not
+            ask for.
         overwrite: Whether existing files may be replaced.
 
     Yields:
-        list: A temporary path for each file, None for None.
+        list: For each path a temporary one to write to, which is moved to its
+        place at the end; None for None.
 
     Raises:
-        UserError: As of :func:`~mmdbb.files.atomic.all_or_nothing`,
-            before any work.
+        UserError: Before any work, if a file exists and may not be replaced,
+            or cannot be written, see
+            :func:`~mmdbb.files.atomic.all_or_nothing`.
     """
     asked_for = [path for path in paths if path is not None]
     with contextlib.ExitStack() as stack:
@@ -108,10 +118,11 @@ def check_picture(path: Optional[str]) -> None:
     """Raise early if a picture cannot be drawn.
 
     Args:
-        path: The file to write; None for none.
+        path: The file to write; None if no picture was asked for.
 
     Raises:
-        UserError: If matplotlib is missing, or does not know the format.
+        UserError: If matplotlib is missing, or cannot write the format that
+            the path ends in.
     """
     if path is None:
         return

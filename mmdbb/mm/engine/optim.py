@@ -1,9 +1,9 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""The papers' optimizer rules, where mmengine's ``paramwise_cfg`` cannot.
+"""The papers' optimizer rules, which mmengine's constructor cannot express.
 
-mmengine lets one rule win for each parameter, and none of its own reaches the
-bias of a norm or a norm inside a depthwise block. The rules here are those of
-``sgd_optimizer`` in the training code of DBB, RepVGG and OREPA.
+mmengine applies only one rule of its ``paramwise_cfg`` to a parameter, and has
+none for the bias of a norm or for a norm inside a depthwise block. The rules
+here come from ``sgd_optimizer`` in the training code of DBB, RepVGG and OREPA.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from mmdbb.branches.identity import Identity
 from mmdbb.conv_norms import conv_norm_pairs
 
 NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)
-#: What stands before the first stage of a backbone that does not say it by
-#: ``stem_names``: the names that OpenMMLab's packages have for it.
+#: The parts of a backbone before its first stage, under the names that the
+#: OpenMMLab packages use. A backbone class can name others by ``stem_names``.
 STEM_NAMES = ('conv1', 'bn1', 'stem')
-#: Rules that multiply, and what each is for.
+#: Rule that multiplies -> the parameters that it is for, for messages.
 FACTORS = {
     'bias_lr_mult': 'bias',
     'bias_decay_mult': 'bias',
@@ -32,7 +32,7 @@ FACTORS = {
     'identity_decay_mult': 'identity branch with a norm',
     'depthwise_decay_mult': 'depthwise convolution',
     'stem_lr_mult': f'stem, which is one of {STEM_NAMES} of model.backbone, '
-    'or what its class says by stem_names',
+    'or one of the parts that its class lists in stem_names',
 }
 RULES = (*FACTORS, 'custom_l2', 'custom_keys')
 
@@ -41,35 +41,38 @@ RULES = (*FACTORS, 'custom_l2', 'custom_keys')
 class ReparamOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     """Builds an optimizer by the papers' rules.
 
-    What applies to a parameter is multiplied, so that a bias in the stem has
-    both learning rates' factors. Parameters with the same values make one
-    group. ``paramwise_cfg`` takes:
+    The factors of all rules that apply to a parameter are multiplied: a bias
+    in the stem gets ``bias_lr_mult`` times ``stem_lr_mult``. Parameters with
+    the same learning rate and weight decay share a group. ``paramwise_cfg``
+    takes:
 
-    - ``bias_lr_mult``, ``bias_decay_mult``: for every bias, those of norms
-      too.
-    - ``norm_decay_mult``: for weight and bias of norms.
-    - ``identity_decay_mult``: in place of the latter, for the weight of the
-      norm that is an identity branch.
-    - ``depthwise_decay_mult``: for depthwise convolutions, plain or blocks,
-      all that is in them, and the norms behind them.
-    - ``stem_lr_mult``: for what stands before the backbone's first stage:
-      the parts that its class names in ``stem_names``, by default
+    - ``bias_lr_mult``, ``bias_decay_mult``: for every bias, also the biases
+      of norms.
+    - ``norm_decay_mult``: for the weight and the bias of norms.
+    - ``identity_decay_mult``: for the weight of a norm that is an identity
+      branch; it replaces ``norm_decay_mult`` there.
+    - ``depthwise_decay_mult``: for all parameters of depthwise convolutions,
+      plain ones and blocks, and of the norms behind them.
+    - ``stem_lr_mult``: for the parts before the backbone's first stage. Its
+      class names them in ``stem_names``; the default is
       ``('conv1', 'bn1', 'stem')``.
     - ``custom_l2``: whether to add RepVGG's own penalty to the loss (half of
       the weight decay times :meth:`RepVGGConv.get_custom_L2
-      <mmdbb.blocks.repvgg.RepVGGConv.get_custom_L2>`), in place of weight
-      decay in those blocks; an identity branch keeps its own.
-    - ``custom_keys``: parts of names -> ``lr_mult``, ``decay_mult``; of
-      several that match, the longest.
+      <mmdbb.blocks.repvgg.RepVGGConv.get_custom_L2>`). The parameters of
+      these blocks then get no weight decay; only the norms of identity
+      branches keep it.
+    - ``custom_keys``: part of a name -> ``lr_mult``, ``decay_mult``. If
+      several match a parameter's name, the longest counts.
 
     Args:
-        optim_wrapper_cfg: Config of the wrapper, with its ``optimizer``.
-        paramwise_cfg: The rules.
+        optim_wrapper_cfg: Config of the optimizer wrapper, with its
+            ``optimizer``.
+        paramwise_cfg: The rules and their values.
 
     Raises:
-        ValueError: If there is a rule of another name, or one finds no
-            parameter that is trained: none of that kind, all of them frozen,
-            or another rule in its place.
+        ValueError: If a rule is unknown, or changes no parameter that is
+            trained: because the model has none of that kind, all of them are
+            frozen, or another rule took the rule's place.
 
     Examples:
         >>> from mmengine.optim import build_optim_wrapper
@@ -92,12 +95,16 @@ class ReparamOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             )
         if self.base_lr is None or self.base_wd is None:
             raise ValueError(
-                'the optimizer needs lr and weight_decay, which the rules '
-                f'multiply, got {self.optimizer_cfg}'
+                'the optimizer needs lr and weight_decay, because the rules '
+                f'multiply them; got {self.optimizer_cfg}'
             )
 
     def __call__(self, model: nn.Module) -> OptimWrapper:
-        """Build the optimizer and its wrapper for a model."""
+        """Build the optimizer and its wrapper for a model.
+
+        Args:
+            model: The model, or a distributed wrapper of it.
+        """
         model = getattr(model, 'module', model)
         if not self.paramwise_cfg.get('custom_l2'):
             return super().__call__(model)
@@ -123,13 +130,16 @@ class ReparamOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         prefix: str = '',
         is_dcn_module: Optional[bool] = None,
     ) -> None:
-        """Add groups of a model's parameters; mmengine's hook for rules.
+        """Group a model's parameters by learning rate and weight decay.
+
+        mmengine calls this method while it builds the optimizer.
 
         Args:
-            params: The groups; changed in place.
+            params: List that gets the groups, in place.
             module: The model.
-            prefix: Not used, as the model is walked at once.
-            is_dcn_module: Not used.
+            prefix: Not used: mmengine passes it when it recurses into
+                modules, and this method handles the whole model in one call.
+            is_dcn_module: Not used, for the same reason.
         """
         found = _Parameters(module)
         groups: Dict[Tuple[float, float], dict] = {}
@@ -156,12 +166,12 @@ class ReparamOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     def _factors(
         self, name: str, found: _Parameters, used: Set[str]
     ) -> Tuple[float, float]:
-        """What multiplies learning rate and weight decay of a parameter.
+        """The factors of a parameter's learning rate and weight decay.
 
         Args:
-            name: The parameter's.
-            found: Which parameters the rules are for.
-            used: Gets the names of the rules and keys that apply.
+            name: Name of the parameter in the model.
+            found: The parameters that each rule is for.
+            used: Set that gets the rules and keys which applied, in place.
         """
         cfg = self.paramwise_cfg
         is_bias = name.rpartition('.')[2] == 'bias'
@@ -192,10 +202,10 @@ class ReparamOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         return factors['lr'], factors['decay']
 
     def _refuse_idle_rules(self, used: Iterable[str]) -> None:
-        """Raise if a rule has changed nothing.
+        """Raise if a rule changed nothing: it is likely a mistake.
 
         Args:
-            used: The rules and the keys of ``custom_keys`` that applied.
+            used: Names of the rules and keys of ``custom_keys`` that applied.
         """
         for rule, kind in FACTORS.items():
             if rule in self.paramwise_cfg and rule not in used:
@@ -207,35 +217,51 @@ class ReparamOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         idle = sorted(set(keys) - set(used))
         if idle:
             raise ValueError(
-                f'custom_keys {idle} find nothing to change: no parameter '
-                'that is trained has such a name, or a longer key fits it'
+                f'custom_keys {idle} find nothing to change: they match no '
+                'parameter that is trained, or only where a longer key does'
             )
 
 
 class CustomL2:
     """Mixin for optimizer wrappers: adds RepVGG's penalty to each loss.
 
-    RepVGG's code, ``train.py`` with ``--custwd``. The gradients come from
-    the same backward pass as the loss's, so accumulation, mixed precision
-    and distributed training are the wrapper's.
+    RepVGG's ``train.py`` does this with ``--custwd``. The penalty is added
+    before the backward pass, so the wrapper's gradient accumulation, mixed
+    precision and distributed training work as ever.
     """
 
     def set_custom_l2(
         self, blocks: List[ReparamConv2d], weight_decay: float
     ) -> None:
-        """Say which blocks are penalised, and how much."""
+        """Set the blocks to penalise, and the factor of their penalty.
+
+        Args:
+            blocks: The blocks, which have ``get_custom_L2``.
+            weight_decay: The optimizer's weight decay; half of it multiplies
+                the penalty.
+        """
         self.custom_l2_blocks = blocks
         self.custom_l2_decay = weight_decay
 
     def update_params(self, loss: Tensor, *args, **kwargs) -> None:
-        """As the wrapper's own, of the loss and half the decay times L2."""
+        """Update the parameters by the loss plus the penalty.
+
+        Args:
+            loss: The loss, a scalar.
+            args: Further arguments of the wrapper's own method.
+            kwargs: Further keywords of the wrapper's own method.
+        """
         squares = sum(block.get_custom_L2() for block in self.custom_l2_blocks)
         penalty = 0.5 * self.custom_l2_decay * squares
         super().update_params(loss + penalty, *args, **kwargs)
 
 
 def custom_l2_blocks(model: nn.Module) -> Dict[str, ReparamConv2d]:
-    """Names -> blocks that are trained and have ``get_custom_L2``."""
+    """Find the blocks that are trained and have ``get_custom_L2``, by name.
+
+    Args:
+        model: The model to search.
+    """
     return {
         name: module
         for name, module in model.named_modules()
@@ -247,7 +273,7 @@ def custom_l2_blocks(model: nn.Module) -> Dict[str, ReparamConv2d]:
 
 
 class _Parameters:
-    """Which parameters of a model the rules are for, by name."""
+    """The names of the parameters that each kind of rule is for."""
 
     def __init__(self, model: nn.Module) -> None:
         self.norms: Set[str] = set()

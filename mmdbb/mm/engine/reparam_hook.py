@@ -24,19 +24,20 @@ from mmdbb.mm.outputs import Proof, Source, output_paths
 
 @HOOKS.register_module()
 class ReparamHook(Hook):
-    """Writes the deploy files beside each best checkpoint.
+    """Merges each best checkpoint, and writes the deploy files beside it.
 
-    ``best_accuracy_top1_epoch_3.pth`` gets
-    ``best_accuracy_top1_epoch_3_deploy.pth`` and ``.py``; both go when a
-    better checkpoint takes its place. Training goes on as without the hook:
-    what is merged is read from the file that ``CheckpointHook`` wrote. If it
-    cannot be merged, the log says why.
+    Beside ``best_accuracy_top1_epoch_3.pth`` the hook writes
+    ``best_accuracy_top1_epoch_3_deploy.pth`` and ``.py``. It removes both when
+    ``CheckpointHook`` has replaced the checkpoint by a better one. The hook
+    reads the file that ``CheckpointHook`` wrote and never touches the network
+    in training, so training goes on unchanged. If merging fails, the log says
+    why.
 
     Args:
-        suffix: What follows the checkpoint's name.
-        ema: True to merge the averaged weights, False for those that training
-            goes on with; None for the averaged ones if there are any.
-        unsafe: Whether to run what code the checkpoint holds.
+        suffix: Ending that is added to the checkpoint's name.
+        ema: True to merge the averaged weights, False to merge the weights
+            that are trained; None for the averaged ones if there are any.
+        unsafe: Whether to run code that the checkpoint holds.
         options: Fields of :class:`~mmdbb.mm.outputs.Proof`, such as
             ``image_size=(64, 64)`` for the comparison, and of
             :class:`~mmdbb.mm.deploy.merge.MergeOptions`, such as
@@ -47,7 +48,7 @@ class ReparamHook(Hook):
         'LOWEST'
     """
 
-    # After CheckpointHook (VERY_LOW), in whose files it reads.
+    # After CheckpointHook (VERY_LOW), whose files this hook reads.
     priority = 'LOWEST'
 
     def __init__(
@@ -69,7 +70,8 @@ class ReparamHook(Hook):
         self.suffix, self.ema, self.unsafe = suffix, ema, unsafe
         self.proof = _of(Proof, options)
         self.merging = _of(MergeOptions, options)
-        #: Metric -> path and score of the best checkpoint that is known.
+        #: Metric -> path and score of the best checkpoint merged so far, or
+        #: found at the start; None outside of training.
         self.known: Optional[Dict[str, Tuple[str, object]]] = None
 
     def before_train(self, runner: Runner) -> None:
@@ -79,8 +81,8 @@ class ReparamHook(Hook):
     def after_val_epoch(
         self, runner: Runner, metrics: Optional[Dict[str, float]] = None
     ) -> None:
-        """Merge what became the best."""
-        if self.known is None:  # not training
+        """Merge the checkpoints that have become the best of a metric."""
+        if self.known is None:  # validation without training
             return
         for metric, best in best_checkpoints(runner).items():
             old = self.known.get(metric)
@@ -94,7 +96,8 @@ class ReparamHook(Hook):
         try:
             with _random_numbers_kept():
                 result = deploy_checkpoint(
-                    # Whoever trains cannot pass --unsafe-load.
+                    # None, not False: with False an error message advises
+                    # --unsafe-load, which tools/train.py does not have.
                     Source(runner.cfg, path, self.ema, self.unsafe or None),
                     self._out(path),
                     self.merging,
@@ -104,8 +107,8 @@ class ReparamHook(Hook):
         except Exception as error:
             if interruption(error) is not None:
                 raise
-            # Days of training must not end for want of a file that can be
-            # made again.
+            # Days of training must not end because one merge failed: the user
+            # can merge the checkpoint later with tools/reparam.py.
             runner.logger.exception(f'{path} is not merged: {error}')
         else:
             runner.logger.info(
@@ -122,16 +125,16 @@ class ReparamHook(Hook):
 
 
 def _of(kind: type, options: dict) -> tuple:
-    """A NamedTuple of those options that are fields of it."""
+    """Build a NamedTuple from those options that are its fields."""
     return kind(**{n: options[n] for n in kind._fields if n in options})
 
 
 @contextlib.contextmanager
 def _random_numbers_kept() -> Iterator[None]:
-    """Within the context random numbers are drawn as if they were not."""
+    """Restore the random state of Python, NumPy and torch on exit."""
     of_python, of_numpy = random.getstate(), np.random.get_state()
     try:
-        # Networks are built on the CPU.
+        # Merging draws on the CPU only, where the networks are built.
         with torch.random.fork_rng(devices=[]):
             yield
     finally:

@@ -1,9 +1,10 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""Random numbers that a resumed training draws as the uninterrupted one.
+"""A resumed training draws the random numbers of an uninterrupted one.
 
-What is drawn in a step follows from the seed and the step, not from what was
-drawn before it: validation, saving or a restart change nothing. So nothing
-needs to be kept in a checkpoint but the counts that are in it.
+All generators are seeded anew in each step, by the seed and the number of the
+step. So it does not matter what was drawn before: validation, saving or a
+restart change nothing. A checkpoint need not hold the generators' states; the
+epoch and the iteration, which it holds anyway, are enough.
 """
 
 from __future__ import annotations
@@ -28,9 +29,11 @@ from mmdbb.mm.host_internals import give_dataset
 class RepeatableHook(Hook):
     """Makes a resumed training equal to the uninterrupted one, bit by bit.
 
-    On the CPU, and on GPUs with ``randomness.deterministic``, with as many
-    processes and workers. An iteration-based training draws its images again
-    while mmengine skips those that were seen; it needs at least one worker.
+    This holds on the CPU, and on GPUs with ``randomness.deterministic``. The
+    numbers of processes and of workers must stay the same. When an
+    iteration-based training is resumed, mmengine loads all images that were
+    seen before once more and skips them, so that the later ones come out the
+    same; it needs at least one worker.
 
     Raises:
         UserError: If the config has no ``randomness.seed``.
@@ -43,7 +46,7 @@ class RepeatableHook(Hook):
     priority = 'VERY_HIGH'
 
     def before_run(self, runner: Runner) -> None:
-        """Refuse what cannot be repeated."""
+        """Raise if the config has no seed."""
         if runner.cfg.get('randomness', {}).get('seed') is None:
             raise UserError(
                 'a training is repeatable only from a seed; set one by '
@@ -51,14 +54,14 @@ class RepeatableHook(Hook):
             )
 
     def before_train(self, runner: Runner) -> None:
-        """Let images be drawn by the epoch and their index."""
+        """Let the augmentation of an image follow from epoch and index."""
         if isinstance(runner.train_loop, EpochBasedTrainLoop):
             loader = runner.train_dataloader
             seeded = SeededDataset(loader.dataset, runner.seed)
             give_dataset(loader, seeded)
 
     def before_train_epoch(self, runner: Runner) -> None:
-        """Let the workers know the epoch."""
+        """Tell the workers the number of the epoch."""
         dataset = runner.train_dataloader.dataset
         if isinstance(dataset, SeededDataset):
             dataset.epoch.fill_(runner.epoch)
@@ -66,19 +69,20 @@ class RepeatableHook(Hook):
     def before_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None
     ) -> None:
-        """Draw anew from here."""
+        """Seed all generators by the number of the iteration."""
         _seed(runner.seed, get_rank(), runner.iter)
 
 
 class SeededDataset(Dataset):
-    """A data set whose images follow from seed, epoch and index.
+    """A data set whose random augmentation follows from seed, epoch and index.
 
     Args:
-        dataset: The data set.
-        seed: Of the training.
+        dataset: The data set to wrap.
+        seed: Seed of the training.
 
     Attributes:
-        epoch: Shared with the workers, which outlive an epoch.
+        epoch: Number of the epoch, in a tensor of shape (1,). It lies in
+            shared memory, because workers go on from one epoch to the next.
     """
 
     def __init__(self, dataset: Any, seed: int) -> None:
@@ -97,7 +101,8 @@ class SeededDataset(Dataset):
             self._drawn.clear()
             self._drawn_in = epoch
         self._drawn[index] += 1
-        # In the training's own process that follows from the seed as well.
+        # Number 0 stands for the training process itself, which loads the
+        # images if there are no workers.
         worker = get_worker_info()
         place = get_rank(), 0 if worker is None else worker.id + 1
         _seed(self._seed, *place, epoch, int(index), self._drawn[index])
@@ -110,7 +115,7 @@ class SeededDataset(Dataset):
 
 
 def _seed(*numbers: int) -> None:
-    """Seed all generators of this process by some numbers."""
+    """Seed Python, NumPy and torch in this process by some numbers."""
     words = np.random.SeedSequence(numbers).generate_state(3)
     random.seed(int(words[0]))
     np.random.seed(words[1])

@@ -1,9 +1,10 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""Which checkpoint an interrupted training goes on from.
+"""Find the checkpoint from which an interrupted training resumes.
 
-mmengine follows the file ``last_checkpoint``, whatever it says. A process
-that is killed can leave it empty, or before what it names is whole. So here
-the checkpoints themselves are asked, the newest first.
+mmengine resumes from the checkpoint that the file ``last_checkpoint`` names,
+without a check. After a process was killed, that file may be empty, or name a
+checkpoint that is truncated. So mmdbb reads the checkpoints themselves, the
+newest first, and takes the first one that is whole.
 """
 
 from __future__ import annotations
@@ -33,11 +34,11 @@ from mmdbb.mm.host_internals import (
 )
 from mmdbb.mm.host_loading import load_from_local
 
-#: A checkpoint that counts more was not written by a training.
+#: Limit of the counts of epochs and iterations; no training reaches it.
 MOST_STEPS = 10**12
-#: Of a group of parameters: what an optimizer and its schedulers compute with.
+#: Entries of a parameter group that optimizers and schedulers compute with.
 NUMBERS = ('lr', 'initial_lr', 'momentum', 'initial_momentum', 'weight_decay')
-#: What torch's optimizers keep in the shape of a parameter.
+#: Entries of the state of torch's optimizers that have a parameter's shape.
 LIKE_PARAMETERS = frozenset(
     ('momentum_buffer', 'exp_avg', 'exp_avg_sq', 'max_exp_avg_sq', 'exp_inf')
     + ('square_avg', 'grad_avg', 'acc_delta', 'sum', 'prev', 'ax')
@@ -45,19 +46,20 @@ LIKE_PARAMETERS = frozenset(
 
 
 def newest_whole_checkpoint(config: Config) -> Optional[str]:
-    """The newest checkpoint of a work folder that is whole.
+    """Find the newest checkpoint of a work folder that is whole.
 
-    Says on stdout which it is, and why not a newer one.
+    The chosen checkpoint is printed, and for each newer one the reason why it
+    was passed over.
 
     Args:
-        config: With ``work_dir``.
+        config: Config of the training, with ``work_dir``.
 
     Returns:
-        str: Its path; None if the folder has no checkpoint at all.
+        str: Path of the checkpoint; None if the folder has none at all.
 
     Raises:
-        UserError: If there are some, but none is whole, or known to be one
-            of a training by its name.
+        UserError: If the folder has checkpoints, but none of them is whole,
+            or none has a name that this training gives to checkpoints.
     """
     hook = _checkpoint_hook(config)
     folder = checkpoint_folder(config.work_dir, hook.get('out_dir'))
@@ -82,7 +84,7 @@ def newest_whole_checkpoint(config: Config) -> Optional[str]:
             for reason in reasons:
                 print(f'passed over: {reason}')
             if pointed and os.path.realpath(pointed) != os.path.realpath(path):
-                print(f'{POINTER} names another one, or none: {pointed}')
+                print(f'{POINTER} names another file, {pointed}')
             print(f'resuming from {path}')
         return path
     where = ' and '.join(folders)
@@ -93,19 +95,23 @@ def newest_whole_checkpoint(config: Config) -> Optional[str]:
         )
     others = _others(folders, config.get('load_from'))
     if others or pointed:
-        names = some(others, 9) if others else f'gone is {pointed}'
+        names = some(others, 9) if others else f'{pointed} is gone'
         raise UserError(
             f'nothing in {where} has the name of a checkpoint of this '
             f'training ({names}); name one by --resume PATH, or choose '
             'another --work-dir to start over'
         )
     if is_main_process():
-        print(f'nothing to resume in {where}: training starts from the start')
+        print(f'nothing to resume in {where}: training starts anew')
     return None
 
 
 def saves_optimizer(config: Config) -> bool:
-    """Whether the checkpoints of a training hold its optimizer's state."""
+    """Whether the checkpoints of a training hold its optimizer's state.
+
+    Args:
+        config: Config of the training.
+    """
     return bool(_checkpoint_hook(config).get('save_optimizer', True))
 
 
@@ -115,7 +121,7 @@ def _checkpoint_hook(config: Config) -> dict:
 
 def _pointed(work_dir: str) -> Optional[str]:
     path = os.path.join(work_dir, POINTER)
-    if not os.path.isfile(path):  # a pipe may never say anything
+    if not os.path.isfile(path):  # reading a pipe may never end
         return None
     try:
         with open(path, 'rb') as file:
@@ -130,12 +136,18 @@ def _pointed(work_dir: str) -> Optional[str]:
 def _checkpoints(
     folders: List[str], templates: List[str], pointed: Optional[str]
 ) -> List[str]:
-    """Paths of checkpoints, those of the latest step first."""
+    """List the checkpoints in some folders, those of the latest step first.
+
+    Args:
+        folders: The folders to look in.
+        templates: Templates of the checkpoints' names, the config's first.
+        pointed: Path that mmengine's pointer names, if any.
+    """
     patterns = list(dict.fromkeys(map(_pattern, templates)))
-    # Path -> which pattern it is of, step, and when it was written.
+    # Path -> number of the pattern that its name fits, step, time of writing.
     found: Dict[str, Tuple[int, int, float]] = {}
     paths = [os.path.join(f, name) for f in folders for name in _names(f)]
-    # Its name may be of a template that has been changed since.
+    # The pointer may name a file from before the template was changed.
     if pointed and os.path.lexists(pointed) and pointed not in paths:
         real = {os.path.realpath(path) for path in paths}
         if os.path.realpath(pointed) not in real:
@@ -147,7 +159,7 @@ def _checkpoints(
         kind = next((i for i, m in enumerate(matches) if m), len(patterns))
         if kind == len(patterns) and os.path.realpath(path) != pointed:
             continue
-        # Without a step: a fixed name, or one that only the pointer knows.
+        # Names without a step: a fixed name, or a file that fits no pattern.
         step = -1
         if kind < len(patterns) and patterns[kind].groups:
             step = int(matches[kind][1])
@@ -156,20 +168,21 @@ def _checkpoints(
         except OSError:  # a link to nowhere
             found[path] = kind, step, 0.0
     if len({kind for kind, _, _ in found.values()}) > 1:
-        # Epochs and iterations do not compare: a run that was counted anew.
+        # Steps of different patterns (epochs, iterations) do not compare; the
+        # time of writing does.
         return sorted(found, key=lambda p: found[p][:0:-1], reverse=True)
     return sorted(found, key=lambda p: found[p][1:], reverse=True)
 
 
 def _pattern(template: str) -> re.Pattern:
-    """What the names are like that a template gives; its group is the step.
+    """Turn a template of names into a pattern, whose group is the step.
 
     Args:
-        template: As for ``str.format`` with the step, such as
-            ``epoch_{:03d}.pth``; without a field it is one name.
+        template: Format string that ``str.format`` fills with the step, such
+            as ``epoch_{:03d}.pth``. One without a field is a fixed name.
 
     Raises:
-        UserError: If it is no template.
+        UserError: If it is no valid format string.
     """
     pattern, fields = '', 0
     try:
@@ -182,7 +195,7 @@ def _pattern(template: str) -> re.Pattern:
     for text, field, _, _ in parts:
         pattern += re.escape(text)
         if field is not None:
-            # The same step again; blanks are what a width may fill with.
+            # Only the first field is the group; a width may pad with blanks.
             pattern += ' *([0-9]{1,18}) *' if not fields else ' *[0-9]+ *'
             fields += 1
     return re.compile(pattern)
@@ -193,7 +206,12 @@ def _names(folder: str) -> List[str]:
 
 
 def _others(folders: List[str], start: Optional[str]) -> List[str]:
-    """Checkpoints of any name, but the one that a training starts from."""
+    """Names of all ``.pth`` files but the one that the training starts from.
+
+    Args:
+        folders: The folders to look in.
+        start: The config's ``load_from``, if any.
+    """
     start = os.path.realpath(start) if start else None
     paths = [os.path.join(f, name) for f in folders for name in _names(f)]
     return [
@@ -206,15 +224,17 @@ def _others(folders: List[str], start: Optional[str]) -> List[str]:
 def check_resumable(
     content: dict, path: str, needs_optimizer: bool = True
 ) -> None:
-    """Raise unless a training can go on from what a checkpoint holds.
+    """Raise unless a training can resume from a checkpoint.
 
     Args:
-        content: What it holds.
-        path: The file, for the message.
-        needs_optimizer: Whether its optimizer's state must be there.
+        content: Content of the checkpoint.
+        path: Path of the checkpoint, for messages.
+        needs_optimizer: Whether the checkpoint must hold the state of the
+            optimizer.
 
     Raises:
-        UserError: It says what is missing.
+        UserError: If an entry is missing, of the wrong form or not finite.
+            The message names it.
     """
     hub, meta = content.get('message_hub'), content.get('meta')
     if hub is None:
@@ -222,7 +242,7 @@ def check_resumable(
             f'cannot resume from {path}: it holds weights and no '
             'state of a training'
         )
-    # mmengine goes on without, if there is none.
+    # mmengine would silently resume without the optimizer's state.
     optimizer = content.get('optimizer', None if needs_optimizer else {})
     strange = [
         name
@@ -245,38 +265,39 @@ def check_resumable(
         strange = _strange_in_optimizers(optimizer)
     if strange:
         raise UserError(
-            f'cannot resume from {path}: of another form, or missing, is '
+            f'cannot resume from {path}: missing or of the wrong form: '
             f'{some(strange, 9)}'
         )
     if 'config' in meta:
-        # mmengine never writes it, but runs it to count the GPUs it names.
+        # mmengine never writes this entry. But if it is there, mmengine runs
+        # it as a config, to learn the number of GPUs.
         raise UserError(
             f'cannot resume from {path}: its meta.config would be run as code'
         )
     infinite = _infinite_in(optimizer)
     if infinite:
         raise UserError(
-            f'cannot resume from {path}: not finite, or no plain numbers, is '
-            f'{some(infinite)}'
+            f'cannot resume from {path}: not finite numbers: {some(infinite)}'
         )
 
 
 @contextlib.contextmanager
 def explained_resume(path: str) -> Iterator[None]:
-    """Within the context, what cannot be resumed is a mistake of the file.
+    """Within the context, any error becomes one that blames the checkpoint.
 
     Args:
-        path: The file.
+        path: Path of the checkpoint that is resumed.
 
     Raises:
-        UserError: It names the file.
+        UserError: If there was an error. The message names the file.
     """
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        # Optimizers, schedulers and hooks of any kind take their states.
+        # Optimizers, schedulers and hooks of any kind load their states here,
+        # and may raise anything.
         if interruption(error) is not None:
             raise
         raise UserError(
@@ -286,18 +307,18 @@ def explained_resume(path: str) -> Iterator[None]:
 
 
 def check_resumed(optimizer: Any, path: str) -> None:
-    """Raise unless an optimizer's state is of the shapes of its parameters.
+    """Raise unless an optimizer's state has the shapes of its parameters.
 
-    torch takes any, and fails in the first step.
+    torch loads states of any shape, and fails only in the first step.
 
     Args:
-        optimizer: With a state that was loaded.
-        path: The file, for the message.
+        optimizer: The optimizer, with its loaded state.
+        path: Path of the checkpoint, for messages.
 
     Raises:
-        UserError: It says of which shapes it is.
+        UserError: If a shape differs. The message gives both shapes.
     """
-    # Other packages' keep states of their own shapes under the same names.
+    # Optimizers of other packages may use these names for other shapes.
     if not type(optimizer).__module__.startswith('torch.optim'):
         return
     for parameter, values in optimizer.state.items():
@@ -332,7 +353,11 @@ def _is_text(meta: Any, key: str) -> bool:
 
 
 def _are_schedulers(states: Any) -> bool:
-    """Whether these are states of schedulers, in a dict if of several."""
+    """Whether these are states of schedulers.
+
+    Args:
+        states: A list of states; for several optimizers a dict of lists.
+    """
     if isinstance(states, dict):
         return all(
             isinstance(each, list) and _are_schedulers(each)
@@ -352,17 +377,22 @@ def _are_schedulers(states: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether it is a finite number, as such or as a tensor."""
+    """Whether a value is a finite number, or a tensor of one."""
     if isinstance(value, Tensor):
         return value.numel() == 1 and _is_finite(value)
     try:
         return isinstance(value, Real) and math.isfinite(value)
-    except OverflowError:  # an integer that is no float
+    except OverflowError:  # an integer too large for a float
         return False
 
 
 def _optimizers(state: dict) -> Dict[str, dict]:
-    """The states by name: mmengine keeps those of several in a dict."""
+    """Name the state of each optimizer.
+
+    Args:
+        state: The state of one optimizer, or mmengine's dict of the states of
+            several.
+    """
     if 'param_groups' in state or 'state' in state:
         return {'optimizer': state}
     return {
@@ -374,7 +404,11 @@ def _optimizers(state: dict) -> Dict[str, dict]:
 
 
 def _strange_in_optimizers(states: dict) -> List[str]:
-    """What no optimizer of torch takes, by name."""
+    """Names of the entries that no optimizer of torch can load.
+
+    Args:
+        states: The state of one optimizer, or of several in a dict.
+    """
     if not isinstance(states, dict):
         return ['optimizer']
     strange = []
@@ -398,7 +432,7 @@ def _strange_in_optimizers(states: dict) -> List[str]:
         if not isinstance(state, dict):
             strange.append(f'{name}.state')
             continue
-        # By number, torch keeps what belongs to a parameter.
+        # Under an integer key torch keeps the state of one parameter.
         strange += [
             f'{name}.state.{key}'
             for key, value in state.items()
@@ -408,7 +442,11 @@ def _strange_in_optimizers(states: dict) -> List[str]:
 
 
 def _infinite_in(states: dict) -> List[str]:
-    """Which values of optimizers' states are no finite numbers."""
+    """Names of the values in optimizers' states that are not finite numbers.
+
+    Args:
+        states: The state of one optimizer, or of several in a dict.
+    """
     return [
         f'{name}.state.{key}.{entry}'
         for name, optimizer in _optimizers(states).items()
@@ -424,7 +462,8 @@ def _infinite_in(states: dict) -> List[str]:
 def _is_finite(value: Tensor) -> bool:
     if value.is_nested or value.layout != strided or value.is_meta:
         return False
-    # A few bytes can claim to be many numbers, by strides of zero.
+    # With strides of zero, a few bytes can claim to be terabytes of numbers,
+    # which isfinite() would allocate.
     size = value.numel() * value.element_size()
     if size > value.untyped_storage().nbytes():
         return False

@@ -1,9 +1,10 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""mmengine's CheckpointHook, whose files appear whole or not at all.
+"""mmengine's CheckpointHook, made safe for a process that is killed.
 
-mmengine removes the old checkpoint, then writes the new one in place: a
-process that is killed in between leaves neither. Here each file is written
-beside its place and moved there, and the old one goes last.
+mmengine removes the old checkpoint, then writes the new one in place. A
+process that is killed in between leaves neither. Here the new file is written
+under a temporary name and moved to its place; only then is the old one
+removed.
 """
 
 from __future__ import annotations
@@ -29,13 +30,18 @@ BACKEND = 'mmdbb_whole'
 
 
 class WholeFiles(LocalBackend):
-    """Local files that are written whole."""
+    """mmengine's backend for local files; each appears whole or not at all."""
 
     def put(self, obj: bytes, filepath: str) -> None:
         """Write a file.
 
+        Args:
+            obj: The content.
+            filepath: The path to write to.
+
         Raises:
-            UserError: If it cannot be written; an old one is kept.
+            UserError: If the file cannot be written. An existing file is then
+                unchanged.
         """
         path = os.fspath(filepath)
         with all_or_nothing(path, overwrite=True) as (draft,):
@@ -48,14 +54,16 @@ register_backend(BACKEND, WholeFiles, force=True)
 
 @HOOKS.register_module()
 class WholeCheckpointHook(RemovingLast):
-    """Saves checkpoints as mmengine's hook, and never loses the last one.
+    """Saves checkpoints as mmengine's hook does, and never loses the last one.
 
-    ``tools/train.py`` puts it in the place of ``CheckpointHook``. A best
-    checkpoint that a resumed file names outside of the folder of checkpoints
-    is forgotten: it would be removed when a better one comes.
+    ``tools/train.py`` puts it in the place of ``CheckpointHook``. A resumed
+    checkpoint may name a best checkpoint in another folder, for instance of
+    an earlier run. The hook forgets that one, because otherwise it would
+    remove it when a better one comes.
 
     Args:
-        arguments: As of ``CheckpointHook``.
+        args: Positional arguments of ``CheckpointHook``.
+        arguments: Keyword arguments of ``CheckpointHook``.
 
     Examples:
         >>> HOOKS.build(dict(type='WholeCheckpointHook', interval=1)).interval
@@ -69,28 +77,29 @@ class WholeCheckpointHook(RemovingLast):
                 self.backend_args = dict(backend=BACKEND)
 
     def before_train(self, runner: Runner) -> None:
-        """Take over which checkpoints there are.
+        """Check the work folder, and take over the best checkpoints so far.
 
         Raises:
-            UserError: If mmengine's pointer could not be written: a pipe
-                would stop the training at its first checkpoint.
+            UserError: If ``last_checkpoint``, in which mmengine names the
+                newest checkpoint, is not a file. Writing to a pipe, say,
+                would never return.
         """
         pointer = os.path.join(runner.work_dir, POINTER)
         if os.path.exists(pointer) and not os.path.isfile(pointer):
             raise UserError(
-                f'{pointer} is not a file; remove it: it says which '
-                'checkpoint was written last'
+                f'{pointer} is not a file; remove it: mmengine writes there '
+                'which checkpoint is the newest'
             )
         for metric, (best, _) in best_checkpoints(runner).items():
             folder = os.path.dirname(os.path.realpath(best))
             if folder != os.path.realpath(self._folder(runner)):
                 runner.logger.warning(
                     f'best_ckpt{metric} of the checkpoint is not in '
-                    f'{runner.work_dir}, and forgotten: {best}'
+                    f'{runner.work_dir}; it is forgotten: {best}'
                 )
                 forget_best(runner, metric)
         super().before_train(runner)
 
     def _folder(self, runner: Runner) -> str:
-        """Where :meth:`CheckpointHook.before_train` puts checkpoints."""
+        """The folder in which ``CheckpointHook`` puts checkpoints."""
         return checkpoint_folder(runner.work_dir, self.out_dir)

@@ -1,2 +1,2 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""A network on its config's own data: images, figures, statistics of norms."""
+"""Run a network on its config's data: images, figures, norm statistics."""

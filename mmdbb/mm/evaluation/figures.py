@@ -1,5 +1,5 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""The config's own evaluator, on the network or on what replaces it."""
+"""Evaluate a network, or a substitute for it, by the config's evaluator."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from mmdbb.mm.engine.launch import build_runner
 from mmdbb.mm.evaluation.substitutes import running_instead
 from mmdbb.mm.host_internals import drop_hooks, name_run
 
-#: The figure that is reported, by evaluator.
+#: The main figures of the evaluators for classes, boxes and segments.
 FIGURES = ('accuracy/top1', 'coco/bbox_mAP', 'mIoU')
-#: Evaluators whose figures lie within 0 and 1.
+#: Evaluators that print figures between 0 and 1; the others print per cent.
 SHARES = ('coco/', 'pascal_voc/', 'cityscapes/', 'lvis/')
 
 
@@ -28,8 +28,9 @@ class Figure(NamedTuple):
     """One number of an evaluator.
 
     Attributes:
-        name: The evaluator's name for it.
-        points: Its value in hundredths, whatever the evaluator prints.
+        name: The evaluator's name for the number.
+        points: The number in hundredths (per cent), also where the evaluator
+            prints a share of 1.
     """
 
     name: str
@@ -38,13 +39,16 @@ class Figure(NamedTuple):
 
 @contextlib.contextmanager
 def quiet_runner(cfg: Config) -> Iterator[Runner]:
-    """A config's runner that says little and leaves no files.
+    """Build a config's runner that prints only errors and leaves no files.
 
     Args:
-        cfg: A config with a test dataloader and evaluator.
+        cfg: A config with a test dataloader and evaluator; unchanged.
+
+    Yields:
+        Runner: The runner, without hooks. Its work folder is temporary.
 
     Raises:
-        UserError: If the config has neither.
+        UserError: If the config lacks one of the two.
     """
     for name in ('test_dataloader', 'test_evaluator'):
         if cfg.get(name) is None:
@@ -54,7 +58,7 @@ def quiet_runner(cfg: Config) -> Iterator[Runner]:
     name_run(cfg, f'mmdbb_{id(cfg)}')
     with tempfile.TemporaryDirectory(prefix='mmdbb-') as folder:
         cfg.work_dir = folder
-        with contextlib.redirect_stdout(None):  # pycocotools talks
+        with contextlib.redirect_stdout(None):  # pycocotools prints
             runner = build_runner(cfg)
             drop_hooks(runner)
             try:
@@ -64,7 +68,7 @@ def quiet_runner(cfg: Config) -> Iterator[Runner]:
 
 
 def _close(runner: Runner) -> None:
-    """Let go of the log file, which its folder cannot outlive everywhere."""
+    """Close the log file: Windows cannot remove a folder with an open file."""
     if isinstance(runner.logger, MMLogger):
         for handler in list(runner.logger.handlers):
             handler.close()
@@ -76,21 +80,23 @@ def evaluate(
     network: Optional[Callable[[Tensor], List[Tensor]]] = None,
     name: Optional[str] = None,
 ) -> Figure:
-    """Run the test loop of a config.
+    """Run the test loop of a config, and take one figure from its evaluator.
 
     Args:
-        runner: With the trained network.
-        network: What runs in the network's place, see
-            :func:`mmdbb.mm.evaluation.substitutes.running_instead`.
-        name: Which figure; by default the first of :data:`FIGURES` that the
-            evaluator gives, or its first.
+        runner: The config's runner, with the trained network.
+        network: A substitute that computes the outputs instead of the
+            runner's network, see
+            :func:`mmdbb.mm.evaluation.substitutes.running_instead`; None to
+            evaluate the runner's own.
+        name: The figure to take. By default the first of :data:`FIGURES` that
+            the evaluator gives; if it gives none of them, its first figure.
 
     Returns:
-        Figure: In hundredths. A figure that an evaluator leaves out, as
-        COCO's does when nothing was detected, counts as 0.
+        Figure: The figure, in hundredths. If the evaluator gives no figures
+        at all, as COCO's does when nothing was detected, it is 0.
 
     Raises:
-        UserError: If the evaluator has no such figure.
+        UserError: If the evaluator gives other figures, but not this one.
     """
     model = runner.model
     mode = model.training
@@ -98,7 +104,7 @@ def evaluate(
     instead = running_instead(model, network) if network else None
     try:
         with instead or contextlib.nullcontext():
-            # As Runner.test(), which would load a checkpoint again.
+            # Not Runner.test(): it would load a checkpoint first.
             found = dict(runner.test_loop.run())
     finally:
         model.train(mode)

@@ -1,5 +1,5 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""Images to calibrate with: those of the config's own dataloader."""
+"""Take the images for calibration from the config's own dataloader."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ SPLITS = ('train', 'val', 'test')
 
 
 class Calibration(NamedTuple):
-    """Which images of the config's data sets a network is calibrated with.
+    """A choice of images from the config's data sets, for calibration.
 
     Attributes:
-        count: How many images; fewer if the data set has fewer.
-        split: Whose dataloader they come from: one of :data:`SPLITS`.
-        seed: Of shuffling and augmentation.
+        count: Number of images; all of them if the data set has fewer.
+        split: The split whose dataloader gives them: one of :data:`SPLITS`.
+        seed: Random seed for shuffling and augmentation.
     """
 
     count: int = 128
@@ -36,19 +36,23 @@ class Calibration(NamedTuple):
         model: nn.Module,
         size: Optional[Tuple[int, int]] = None,
     ) -> Tensor:
-        """The images, as they enter the network.
+        """Load the images, and normalise them as the network's input.
 
         Args:
             cfg: Config with the dataloader.
-            model: Its ``data_preprocessor`` normalises, as in a test.
-            size: Height and width in pixels that smaller images are padded
-                to, right and below; by default those of the first image.
+            model: The network; its ``data_preprocessor`` normalises the
+                images as in a test.
+            size: Height and width in pixels. Smaller images are padded to it
+                at the right and below. By default the size of the first
+                image.
 
         Returns:
-            Tensor: Shape (N, C, H, W).
+            Tensor: The images, shape (N, C, H, W).
 
         Raises:
-            UserError: If there are none from which a range can be learned.
+            UserError: If there are no images, an image is larger than
+                ``size``, or no range can be learned from them because all are
+                constant.
         """
         return calibration_images(
             cfg, model, self.count, self.split, size, self.seed
@@ -62,8 +66,9 @@ def first_size(
 
     Args:
         cfg: Config with the test dataloader.
-        model: Its ``data_preprocessor`` pads, as in a test.
-        seed: Of shuffling and augmentation.
+        model: The network; its ``data_preprocessor`` pads the image as in a
+            test.
+        seed: Random seed for shuffling and augmentation.
     """
     images = calibration_images(cfg, model, 1, 'test', seed=seed)
     return tuple(images.shape[-2:])
@@ -77,23 +82,24 @@ def calibration_images(
     size: Optional[Tuple[int, int]] = None,
     seed: int = 0,
 ) -> Tensor:
-    """The first images of a dataloader, as they enter the network.
+    """Load the first images of a dataloader, normalised as network input.
 
     Args:
         cfg: Config with the dataloader.
-        model: Its ``data_preprocessor`` normalises, as in a test.
-        count: How many images; fewer if the data set has fewer.
-        split: Whose dataloader: one of :data:`SPLITS`.
-        size: Height and width in pixels that smaller images are padded to,
-            right and below; by default that of the first image.
-        seed: Of shuffling and augmentation.
+        model: The network; its ``data_preprocessor`` normalises the images as
+            in a test.
+        count: Number of images; all of them if the data set has fewer.
+        split: The split whose dataloader gives them: one of :data:`SPLITS`.
+        size: Height and width in pixels. Smaller images are padded to it at
+            the right and below. By default the size of the first image.
+        seed: Random seed for shuffling and augmentation.
 
     Returns:
-        Tensor: Shape (N, C, H, W).
+        Tensor: The images, shape (N, C, H, W).
 
     Raises:
         UserError: If there are no images, an image is larger than ``size``,
-            or all images are constant: no range could be learned from them.
+            or no range can be learned from them because all are constant.
     """
     if count < 1:
         raise UserError(
@@ -121,10 +127,10 @@ def calibration_images(
 
 
 def check_calibration(images: Tensor) -> None:
-    """Raise if nothing can be learned from images.
+    """Raise if the range of a network's values cannot be learned from images.
 
     Args:
-        images: Shape (N, C, H, W).
+        images: The images, shape (N, C, H, W).
 
     Raises:
         UserError: If there are none, one is not finite, or all are constant.
@@ -136,19 +142,19 @@ def check_calibration(images: Tensor) -> None:
     if not (images.amax((2, 3)) - images.amin((2, 3))).any():
         raise UserError(
             f'all {len(images)} calibration images are constant: they say '
-            'nothing of the ranges inside the network'
+            'nothing about the ranges inside the network'
         )
 
 
 def pad_to(images: Tensor, size: Tuple[int, int]) -> Tensor:
-    """Zeros right and below, up to a size.
+    """Pad images with zeros at the right and below.
 
     Args:
-        images: Shape (N, C, H, W).
-        size: Height and width in pixels.
+        images: The images, shape (N, C, H, W).
+        size: Height and width to pad to, in pixels.
 
     Raises:
-        UserError: If an image is larger.
+        UserError: If the images are larger than that.
     """
     height, width = images.shape[-2:]
     if height > size[0] or width > size[1]:
@@ -164,7 +170,7 @@ def _inputs(cfg: Config, model: nn.Module, split: str, seed: int):
     if loader is None:
         raise UserError(f'the config has no {split}_dataloader')
     loader = copy.deepcopy(loader)
-    # In this process, so that the seed says which images they are.
+    # Load in this process, so that the seed alone determines the images.
     for key in ('persistent_workers', 'prefetch_factor', 'pin_memory'):
         loader.pop(key, None)
     loader.num_workers = 0

@@ -1,5 +1,5 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""Batch norms with the statistics of data, which at first change nothing."""
+"""Set the statistics of batch norms from data, without changing outputs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _BATCH = 32
 
 
 class ChannelStatistics(NamedTuple):
-    """Mean and variance over the pixels of all images, in float64.
+    """Mean and variance over all pixels of all images, in float64.
 
     Attributes:
         mean: Mean of each channel, shape (channels,).
@@ -33,17 +33,17 @@ def channel_statistics(
     images: Tensor,
     of_input: bool = False,
 ) -> Dict[str, ChannelStatistics]:
-    """Mean and variance of what modules return, or of what they are given.
+    """Compute the mean and variance of modules' outputs, or of their inputs.
 
     Args:
         model: A network, in eval mode.
-        modules: Some of its modules by name, which map (N, C, H, W) to the
-            like.
+        modules: Some of its modules by name. Their inputs and outputs are of
+            shape (N, C, H, W).
         images: Normalised images (N, C, H, W).
-        of_input: Whether to look at their inputs.
+        of_input: True for the inputs of the modules, False for the outputs.
 
     Returns:
-        dict: Of the modules that the images reach.
+        dict: Name -> statistics, for the modules that run on the images.
     """
     sums = {}
 
@@ -77,14 +77,16 @@ def channel_statistics(
 
 @torch.no_grad()
 def calibrate_norms_(model: nn.Module, images: Tensor) -> None:
-    """Give batch norms the statistics of data, and undo them by the weights.
+    """Give batch norms the statistics of data, and adapt weight and bias.
 
-    In eval mode nothing changes. But a norm that a merged network got to
-    hold a bias knows nothing of its input, and would change everything once
-    it is trained.
+    The outputs in eval mode stay the same, because weight and bias make up
+    for the new mean and variance. A merged network has norms that were added
+    only to hold a bias; their running statistics have nothing to do with
+    their input. In training mode a norm uses the statistics of its input, so
+    without this step the first step of training would change all outputs.
 
     Args:
-        model: A network, in eval mode.
+        model: A network, in eval mode. Its norms are changed in place.
         images: Normalised images (N, C, H, W).
     """
     norms = {

@@ -1,8 +1,8 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""Another network's outputs in the place of a host's own network.
+"""Let an OpenMMLab model predict with another network's outputs.
 
-The host keeps everything around its network: the data pipeline, the decoding
-of boxes, the resizing of logits, the evaluator.
+Everything around the network stays the OpenMMLab package's own: the data
+pipeline, the decoding of boxes, the resizing of logits, the evaluator.
 """
 
 from __future__ import annotations
@@ -23,17 +23,20 @@ from mmdbb.mm.host_internals import replaced
 def running_instead(
     model: nn.Module, network: Callable[[Tensor], List[Tensor]]
 ) -> Iterator[None]:
-    """Within the context a host's model predicts by another network.
+    """Within the context a model predicts with another network's outputs.
 
     Args:
         model: A classifier, segmentor or detector with a dense head, in eval
             mode.
-        network: From images (N, C, H, W) to the tensors that
-            :func:`mmdbb.mm.export.network.export_network` names, in their
-            order. Its ``size`` is height and width that it takes.
+        network: A function that maps images (N, C, H, W) to a list of
+            tensors: those that
+            :func:`mmdbb.mm.export.network.export_network` names, in the same
+            order. Its attribute ``size`` is the height and width in pixels
+            that it takes.
 
     Raises:
-        UserError: If there is no head that turns tensors into predictions.
+        UserError: If the model has no head that turns tensors into
+            predictions, or an image is not of the network's size.
     """
     heads = _heads(model)
     features, maps = _structures(model, heads[-1], network.size)
@@ -87,7 +90,13 @@ def _heads(model: nn.Module) -> List[nn.Module]:
 
 @torch.no_grad()
 def _structures(model: nn.Module, head: nn.Module, size: Tuple[int, int]):
-    """How features and the head's outputs are nested."""
+    """Find how the features and the head's outputs are nested.
+
+    Args:
+        model: The model.
+        head: Its head.
+        size: Height and width in pixels of the image to run the model on.
+    """
     found = []
     forward = head.forward
 

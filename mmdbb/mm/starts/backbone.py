@@ -14,20 +14,21 @@ from mmdbb.plain.weights import state_under
 
 @WEIGHT_INITIALIZERS.register_module(name='BackbonePretrained')
 class BackbonePretrainedInit(LoadedLast):
-    """Start a backbone from one's own run, all of it or not at all.
+    """Start a backbone from a training of your own; every entry must fit.
 
-    mmengine's ``Pretrained`` with ``prefix='backbone.'`` loads what happens
-    to fit, and logs the rest: of another block or another stem that is only
-    a part. Here every entry must fit.
+    mmengine's ``Pretrained`` with ``prefix='backbone.'`` loads the entries
+    that happen to fit, and only logs the others. With a checkpoint of another
+    block or another stem, a part of the backbone would then start at random.
 
     Args:
-        checkpoint: What a training with the same backbone wrote, on ImageNet
-            say; a path, or what mmengine's ``CheckpointLoader`` reads.
-        prefix: Under which name the backbone's entries stand.
+        checkpoint: Checkpoint of a training with the same backbone, on
+            ImageNet say: a path, or an address that mmengine's
+            ``CheckpointLoader`` reads.
+        prefix: Beginning of the names of the backbone's entries.
 
     Raises:
-        UserError: If the file is missing or holds no such entries, or they
-            do not fit; or another rule of the same ``init_cfg`` would
+        UserError: If the file is missing, has no entries with this prefix, or
+            they do not fit; or if another rule of the same ``init_cfg`` would
             overwrite the weights.
     """
 
@@ -38,13 +39,17 @@ class BackbonePretrainedInit(LoadedLast):
         self.prefix = prefix
 
     def load(self, module: nn.Module) -> None:
-        """Load what stands under the prefix, strictly."""
+        """Load the entries with the prefix, strictly.
+
+        Args:
+            module: The backbone.
+        """
         try:
             state = state_under(self.checkpoint, self.prefix)
         except UserError as error:
             raise UserError(
-                f"{error}; files of the papers' code start a backbone by "
-                "type='OfficialPretrained', plain weights by "
+                f"{error}; for files of the papers' code use "
+                "type='OfficialPretrained', for plain weights "
                 "type='PlainPretrained'"
             ) from error
         load_strictly(module, state, self.checkpoint)

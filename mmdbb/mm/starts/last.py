@@ -1,9 +1,10 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""Initialisers that must come last of all, such as those that load weights.
+"""Base classes of initialisers that must run after all others.
 
-mmengine applies a rule of type ``Pretrained`` last, by that name. Any other
-is applied before the children initialise themselves (mmcv's ``ConvModule``
-does), which would overwrite what it gives them.
+An initialiser that loads weights must run last, or others overwrite them.
+mmengine runs only rules named ``Pretrained`` last. It applies all other rules
+first and then lets the children initialise themselves, as mmcv's
+``ConvModule`` does. The classes here change that order for mmdbb's rules.
 """
 
 from __future__ import annotations
@@ -21,26 +22,34 @@ from mmdbb.mm.host_internals import (
 
 
 class AppliedLast:
-    """Base of mmdbb's initialisers: applied after those of all children.
+    """Base of mmdbb's initialisers, which run after those of all children.
 
     Raises:
         UserError: If another rule of the same ``init_cfg`` would overwrite
-            what this one does.
+            the values that this one gives.
     """
 
-    #: The name in the registry.
+    #: The rule's name in the registry, and so in a config.
     type_name = ''
 
     def fill(self, module: nn.Module) -> None:
-        """Give the module its start."""
+        """Set the start values of a module; subclasses implement it.
+
+        Args:
+            module: The module whose ``init_cfg`` has this rule.
+        """
         raise NotImplementedError
 
     def __str__(self) -> str:
-        """What is done, for the log."""
+        """The line about this rule in the log."""
         return self.type_name
 
     def __call__(self, module: nn.Module) -> None:
-        """Give the module its start, last of all that initialises it."""
+        """Initialise the module's children, then set its start values.
+
+        Args:
+            module: The module whose ``init_cfg`` has this rule.
+        """
         initializing = is_initializing(module)
         if initializing:
             self._refuse_later_rules(module)
@@ -67,10 +76,11 @@ class AppliedLast:
 
 
 def _take_back(module: nn.Module) -> None:
-    """Leave a rule to the module that it is for.
+    """Remove a module's ``init_cfg`` from its children.
 
-    mmpretrain's RepVGG hands its ``init_cfg`` on to each of its blocks, none
-    of which a checkpoint of the whole fits.
+    mmpretrain's RepVGG passes its own ``init_cfg`` to each of its blocks. A
+    checkpoint of the whole network would then be loaded into every block,
+    and fit none.
     """
     for child in module.modules():
         rules = getattr(child, 'init_cfg', None)
@@ -81,26 +91,35 @@ def _take_back(module: nn.Module) -> None:
 class LoadedLast(AppliedLast):
     """Base of the initialisers that load a checkpoint.
 
-    Not even the hosts' last steps, such as ``zero_init_residual``, change
-    what is loaded.
+    Backbones of the OpenMMLab packages end their initialisation with steps of
+    their own, such as ``zero_init_residual``. These do not change the loaded
+    weights either.
 
     Args:
-        checkpoint: Where the weights come from, for messages.
+        checkpoint: Path or address of the weights.
     """
 
     def __init__(self, checkpoint: str) -> None:
         self.checkpoint = checkpoint
 
     def load(self, module: nn.Module) -> None:
-        """Fill the module."""
+        """Load the checkpoint into a module; subclasses implement it.
+
+        Args:
+            module: The module whose ``init_cfg`` has this rule.
+        """
         raise NotImplementedError
 
     def __str__(self) -> str:
-        """What is loaded, for the log."""
+        """The line in the log, which names the checkpoint."""
         return f'{self.type_name}: start from {self.checkpoint}'
 
     def fill(self, module: nn.Module) -> None:
-        """Load the weights, and tell the host that they are loaded."""
+        """Load the weights, and tell the module that they are pretrained.
+
+        Args:
+            module: The module whose ``init_cfg`` has this rule.
+        """
         self.load(module)
         if is_initializing(module):
             say_pretrained(module, self.checkpoint)

@@ -14,11 +14,12 @@ from mmdbb.mm.starts.last import LoadedLast
 class OfficialPretrainedInit(LoadedLast):
     """Start a backbone from a checkpoint of the papers' repositories.
 
-    For the backbone of any task; the file's classifier is left out. See
-    :func:`load_official_backbone_` for what fits what.
+    It serves the backbone of any task; the file's classifier is left out.
+    :func:`load_official_backbone_` says which files fit which backbones.
 
     Args:
-        checkpoint: Path of the official file, training-time or converted.
+        checkpoint: Path of the official file, as trained or as converted
+            (merged) by the papers' code.
 
     Raises:
         UserError: If another rule of the same ``init_cfg`` would overwrite

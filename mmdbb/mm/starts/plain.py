@@ -17,13 +17,15 @@ from mmdbb.plain.weights import load_plain_weights_
 class PlainPretrainedInit(LoadedLast):
     """Start a network with blocks from the weights of the plain network.
 
-    What mmengine does for the type ``Pretrained`` by its name, that is, to
-    load last of all, this does by itself.
+    The weights are loaded after all other initialisation, as by mmengine's
+    ``Pretrained``.
 
     Args:
         checkpoint: Any checkpoint that mmengine's ``CheckpointLoader`` reads.
-        prefix: Load only what stands under this name, e.g. ``'backbone.'``.
-        branch_scale: See :func:`load_plain_weights_`.
+        prefix: Load only the entries whose names begin with this, e.g.
+            ``'backbone.'``; None for all of them.
+        branch_scale: Start value of the gammas of all branches but ``kxk``,
+            as a share of the gamma of ``kxk``, see :mod:`mmdbb.plain.blocks`.
 
     Raises:
         UserError: If another rule of the same ``init_cfg`` would overwrite

@@ -1,10 +1,12 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
 """``init_cfg=dict(type='TorchDefault')``: the start of the papers' networks.
 
-Their code initialises nothing: outside blocks each layer keeps what torch
-gives it. The hosts' rules are wider or narrower (a ResNet's stem 0.52, a
-shortcut 1.73, a pointwise layer of MobileNet 2.45 times torch's standard
-deviation), and behind a norm the width of a start sets how fast it changes.
+The papers' code has no initialisation of its own: outside blocks each layer
+keeps torch's defaults. The OpenMMLab packages draw from wider or narrower
+distributions: the standard deviation is 0.52 times torch's in a ResNet's stem,
+1.73 times in a shortcut, 2.45 times in a pointwise layer of MobileNet. That
+matters in front of a norm: the larger the weights, the less a step of the same
+learning rate changes the output.
 """
 
 from __future__ import annotations
@@ -23,20 +25,21 @@ from mmdbb.mm.starts.last import AppliedLast
 
 @WEIGHT_INITIALIZERS.register_module(name='TorchDefault')
 class TorchDefaultInit(AppliedLast):
-    """Start every layer outside blocks as torch does by itself.
+    """Give every layer outside blocks torch's default start values.
 
-    Blocks keep their own start, which is that of the papers' code. What a
-    layer gets follows from torch's seed, its name, kind and shape, not from
-    what was drawn before. So networks that differ in their blocks start
-    equal in all that they share; and so do two networks that are built of one
-    seed, which ``torch.manual_seed`` between them makes differ.
+    Blocks keep their own start, which follows the papers' code. The values of
+    a layer depend only on torch's seed and on the layer's name, type and
+    shapes, not on the random numbers drawn before. So two networks that
+    differ in their blocks get the same values in all layers that they share.
+    Two networks built one after the other get the same values, too; call
+    ``torch.manual_seed`` with another seed in between if they should differ.
 
-    It is applied after the children's own initialisation, and before the
-    host's last step: ``zero_init_residual=True`` still holds.
+    The rule runs after the children's own initialisation and before the
+    backbone's last step, so ``zero_init_residual=True`` still has its effect.
 
     Raises:
         UserError: If another rule of the same ``init_cfg`` would overwrite
-            the start.
+            the start values.
 
     Examples:
         >>> from mmengine.model import BaseModule
@@ -54,12 +57,16 @@ class TorchDefaultInit(AppliedLast):
     type_name = 'TorchDefault'
 
     def fill(self, module: nn.Module) -> None:
-        """Draw the weights of all layers outside blocks again."""
+        """Draw the weights of all layers outside blocks again.
+
+        Args:
+            module: The module whose ``init_cfg`` has this rule.
+        """
         notes = shared_notes(module)
         taken = notes.setdefault('seeds of TorchDefault', set())
         for name, layer in _layers(module):
             seed = _seed_of(name, layer)
-            while seed in taken:  # the same layer in another part
+            while seed in taken:  # another part has a layer just like it
                 seed = (seed + 1) % 2**63
             taken.add(seed)
             _reset(layer, seed)
@@ -68,7 +75,7 @@ class TorchDefaultInit(AppliedLast):
 def _layers(
     module: nn.Module, prefix: str = ''
 ) -> Iterator[Tuple[str, nn.Module]]:
-    """The layers outside blocks that torch gives a start."""
+    """Names and layers outside blocks that torch gives a default start."""
     if isinstance(module, ReparamConv2d):
         return
     if hasattr(module, 'reset_parameters'):
@@ -86,9 +93,13 @@ def _seed_of(name: str, layer: nn.Module) -> int:
 
 @torch.no_grad()
 def _reset(layer: nn.Module, seed: int) -> None:
-    """Reset a layer by numbers that no other layer has a share in.
+    """Let a layer reset its parameters, with a random seed of its own.
 
-    They are drawn on the CPU, so that a GPU starts from the same.
+    The numbers are drawn on the CPU, so that the start is the same on a GPU.
+
+    Args:
+        layer: The layer, on any device; changed in place.
+        seed: The random seed. The state of torch's generator is restored.
     """
     own = (layer._parameters, layer._buffers)
     before = [dict(tensors) for tensors in own]

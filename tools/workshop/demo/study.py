@@ -139,7 +139,7 @@ def run_study(
             if result is None:
                 cfg = study_config(home, folder, block, seed, budget)
                 cfg.work_dir = str(Path(work_dir, f'{block}_{seed}'))
-                result = Result(block, seed, train(cfg))
+                result = Result(block, seed, train_network(cfg))
                 done.append(result)
                 _write(out, budget, done)
             yield result
@@ -208,7 +208,7 @@ def chosen_images(folder: Path, images: int, seed: int) -> List[int]:
     return chosen
 
 
-def train(cfg: Config) -> float:
+def train_network(cfg: Config) -> float:
     """Train with mmengine's Runner; the accuracy at the end, per cent."""
     runner = Runner.from_cfg(cfg)
     runner.train()
