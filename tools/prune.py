@@ -1,10 +1,11 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""Make a trained network smaller: merge, prune filters, train on, export.
+"""Make a trained network smaller: merge, prune filters, fine-tune, export.
 
   python tools/prune.py CONFIG CHECKPOINT OUT.pth --ratio 0.3 --length 3
 
-Best after a training with KernelPenaltyHook, which makes filters short that
-are to go. tools/test.py evaluates the result, mmdbb.load_deployed loads it.
+Pruning loses least after a training with KernelPenaltyHook, which shrinks
+filters that the network can do without. tools/test.py evaluates the result,
+and mmdbb.load_deployed loads it.
 """
 
 from mmdbb.mm.engine.command import (
@@ -35,44 +36,48 @@ def parse_args():
     parser.add_argument(
         '--each-layer',
         action='store_true',
-        help='the same share of each layer, not of all together',
+        help='remove the same share of every layer; by default the shortest '
+        'filters of all layers together are removed',
     )
     parser.add_argument(
         '--norm',
         type=int,
         choices=(1, 2),
         default=2,
-        help='that measures a filter, L1 or L2; default: %(default)s',
+        help="norm that measures a filter's length, L1 or L2; default: "
+        '%(default)s',
     )
     parser.add_argument(
         '--round-to',
         type=at_least_one,
         metavar='N',
-        help='make the numbers of channels multiples of N',
+        help='keep numbers of channels that are multiples of N',
     )
     parser.add_argument(
         '--length',
         type=int,
         default=0,
         metavar='N',
-        help='train on for N epochs, or iterations where the config counts '
-        'those; default: not at all',
+        help='fine-tune for N epochs, or N iterations if the config counts '
+        'iterations; default: no fine-tuning',
     )
     parser.add_argument(
         '--lr-scale',
         type=at_least_zero,
         default=0.1,
-        help="share of the config's learning rate; default: %(default)s",
+        help="learning rate of fine-tuning, as a share of the config's; "
+        'default: %(default)s',
     )
     parser.add_argument(
-        '--onnx', metavar='FILE.onnx', help='export the result as well'
+        '--onnx', metavar='FILE.onnx', help='export the pruned network too'
     )
-    add_image_choice_arguments(parser, 'for the statistics of norms')
+    add_image_choice_arguments(parser, 'for the running statistics of norms')
     add_image_size_argument(
-        parser, 'pixels of an image; default: those of the test set'
+        parser,
+        "size of the images in pixels; default: the test set's first image",
     )
     parser.add_argument(
-        '--force', action='store_true', help='replace outputs that exist'
+        '--force', action='store_true', help='replace existing outputs'
     )
     return parser.parse_args()
 

@@ -1,17 +1,19 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""Turn a trained network into an INT8 ONNX file, and say how good it is.
+"""Turn a trained network into an INT8 ONNX file, and measure its accuracy.
 
   python tools/quantize.py CONFIG CHECKPOINT OUT.onnx --calib 128
 
-merges the blocks, exports, calibrates with the config's own data, quantizes,
-and evaluates each stage by the config's own evaluator. A checkpoint of
-quantization-aware training brings its ranges along. The file is written only
-if the metric falls by no more than --max-drop.
+merges the blocks, exports the network, calibrates it with images of the
+config's data set, quantizes it, and evaluates each stage with the config's
+evaluator. A checkpoint of quantization-aware training has its ranges already,
+so nothing is calibrated. The file is written only if the metric falls by no
+more than --max-drop.
 
   python tools/quantize.py CONFIG CHECKPOINT OUT.pth --insert-bn
 
-writes a checkpoint and a config to train on before that: each block becomes
-one convolution with a batch norm that at first changes nothing.
+writes a checkpoint and a config for further training before that. In them
+each block is one convolution followed by a batch norm, which at the start
+leaves the outputs of the network unchanged.
 """
 
 from mmdbb.mm.engine.command import (
@@ -40,60 +42,68 @@ def parse_args():
     add_config_arguments(parser, work_dir=False)
     parser.add_argument(
         'checkpoint',
-        help='path of the trained checkpoint, or of the network as ONNX',
+        help='path of the trained checkpoint, or of the network as a float '
+        'ONNX file',
     )
     parser.add_argument(
-        'out', help='file to write: *.onnx, with --insert-bn *.pth'
+        'out', help='file to write: *.onnx, or *.pth with --insert-bn'
     )
     add_image_choice_arguments(parser, 'to calibrate with')
     parser.add_argument(
         '--calib-split',
         choices=SPLITS,
         default='train',
-        help='whose dataloader they come from; default: %(default)s',
+        help='data set that these images come from; default: %(default)s',
     )
     parser.add_argument(
         '--method',
         choices=METHODS,
         default='minmax',
-        help='where activations are cut off; default: %(default)s',
+        help='how the range of activations is chosen (values outside are '
+        'clipped); default: %(default)s',
     )
     parser.add_argument(
         '--per-tensor',
         action='store_true',
-        help='one scale a weight, not one a channel',
+        help='use one scale for each weight tensor, not for each channel',
     )
     parser.add_argument(
         '--reduce-range',
         action='store_true',
-        help='weights of seven bits, for x86 processors without VNNI',
+        help='store weights in seven bits: eight-bit products saturate on x86 '
+        'processors without VNNI',
     )
     parser.add_argument(
         '--op-types',
         nargs='+',
         metavar='OPERATOR',
-        help='ONNX operators to quantize; default: all that can be',
+        help='ONNX operators to quantize; default: all that ONNX Runtime can '
+        'quantize, except norms',
     )
     add_image_size_argument(
-        parser, 'pixels that the file takes; default: those of the test set'
+        parser,
+        'size in pixels of the images that the file takes; default: the test '
+        "set's first image",
     )
     parser.add_argument(
         '--max-drop',
         type=at_least_zero,
         default=1.0,
         metavar='POINTS',
-        help='largest fall of the metric, in hundredths; default: 1',
+        help='largest fall of the metric that is accepted, in points '
+        '(hundredths); default: 1',
     )
     parser.add_argument(
-        '--no-test', action='store_true', help='evaluate nothing'
+        '--no-test', action='store_true', help='skip the evaluation'
     )
     parser.add_argument(
         '--insert-bn',
         action='store_true',
-        help='write OUT.pth and OUT.py to train on, instead of an INT8 file',
+        help='write OUT.pth and OUT.py for further training, instead of an '
+        'INT8 file',
     )
     parser.add_argument(
-        '--force', action='store_true', help='replace OUT if it exists'
+        '--force', action='store_true', help='replace an existing OUT'
     )
     return parser.parse_args()
 
@@ -106,7 +116,7 @@ def main():
         inserted = insert_bn_checkpoint(
             source, args.out, calibration, overwrite=args.force
         )
-        print(f'{inserted.blocks} blocks: a convolution and a norm each')
+        print(f'{inserted.blocks} blocks became a convolution and a norm')
         print(
             f'largest difference: {inserted.difference.largest:.2e} of the '
             f'largest magnitude (in {inserted.difference.output or "none"})'

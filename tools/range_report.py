@@ -1,5 +1,5 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""Say what INT8 will do to a trained network's merged kernels.
+"""Predict what INT8 does to the merged kernels of a trained network.
 
 python tools/range_report.py CONFIG CHECKPOINT [--plot ranges.png]
 """
@@ -18,14 +18,16 @@ from mmdbb.quantize import kernel_ranges
 
 
 def parse_args():
-    parser = Parser(description="Ranges of a network's merged kernels")
+    parser = Parser(
+        description="Report the ranges of a network's merged kernels"
+    )
     add_config_arguments(parser, work_dir=False)
     parser.add_argument('checkpoint', help='path of the trained checkpoint')
     parser.add_argument(
-        '--plot', metavar='FILE', help='draw them too, as *.png or *.svg'
+        '--plot', metavar='FILE', help='draw the ranges too, as *.png or *.svg'
     )
     parser.add_argument(
-        '--force', action='store_true', help='replace FILE if it exists'
+        '--force', action='store_true', help='replace an existing FILE'
     )
     return parser.parse_args()
 

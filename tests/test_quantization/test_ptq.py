@@ -248,7 +248,7 @@ def test_merged_files(trained, tmp_path, quiet):
         lambda: quantize_checkpoint(Source(merged, out), again, FEW),
     )
     expect(
-        'is not merged, and its config is of a merged network',
+        'is not merged, but its config builds a merged network',
         tmp_path,
         lambda: quantize_checkpoint(Source(merged, checkpoint), again, FEW),
     )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from mmdbb.errors import UserError
-from mmdbb.mm.export.modules import Detector, export_module
+from mmdbb.mm.export.modules import export_module, is_detector
 from mmdbb.mm.host_internals import replaced
 
 
@@ -43,7 +43,7 @@ def running_instead(
     kept = {}
 
     def extract_feat(inputs: Tensor, *args, **kwargs):
-        if isinstance(export_module(model), Detector):
+        if is_detector(model):
             pad = [network.size[i] - inputs.shape[2 + i] for i in (0, 1)]
             fits = min(pad) >= 0
         else:
@@ -72,9 +72,8 @@ def running_instead(
 
 
 def _heads(model: nn.Module) -> List[nn.Module]:
-    kind = export_module(model)
-    if isinstance(kind, Detector):
-        head = kind._dense_head(model)
+    if is_detector(model):
+        head = export_module(model)._dense_head(model)
     else:
         head = getattr(model, 'head', None) or getattr(
             model, 'decode_head', None
@@ -111,7 +110,7 @@ def _structures(model: nn.Module, head: nn.Module, size: Tuple[int, int]):
     images = parameter.new_zeros(1, channels, *size)
     features = list(model.extract_feat(images))
     with replaced(head, 'forward', watch):
-        if isinstance(export_module(model), Detector):
+        if is_detector(model):
             head(tuple(features))
         else:
             model(images, mode='tensor')

@@ -184,6 +184,18 @@ def export_module(model: nn.Module, head: bool = False) -> ExportModule:
     return ExportModule(model, head)
 
 
+def is_detector(model: nn.Module) -> bool:
+    """Tell whether a network is a detector, so that its head is optional.
+
+    ``export_module(model, head=is_detector(model))`` runs the whole network,
+    whichever kind it is.
+
+    Args:
+        model: Any network.
+    """
+    return isinstance(export_module(model), Detector)
+
+
 def preprocessing(model: nn.Module) -> dict:
     """What has to be done to images before they enter the network.
 

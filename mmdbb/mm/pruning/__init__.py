@@ -1,6 +1,7 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
 """Fewer filters: penalties on merged kernels, and structural pruning.
 
-Imported on its own, by the tools or by ``custom_imports`` of a config that
-uses its hook. Pruning needs the extra ``pruning``.
+``import mmdbb`` leaves this package out. The tools import it, and a config
+that uses its hook lists ``mmdbb.prune`` in ``custom_imports``. Pruning needs
+the extra ``pruning``; the penalties need nothing more.
 """

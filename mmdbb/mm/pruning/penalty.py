@@ -1,11 +1,11 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""Penalties on equivalent kernels, which training sees as part of the loss.
+"""Penalties on equivalent kernels, added to the loss in training.
 
-What is deployed is a block's merged kernel, so that is what is asked to be
-small: no penalty on the kernels of branches says the same, because branches
-may cancel. The group lasso over filters is that of Wen et al., "Learning
-Structured Sparsity in Deep Neural Networks", NeurIPS 2016, sec. 3.2
-(https://arxiv.org/abs/1608.03665).
+Pruning removes filters of a block's merged kernel, so the penalty makes that
+kernel small. A penalty on the branches' own kernels cannot do the same: large
+kernels of two branches may cancel in the sum. The group lasso over filters
+comes from Wen et al., "Learning Structured Sparsity in Deep Neural Networks",
+NeurIPS 2016, sec. 3.2 (https://arxiv.org/abs/1608.03665).
 """
 
 from __future__ import annotations
@@ -26,25 +26,26 @@ from mmdbb.reparam import find_blocks
 
 
 def l1(kernel: Tensor) -> Tensor:
-    """Sum of magnitudes: single weights become zero.
+    """Sum the magnitudes of the weights; it drives single weights to zero.
 
     Args:
-        kernel: Shape (out, in / groups, kH, kW).
+        kernel: A block's equivalent kernel, (out, in / groups, kH, kW).
     """
     return kernel.abs().sum()
 
 
 def group_lasso(kernel: Tensor) -> Tensor:
-    """Sum of the filters' lengths: whole filters become zero.
+    """Sum the filters' Euclidean lengths; it drives whole filters to zero.
 
-    Each is weighted by the square root of its number of weights, so that
-    filters of all sizes are asked for alike.
+    Each length is multiplied by the square root of the filter's number of
+    weights, so that large and small filters are penalised alike.
 
     Args:
-        kernel: Shape (out, in / groups, kH, kW).
+        kernel: A block's equivalent kernel, (out, in / groups, kH, kW).
     """
     filters = kernel.flatten(1)
-    # At zero a length has no gradient; this one's is zero there.
+    # The length of a zero filter has no gradient; torch's norm gives zero
+    # there, where ``square().sum().sqrt()`` would give NaN.
     lengths = torch.linalg.vector_norm(filters, dim=1)
     return filters.shape[1] ** 0.5 * lengths.sum()
 
@@ -57,12 +58,15 @@ KINDS: Dict[str, Callable[[Tensor], Tensor]] = dict(
 def penalized_blocks(
     model: nn.Module, layers: Optional[Sequence[str]] = None
 ) -> Dict[str, ReparamConv2d]:
-    """The blocks that a penalty is for.
+    """Choose the blocks to penalise.
 
     Args:
         model: A model with blocks.
-        layers: Regular expressions, searched for in the blocks' names; by
-            default all blocks.
+        layers: Regular expressions. A block is chosen if one of them is found
+            in its name; by default all blocks are.
+
+    Returns:
+        dict: The chosen blocks by name, in the model's order.
 
     Raises:
         ValueError: If the model has no blocks, or an expression matches none.
@@ -70,8 +74,8 @@ def penalized_blocks(
     blocks = find_blocks(model)
     if not blocks:
         raise ValueError(
-            f'{type(model).__name__} has no blocks whose kernels could be '
-            'penalised'
+            f'{type(model).__name__} has no blocks, so there are no kernels '
+            'to penalise'
         )
     if layers is None:
         return blocks
@@ -82,8 +86,8 @@ def penalized_blocks(
         found = {n: b for n, b in blocks.items() if re.search(pattern, n)}
         if not found:
             raise ValueError(
-                f'layers={pattern!r} matches no block; there are, for '
-                f'example: {", ".join(list(blocks)[:3])}'
+                f'layers={pattern!r} matches no block; some of their names: '
+                f'{", ".join(list(blocks)[:3])}'
             )
         chosen.update(found)
     return {name: block for name, block in blocks.items() if name in chosen}
@@ -94,18 +98,21 @@ def kernel_penalty(
     kind: str = 'group_lasso',
     layers: Optional[Sequence[str]] = None,
 ) -> Tensor:
-    """How large the equivalent kernels are, differentiable.
+    """Sum a penalty over the equivalent kernels of a model.
 
     Args:
         model: A model with blocks.
-        kind: ``l1`` or ``group_lasso``.
-        layers: See :func:`penalized_blocks`.
+        kind: The penalty of one kernel: :func:`l1` or :func:`group_lasso`, by
+            name.
+        layers: Regular expressions for the names of the blocks to penalise;
+            by default all blocks.
 
     Returns:
-        Tensor: One number.
+        Tensor: A scalar. Gradients flow into all branches.
 
     Raises:
-        ValueError: If a value is not allowed.
+        ValueError: If ``kind`` is unknown, the model has no blocks, or an
+            expression matches none.
 
     Examples:
         >>> from mmdbb import DBB
@@ -118,7 +125,7 @@ def kernel_penalty(
         raise ValueError(
             f'kind must be one of {", ".join(KINDS)}; got {kind!r}'
         )
-    # A block that stands in several places counts once.
+    # A block that the model uses in several places counts once.
     blocks = set(penalized_blocks(model, layers).values())
     kernels = (b.get_equivalent_kernel_bias().kernel for b in blocks)
     return sum(KINDS[kind](kernel) for kernel in kernels)
@@ -129,10 +136,15 @@ class KernelPenaltyHook(Hook):
     """Adds :func:`kernel_penalty` to the loss, and to the log.
 
     Args:
-        weight: What the penalty is multiplied by.
-        kind: ``l1`` or ``group_lasso``.
-        layers: See :func:`penalized_blocks`.
-        begin: The iteration that it begins with, from 0.
+        weight: Factor of the penalty in the loss, greater than 0.
+        kind: ``l1``, which drives single weights to zero, or
+            ``group_lasso``, which drives whole filters to zero.
+        layers: Regular expressions for the names of the blocks to penalise;
+            by default all blocks.
+        begin: First iteration with the penalty, counted from 0.
+
+    Raises:
+        ValueError: If ``weight`` or ``kind`` is not allowed.
 
     Examples:
         In a config: ``custom_hooks = [dict(type='KernelPenaltyHook',
@@ -140,7 +152,7 @@ class KernelPenaltyHook(Hook):
         dict(imports=['mmdbb.prune'])``.
     """
 
-    #: Its name in the log.
+    #: The penalty's name in the log.
     name = 'loss_kernel'
 
     def __init__(
@@ -160,10 +172,10 @@ class KernelPenaltyHook(Hook):
         self.begin = begin
 
     def before_train(self, runner) -> None:
-        """Put the penalty beside the losses that the model adds up."""
+        """Wrap the model's ``parse_losses``, which adds up its losses."""
         model = runner.model
         model = model.module if is_model_wrapper(model) else model
-        penalized_blocks(model, self.layers)  # a mistake shows at the start
+        penalized_blocks(model, self.layers)  # raise now, not at ``begin``
         parse = model.parse_losses
 
         @functools.wraps(parse)
@@ -176,20 +188,21 @@ class KernelPenaltyHook(Hook):
         replace(model, 'parse_losses', parse_losses)
 
     def after_train(self, runner) -> None:
-        """Leave the model as it was."""
+        """Give the model its own ``parse_losses`` back."""
         model = runner.model
         model = model.module if is_model_wrapper(model) else model
         take_back(model, 'parse_losses')
 
 
 def filter_lengths(model: nn.Module) -> Dict[str, List[float]]:
-    """How long each filter of each equivalent kernel is.
+    """Compute the length of each filter of each equivalent kernel.
 
     Args:
         model: A model with blocks.
 
     Returns:
-        dict: By block, the Euclidean length of each output channel's filter.
+        dict: Names of the blocks -> Euclidean lengths of the filters, one for
+        each output channel.
     """
     return {
         name: block.get_equivalent_kernel_bias()

@@ -1,5 +1,5 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""From a trained checkpoint to a smaller network: merge, prune, train on."""
+"""Merge a trained checkpoint, prune its filters, and fine-tune the rest."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mmdbb.mm.engine.measure import print_table
 from mmdbb.mm.evaluation.figures import Figure, evaluate, quiet_runner
 from mmdbb.mm.evaluation.images import Calibration, first_size
 from mmdbb.mm.evaluation.norm_statistics import calibrate_norms_
-from mmdbb.mm.export.modules import Detector, export_module
+from mmdbb.mm.export.modules import is_detector
 from mmdbb.mm.export.network import ExportOptions, write_network
 from mmdbb.mm.host_internals import replaced
 from mmdbb.mm.outputs import Proof, Source, output_paths, writing
@@ -31,13 +31,13 @@ from mmdbb.mm.pruning.structure import (
 from mmdbb.mm.structure import Structure
 
 
-class Stage(NamedTuple):
-    """A network on its way to fewer filters.
+class PruningStage(NamedTuple):
+    """The network's accuracy and cost after one step of the pipeline.
 
     Attributes:
-        name: ``merged``, ``pruned`` or ``trained on``.
-        figure: What the config's evaluator says of it.
-        cost: Parameters and operations.
+        name: The step: ``merged``, ``pruned`` or ``trained on``.
+        figure: Result of the config's evaluator.
+        cost: Numbers of parameters and operations.
     """
 
     name: str
@@ -46,38 +46,39 @@ class Stage(NamedTuple):
 
 
 class Pruned(NamedTuple):
-    """What :func:`prune_checkpoint` wrote.
+    """Result of :func:`prune_checkpoint`: the files, and how good they are.
 
     Attributes:
-        checkpoint: Path of the weights.
-        config: Path of the config, that of the stock network.
-        onnx: Path of the exported network; None if not asked for.
-        filters: How many filters the network had, and has.
-        stages: The network before, between and after.
+        checkpoint: Path of the pruned weights.
+        config: Path of the stock network's config.
+        onnx: Path of the exported network; None if no export was asked for.
+        filters: Numbers of filters before and after pruning.
+        stages: Accuracy and cost of the network when merged, when pruned,
+            and, if it was fine-tuned, after that.
     """
 
     checkpoint: str
     config: str
     onnx: Optional[str]
     filters: Tuple[int, int]
-    stages: List[Stage]
+    stages: List[PruningStage]
 
 
 class PruneOptions(NamedTuple):
-    """How a network is pruned, and trained on afterwards.
+    """How to prune a network, and how to fine-tune it afterwards.
 
     Attributes:
         ratio: Share of the filters to remove, between 0 and 1.
-        each_layer: Whether each layer loses the same share; else filters are
-            compared across layers.
-        norm: Order of the norm that measures a filter, 1 or 2.
-        round_to: What the numbers of channels are to be multiples of.
-        length: For how long to train on, in what the config's training counts
-            in, epochs or iterations; 0 for not at all.
-        lr_scale: Learning rate of that, as a share of the config's; it falls
-            to zero along a cosine.
-        calibration: Which images give the merged network's norms their
-            statistics.
+        each_layer: True removes this share of every layer; False removes the
+            shortest filters of all layers taken together.
+        norm: Norm that measures a filter's length: 1 for L1, 2 for L2.
+        round_to: If given, the numbers of channels left are multiples of it.
+        length: Epochs of fine-tuning, or iterations if the config's training
+            counts those; 0 for none.
+        lr_scale: Start of the learning rate in fine-tuning, as a share of the
+            config's; it falls to zero along a cosine.
+        calibration: Images that the running statistics of the merged
+            network's norms are computed from.
     """
 
     ratio: float = 0.3
@@ -98,19 +99,26 @@ def prune_checkpoint(
     metric: Optional[str] = None,
     overwrite: bool = False,
 ) -> Pruned:
-    """Merge a trained network, prune its filters, train it on, export it.
+    """Merge a trained network, prune its filters, fine-tune and export it.
+
+    The config's evaluator measures the network after each step.
 
     Args:
         source: The trained checkpoint, with blocks, and its config.
         out: Path of the checkpoint to write, ``*.pth`` or
             ``*.safetensors``; the stock network's config is written beside it
             as ``*.py``.
-        options: How to prune and to train on.
-        onnx: Path of an ONNX file to export to as well, ``*.onnx``.
-        image_size: Height and width in pixels, by default those of the first
-            image of the test set.
-        metric: The evaluator's figure, by default its main one.
+        options: How to prune and to fine-tune.
+        onnx: Path of an ONNX file to write as well, ``*.onnx``.
+        image_size: Height and width in pixels of the image on which
+            operations are counted, and which the ONNX file takes; by default
+            those of the first image of the test set.
+        metric: Name of the evaluator's figure to report; by default its main
+            one.
         overwrite: Whether existing outputs may be replaced.
+
+    Returns:
+        Pruned: Paths of the files, with the accuracy and cost of each stage.
 
     Raises:
         UserError: If an input is wrong, or the network cannot be pruned.
@@ -126,7 +134,8 @@ def prune_checkpoint(
         size = image_size or first_size(source.cfg, model)
         calibrate_norms_(model, options.calibration.images(source.cfg, model))
         before, stages = _count_filters(model), []
-        # Heads and layers come from the config; this network's own from here.
+        # The runner takes data and evaluator from the config; ``_stage``
+        # replaces the network that it built by ``model``.
         with quiet_runner(contents.cfg) as runner:
             stages.append(_stage('merged', runner, model, size, metric))
             prune_(
@@ -165,7 +174,7 @@ def prune_checkpoint(
             write_network(
                 model,
                 drafts.paths[2],
-                ExportOptions(head=isinstance(export_module(model), Detector)),
+                ExportOptions(head=is_detector(model)),
                 Proof(image_size=size),
                 notes=source.notes(contents.structure, contents.weights),
             )
@@ -179,7 +188,7 @@ def prune_checkpoint(
 
 
 def _check(options: PruneOptions, onnx: Optional[str]) -> None:
-    """Raise before the work if a package is missing or a value not allowed."""
+    """Raise before the long work starts if a package or value is wrong."""
     require_torch_pruning()
     if not 0 < options.ratio < 1:
         raise UserError(
@@ -203,23 +212,31 @@ def train_on_(
     length: int,
     lr_scale: float,
 ) -> None:
-    """Train a network as a config says, but its own way through it.
+    """Fine-tune ``model`` with the config's data, loss and optimizer.
+
+    The config cannot build the pruned layers, so ``model`` replaces the
+    network that the runner built.
 
     Args:
-        model: The network; changed in place.
-        stock_cfg: Config with the data, the loops and the optimizer.
-        cfg: Config with the work folder.
-        length: Epochs or iterations, as the config's training counts.
-        lr_scale: Share of the config's learning rate.
+        model: The pruned network; changed in place.
+        stock_cfg: Config of the stock network, with data, training loop and
+            optimizer. Its schedule is replaced by one cosine to zero.
+        cfg: Config of the first training; its ``work_dir`` takes the logs.
+        length: Epochs to train, or iterations if the config counts those.
+        lr_scale: Start of the learning rate, as a share of the config's.
 
     Raises:
-        UserError: If the config cannot train.
+        UserError: If the config has no ``train_cfg`` or no
+            ``train_dataloader``.
     """
     stock_cfg = copy.deepcopy(stock_cfg)
     stock_cfg.work_dir = cfg.get('work_dir', 'work_dirs/pruned')
     loop = stock_cfg.get('train_cfg')
     if not loop or stock_cfg.get('train_dataloader') is None:
-        raise UserError('the config has no training to go on with')
+        raise UserError(
+            'the config has no train_cfg or no train_dataloader, so the '
+            'pruned network cannot be fine-tuned'
+        )
     by_epoch = 'max_iters' not in loop
     loop['max_epochs' if by_epoch else 'max_iters'] = length
     loop['val_interval'] = length
@@ -228,19 +245,19 @@ def train_on_(
         cosine['convert_to_iter_based'] = True
     stock_cfg.param_scheduler = [cosine]
     stock_cfg.optim_wrapper.optimizer.lr *= lr_scale
-    # The result is written by the caller.
+    # The caller evaluates and writes the result.
     stock_cfg.val_cfg = stock_cfg.val_dataloader = None
     stock_cfg.val_evaluator = None
     stock_cfg.default_hooks.checkpoint = None
     runner = build_runner(stock_cfg)
     _give(runner, model)
-    # These are the weights.
+    # The runner would overwrite the pruned weights by random ones.
     with replaced(model, 'init_weights', _nothing):
         runner.train()
 
 
 def _nothing() -> None:
-    """In the place of an initialisation."""
+    """Stand in for ``init_weights``."""
 
 
 def _give(runner: Runner, model: nn.Module) -> None:
@@ -255,11 +272,11 @@ def _stage(
     model: nn.Module,
     size: Tuple[int, int],
     metric: Optional[str],
-) -> Stage:
+) -> PruningStage:
     _give(runner, model)
     figure = evaluate(runner, name=metric)
     with torch.no_grad():
-        return Stage(name, figure, cost_of(model.eval(), size))
+        return PruningStage(name, figure, cost_of(model.eval(), size))
 
 
 def _count_filters(model: nn.Module) -> int:
@@ -269,13 +286,13 @@ def _count_filters(model: nn.Module) -> int:
 
 
 def print_pruned(result: Pruned) -> None:
-    """Print the stages of a network side by side.
+    """Print a table with one column for each stage, and the files' paths.
 
     Args:
-        result: From :func:`prune_checkpoint`.
+        result: What :func:`prune_checkpoint` returned.
     """
     stages = result.stages
-    rows: List[Tuple[str, Callable[[Stage], str]]] = [
+    rows: List[Tuple[str, Callable[[PruningStage], str]]] = [
         (
             f'{stages[0].figure.name} (points)',
             lambda stage: f'{stage.figure.points:.2f}',
@@ -287,8 +304,8 @@ def print_pruned(result: Pruned) -> None:
     print_table(
         ('', *(stage.name for stage in stages)),
         [(title, *map(cell, stages)) for title, cell in rows],
-        f'{before - after} of {before} filters removed. FLOPs of one image, '
-        'two for a product and a sum.',
+        f'{before - after} of {before} filters removed. FLOPs are for one '
+        'image; a multiplication and an addition count as two.',
     )
     print(f'weights: {result.checkpoint}')
     print(f'config:  {result.config}')

@@ -1,9 +1,9 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""Networks with fewer filters: pruning them, and what they cost.
+"""Remove filters from a merged network, and count what the rest costs.
 
-No config says how many filters a pruned network has in each layer; its
-weights do. So what is written is the stock network's config and the pruned
-weights, and `mmdbb.load_deployed` takes the sizes from their shapes.
+No config can state how many filters each layer of a pruned network has left.
+So the tools write the stock network's config and the pruned weights, and
+``mmdbb.load_deployed`` takes the sizes of the layers from the weights' shapes.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from mmdbb.compare import DENSE_HEADS
 from mmdbb.errors import UserError, require_packages
 from mmdbb.mm.export.modules import (
     FEATURE_READERS,
-    Detector,
     export_module,
+    is_detector,
 )
 from mmdbb.modules import count_parameters, in_eval_mode
 from mmdbb.reparam import find_blocks
 
 
 def require_torch_pruning():
-    """Import ``torch_pruning``.
+    """Import ``torch_pruning``, and return it.
 
     Raises:
-        UserError: If it is missing.
+        UserError: If the package is not installed.
     """
     require_packages('pruning', 'pruning', 'torch_pruning')
     import torch_pruning
@@ -46,27 +46,29 @@ def prune_(
     norm: int = 2,
     round_to: Optional[int] = None,
 ) -> Dict[str, Tuple[int, int]]:
-    """Remove the filters whose kernels are the shortest, with what reads them.
+    """Remove the shortest filters, and the channels that later layers read.
 
-    Layers whose channels must agree, because their outputs are added, lose
-    the same ones. Heads keep their channels.
+    Layers whose outputs are added must keep the same channels, so they lose
+    the same filters. Heads keep their output channels.
 
     Args:
         model: A merged network: classifier, segmentor, detector, or any
             module that maps images to tensors. Changed in place.
         ratio: Share of the filters to remove, between 0 and 1.
-        image_size: Height and width in pixels of an image that it takes.
-        each_layer: Whether each layer loses the same share; else lengths are
-            compared across layers.
-        norm: Order of the norm that measures a filter, 1 or 2.
-        round_to: What the numbers of channels are to be multiples of.
+        image_size: Height and width in pixels of an image that the network
+            takes; it runs on one to find out which layers depend on which.
+        each_layer: True removes this share of every layer; False removes the
+            shortest filters of all layers taken together.
+        norm: Norm that measures a filter's length: 1 for L1, 2 for L2.
+        round_to: If given, the numbers of channels left are multiples of it.
 
     Returns:
-        dict: By layer that lost some, the number of filters before and after.
+        dict: Names of the layers that lost filters -> numbers of filters
+        before and after.
 
     Raises:
-        UserError: If there are blocks, a value is not allowed, or the network
-            cannot be pruned.
+        UserError: If the network has blocks, a value is not allowed, or the
+            network cannot be pruned.
     """
     pruning = require_torch_pruning()
     if not 0 < ratio < 1:
@@ -77,12 +79,12 @@ def prune_(
         )
     if find_blocks(model):
         raise UserError(
-            f'{type(model).__name__} is not merged: filters of branches '
-            'cannot be removed one by one'
+            f'{type(model).__name__} is not merged: filters can be removed '
+            'from merged kernels only, not from branches'
         )
     module = _as_function(model)
     for parameter in model.parameters():
-        parameter.requires_grad_(True)  # it follows gradients
+        parameter.requires_grad_(True)  # the pruner follows gradients
     before = _filters(model)
     images = next(model.parameters()).new_zeros(
         2, _channels(model), *image_size
@@ -99,7 +101,8 @@ def prune_(
                     ),
                     global_pruning=not each_layer,
                     pruning_ratio=ratio,
-                    # Nothing is left of a layer whose filters all go.
+                    # Comparing filters across layers could remove all
+                    # filters of one layer, and so cut the network in two.
                     max_pruning_ratio=max(ratio, 0.9),
                     ignored_layers=_heads(model),
                     round_to=round_to,
@@ -109,7 +112,7 @@ def prune_(
                 module(images)
     except UserError:
         raise
-    except Exception as error:  # whatever following an unknown forward does
+    except Exception as error:  # an unknown forward can raise anything
         raise UserError(
             f'{type(model).__name__} cannot be pruned: '
             f'{type(error).__name__}: {error}'
@@ -129,12 +132,12 @@ def prune_(
 
 
 class Cost(NamedTuple):
-    """What a network costs.
+    """Size and work of a network.
 
     Attributes:
-        parameters: Their number.
-        flops: Floating-point operations for one image, two for each product
-            and sum.
+        parameters: Number of parameters.
+        flops: Floating-point operations for one image; a multiplication and
+            an addition count as two.
     """
 
     parameters: int
@@ -143,11 +146,11 @@ class Cost(NamedTuple):
 
 @torch.no_grad()
 def cost_of(model: nn.Module, image_size: Tuple[int, int]) -> Cost:
-    """Count parameters and operations.
+    """Count a network's parameters, and its operations on one image.
 
     Args:
         model: A network, in eval mode.
-        image_size: Height and width of an image in pixels.
+        image_size: Height and width of the image in pixels.
     """
     images = next(model.parameters()).new_zeros(
         1, _channels(model), *image_size
@@ -158,12 +161,11 @@ def cost_of(model: nn.Module, image_size: Tuple[int, int]) -> Cost:
 
 
 def _as_function(model: nn.Module) -> nn.Module:
-    kind = export_module(model)
-    return export_module(model, head=isinstance(kind, Detector))
+    return export_module(model, head=is_detector(model))
 
 
 def _channels(model: nn.Module) -> int:
-    """Channels of an image."""
+    """Number of channels of the network's images."""
     return next(
         m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)
     )
@@ -178,7 +180,7 @@ def _filters(model: nn.Module) -> Dict[str, int]:
 
 
 def _heads(model: nn.Module) -> List[nn.Module]:
-    """What gives the network's outputs, whose channels have a meaning."""
+    """Layers to keep whole: each of their channels has a meaning."""
     names = (*DENSE_HEADS, *FEATURE_READERS)
     heads = [getattr(model, name, None) for name in names]
     heads = [head for head in heads if isinstance(head, nn.Module)]
@@ -187,4 +189,4 @@ def _heads(model: nn.Module) -> List[nn.Module]:
     layers = [
         m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))
     ]
-    return layers[-1:]  # a plain network's last layer
+    return layers[-1:]  # a network without heads: its last layer

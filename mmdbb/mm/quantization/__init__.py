@@ -1,7 +1,7 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""Networks in eight bits: after training, while training, and what to expect.
+"""INT8 networks: quantize after training, train for INT8, report ranges.
 
-Imported on its own, by the tools or by ``custom_imports`` of a config that
-uses its hooks. Writing INT8 files needs the extra ``quantization``; training
-for them needs torch only.
+``import mmdbb`` leaves this package out. The tools import it, and a config
+that uses its hook lists ``mmdbb.quantize`` in ``custom_imports``. Writing INT8
+files needs the extra ``quantization``; training for INT8 needs nothing more.
 """

@@ -1,10 +1,11 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""Layers that compute as if in eight bits, and stay what they are otherwise.
+"""Layers that compute in float, but round as the INT8 network will.
 
-A layer keeps its module, its name and its parameters; it gets quantizers as
-submodules, and a subclass of its own class that runs through them. In a block
-the *equivalent* kernel is quantized, not those of its branches: that one is
-what the INT8 network has. Quantizers and observers are torch's own
+A layer stays the same object, with its name and its parameters. It gets
+quantizers as submodules, and its class becomes a subclass whose forward pass
+runs through them. A block quantizes its *equivalent* kernel, not the kernels
+of its branches, because the INT8 network has the merged kernel only.
+Quantizers and observers are torch's own
 (Jacob et al., "Quantization and Training of Neural Networks for Efficient
 Integer-Arithmetic-Only Inference", CVPR 2018, sec. 3,
 https://arxiv.org/abs/1712.05877).
@@ -28,26 +29,29 @@ from mmdbb.blocks.base import ReparamConv2d
 from mmdbb.branches.norm import norm_scale_shift
 from mmdbb.geometry import convolve
 
-#: What becomes of a layer's names; an entry that tells such a checkpoint.
+#: Names of a layer's quantizers. An entry of the weight's quantizer in a state
+#: dict marks a checkpoint of quantization-aware training.
 INPUT, WEIGHT, OUTPUT = (
     'input_quantizer',
     'weight_quantizer',
     'output_quantizer',
 )
 
-#: Largest integers of weights: of eight bits, and of seven.
+#: Largest integer of a weight: with eight bits, and with seven.
 LIMIT, REDUCED_LIMIT = 127, 63
 
 
 class WeightQuantizer(FakeQuantize):
-    """Int8 in -127..127, with the range of the kernel as it is now.
+    """Round a kernel to int8, -127..127, with the range that it has now.
 
-    Symmetric, so that a norm folded into the kernel later, which scales
-    channels and may flip their signs, changes no integer but its sign.
+    The integers are symmetric about zero. A norm folded into the kernel later
+    scales channels and may flip their signs; so it changes the signs of
+    integers at most.
 
     Args:
         per_channel: Whether each output channel has a scale of its own.
-        reduce_range: Whether to use seven bits, -63..63.
+        reduce_range: Whether to use seven bits, -63..63, because the
+            eight-bit products of some processors saturate (x86 without VNNI).
 
     Shape:
         - Input and output: (out, in / groups, kH, kW) or (out, in)
@@ -72,22 +76,24 @@ class WeightQuantizer(FakeQuantize):
                 **arguments,
             )
         self.per_channel = per_channel
-        # In the checkpoint, so that it says what the weights were trained for.
+        # A buffer, so that the checkpoint says which range was trained.
         self.register_buffer('limit', torch.tensor(limit))
 
     def forward(self, kernel: Tensor) -> Tensor:
-        """The kernel rounded, with the range that it has now."""
+        """Measure the kernel's range, and round the kernel with it."""
         self.activation_post_process.reset_min_max_vals()
         return super().forward(kernel)
 
 
 class ActivationQuantizer(FakeQuantize):
-    """Uint8, one scale and zero point, from a moving average of the ranges.
+    """Round activations to uint8, with one scale and one zero point.
+
+    Both come from a moving average of the batches' ranges.
 
     Args:
-        averaging_constant: Share of each batch in the moving average.
-        relu: Whether a ReLU follows: what is below zero then needs no room,
-            and quantizing does the ReLU's work.
+        averaging_constant: Weight of each new batch in the moving average.
+        relu: Whether a ReLU follows. The range then starts at zero, so
+            rounding cuts negative values off, as the ReLU does.
 
     Shape:
         - Input and output: any
@@ -107,7 +113,7 @@ class ActivationQuantizer(FakeQuantize):
         self.relu = relu
 
     def forward(self, x: Tensor) -> Tensor:
-        """Note the range, and round where that is turned on."""
+        """Update the range while observing, and round if turned on."""
         if self.observing:
             seen = x.detach()
             self.activation_post_process(seen.relu() if self.relu else seen)
@@ -122,15 +128,15 @@ class ActivationQuantizer(FakeQuantize):
 
     @property
     def observing(self) -> bool:
-        """Whether ranges are learned: in training, until they are frozen."""
+        """Whether ranges are updated: in training, until they are frozen."""
         return self.training and bool(self.observer_enabled[0])
 
 
 class _Quantized:
-    """Mixin for a layer with quantizers; the layer's own class follows."""
+    """Mixin for a layer with quantizers; it precedes the layer's own class."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """As the layer's own, rounded where that is turned on."""
+        """Run on rounded input and weight; if turned off, run as before."""
         weight_quantizer = self._modules.get(WEIGHT)
         if weight_quantizer is None or not is_quantizing(self):
             return super().forward(x)
@@ -141,10 +147,10 @@ class _Quantized:
 
 
 class QuantizedBlock(_Quantized):
-    """Mixin for a block: its equivalent kernel is quantized.
+    """Mixin for a block; it quantizes the equivalent kernel.
 
-    Running statistics are used in training, too: batch statistics would make
-    another kernel of every batch.
+    The norms in the branches use their running statistics in training too.
+    With batch statistics, every batch would have another kernel.
     """
 
     def _quantized(self, x: Tensor, quantize: nn.Module) -> Tensor:
@@ -171,15 +177,17 @@ class QuantizedLinear(_Quantized):
 def _folded(
     layer: nn.Module, kernel: Tensor, quantize: WeightQuantizer
 ) -> Tensor:
-    """Quantize a kernel as it will be with the norm behind it folded in.
+    """Quantize a kernel as if the norm behind it were folded in already.
 
-    With a scale a channel that is the same as without the norm.
+    The INT8 file has the folded kernel. If each channel has its own scale,
+    folding changes that scale and leaves the integers, so nothing is to do.
     """
     (norm,) = layer.folded_norm
     if quantize.per_channel or norm is None:
         return quantize(kernel)
     scale = norm_scale_shift(norm).scale.reshape(-1, 1, 1, 1)
-    # A channel that the norm makes vanish may be anything.
+    # The norm erases such a channel, so its rounding does not matter; a
+    # scale of one avoids dividing by zero.
     scale = torch.where(scale.abs() < 1e-12, torch.ones_like(scale), scale)
     return quantize(kernel * scale) / scale
 
@@ -193,10 +201,14 @@ _CLASSES: Dict[Type[nn.Module], type] = {}
 
 
 def quantizable_layers(model: nn.Module) -> Dict[str, nn.Module]:
-    """Blocks, convolutions and linear layers by name; not those in blocks.
+    """Find the layers that can be quantized.
 
     Args:
         model: Any model.
+
+    Returns:
+        dict: Blocks, convolutions and linear layers by name. Layers inside
+        blocks are left out: the block as a whole becomes one convolution.
     """
     layers, inside = {}, set()
     for name, module in model.named_modules():
@@ -218,16 +230,21 @@ def add_quantizers_(
 ) -> None:
     """Give a layer quantizers for input and weight, turned off.
 
+    A layer that has them already stays as it is.
+
     Args:
-        layer: From :func:`quantizable_layers`.
-        averaging_constant: See :class:`ActivationQuantizer`.
-        per_channel: See :class:`WeightQuantizer`, as the next one.
-        reduce_range: As there.
-        norm: The batch norm behind the layer, which will be folded into it.
+        layer: A layer that :func:`quantizable_layers` returned.
+        averaging_constant: Weight of each new batch in the moving average of
+            the input's range.
+        per_channel: Whether each output channel of the weight has a scale of
+            its own.
+        reduce_range: Whether the weight uses seven bits.
+        norm: The batch norm behind the layer that the export folds into it;
+            None if there is none.
     """
     if isinstance(layer, _Quantized):
         return
-    # Of the class itself: a subclass may add to what it inherits.
+    # Subclass the layer's own class, whose forward may differ from the base's.
     cls = type(layer)
     if cls not in _CLASSES:
         mixin = next(m for base, m in _KINDS if issubclass(cls, base))
@@ -236,7 +253,7 @@ def add_quantizers_(
     layer.add_module(INPUT, ActivationQuantizer(averaging_constant).to(device))
     weight_quantizer = WeightQuantizer(per_channel, reduce_range)
     layer.add_module(WEIGHT, weight_quantizer.to(device))
-    layer.folded_norm = (norm,)  # in a tuple it is no submodule
+    layer.folded_norm = (norm,)  # a tuple is no submodule
     layer.__class__ = _CLASSES[cls]
     set_quantizing_(layer, False)
 
@@ -244,12 +261,13 @@ def add_quantizers_(
 def add_output_quantizer_(
     module: nn.Module, relu: bool, averaging_constant: float = 0.01
 ) -> None:
-    """Quantize what a module returns.
+    """Give a module a quantizer for its output, turned off.
 
     Args:
         module: A layer, or the norm behind it.
-        relu: Whether a ReLU is all that reads it.
-        averaging_constant: See :class:`ActivationQuantizer`.
+        relu: Whether the output is read through a ReLU only.
+        averaging_constant: Weight of each new batch in the moving average of
+            the output's range.
     """
     parameter = next(module.parameters(), None)
     device = None if parameter is None else parameter.device
@@ -265,7 +283,7 @@ def _quantize_output(module: nn.Module, args, output: Tensor) -> Tensor:
 
 
 def is_quantizing(layer: nn.Module) -> bool:
-    """Whether a layer's quantizers are turned on."""
+    """Whether a layer has quantizers, and they are turned on."""
     quantizer = layer._modules.get(WEIGHT)
     return quantizer is not None and bool(quantizer.fake_quant_enabled[0])
 
@@ -279,8 +297,10 @@ def set_quantizing_(model: nn.Module, on: bool = True) -> None:
     """Turn all quantizers on or off.
 
     Args:
-        model: After :func:`mmdbb.mm.quantization.qat.prepare_qat_`.
-        on: Whether to quantize, and in training to learn ranges.
+        model: A network that
+            :func:`mmdbb.mm.quantization.qat.prepare_qat_` has prepared.
+        on: True to round, and in training mode to update the ranges of
+            activations; False to compute in floating point.
     """
     for quantizer in quantizers(model):
         quantizer.enable_fake_quant(on)
@@ -288,14 +308,22 @@ def set_quantizing_(model: nn.Module, on: bool = True) -> None:
 
 
 def freeze_ranges_(model: nn.Module) -> None:
-    """Keep the ranges of activations as they are; weights' follow them."""
+    """Stop updating the ranges of activations; weights' ranges still follow.
+
+    Args:
+        model: A network with quantizers.
+    """
     for quantizer in quantizers(model):
         if isinstance(quantizer, ActivationQuantizer):
             quantizer.disable_observer()
 
 
 def remove_quantizers_(model: nn.Module) -> None:
-    """Make a network in floating point of it again, with its weights."""
+    """Remove all quantizers; the network keeps its weights, in float.
+
+    Args:
+        model: A network with quantizers; changed in place.
+    """
     for module in model.modules():
         if isinstance(module, _Quantized):
             module.__class__ = type(module).__bases__[1]

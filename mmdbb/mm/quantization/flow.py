@@ -1,10 +1,10 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""What becomes of a layer's output: which layers need it quantized.
+"""Find out who reads each layer's output, and so where quantizers must go.
 
-What a layer in integers reads must be quantized, and so must what it writes,
-or it has to compute in floating point. Where the output goes to other layers
-only, perhaps through a norm, a ReLU or a max pooling, they quantize it. Where
-something else reads it, a sum for one, it needs a quantizer of its own.
+A layer computes in integers only if both its input and its output are
+quantized. If only other layers read the output, perhaps through a norm, a ReLU
+or a max pooling, their input quantizers do it. If anything else reads it, such
+as the sum of a residual connection, the output needs a quantizer of its own.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
 
-from mmdbb.mm.export.modules import Detector, export_module
+from mmdbb.mm.export.modules import export_module, is_detector
 from mmdbb.mm.quantization.fake import quantizable_layers
 from mmdbb.modules import in_eval_mode
 from mmdbb.tracing import sole_readers
 
-#: Functions after which the same integers are there, or fewer.
+#: Operations that need no quantizer of their own: their outputs are a subset
+#: of their inputs' quantized values, or (norms) fold into the layer before.
 _RELUS = ('relu', 'relu_', 'relu6', 'hardtanh', 'hardtanh_')
 _PASS = (
     *_RELUS,
@@ -37,12 +38,12 @@ _PASS = (
 
 
 class Written(NamedTuple):
-    """What becomes of a layer's output.
+    """What follows a layer, and whether its output needs a quantizer.
 
     Attributes:
         norm: Name of the batch norm behind the layer, None if there is none.
         quantized: Whether the output, after that norm, needs a quantizer.
-        relu: Whether all readers read it through a ReLU.
+        relu: Whether all readers read the output through a ReLU.
     """
 
     norm: Optional[str]
@@ -54,31 +55,29 @@ class Written(NamedTuple):
 def layers_to_quantize(
     model: nn.Module, image_size: Tuple[int, int] = (64, 64)
 ) -> Dict[str, Written]:
-    """Run a network on a black image and see what reads what.
+    """Run a network on an image of zeros, and note who reads each output.
 
     Args:
         model: A classifier, segmentor, detector, or any module that maps
-            images to tensors. Unchanged; it is looked at in eval mode.
+            images to tensors. It runs in eval mode, and stays unchanged.
         image_size: Height and width of the image in pixels.
 
     Returns:
         dict: Names of the layers that an export runs through (no auxiliary
-        heads), and what becomes of the output of each.
+        heads) -> what follows each.
     """
     layers = quantizable_layers(model)
     if not layers:
         return {}
     names = {module: name for name, module in model.named_modules()}
-    kind = export_module(model)
-    if isinstance(kind, Detector):
-        kind = export_module(model, head=True)
+    network = export_module(model, head=is_detector(model))
     channels = getattr(next(iter(layers.values())), 'in_channels', 3)
     images = next(model.parameters()).new_zeros(1, channels, *image_size)
-    norms = sole_readers(kind, images)
+    norms = sole_readers(network, images)
     watch = _Watch(layers)
     try:
         with in_eval_mode(model), watch:
-            kind(images)
+            network(images)
     finally:
         watch.remove()
     found = {}
@@ -88,7 +87,7 @@ def layers_to_quantize(
         reads = watch.reads.get(layer, [])
         norm = norms.get(layer)
         if not isinstance(norm, _BatchNorm):
-            norm = None  # another kind does not fold into the layer
+            norm = None  # only batch norms fold into the layer
         found[name] = Written(
             None if norm is None else names[norm],
             any(other for other, _ in reads),
@@ -98,17 +97,17 @@ def layers_to_quantize(
 
 
 class _Origin(NamedTuple):
-    tensor: Tensor  # kept, so that no other gets its id
+    tensor: Tensor  # kept alive, so that no other tensor gets its id
     layer: nn.Module
     relu: bool
 
 
 class _Watch(TorchFunctionMode):
-    """Notes who reads what comes from a layer.
+    """Notes who reads the output of each layer.
 
     Attributes:
-        reads: For each layer its readers: whether it is something else than
-            a layer, and whether it reads through a ReLU.
+        reads: Layer -> its readers. Of each reader: whether it is anything
+            but a layer, and whether it reads through a ReLU.
         reached: The layers that ran.
     """
 

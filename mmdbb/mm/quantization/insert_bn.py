@@ -1,13 +1,14 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""A batch norm after each merged convolution, to train on before INT8.
+"""Insert a batch norm after each merged convolution, to train before INT8.
 
-The merged network has lost the norms that kept its activations in range.
-Ding et al. insert new ones and train on (RepVGG's repository, section
+Merging removes the norms that kept the activations in range. Ding et al.
+insert new ones and continue training (RepVGG's repository, section
 "Quantization", https://github.com/DingXiaoH/RepVGG). Here each block becomes
-the block of a single branch, :class:`mmdbb.blocks.ConvBN`: the merged kernel
-without its bias, and a norm whose statistics are those of the data, whose
-weight and bias undo them. So at first nothing changes; and all that knows
-blocks (merging, exporting, quantization-aware training) folds the norm again.
+:class:`mmdbb.blocks.ConvBN`, a block with one branch: the merged kernel
+without its bias, and a norm behind it. The norm's statistics are measured on
+images, and its weight and bias undo the normalisation, so that the network
+computes the same as before. All functions for blocks (merging, exporting,
+quantization-aware training) fold this norm like any other.
 """
 
 from __future__ import annotations
@@ -34,18 +35,19 @@ from mmdbb.mm.structure import Structure
 from mmdbb.reparam import find_blocks
 
 _TOLERANCE = 1e-4
-#: Larger than any; a config cannot hold infinity.
+#: For "no limit": larger than any kernel. A config cannot hold infinity.
 _LARGEST_KERNEL = 1000
 
 
 class Inserted(NamedTuple):
-    """What :func:`insert_bn_checkpoint` wrote.
+    """Result of :func:`insert_bn_checkpoint`.
 
     Attributes:
         checkpoint: Path of the weights.
         config: Path of the config.
-        blocks: How many blocks became a convolution and a norm.
-        difference: How far the networks are apart, in eval mode.
+        blocks: Number of blocks that became a convolution and a norm.
+        difference: Difference between the outputs of the old and the new
+            network, in eval mode.
     """
 
     checkpoint: str
@@ -60,18 +62,22 @@ def insert_bn_checkpoint(
     calibration: Optional[Calibration] = None,
     overwrite: bool = False,
 ) -> Inserted:
-    """Merge each block of a checkpoint and put a calibrated norm behind it.
+    """Merge each block of a checkpoint, and put a calibrated norm behind it.
 
     Args:
         source: The trained checkpoint, with blocks, and its config.
         out: Path of the checkpoint to write, ``*.pth`` or
-            ``*.safetensors``; its config is written beside it as ``*.py``. It
-            starts from the checkpoint.
-        calibration: Which images give the norms their statistics.
+            ``*.safetensors``. A config is written beside it as ``*.py``;
+            training with that config starts from the checkpoint.
+        calibration: Images that the norms' statistics are computed from.
         overwrite: Whether existing outputs may be replaced.
 
+    Returns:
+        Inserted: Paths of the files, and how far the two networks differ.
+
     Raises:
-        UserError: If an input is wrong, or the networks differ.
+        UserError: If an input is wrong, or the outputs of the two networks
+            differ. Nothing is written then.
     """
     cfg, calibration = source.cfg, calibration or Calibration()
     checkpoint, config = output_paths(out)
@@ -91,7 +97,8 @@ def insert_bn_checkpoint(
             insert_bn_(network, model, images)
         except ValueError as error:
             raise UserError(f'{source.checkpoint}: {error}') from error
-        # Where the first training wrote, this one would replace its files.
+        # In the same work folder, the new training would replace the files
+        # of the first.
         new_cfg.pop('work_dir', None)
         new_cfg.update(load_from=checkpoint, resume=False)
         contents = Contents(
@@ -123,13 +130,14 @@ def insert_bn_checkpoint(
 
 
 def conv_bn_config(cfg: Config) -> Config:
-    """A config whose blocks are all :class:`mmdbb.blocks.ConvBN`.
+    """Replace all blocks in a config by :class:`mmdbb.blocks.ConvBN`.
 
     Args:
         cfg: Config of a network with blocks.
 
     Returns:
-        Config: A copy, without what blocks start from.
+        Config: A copy. The entries that say what blocks start from are
+        removed, because all weights come from the checkpoint.
     """
     fields = without_own_starts(cfg.to_dict())
     return Config(rewrite(fields, _with_conv_bn, fields.get('default_scope')))
@@ -149,7 +157,7 @@ def _with_conv_bn(node: dict, scope: Optional[str]) -> dict:
 
 
 def _conv_bn(layer: dict, build: Callable) -> dict:
-    """The layer's config, for the same kernels as before."""
+    """Config of a ``ConvBN`` with the same norm and the same kernel sizes."""
     new = dict(type='ConvBN')
     if layer.get('norm_cfg'):
         new['norm_cfg'] = layer['norm_cfg']
@@ -161,12 +169,12 @@ def _conv_bn(layer: dict, build: Callable) -> dict:
 
 @torch.no_grad()
 def insert_bn_(network: nn.Module, model: nn.Module, images: Tensor) -> None:
-    """Fill a network of ``ConvBN`` with what another one computes.
+    """Fill a network of ``ConvBN`` so that it computes the same as ``model``.
 
     Args:
-        network: As ``model``, but with a ``ConvBN`` for each block; it gets
-            the weights.
-        model: The trained network, in eval mode.
+        network: The network of ``model``, but with a ``ConvBN`` for each
+            block. Its weights are overwritten.
+        model: The trained network with blocks, in eval mode; unchanged.
         images: Normalised images (N, C, H, W) to calibrate the norms with.
 
     Raises:
@@ -186,12 +194,13 @@ def insert_bn_(network: nn.Module, model: nn.Module, images: Tensor) -> None:
         norm = branch.norm
         if not norm.affine:
             raise ValueError(
-                f'the norm behind {name} would need weight and bias; its '
+                f'the norm behind {name} needs weight and bias, but its '
                 'norm_cfg says affine=False'
             )
         conv = block.to_conv()
         bias = zero_bias(conv.weight) if conv.bias is None else conv.bias
-        # Where no image comes along, any statistics do.
+        # No image reaches some layers (auxiliary heads); any statistics do
+        # there, because weight and bias undo them.
         mean, var = statistics.get(name, (bias, torch.ones_like(bias)))
         branch.conv.weight.copy_(conv.weight)
         norm.running_mean.copy_(mean - bias.double())

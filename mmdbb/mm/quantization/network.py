@@ -1,5 +1,5 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""Loading what is to be quantized: trained, merged, or trained for INT8."""
+"""Load a network to quantize: trained, merged, or trained for INT8."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mmdbb.mm.quantization.fake import (
 from mmdbb.mm.quantization.qat import is_qat_state, prepare_qat_
 from mmdbb.reparam import find_blocks
 
-#: Entries of a quantizer of which there may be one a channel.
+#: Buffers of a quantizer that may hold one value for each channel.
 _A_CHANNEL = ('scale', 'zero_point', 'min_val', 'max_val')
 
 
@@ -24,40 +24,41 @@ def load_network(model: nn.Module, checkpoint: str) -> nn.Module:
     """Load a checkpoint into the network of its config.
 
     Args:
-        model: As the config builds it; changed in place.
-        checkpoint: Path of a checkpoint of a training, also one that was
-            quantization-aware, or of one that ``tools/reparam.py`` wrote.
+        model: The network that the config builds; changed in place.
+        checkpoint: Path of a checkpoint from a training, quantization-aware
+            or not, or from ``tools/reparam.py``.
 
     Returns:
-        nn.Module: The network in eval mode; with quantizers, turned on, if
-        the checkpoint has them.
+        nn.Module: The network in eval mode. If the checkpoint has quantizers,
+        the network has them too, turned on.
 
     Raises:
-        UserError: If the two do not belong together.
+        UserError: If the checkpoint does not fit the network.
     """
     return fill_network(model, read_checkpoint(checkpoint), checkpoint)
 
 
 def fill_network(model: nn.Module, loaded: dict, checkpoint: str) -> nn.Module:
-    """Load what was read of a checkpoint into the network of its config.
+    """Load a checkpoint that was read already into the network of its config.
 
     Args:
         model: The network that the config builds; changed in place.
-        loaded: What :func:`mmdbb.files.checkpoints.read_checkpoint` read.
+        loaded: The checkpoint, as
+            :func:`mmdbb.files.checkpoints.read_checkpoint` returned it.
         checkpoint: Path of the checkpoint, for messages.
 
     Returns:
-        nn.Module: The network in eval mode; with quantizers, turned on, if
-        the checkpoint has them.
+        nn.Module: The network in eval mode. If the checkpoint has quantizers,
+        the network has them too, turned on.
 
     Raises:
-        UserError: If the two do not belong together.
+        UserError: If the checkpoint does not fit the network.
     """
     state = loaded['state_dict']
     give_structure_(model, loaded)
     if holds_blocks(state, model) and not find_blocks(model):
         raise UserError(
-            f'{checkpoint} is not merged, and its config is of a merged '
+            f'{checkpoint} is not merged, but its config builds a merged '
             'network; give the config that it was trained with'
         )
     if is_qat_state(state):
@@ -73,7 +74,7 @@ def fill_network(model: nn.Module, loaded: dict, checkpoint: str) -> nn.Module:
 
 
 def _arguments(state: dict) -> dict:
-    """What quantizers a checkpoint has, by their entries."""
+    """Arguments of ``prepare_qat_`` that give a checkpoint's quantizers."""
     dims = {
         value.dim()
         for name, value in state.items()
@@ -91,7 +92,11 @@ def _arguments(state: dict) -> dict:
 
 
 def _take_shapes(model: nn.Module, state: dict) -> None:
-    """Scales a channel have the length that training gave them."""
+    """Resize the quantizers' buffers to a checkpoint's shapes.
+
+    New quantizers have one scale; in training those of weights get one for
+    each channel.
+    """
     for name, module in model.named_modules():
         for entry, value in module._buffers.items():
             full = f'{name}.{entry}'

@@ -1,9 +1,9 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
 """Static quantization of an ONNX file, by ``onnxruntime.quantization``.
 
-The result is in the QDQ form: ``QuantizeLinear`` and ``DequantizeLinear``
-nodes around what runs in integers, weights as int8 with one scale a channel,
-activations as uint8 with one scale a tensor.
+The file written has the QDQ form: ``QuantizeLinear`` and ``DequantizeLinear``
+nodes stand around each node that runs in integers. Weights are int8 with one
+scale a channel by default, activations uint8 with one scale a tensor.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from mmdbb.errors import UserError, require_packages
 from mmdbb.files.sources import shown
 from mmdbb.mm.evaluation.images import check_calibration
 
-#: What writing and running INT8 files imports.
+#: Packages needed to write and run INT8 files.
 PACKAGES = ('onnx', 'onnxruntime', 'onnxscript')
 METHODS = ('minmax', 'entropy', 'percentile')
-#: Nodes that only a quantized file has.
+#: Operators that only a quantized file has.
 QUANTIZED = (
     'QuantizeLinear',
     'DequantizeLinear',
@@ -32,24 +32,25 @@ QUANTIZED = (
     'QLinearConv',
     'QLinearMatMul',
 )
-#: Statistics need more digits; that of a group norm, ONNX Runtime refuses.
+#: Norms lose too much in eight bits, and ONNX Runtime refuses to quantize
+#: ``InstanceNormalization`` as exported from a group norm.
 NOT_BY_DEFAULT = (
     'InstanceNormalization',
     'LayerNormalization',
     'BatchNormalization',
 )
 _DOMAINS = ('', 'ai.onnx', 'com.microsoft')
-#: Images that run through the calibration at once.
+#: Images in a batch of the calibration.
 _BATCH = 8
 
 
 class Layers(NamedTuple):
-    """What became of a file's nodes.
+    """Counts of a file's nodes, in integers and in floating point.
 
     Attributes:
-        quantized: How many convolutions and matrix products have int8
-            weights.
-        left: Other operators that stay in floating point, with their counts.
+        quantized: Number of convolutions and matrix products that run in
+            integers.
+        left: Operators left in floating point -> numbers of their nodes.
     """
 
     quantized: int
@@ -66,24 +67,28 @@ def quantize_onnx(
     op_types: Optional[Sequence[str]] = None,
     percentile: float = 99.99,
 ) -> Layers:
-    """Quantize a file to INT8.
+    """Quantize an ONNX file to INT8.
 
     Args:
-        path: The file to read: an ONNX network in float32, blocks merged.
-        out: The file to write.
+        path: Path of the file to read: an ONNX network in float32, its blocks
+            merged.
+        out: Path of the file to write.
         images: Normalised images (N, C, H, W) to calibrate with.
-        method: Where activations are cut off: one of :data:`METHODS`.
+        method: How the range of activations is chosen; values outside are
+            clipped. One of :data:`METHODS`: ``minmax`` clips none,
+            ``entropy`` minimises the loss of information, ``percentile``
+            clips a fixed share.
         per_channel: Whether each output channel of a weight has a scale of
             its own.
         reduce_range: Whether weights use seven bits, for processors whose
             eight-bit products saturate (x86 without VNNI).
-        op_types: Operators to quantize; by default all that ONNX Runtime can,
-            without the norms that are left (:data:`NOT_BY_DEFAULT`).
+        op_types: Operators to quantize; by default all that ONNX Runtime can
+            quantize, except norms (:data:`NOT_BY_DEFAULT`).
         percentile: Share of the values, in percent, that method
-            ``percentile`` keeps.
+            ``percentile`` does not clip.
 
     Returns:
-        Layers: What was quantized, and what was left.
+        Layers: Counts of the nodes that were quantized, and of the others.
 
     Raises:
         UserError: If an argument is wrong, the file is quantized already, or
@@ -121,7 +126,7 @@ def quantize_onnx(
                 )[method],
                 extra_options=options,
             )
-    except Exception as error:  # it raises whatever it meets
+    except Exception as error:  # ONNX Runtime raises errors of any type
         raise UserError(
             f'ONNX Runtime cannot quantize {path}: {type(error).__name__}: '
             f'{error}'
@@ -140,11 +145,11 @@ def check_float(model, path: str) -> None:
     """Refuse a file that is quantized already.
 
     Args:
-        model: What ``onnx.load`` read.
-        path: Its path, for the message.
+        model: The file's ONNX model, as ``onnx.load`` returned it.
+        path: The file's path, for the message.
 
     Raises:
-        UserError: If it is.
+        UserError: If the model has an operator of :data:`QUANTIZED`.
     """
     found = {node.op_type for node in model.graph.node} & set(QUANTIZED)
     if found:
@@ -154,14 +159,14 @@ def check_float(model, path: str) -> None:
 
 
 def check_weights(model, path: str) -> None:
-    """Refuse weights that stand elsewhere, or are none.
+    """Refuse weights that are kept in another file, damaged or not finite.
 
     Args:
-        model: What ``onnx.load`` read, without external data.
-        path: Its path, for the message.
+        model: The file's ONNX model, loaded without external data.
+        path: The file's path, for the message.
 
     Raises:
-        UserError: If there are some.
+        UserError: If the model has such a weight.
     """
     import onnx
     from onnx.external_data_helper import uses_external_data
@@ -185,10 +190,10 @@ def check_weights(model, path: str) -> None:
 
 
 def layers_of(model) -> Layers:
-    """Count what a QDQ file runs in integers and what not.
+    """Count the nodes of a QDQ file that run in integers, and the others.
 
     Args:
-        model: What ``onnx.load`` read.
+        model: The file's ONNX model.
     """
     dequantized = {
         output
@@ -213,7 +218,7 @@ def layers_of(model) -> Layers:
 def _operators(
     model, path: str, op_types: Optional[Sequence[str]]
 ) -> List[str]:
-    """The operators to quantize, checked."""
+    """Choose the operators to quantize, and check that there are any."""
     from onnxruntime.quantization.registry import (
         QDQRegistry,
         QLinearOpsRegistry,
@@ -258,7 +263,8 @@ def _reader(images: Tensor, name: str):
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    # It advises a preprocessing that the export has done, and prints.
+    # ONNX Runtime advises a preprocessing that the export has done already,
+    # and prints progress.
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

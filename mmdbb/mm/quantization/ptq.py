@@ -1,5 +1,5 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""From a trained checkpoint to an INT8 file whose accuracy is known."""
+"""Turn a trained checkpoint into an INT8 file, and measure its accuracy."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from mmdbb.mm.engine.measure import interleaved_latency
 from mmdbb.mm.evaluation.figures import Figure, evaluate, quiet_runner
 from mmdbb.mm.evaluation.images import Calibration, first_size
 from mmdbb.mm.export.formats import METADATA
-from mmdbb.mm.export.modules import Detector, export_module
+from mmdbb.mm.export.modules import export_module, is_detector
 from mmdbb.mm.export.network import ExportOptions, write_network
 from mmdbb.mm.outputs import Proof, Source, writing
 from mmdbb.mm.quantization.fake import (
@@ -51,15 +51,15 @@ from mmdbb.mm.quantization.session import OnnxNetwork
 from mmdbb.mm.structure import Structure, written_structure
 
 
-class Stage(NamedTuple):
-    """A network on its way to INT8.
+class QuantizationStage(NamedTuple):
+    """The network's accuracy, size and speed after one step to INT8.
 
     Attributes:
-        name: ``trained``, ``merged`` or ``int8``.
-        figure: What the config's evaluator says of it; None if it was not
-            asked.
-        size: Bytes of its weights or file.
-        latency: Median seconds of one image on one thread.
+        name: The network: ``trained`` in PyTorch, ``merged`` as a float ONNX
+            file, or ``int8``.
+        figure: Result of the config's evaluator; None if it did not run.
+        size: Bytes of the weights in PyTorch, or of the file.
+        latency: Median seconds for one image on one thread.
     """
 
     name: str
@@ -69,20 +69,22 @@ class Stage(NamedTuple):
 
 
 class Quantized(NamedTuple):
-    """What :func:`quantize_checkpoint` wrote.
+    """Result of :func:`quantize_checkpoint`: the file, and how good it is.
 
     Attributes:
-        path: The INT8 file.
-        stages: The network before, between and after.
-        layers: What of it runs in integers.
-        images: How many images it was calibrated with; 0 where the ranges
-            were trained.
-        image_size: Height and width in pixels that the file takes.
-        drop: By how many hundredths the figure fell; None if not evaluated.
+        path: Path of the INT8 file.
+        stages: Accuracy, size and speed of the trained network (if a
+            checkpoint was given), of the merged one and of the INT8 one.
+        layers: Counts of the nodes in integers and in floating point.
+        images: Number of calibration images; 0 if the ranges were trained.
+        image_size: Height and width in pixels of the images that the file
+            takes.
+        drop: Points (hundredths) that the evaluator's figure fell by, from
+            the first stage to the last; None if it was not evaluated.
     """
 
     path: str
-    stages: List[Stage]
+    stages: List[QuantizationStage]
     layers: Layers
     images: int
     image_size: Tuple[int, int]
@@ -90,15 +92,21 @@ class Quantized(NamedTuple):
 
 
 class QuantizeOptions(NamedTuple):
-    """How a network is quantized after training, see :func:`quantize_onnx`.
+    """How to quantize a network after training, see :func:`quantize_onnx`.
+
+    A checkpoint of quantization-aware training has its own ranges and scales,
+    which are used instead.
 
     Attributes:
-        calibration: Which images to calibrate with.
-        method: Where activations are cut off: ``minmax``, ``entropy`` or
+        calibration: Images that the ranges of activations are learned from.
+        method: How these ranges are chosen: ``minmax``, ``entropy`` or
             ``percentile``.
-        per_channel: Whether weights have a scale a channel.
-        reduce_range: Whether weights use seven bits.
-        op_types: Operators to quantize, by default all.
+        per_channel: Whether each output channel of a weight has a scale of
+            its own.
+        reduce_range: Whether weights use seven bits, for x86 processors
+            without VNNI.
+        op_types: ONNX operators to quantize; by default all that ONNX Runtime
+            can quantize, except norms.
     """
 
     calibration: Calibration = Calibration()
@@ -118,29 +126,35 @@ def quantize_checkpoint(
     evaluated: bool = True,
     overwrite: bool = False,
 ) -> Quantized:
-    """Merge, export, quantize, evaluate; write the file if it is as good.
+    """Merge a network, export and quantize it, and evaluate each stage.
+
+    The file is written only if its accuracy falls by no more than
+    ``max_drop``.
 
     Args:
-        source: A trained checkpoint, with blocks or merged, or after
-            quantization-aware training: then the ranges are those that were
-            trained. Or an ONNX file of the network in float32. Its config has
-            data sets and an evaluator.
+        source: A trained checkpoint, with blocks or merged, or an ONNX file
+            of the network in float32; and a config with data sets and an
+            evaluator. A checkpoint of quantization-aware training brings its
+            ranges, so nothing is calibrated.
         out: Path of the INT8 file, ``*.onnx``.
         options: How to quantize.
-        image_size: Height and width in pixels that the file takes; by default
-            those of the first image of the test set.
-        metric: The evaluator's figure to compare, by default its main one.
-        max_drop: Largest fall of the figure, in hundredths, from the first
-            network to the INT8 one; None for any.
-        evaluated: Whether to run the evaluator at all.
-        overwrite: Whether ``out`` may be replaced.
+        image_size: Height and width in pixels of the images that the file
+            takes; by default those of the first image of the test set.
+        metric: Name of the evaluator's figure to compare; by default its main
+            one.
+        max_drop: Largest fall of the figure allowed, in points (hundredths),
+            from the first stage to the last; None allows any.
+        evaluated: Whether to run the evaluator. If not, ``max_drop`` is
+            ignored.
+        overwrite: Whether an existing ``out`` may be replaced.
 
     Returns:
-        Quantized: The file and how good it is.
+        Quantized: The file, and how good it is.
 
     Raises:
         UserError: If an input is wrong, the network cannot be quantized, or
-            the figure falls by more than ``max_drop``. Nothing is written.
+            the figure falls by more than ``max_drop``. Nothing is written
+            then.
     """
     require_packages('quantization', 'quantization', *PACKAGES)
     options = options or QuantizeOptions()
@@ -190,12 +204,13 @@ class _Merged(NamedTuple):
     """The network to quantize, in floating point.
 
     Attributes:
-        path: Its ONNX file, blocks merged and norms folded.
+        path: Path of its ONNX file, blocks merged and norms folded.
         size: Height and width in pixels of the images that the file takes.
-        trained: The network in torch, with blocks and quantizers if it has
-            any; None where the source is an ONNX file.
-        structure: What is noted of the structure.
-        weights: Which weights of the source it has.
+        trained: The network in PyTorch, with blocks and quantizers if it has
+            any; None if the source is an ONNX file.
+        structure: Structure to note in the INT8 file.
+        weights: Weights that were taken from the source, such as the averaged
+            ones; noted in the INT8 file too.
     """
 
     path: str
@@ -206,14 +221,15 @@ class _Merged(NamedTuple):
 
 
 class _Integers(NamedTuple):
-    """How the INT8 file came about.
+    """How the INT8 file was made.
 
     Attributes:
-        layers: What of it runs in integers.
-        method: Where activations were cut off; ``trained`` if the ranges were
-            trained.
-        images: How many images it was calibrated with.
-        per_channel: Whether weights have a scale a channel.
+        layers: Counts of the nodes in integers and in floating point.
+        method: How the ranges of activations were chosen; ``trained`` if
+            training learned them.
+        images: Number of calibration images; 0 if the ranges were trained.
+        per_channel: Whether each output channel of a weight has a scale of
+            its own.
     """
 
     layers: Layers
@@ -225,7 +241,7 @@ class _Integers(NamedTuple):
 def _given_file(
     source: str, path: str, size: Optional[Tuple[int, int]]
 ) -> _Merged:
-    """Check an ONNX file that was given, and take a copy."""
+    """Check the user's ONNX file, and copy it to ``path``."""
     import onnx
 
     if not os.path.exists(source):
@@ -233,7 +249,7 @@ def _given_file(
     check_regular(source, 'ONNX file')
     try:
         model = onnx.load(source, load_external_data=False)
-    except Exception as error:  # of protobuf's own kinds
+    except Exception as error:  # protobuf has errors of its own
         raise UserError(f'{source} is not an ONNX file') from error
     check_float(model, source)
     check_weights(model, source)
@@ -267,9 +283,11 @@ def _exported(
     size = size or first_size(source.cfg, trained, seed)
     network = copy.deepcopy(trained)
     remove_quantizers_(network)
-    head = isinstance(export_module(network), Detector)
     write_network(
-        network, path, ExportOptions(head=head), Proof(image_size=size)
+        network,
+        path,
+        ExportOptions(head=is_detector(network)),
+        Proof(image_size=size),
     )
     pruned = written_structure(loaded) is Structure.PRUNED
     return _Merged(
@@ -288,7 +306,7 @@ def _quantized(
     draft: str,
     options: QuantizeOptions,
 ) -> _Integers:
-    """Write the INT8 file."""
+    """Write the INT8 file, with trained ranges if there are any."""
     found = [] if merged.trained is None else list(quantizers(merged.trained))
     if found:
         weights = [q for q in found if isinstance(q, WeightQuantizer)]
@@ -322,8 +340,8 @@ def _stages(
     draft: str,
     metric: Optional[str],
     evaluated: bool,
-) -> List[Stage]:
-    """Evaluate and measure what there is, the INT8 file last."""
+) -> List[QuantizationStage]:
+    """Evaluate and time each network that there is, the INT8 file last."""
     networks = dict(merged=OnnxNetwork(merged.path), int8=OnnxNetwork(draft))
     sizes = {n: os.path.getsize(f.path) for n, f in networks.items()}
     if merged.trained is not None:
@@ -336,7 +354,7 @@ def _stages(
     }
     seconds = _seconds(merged, networks)
     return [
-        Stage(name, figures[name], sizes[name], seconds[name])
+        QuantizationStage(name, figures[name], sizes[name], seconds[name])
         for name in networks
     ]
 
@@ -349,7 +367,7 @@ def _seconds(
     for network in networks.values():
         if network is None:
             trained = merged.trained.eval()
-            head = isinstance(export_module(trained), Detector)
+            head = is_detector(trained)
             device = next(trained.parameters()).device
             call, x = export_module(trained, head), image.to(device)
         else:
@@ -358,23 +376,23 @@ def _seconds(
     return dict(zip(networks, interleaved_latency(calls)))
 
 
-def _drop(stages: List[Stage]) -> Optional[float]:
+def _drop(stages: List[QuantizationStage]) -> Optional[float]:
     first, last = stages[0].figure, stages[-1].figure
     return None if first is None else first.points - last.points
 
 
 def _noted(model: Any) -> dict:
-    """What an ONNX model says of itself, if mmdbb wrote it."""
+    """The notes that mmdbb wrote into an ONNX model; empty if none."""
     props = {p.key: p.value for p in model.metadata_props}
     try:
         own = json.loads(props.get(METADATA, '{}'))
-    except ValueError:  # another program's, of the same name
+    except ValueError:  # another program's entry of the same name
         return {}
     return own if isinstance(own, dict) else {}
 
 
 def _note(path: str, notes: dict) -> None:
-    """Write into an INT8 file what is known of it, and read it again."""
+    """Add notes to an INT8 file, and check that it reads back the same."""
     import onnx
 
     model = onnx.load(path)
@@ -384,6 +402,6 @@ def _note(path: str, notes: dict) -> None:
     onnx.save(model, path)
     if onnx.load(path) != model:
         raise UserError(
-            f'{os.path.basename(path)} is not read as it was written; '
-            'nothing written'
+            f'{os.path.basename(path)} differs from the network that was '
+            'written into it; nothing written'
         )

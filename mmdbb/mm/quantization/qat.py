@@ -1,5 +1,5 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""Training for INT8: quantizers in a network, and the hook that does it."""
+"""Train for INT8: put quantizers into a network, and a hook to use them."""
 
 from __future__ import annotations
 
@@ -33,27 +33,29 @@ def prepare_qat_(
     """Give a network quantizers, turned off.
 
     Every block, convolution and linear layer that an export runs through gets
-    one for its input and one for its weight (a block: its equivalent kernel);
-    and one for its output where something else than such a layer reads it.
+    a quantizer for its input and one for its weight (blocks: for the
+    equivalent kernel). It gets one for its output too if anything but such
+    layers reads the output, such as a sum.
 
     Args:
         model: A classifier, segmentor, detector, or any module that maps
             images to tensors, with blocks or without. Changed in place;
             names and parameters stay.
-        image_size: Height and width in pixels of an image that it takes, to
-            see what reads what.
-        averaging_constant: Share of each batch in the moving average of
-            activations' ranges.
+        image_size: Height and width in pixels of an image that the network
+            takes; it runs on one to find out who reads each output.
+        averaging_constant: Weight of each new batch in the moving average of
+            the activations' ranges.
         per_channel: Whether each output channel of a weight has a scale of
             its own.
-        reduce_range: Whether weights use seven bits.
+        reduce_range: Whether weights use seven bits, for x86 processors
+            without VNNI.
 
     Returns:
-        dict: The layers by name, and what becomes of their output.
+        dict: Names of the layers -> what follows each.
 
     Raises:
-        ValueError: If there is nothing to quantize, or there are quantizers
-            already.
+        ValueError: If the network has no layer to quantize, or has
+            quantizers already.
 
     Examples:
         >>> import torch
@@ -81,7 +83,7 @@ def prepare_qat_(
         add_quantizers_(
             layer, averaging_constant, per_channel, reduce_range, norm or None
         )
-        # Known to the layer, for the file that is written of it.
+        # ``write_qdq`` looks up here who quantizes the layer's output.
         layer.output_holder = None
         if output.quantized:
             layer.output_holder = output.norm or name
@@ -91,35 +93,45 @@ def prepare_qat_(
 
 
 def is_qat_state(state: dict) -> bool:
-    """Whether a state dict is of a network with quantizers."""
+    """Whether a state dict comes from a network with quantizers."""
     return any(f'.{WEIGHT}.' in name for name in state)
 
 
 @HOOKS.register_module()
 class QATHook(Hook):
-    """Quantization-aware training, from some epoch on.
+    """Turns on quantization-aware training at a given epoch.
 
-    Until then the network trains as it is. From then on its forward pass is
-    that of the INT8 network, gradients pass through the rounding, and all
-    batch norms keep their statistics: those inside blocks because the
-    equivalent kernel is made of them, the others because they are folded.
+    Before that epoch the network trains in floating point. From then on its
+    forward pass rounds as the INT8 network will, and gradients pass through
+    the rounding. The running statistics of all batch norms stay fixed: they
+    are part of the equivalent kernels or will be folded into kernels.
 
     Args:
-        begin: The epoch (or iteration) that it begins with, from 0.
-        freeze: The epoch (or iteration) from which ranges of activations
-            stay as they are; by default they never do.
-        by_epoch: Whether these are epochs.
-        image_size: See :func:`prepare_qat_`, as the next one.
-        averaging_constant: As there.
-        per_channel: As there.
-        reduce_range: As there.
+        begin: First epoch (or iteration) that quantizes, counted from 0.
+        freeze: First epoch (or iteration) in which the ranges of activations
+            no longer change; by default they always follow the data.
+        by_epoch: Whether ``begin`` and ``freeze`` count epochs; if not, they
+            count iterations.
+        image_size: Height and width in pixels of an image that the network
+            takes; it runs on one to find out where quantizers must go.
+        averaging_constant: Weight of each new batch in the moving average of
+            the activations' ranges.
+        per_channel: Whether each output channel of a weight has a scale of
+            its own.
+        reduce_range: Whether weights use seven bits, for x86 processors
+            without VNNI.
+
+    Raises:
+        ValueError: If ``begin`` is negative, or ``freeze`` is less than
+            ``begin``.
 
     Examples:
         In a config: ``custom_hooks = [dict(type='QATHook', begin=8)]`` with
         ``custom_imports = dict(imports=['mmdbb.quantize'])``.
     """
 
-    # Before hooks that copy the network, as EMAHook does.
+    # Runs before hooks that copy the network (EMAHook), so that the copies
+    # have quantizers too.
     priority = 'VERY_HIGH'
 
     def __init__(
@@ -148,7 +160,7 @@ class QATHook(Hook):
         self._norms = self._quantizers = ()
 
     def before_run(self, runner) -> None:
-        """Add quantizers, before a checkpoint with theirs is loaded."""
+        """Add quantizers, before the runner loads a checkpoint with them."""
         model = _inner(runner)
         if not quantizers(model):
             prepare_qat_(model, **self.arguments)
@@ -156,19 +168,20 @@ class QATHook(Hook):
         self._quantizers = quantizers(model)
 
     def before_train_epoch(self, runner) -> None:
-        """Turn it on."""
+        """Turn quantizers on, or freeze ranges, if this is the epoch."""
         if self.by_epoch:
             self._turn(runner, runner.epoch)
 
     def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
-        """Turn it on, and keep the norms as they are."""
+        """Turn quantizers on if this is the iteration, and fix the norms."""
         if not self.by_epoch:
             self._turn(runner, runner.iter)
         count = runner.epoch if self.by_epoch else runner.iter
         if count >= self.begin:
             for norm in self._norms:
                 norm.training = False
-            # Some stand in norms, which hosts put into eval mode as a whole.
+            # Some quantizers are submodules of norms, and hosts put norms
+            # into eval mode with all that is inside.
             for quantizer in self._quantizers:
                 quantizer.training = True
 
@@ -181,11 +194,11 @@ class QATHook(Hook):
             freeze_ranges_(model)
 
     def after_train_epoch(self, runner) -> None:
-        """Make the ranges of all processes those of the first."""
+        """Copy the ranges of the first process to all others."""
         self._synchronize(runner)
 
     def before_val(self, runner) -> None:
-        """As after an epoch, where epochs are not counted."""
+        """Copy the ranges here too: training by iterations has no epochs."""
         self._synchronize(runner)
 
     def _synchronize(self, runner) -> None:

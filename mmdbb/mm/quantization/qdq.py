@@ -1,11 +1,11 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""The INT8 file of a network that was trained for it.
+"""Write the INT8 file of a network that was trained for INT8.
 
-The float network is exported and its nodes are put between
-``QuantizeLinear`` and ``DequantizeLinear``, exactly where the quantizers
-stood in training and with their scales. The form is that of
-``onnxruntime.quantization``: int8 weights with a scale a channel, int32
-biases, uint8 activations.
+The network is exported in float. Then each node is put between
+``QuantizeLinear`` and ``DequantizeLinear`` nodes, exactly where the quantizers
+stood in training, and with their scales. The file has the same form as a file
+by ``onnxruntime.quantization``: int8 weights with a scale a channel (or one
+scale), int32 biases, uint8 activations.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from mmdbb.mm.quantization.fake import (
 )
 from mmdbb.mm.quantization.onnx_static import Layers, check_float, layers_of
 
-#: The exported network stands in a module of this name.
+#: Names in an exported file start so: the export wraps the network in a
+#: module that keeps it as its attribute ``network``.
 _PREFIX = 'network.'
 
 
@@ -34,8 +35,8 @@ class Scale(NamedTuple):
     """How a tensor of activations is quantized.
 
     Attributes:
-        scale: What one step is worth.
-        zero_point: The integer that stands for zero, 0 to 255.
+        scale: Difference between the values of two neighbouring integers.
+        zero_point: Integer that stands for the value zero, 0 to 255.
     """
 
     scale: float
@@ -43,19 +44,20 @@ class Scale(NamedTuple):
 
 
 def write_qdq(path: str, out: str, model: nn.Module) -> Layers:
-    """Quantize an exported file as its network was trained.
+    """Quantize an exported file with the ranges that training learned.
 
     Args:
-        path: The float file of the network, blocks merged and norms folded.
-        out: The file to write.
+        path: Path of the network's float file, blocks merged and norms
+            folded.
+        out: Path of the file to write.
         model: The network with its quantizers.
 
     Returns:
-        Layers: What runs in integers, and what does not.
+        Layers: Counts of the nodes in integers and in floating point.
 
     Raises:
-        UserError: If the file is quantized already, or none of its nodes
-            belongs to a layer of the network; or ranges were never learned.
+        UserError: If the file is quantized already, none of its nodes belongs
+            to a layer of the network, or a range was never learned.
     """
     import onnx
 
@@ -87,7 +89,7 @@ def write_qdq(path: str, out: str, model: nn.Module) -> Layers:
 
 
 def _layer_of(node) -> str:
-    """The name of the layer that a node computes, by that of its weight."""
+    """Name of a node's layer, taken from its weight; empty if it has none."""
     if node.op_type not in ('Conv', 'Gemm'):
         return ''
     name = node.input[1]
@@ -107,7 +109,7 @@ def _scale(quantizer: nn.Module, name: str) -> Scale:
 
 
 class _Writer:
-    """Puts nodes of a graph between quantization and its inverse."""
+    """Puts nodes of a graph between quantizing and dequantizing nodes."""
 
     def __init__(self, model) -> None:
         from onnx import numpy_helper
@@ -132,10 +134,10 @@ class _Writer:
         """Quantize a node's input, weight, bias and perhaps its output.
 
         Args:
-            index: Of a ``Conv`` or ``Gemm`` in the graph.
-            source: For its input.
-            target: For its output; None to leave it.
-            quantizer: Of the weight.
+            index: Index of the node in the graph, a ``Conv`` or ``Gemm``.
+            source: Scale of the node's input.
+            target: Scale of the node's output; None leaves it in float.
+            quantizer: Quantizer of the weight.
         """
         node = self.graph.node[index]
         before = self._before.setdefault(index, [])
@@ -183,7 +185,7 @@ class _Writer:
             self._pair(node.output[0], name, target, after)
 
     def finish(self) -> None:
-        """Put the new nodes where they belong, drop unused weights."""
+        """Insert the new nodes in order, and drop unused weights."""
         nodes = []
         for index, node in enumerate(self.graph.node):
             nodes += self._before.get(index, [])
@@ -262,17 +264,19 @@ def weight_scales(
     limit: int,
     axis: Optional[int] = 0,
 ) -> np.ndarray:
-    """One scale a channel, or one for all, as torch's observers choose it.
+    """Choose the scales of a weight as torch's observers do.
 
-    Where the bias would not fit into 32 bits beside a vanishing kernel, the
-    scale is larger: that kernel is as good as zero.
+    The bias is stored in 32 bits, in steps of this scale times the input's
+    scale. A kernel that is almost zero would give steps too small for a large
+    bias. Its scale is raised until the bias fits: beside such a bias the
+    kernel is as good as zero.
 
     Args:
-        weight: With the output channels along ``axis``.
-        bias: Shape (out,), or None.
+        weight: The weight, with the output channels along ``axis``.
+        bias: The bias, shape (out,), or None.
         source: Scale of the layer's input.
         limit: Largest integer of a weight.
-        axis: Of the output channels; None for one scale.
+        axis: Axis of the output channels; None for one scale in all.
 
     Returns:
         numpy.ndarray: Shape (out,), or () for one scale; float32.

@@ -1,10 +1,10 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""What eight bits will do to merged kernels, before anything is quantized.
+"""Predict what INT8 does to merged kernels, before anything is quantized.
 
-A channel's integers are spread evenly over its range, so one large weight
-takes digits from all others. The report shows how large the ranges are, how
-far they differ, which branch the largest weights come from, and the ratio of
-signal to rounding noise that follows.
+The integers of a channel are spread evenly over its range, so one large weight
+makes the steps coarse for all others. The report shows how wide the ranges
+are, how much channels differ, which branch the largest weights come from, and
+the ratio of signal to rounding noise that results.
 """
 
 from __future__ import annotations
@@ -23,27 +23,29 @@ from mmdbb.errors import UserError
 from mmdbb.mm.quantization.fake import WeightQuantizer, quantizable_layers
 from mmdbb.transforms import KernelBias, fuse_conv_bn
 
-#: Weights beyond so many standard deviations of their kernel are outliers.
+#: A weight larger than this many standard deviations of its kernel is an
+#: outlier.
 OUTLIER = 6.0
 
 
 class KernelRange(NamedTuple):
-    """One layer's kernel, as it is deployed.
+    """Ranges of one layer's kernel, blocks merged and norms folded.
 
     Attributes:
-        name: The layer.
-        kind: Its class: a block's, or that of a plain layer.
+        name: Name of the layer.
+        kind: Class of the layer, such as ``DBB`` or ``Conv2d``.
         low: Smallest weight.
         high: Largest weight.
         outliers: Share of the weights beyond :data:`OUTLIER` standard
             deviations.
-        spread: Largest range of an output channel over the median one.
-        branches: For each branch, what share of the weights that are the
-            largest of their channels comes from it; by magnitude, of all
-            channels. Empty for plain layers.
-        snr: Decibels of signal over rounding noise, one scale a channel.
-        snr_per_tensor: The same with one scale for the kernel.
-        channels: Largest magnitude of each output channel.
+        spread: Range of the widest output channel, divided by the median
+            range.
+        branches: Branch -> its share, by magnitude, in the largest weight of
+            a channel; the mean over all channels. Empty for plain layers.
+        snr: Ratio of signal to rounding noise in decibels, with one scale a
+            channel.
+        snr_per_tensor: The same ratio with one scale for the kernel.
+        channels: Largest magnitude in each output channel.
     """
 
     name: str
@@ -60,17 +62,18 @@ class KernelRange(NamedTuple):
 
 @torch.no_grad()
 def kernel_ranges(model: nn.Module) -> List[KernelRange]:
-    """Look at the kernels of all layers that INT8 is for.
+    """Report on the kernels of all layers that can be quantized.
 
     Args:
-        model: A network, with blocks or merged. A batch norm that its host
-            puts behind a layer counts as folded.
+        model: A network, with blocks or merged. Kernels are taken with the
+            batch norms behind them folded in.
 
     Returns:
-        list: One entry a layer, in the network's order.
+        list: One entry for each layer, in the network's order.
 
     Raises:
-        UserError: If there is no such layer, or a kernel is not finite.
+        UserError: If the network has no such layer, or a kernel is not
+            finite.
     """
     norms = norm_names(model)
     found = []
@@ -118,7 +121,7 @@ def _kernel_range(
 
 
 def _scale(norm: Optional[nn.Module], kernel: Tensor) -> Tensor:
-    """By what the norm multiplies each output channel, for broadcasting."""
+    """Factors of the norm for the output channels, shaped like the kernel."""
     shape = (-1, *[1] * (kernel.dim() - 1))
     ones = kernel.new_ones(kernel.shape[0], dtype=torch.float64)
     if norm is None:
@@ -129,7 +132,7 @@ def _scale(norm: Optional[nn.Module], kernel: Tensor) -> Tensor:
 def _shares(
     layer: nn.Module, kernel: Tensor, scale: Tensor
 ) -> Dict[str, float]:
-    """Which branch the channels' largest weights come from."""
+    """Mean share of each branch in the largest weights of the channels."""
     if not isinstance(layer, BranchSumConv2d) or layer.deploy:
         return {}
     place = kernel.abs().flatten(1).argmax(1, keepdim=True)
@@ -142,14 +145,14 @@ def _shares(
 
 
 def branch_kernels(block: BranchSumConv2d) -> Dict[str, Tensor]:
-    """What each branch adds to a block's equivalent kernel.
+    """Split a block's equivalent kernel into the parts of its branches.
 
     Args:
         block: A block that is not merged.
 
     Returns:
-        dict: By branch, a kernel (out, in / groups, kH, kW); their sum is the
-        equivalent kernel.
+        dict: Branch -> its part, a kernel (out, in / groups, kH, kW). The
+        parts sum to the equivalent kernel.
     """
     parts = {}
     for name, branch in block.branches.items():
@@ -162,14 +165,14 @@ def branch_kernels(block: BranchSumConv2d) -> Dict[str, Tensor]:
 
 
 def signal_to_noise(kernel: Tensor, per_channel: bool = True) -> float:
-    """Decibels of a kernel's energy over that of its rounding to INT8.
+    """Compare a kernel's energy with the energy of its error in INT8.
 
     Args:
-        kernel: Shape (out, in / groups, kH, kW) or (out, in).
+        kernel: The kernel, (out, in / groups, kH, kW) or (out, in).
         per_channel: Whether each output channel has a scale of its own.
 
     Returns:
-        float: Infinite for a kernel of zeros.
+        float: The ratio in decibels; infinite if rounding changes nothing.
     """
     if per_channel:
         quantizer = WeightQuantizer().to(kernel.device)

@@ -1,9 +1,9 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""ONNX files run in ONNX Runtime, also in the place of a host's network.
+"""Run ONNX files in ONNX Runtime, also in place of a host's own network.
 
-The host keeps everything around its network: the data pipeline, the decoding
-of boxes, the resizing of logits, the evaluator. Only what the network itself
-computes comes from the file.
+There the file replaces the network's computation only. The host still does
+everything around it: the data pipeline, the decoding of boxes, the resizing of
+logits, the evaluation (:mod:`mmdbb.mm.evaluation.substitutes`).
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from mmdbb.mm.evaluation.images import pad_to
 
 
 class OnnxNetwork:
-    """A file in ONNX Runtime, on the CPU.
+    """A network in an ONNX file, run by ONNX Runtime on the CPU.
 
     Args:
-        path: The file.
-        threads: Of the runtime; those of torch by default.
-        optimize: Whether the runtime may fuse nodes: without it, QDQ files
-            are computed literally, in floating point.
+        path: Path of the file.
+        threads: Number of threads; by default as many as torch uses.
+        optimize: Whether the runtime may fuse nodes. If not, it runs QDQ
+            files in floating point, node by node, and so only simulates INT8.
 
     Attributes:
-        path: The file.
-        size: Height and width in pixels that it takes.
-        names: Of the outputs.
+        path: Path of the file.
+        size: Height and width in pixels of the images that the file takes.
+        names: Names of the outputs.
 
     Raises:
-        UserError: If ONNX Runtime cannot run the file, or it takes something
-            else than images of one size.
+        UserError: If ONNX Runtime cannot run the file, or its only input is
+            not a batch of images of a fixed size.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class OnnxNetwork:
             self._session = onnxruntime.InferenceSession(
                 path, options, providers=['CPUExecutionProvider']
             )
-        except Exception as error:  # of ONNX Runtime's own kinds
+        except Exception as error:  # ONNX Runtime has errors of its own
             reason = str(error).splitlines()[0]
             raise UserError(
                 f'ONNX Runtime cannot run {path}: {reason}'
@@ -61,15 +61,15 @@ class OnnxNetwork:
         sizes = [isinstance(n, int) for n in shape]
         if len(inputs) != 1 or sizes[1:] != [True] * 3:
             raise UserError(
-                f'{path} must take images of shape (N, C, H, W), all but N '
-                f'known, and nothing else; it takes: {inputs}'
+                f'{path} must take images of shape (N, C, H, W), with C, H '
+                f'and W fixed, and nothing else; it takes: {inputs}'
             )
         self.path = path
         self.size = tuple(shape[2:])
         self.names = [output.name for output in self._session.get_outputs()]
 
     def __call__(self, images: Tensor) -> List[Tensor]:
-        """Outputs for normalised images (N, C, H, W), smaller ones padded."""
+        """Run on normalised images (N, C, H, W), padded to ``size``."""
         images = pad_to(images.float().cpu(), self.size).contiguous()
         outputs = self._session.run(None, {self._input: images.numpy()})
         return [torch.from_numpy(output) for output in outputs]

@@ -1,5 +1,5 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""What ``tools/quantize.py`` and ``tools/range_report.py`` print and draw."""
+"""Tables and plots of ``tools/quantize.py`` and ``tools/range_report.py``."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ _TITLES = dict(
 
 
 def print_quantized(result: Quantized) -> None:
-    """Print the stages of a network side by side.
+    """Print a table with one column for each stage, and the file's path.
 
     Args:
-        result: From :func:`mmdbb.mm.quantization.ptq.quantize_checkpoint`.
+        result: What :func:`mmdbb.mm.quantization.ptq.quantize_checkpoint`
+            returned.
     """
     stages = result.stages
     height, width = result.image_size
@@ -36,7 +37,7 @@ def print_quantized(result: Quantized) -> None:
     ranges = (
         f'Calibrated with {result.images} images.'
         if result.images
-        else 'Ranges as they were trained.'
+        else 'Ranges learned in training.'
     )
     left = ', '.join(f'{n} {op}' for op, n in result.layers.left.items())
     print_table(
@@ -44,17 +45,19 @@ def print_quantized(result: Quantized) -> None:
         rows,
         f'{ranges} In integers: {result.layers.quantized} convolutions and '
         f'matrix products; in floating point: {left or "nothing"}. Latency: '
-        f'one image of {height} x {width} pixels, median, one thread, all in '
-        'turn. Size: of the weights, of the files.',
+        f'median for one image of {height} x {width} pixels, on one thread, '
+        'the networks timed in turn. Size: of the weights in PyTorch, of the '
+        'files in ONNX.',
     )
     print(f'INT8 network: {result.path}')
 
 
 def print_ranges(ranges: List[KernelRange]) -> None:
-    """Print the report as a table, the worst layer marked.
+    """Print the report as a table, and mark the worst layer.
 
     Args:
-        ranges: From :func:`kernel_ranges`.
+        ranges: What :func:`mmdbb.mm.quantization.ranges.kernel_ranges`
+            returned.
     """
     worst = min(ranges, key=lambda r: r.snr).name
     rows = [
@@ -87,23 +90,26 @@ def print_ranges(ranges: List[KernelRange]) -> None:
             'largest from (%)',
         ),
         rows,
-        f'Outliers: beyond {OUTLIER:g} standard deviations. Spread: largest '
-        'range of a channel over the median. SNR: of the kernel over its '
-        'rounding to INT8, one scale a channel, and one for all. Largest '
-        'from: whose the largest weight of each channel is. * has the least '
-        'SNR.',
+        f'Outliers: weights beyond {OUTLIER:g} standard deviations. Spread: '
+        'range of the widest channel, divided by the median range. SNR: '
+        'ratio of the kernel to its rounding error in INT8, with one scale a '
+        'channel, and with one scale for the kernel. Largest from: share of '
+        'each branch in the largest weights of the channels. *: the layer '
+        'with the lowest SNR.',
     )
 
 
 def plot_ranges(ranges: List[KernelRange], path: str) -> None:
-    """Draw the channels' ranges of each layer, and the SNR below.
+    """Draw the ranges of each layer's channels, and below them the SNR.
 
     Args:
-        ranges: From :func:`kernel_ranges`.
-        path: The picture to write, in a format that matplotlib knows.
+        ranges: What :func:`mmdbb.mm.quantization.ranges.kernel_ranges`
+            returned.
+        path: Path of the picture to write; its ending chooses a format that
+            matplotlib knows.
 
     Raises:
-        UserError: If matplotlib is missing or does not know the format.
+        UserError: If matplotlib is missing, or does not know the format.
     """
     check_picture(path)
     from matplotlib.figure import Figure
@@ -111,7 +117,7 @@ def plot_ranges(ranges: List[KernelRange], path: str) -> None:
     figure = Figure(figsize=(max(6, 0.32 * len(ranges) + 2), 6))
     above, below = figure.subplots(2, 1, sharex=True)
     places = range(len(ranges))
-    # A logarithm has no place for channels of zeros.
+    # A logarithmic axis cannot show channels of zeros.
     above.boxplot(
         [[c for c in r.channels if c] or [1e-12] for r in ranges],
         positions=list(places),
