@@ -36,4 +36,7 @@ def written_structure(checkpoint: dict) -> Optional[Structure]:
     """
     own = checkpoint['meta'].get(OWN)
     noted = own.get('structure') if isinstance(own, dict) else None
+    # A damaged file may note anything, arrays too.
+    if not isinstance(noted, str):
+        return None
     return next((s for s in Structure if s.value == noted), None)

@@ -133,7 +133,7 @@ def test_squeeze_and_excitation_counts(cls):
 
 
 @pytest.mark.parametrize(
-    'arch, block, stock, deploy',
+    'arch, block, stock, merged',
     [
         (TINY, 'RepVGGConv', 'RepVGG', dict(deploy=True)),
         (TINY, 'OREPARepVGG', 'RepVGG', dict(deploy=True)),
@@ -142,7 +142,7 @@ def test_squeeze_and_excitation_counts(cls):
         (TINY, 'OREPA', 'PlainRepVGG', dict()),  # norms follow its blocks
     ],
 )
-def test_merges_to_the_stock_network(arch, block, stock, deploy, tmp_path):
+def test_merges_to_the_stock_network(arch, block, stock, merged, tmp_path):
     cfg = Config(
         dict(
             default_scope='mmpretrain',
@@ -159,7 +159,7 @@ def test_merges_to_the_stock_network(arch, block, stock, deploy, tmp_path):
     )
     stock_cfg = stock_config(cfg)
     assert stock_cfg.model.backbone == dict(
-        type=f'mmpretrain.{stock}', arch=arch, **deploy
+        type=f'mmpretrain.{stock}', arch=arch, **merged
     )
     assert ('custom_imports' in stock_cfg) == stock.startswith('Plain')
     model = randomize(build_model(cfg).double())

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -83,6 +84,8 @@ if rank == 0:
 dist.destroy_process_group()
 """
 
+HOME = Path(__file__).resolve().parents[2]
+
 
 def in_two_processes(script, tmp_path):
     """Run a script as two ranks; what the first one prints as JSON."""
@@ -93,7 +96,8 @@ def in_two_processes(script, tmp_path):
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            cwd=Path(__file__).resolve().parents[1],
+            cwd=HOME / 'tests',
+            env={**os.environ, 'PYTHONPATH': str(HOME / 'tools')},
         )
         for rank in ('0', '1')
     ]

@@ -127,6 +127,7 @@ def test_missing_package_is_named(module, tmp_path):
     code = (
         f'import sys; sys.path.insert(0, {str(hidden.parent)!r});'
         f'sys.argv = {["t", "--root", str(tmp_path), "--task", "detection"]};'
+        f'sys.path.insert(0, {str(TOOLS)!r});'
         f'import runpy; runpy.run_path({str(TOOLS / "prepare_demo_data.py")!r}'
         ", run_name='__main__')"
     )

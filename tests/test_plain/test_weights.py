@@ -8,13 +8,12 @@ import torch.nn.functional as F
 import torchvision
 from helpers import EXACT, SINGLE, blocks_of, distance, image, randomize
 from mmengine.config import Config
+from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 from mmengine.runner import CheckpointLoader
 from registered import each_block, starts_plain, sums_branches, sums_several
 from torch import nn
 
-import mmdbb
-import mmdbb.mm.backbones
 from mmdbb import DBB, load_plain_weights_
 from mmdbb.blocks import OREPAConv, OREPARepVGG
 from mmdbb.errors import UserError
@@ -667,7 +666,7 @@ def test_children_start_before(tmp_path, quiet):
         def init_weights(self):
             nn.init.zeros_(self[0].weight)
 
-    class Parent(mmdbb.blocks.base.BaseModule):
+    class Parent(BaseModule):
         def __init__(self, init_cfg):
             super().__init__(init_cfg)
             self.child = Child(nn.Conv2d(3, 3, 1))
