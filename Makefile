@@ -1,25 +1,25 @@
 # make install | demo | test | lint | bench | fuzz | mutate, each for one stack of
-# host packages:
+# OpenMMLab packages:
 #
 #   make test                      mmengine, mmcv, mmpretrain, mmdet, mmseg
 #   make test STACK=onedl          the same imports from the onedl forks
 #   make demo TASK=detection       classification (default), detection or
 #                                  segmentation
-#   make mutate                    break line after line, see what tests notice
+#   make mutate                    break one line at a time, see if tests fail
 #
-# Every target builds what is missing of the environment first.
+# Every target first builds the environment, or what is missing of it.
 STACK ?= openmmlab
 TASK ?= classification
 CASES ?= 20000
 SEED ?= 0
 
-# mmengine's, on every import.
+# mmengine causes this warning on every import.
 export PYTHONWARNINGS := ignore:pkg_resources is deprecated
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 
-# The installer's last line is the environment's folder.
+# The last line that the installer prints is the environment's folder.
 IN_ENV = venv=$$(requirements/install.sh $(STACK) | tail -n 1) && "$$venv/bin/python"
 
 .PHONY: install demo test lint bench fuzz mutate
@@ -37,11 +37,12 @@ lint:
 	@$(IN_ENV) -m ruff check .
 	@$(IN_ENV) -m ruff format --check .
 
-# Damaged files by the thousand: make fuzz CASES=100000 SEED=1
+# Read thousands of damaged files: make fuzz CASES=100000 SEED=1
 fuzz:
 	@OMP_NUM_THREADS=1 $(IN_ENV) tests/fuzz.py --cases $(CASES) --seed $(SEED)
 
-# Each line of a table is broken in a copy, and some test must fail.
+# Break each line that tests/mutations.py lists in a copy of the code; some
+# test must fail.
 mutate:
 	@$(IN_ENV) tests/mutations.py --jobs 2
 

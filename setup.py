@@ -1,7 +1,7 @@
 """Installation of mmdbb.
 
-The configs and tools ship inside the package as `mmdbb/.mim`, where mim looks
-for them: copied into a wheel, linked in an editable installation.
+The configs and tools ship inside the package as `mmdbb/.mim`, because mim
+looks for them there. A wheel holds copies, an editable installation links.
 """
 
 import runpy
@@ -12,7 +12,7 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 SHIPPED = ('configs', 'tools', 'model-index.yml')
-#: What serves the work on mmdbb itself, and needs a checkout.
+#: Tools for work on mmdbb itself, which need a checkout and are not shipped.
 WORKSHOP = (
     'tools/workshop',
     'tools/benchmark.py',
@@ -24,22 +24,31 @@ WORKSHOP = (
 
 
 def run(path):
-    """The names that a file of the package defines, which is not imported."""
+    """Run a file of the package without importing the package.
+
+    Importing needs torch, which may not be installed yet.
+
+    Args:
+        path: Path of the file, relative to the checkout.
+
+    Returns:
+        dict: The names that the file defines.
+    """
     return runpy.run_path(str(ROOT / path))
 
 
 HOSTS = run('mmdbb/mm/hosts.py')['HOSTS'].values()
 
-# Ranges of what should work together, for whoever adds mmdbb to an
-# environment of their own; requirements/*.txt pins the single combination
-# that the tests run on. mmcv must fit the torch that is already there: install
+# Ranges of versions that should work together, for those who add mmdbb to an
+# environment of their own; requirements/*.txt pins the one combination that
+# the tests run on. A build of mmcv fits one version of torch only, so install
 # torch first, then `mim install mmcv` or `pip install --no-build-isolation`.
 EXTRAS = {
     'openmmlab': [
         *(str(host.openmmlab) for host in HOSTS),
-        'ftfy',  # mmsegmentation imports both without requiring them
+        'ftfy',  # mmsegmentation imports ftfy and regex, but requires neither
         'regex',
-        'setuptools<81',  # mmengine 0.10 reads pkg_resources at run time
+        'setuptools<81',  # mmengine 0.10 imports its pkg_resources
     ],
     'onedl': [*(str(host.onedl) for host in HOSTS), 'ftfy', 'regex'],
     'demo': [
@@ -66,7 +75,7 @@ EXTRAS = {
 
 
 class BuildWithMim(build_py):
-    """`build_py` that also puts configs and tools under `mmdbb/.mim`."""
+    """A `build_py` that also puts configs and tools under `mmdbb/.mim`."""
 
     def run(self):
         super().run()
@@ -98,7 +107,7 @@ class BuildWithMim(build_py):
 
 
 def readme():
-    """Return the text that a package index shows."""
+    """Return the long description for the package index."""
     path = ROOT / 'README.md'
     return path.read_text(encoding='utf-8') if path.exists() else ''
 
@@ -112,13 +121,13 @@ setup(
     long_description_content_type='text/markdown',
     license='Apache-2.0',
     python_requires='>=3.9',
-    # The folder is named for the sake of editable installations: setuptools
-    # then puts it on the path, where the package is found even from the
-    # folder above a checkout that is called mmdbb too.
+    # For editable installations: with package_dir setuptools puts the
+    # checkout on the path. Without it, `import mmdbb` from the folder above a
+    # checkout named mmdbb would find the checkout, not the package in it.
     package_dir={'': '.'},
     packages=find_packages(include=['mmdbb', 'mmdbb.*']),
-    # All else is an extra: two stacks provide the same imports, and
-    # mmdbb/mm/hosts.py says what is missing where something is.
+    # OpenMMLab's packages are extras, because two stacks provide the same
+    # imports; mmdbb/mm/hosts.py says which are missing.
     install_requires=['torch>=2.1', 'numpy'],
     extras_require=EXTRAS,
     cmdclass={'build_py': BuildWithMim},

@@ -1,10 +1,11 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
 """The places where OpenMMLab's packages plug in, if they are installed.
 
-The blocks need torch only. In a few places mmengine or mmcv decide, if they
-are there: which norm a config names, how ``init_cfg`` is applied, where a log
-goes. Each place is an attribute of :data:`PORTS`. Its default works without
-the packages; :mod:`mmdbb.mm.registration` sets it to theirs.
+The blocks need torch only. If mmengine and mmcv are installed, these decide a
+few things: which norm a config names, how ``init_cfg`` is applied, where log
+messages go. Each is an attribute of :data:`PORTS`. The defaults work without
+the packages; :mod:`mmdbb.mm.registration` replaces them by functions of the
+packages.
 """
 
 from __future__ import annotations
@@ -55,8 +56,8 @@ class Ports:
             ``torchvision://resnet50``.
         history: Builds mmengine's ``HistoryBuffer`` from its largest length,
             its values and their counts; None without mmengine.
-        classes: Full name of a class whose functions stand in checkpoints ->
-            the class.
+        classes: Full names -> classes of mmengine whose methods are pickled
+            in checkpoints.
     """
 
     def __init__(self) -> None:

@@ -1,9 +1,9 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
 """Registries: names in configs, and the classes that they stand for.
 
-They work as mmengine's registries do, but need torch only. Where mmengine is
+They work like mmengine's registries, but need torch only. If mmengine is
 installed, :mod:`mmdbb.mm.registration` listens to the registry of blocks and
-makes each block a convolution layer of OpenMMLab's configs.
+registers each block as a convolution layer for OpenMMLab's configs.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Callable, Dict, List, Optional
 
 from torch import nn
 
-#: Is called with name and class, once for each class that is registered.
+#: Function that gets name and class of each registered class, once.
 Listener = Callable[[str, type], None]
 
 
@@ -40,7 +40,11 @@ class Registry:
         return name in self.module_dict
 
     def get(self, name: str) -> Optional[type]:
-        """The class that is registered under a name, or None."""
+        """The class that is registered under a name, or None.
+
+        Args:
+            name: The name in configs.
+        """
         return self.module_dict.get(name)
 
     def register_module(
@@ -54,7 +58,7 @@ class Registry:
         Args:
             name: The name in configs; by default the name of the class.
             module: The class. Without one, this returns a decorator.
-            force: Whether to replace a class that has the name already.
+            force: Whether to replace a class that already has the name.
 
         Raises:
             KeyError: If another class has the name, and ``force`` is False.
@@ -76,7 +80,12 @@ class Registry:
         return register if module is None else register(module)
 
     def follow(self, listener: Listener) -> None:
-        """Call a listener for each class, now and when others are added."""
+        """Call a listener for all classes, now and whenever one is added.
+
+        Args:
+            listener: The function to call with name and class. When a class
+                is added, it can refuse the class by raising an error.
+        """
         for name, cls in self.module_dict.items():
             listener(name, cls)
         self._listeners.append(listener)

@@ -3,9 +3,9 @@
 
   python tools/convert_official.py SRC OUT.pth
 
-reads what the code of DBB or OREPA wrote, training-time or converted, and
-writes the weights OUT.pth and the config OUT.py. Architecture, block and
-structure are recognised.
+reads a file that the code of DBB or OREPA wrote, of a training-time or a
+converted network, and writes the weights OUT.pth and the config OUT.py. The
+tool recognises architecture, block and structure by itself.
 """
 
 from mmdbb.deploy import convert_official
@@ -25,7 +25,7 @@ def parse_args():
     parser.add_argument(
         '--force',
         action='store_true',
-        help='replace OUT.pth and OUT.py if they exist',
+        help='replace the output files if they exist',
     )
     add_unsafe_argument(parser)
     return parser.parse_args()

@@ -5,8 +5,8 @@
 
 writes the weights OUT.pth and the config OUT.py of the stock network, which
 loads where mmdbb is not installed. The files are read again and compared with
-the network they come from before they appear. With --format onnx OUT.onnx,
-torchscript OUT.pt or torch.export OUT.pt2 it writes what other runtimes read.
+the trained network before they appear. For other runtimes --format onnx,
+torchscript and torch.export write OUT.onnx, OUT.pt and OUT.pt2.
 """
 
 import argparse
@@ -34,17 +34,18 @@ def parse_args():
     parser.add_argument('checkpoint', help='path of the trained checkpoint')
     parser.add_argument(
         'out',
-        help='file to write: *.pth or *.safetensors; *.onnx, *.pt or *.pt2 '
-        'with the formats onnx, torchscript and torch.export',
+        help='file to write: *.pth or *.safetensors; with the formats onnx, '
+        'torchscript and torch.export *.onnx, *.pt and *.pt2',
     )
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument(
         '--format',
         choices=['stock', 'fused', *FORMATS],
         default='stock',
-        help='stock: as the host package builds it; fused: with norms folded '
-        'into the convolutions too, to be loaded with mmdbb.load_deployed; '
-        'the others: see docs/deploy_formats.md; default: %(default)s',
+        help='stock: the network that the OpenMMLab package builds; fused: '
+        'norms folded into the convolutions too, to be loaded with '
+        'mmdbb.load_deployed; the others: files for other runtimes, see '
+        'docs/deploy_formats.md; default: %(default)s',
     )
     kind.add_argument(
         '--fuse',
@@ -56,12 +57,13 @@ def parse_args():
     parser.add_argument(
         '--head',
         action='store_true',
-        help='export the dense head of a detector too; else backbone and neck',
+        help="export a detector's dense head too, not only backbone and neck "
+        '(for onnx, torchscript and torch.export)',
     )
     parser.add_argument(
         '--ema',
         action=argparse.BooleanOptionalAction,
-        help='take the averaged weights, or those that training went on with; '
+        help='take the averaged weights, or the weights that are trained; '
         'default: the averaged ones if the checkpoint has any',
     )
     parser.add_argument(
@@ -69,20 +71,21 @@ def parse_args():
         nargs='+',
         default=[],
         metavar='PATTERN',
-        help='merge only the blocks whose names fit, e.g. "backbone.layer1.*"',
+        help='merge only the blocks whose whole names match a shell pattern, '
+        'e.g. "backbone.layer1.*"',
     )
     parser.add_argument(
         '--skip',
         nargs='+',
         default=[],
         metavar='PATTERN',
-        help='leave the blocks whose names fit as they are',
+        help='do not merge the blocks whose whole names match a shell pattern',
     )
     parser.add_argument(
         '--dtype',
         choices=['float64', 'float32'],
         default='float64',
-        help='what kernels are composed in; they are written in the precision '
+        help='precision to compose kernels in; the files keep the precision '
         'of the checkpoint; default: %(default)s',
     )
     parser.add_argument(
@@ -92,18 +95,22 @@ def parse_args():
         help='images to compare the networks on, besides random ones',
     )
     add_image_size_argument(
-        parser, 'pixels, for the comparison; default: %(default)s', (224, 224)
+        parser,
+        'pixels of the images to compare on, and of those that an exported '
+        'file takes; default: %(default)s',
+        (224, 224),
     )
     parser.add_argument(
         '--tolerance',
         type=at_least_zero,
-        help='largest difference allowed, relative to the largest magnitude '
-        'of a channel; default: 1e-5, of the other formats 1e-4',
+        help='largest difference allowed: for stock and fused a share of a '
+        "channel's largest magnitude, 1e-5 by default; for the other formats "
+        "a share of an output's, 1e-4 by default",
     )
     parser.add_argument(
         '--force',
         action='store_true',
-        help='replace OUT.pth and OUT.py if they exist',
+        help='replace the output files if they exist',
     )
     add_unsafe_argument(parser)
     return parser.parse_args()

@@ -1,6 +1,8 @@
-"""Handwritten digits (MNIST-5k) with a narrow RepVGG, which has no shortcuts.
+"""Handwritten digits (MNIST-5k) with a narrow RepVGG.
 
-The network whose merged form eight bits hurt most, see docs/quantization.md.
+Its identity branches are shortcuts in training only: merged, the network has
+none. Of all networks here it loses most when quantized to eight bits after
+merging, see docs/quantization.md.
 The data come from `tools/prepare_demo_data.py --task classification`.
 """
 

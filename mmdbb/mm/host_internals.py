@@ -1,13 +1,13 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
 """The private parts of OpenMMLab's packages that mmdbb relies on.
 
-A host may change them in any version. Each has a name here, the versions in
-which it was seen, and a test in ``tests/test_mm/test_host_internals.py`` that
-fails where a host no longer has it. No other file touches a private
-attribute of a host's, or puts a function of mmdbb's in the place of one.
+These packages, the hosts, may change them in any version. A function or class
+here stands for each such part, and a test in
+``tests/test_mm/test_host_internals.py`` fails if a host no longer has it. No
+other file uses a host's private attributes, or replaces a host's functions.
 
-Seen means: mmengine 0.10.7, mmcv 2.1.0, mmpretrain 1.2.0, mmdet 3.3.0 and
-mmsegmentation 1.2.2, unless a function names another version.
+All were checked in mmengine 0.10.7, mmcv 2.1.0, mmpretrain 1.2.0, mmdet 3.3.0
+and mmsegmentation 1.2.2, unless a function names another version.
 """
 
 from __future__ import annotations
@@ -47,27 +47,33 @@ from torch.utils.data import DataLoader, Dataset
 from mmdbb.mm.hosts import is_installed
 from mmdbb.ports import Ports
 
-#: Launcher -> the variable by which mmengine knows that it started a process.
+#: Launcher -> the environment variable that it sets in each process, by which
+#: mmengine knows the launcher.
 LAUNCHED = {
     'pytorch': 'RANK',
     'slurm': 'SLURM_PROCID',
     'mpi': 'OMPI_COMM_WORLD_LOCAL_RANK',
 }
-#: mmdet's model of test-time augmentation, which it registers in the root.
+#: mmdet's model for test-time augmentation. mmdet registers it in mmengine's
+#: root registry, not in its own.
 DET_TTA_MODEL = 'DetTTAModel'
-#: The file that says which checkpoint was written last.
+#: Name of the file that holds the path of the checkpoint written last.
 POINTER = 'last_checkpoint'
-#: What checkpoints are called by default, of epochs and of iterations.
+#: Default names of checkpoints of epochs and of iterations.
 TEMPLATES = ('epoch_{}.pth', 'iter_{}.pth')
-#: What counts steps in the state of a scheduler.
+#: Entries of a scheduler's state that count steps.
 SCHEDULER_COUNTS = ('last_step', '_global_step')
 
 
-# What the lower storey asks of mmengine and mmcv
+# Functions of mmengine and mmcv for the part of mmdbb that needs torch only
 
 
 def plug_in(ports: Ports) -> None:
-    """Give the lower storey what it asks of mmengine and mmcv."""
+    """Connect the part of mmdbb that needs torch only to mmengine and mmcv.
+
+    Args:
+        ports: The functions to set; changed in place.
+    """
     ports.initialize = initialize
     ports.is_host_rule = is_init_rule
     ports.refuse_fusion = refuse_wrong_fusion
@@ -84,24 +90,34 @@ def plug_in(ports: Ports) -> None:
 def cure_config_bases() -> None:
     """Let ``_base_ = 'mmseg::...'`` find the onedl fork's configs.
 
-    mmengine (0.10.7, onedl 0.10.12) looks for a distribution that a table
-    names, ``mmsegmentation``, which the fork is not. Where there is none, the
-    module's own name serves: mmengine then finds the package by importing it.
-    Takes effect on configs that are read afterwards.
+    mmengine (0.10.7, onedl 0.10.12) translates ``mmseg`` by a table into the
+    distribution ``mmsegmentation``, but the fork's distribution has another
+    name. If ``mmsegmentation`` is not installed, this puts the module's own
+    name into the table, and mmengine finds the package by importing it. Only
+    configs that are read afterwards benefit.
     """
     if not is_installed('mmsegmentation'):
         MODULE2PACKAGE['mmseg'] = 'mmseg'
 
 
 def log(message: str, level: int = logging.INFO) -> None:
-    """Write to the log of the run, if there is one."""
+    """Write to the log of the current run, if there is one.
+
+    Args:
+        message: The message.
+        level: Level of the standard library's logging.
+    """
     print_log(message, logger='current', level=level)
 
 
 def is_init_rule(rule: Callable) -> bool:
-    """Whether a function is what mmengine applies of ``init_cfg``.
+    """Whether a function is a rule of ``init_cfg`` that mmengine applies.
 
-    Its rules are local functions of this module (mmengine 0.10.7).
+    Those are local functions of ``mmengine.model.weight_init`` (mmengine
+    0.10.7).
+
+    Args:
+        rule: A function that ``Module.apply`` was called with.
     """
     return getattr(rule, '__module__', None) == 'mmengine.model.weight_init'
 
@@ -109,9 +125,15 @@ def is_init_rule(rule: Callable) -> bool:
 def history(
     max_length: int, values: np.ndarray, counts: np.ndarray
 ) -> HistoryBuffer:
-    """A ``HistoryBuffer`` of given content (mmengine 0.10.7).
+    """Make a ``HistoryBuffer`` of given content (mmengine 0.10.7).
 
-    Its constructor would copy the arrays into lists and back.
+    The arrays are set directly, because its constructor would copy them into
+    lists and back.
+
+    Args:
+        max_length: Largest number of values that the buffer keeps.
+        values: The logged values.
+        counts: How many samples each value stands for.
     """
     made = HistoryBuffer(max_length=max_length)
     made._log_history, made._count_history = values, counts
@@ -119,24 +141,24 @@ def history(
 
 
 def refuse_wrong_fusion(block: nn.Module, caller: FrameType) -> None:
-    """Raise if the walk that came to a block goes on to a wrong fusion.
+    """Raise if mmcv's ``fuse_conv_bn`` would fuse the norm after a block.
 
-    mmcv's ``fuse_conv_bn`` (2.1.0) walks through the children of each module
-    in their order, and fuses a norm into the convolution that it saw last. A
-    block that is not merged is no ``nn.Conv2d``, so it is not seen: the norm
-    behind a block would be fused into a plain convolution before it. The
-    hosts call that function when they load a network, and nothing tells a
-    child of it but the walk through the child's own children; so there, and
-    only if that function walks, its frames are read.
+    ``fuse_conv_bn`` (mmcv 2.1.0) walks through the children of each module in
+    their order, and fuses a norm into the convolution that it saw last. It
+    does not see a block that is not merged, because that is no ``nn.Conv2d``,
+    so it would fuse the norm after the block into a plain convolution before
+    the block. The hosts call it when they load a network. A block notices
+    only that someone asks for its children, so it calls this function then.
+    Only if ``fuse_conv_bn`` asked are the local variables of its calls read.
 
     Args:
         block: The block whose children are asked for.
-        caller: The frame of whoever asks.
+        caller: The frame of the function that asks.
 
     Raises:
-        ValueError: If it is ``fuse_conv_bn``, and of a module around the
-            block it would fuse a norm that follows the block, or what holds
-            the block, into a convolution that precedes it.
+        ValueError: If that function is ``fuse_conv_bn``, and in a module
+            around the block it would fuse a norm after the block (or after a
+            module that contains the block) into a convolution before it.
     """
     child, outer = block, caller.f_back
     while _is_fusing(caller) and _is_fusing(outer):
@@ -162,7 +184,7 @@ def _is_fusing(frame: Optional[FrameType]) -> bool:
 
 
 def _next_norm(parent: nn.Module, child: nn.Module) -> Optional[str]:
-    """Name of the norm after a child, if no convolution comes before it."""
+    """Name of the first norm after a child; None if a convolution is first."""
     children = iter(parent._modules.items())
     for _, module in children:
         if module is child:
@@ -180,12 +202,12 @@ def _next_norm(parent: nn.Module, child: nn.Module) -> Optional[str]:
 
 @contextlib.contextmanager
 def replaced(owner: object, name: str, function: Callable) -> Iterator[None]:
-    """Within the context one object has another method.
+    """Replace a method of one object within the context.
 
     Args:
         owner: The object, whose class has a method of that name.
         name: Name of the method.
-        function: What is called instead, without the object.
+        function: The function to call instead. It does not get the object.
     """
     replace(owner, name, function)
     try:
@@ -195,12 +217,12 @@ def replaced(owner: object, name: str, function: Callable) -> Iterator[None]:
 
 
 def replace(owner: object, name: str, function: Callable) -> None:
-    """Give one object another method, until :func:`take_back`.
+    """Replace a method of one object, until :func:`take_back`.
 
     Args:
         owner: The object, whose class has a method of that name.
         name: Name of the method.
-        function: What is called instead, without the object.
+        function: The function to call instead. It does not get the object.
 
     Raises:
         AttributeError: If there is no such method.
@@ -211,7 +233,12 @@ def replace(owner: object, name: str, function: Callable) -> None:
 
 
 def take_back(owner: object, name: str) -> None:
-    """Let an object have its class's method again; it may have it already."""
+    """Undo :func:`replace`; nothing happens if nothing was replaced.
+
+    Args:
+        owner: The object.
+        name: Name of the method.
+    """
     vars(owner).pop(name, None)
 
 
@@ -219,15 +246,16 @@ def take_back(owner: object, name: str) -> None:
 
 
 def replace_readers(load_file: Callable, load_url: Callable) -> None:
-    """Let mmengine read all checkpoints by functions of mmdbb.
+    """Make mmengine read all checkpoints by functions of mmdbb.
 
-    Local files are read by what is registered for no scheme. For ``http``,
-    ``https``, ``torchvision``, ``open-mmlab`` and ``mmcls`` mmengine calls
-    the function ``load_url`` of its module.
+    mmengine reads local files with the loader registered for the empty
+    scheme. For ``http``, ``https``, ``torchvision``, ``open-mmlab`` and
+    ``mmcls`` it calls ``load_url`` of ``mmengine.runner.checkpoint``.
 
     Args:
-        load_file: Takes a path and a device.
-        load_url: Takes what torch's function of the name takes.
+        load_file: Reads a local file; takes its path and a device.
+        load_url: Downloads and reads a file; takes the arguments of
+            ``torch.hub.load_state_dict_from_url``.
     """
     CheckpointLoader.register_scheme('', load_file, force=True)
     if not callable(host_checkpoint.load_url):
@@ -238,10 +266,11 @@ def replace_readers(load_file: Callable, load_url: Callable) -> None:
 def loaded_state(checkpoint: dict) -> dict:
     """The weights of a checkpoint under the names that mmengine loads.
 
-    ``Runner.load_checkpoint`` takes away the name of a wrapper.
+    Like ``Runner.load_checkpoint``, this removes ``module.`` from the start
+    of names, which wrappers for distributed training add.
 
     Args:
-        checkpoint: What a file holds.
+        checkpoint: Content of the file.
     """
     state = checkpoint.get('state_dict', checkpoint)
     return {re.sub('^module[.]', '', name): v for name, v in state.items()}
@@ -253,11 +282,9 @@ def loaded_state(checkpoint: dict) -> dict:
 class RemovingLast(CheckpointHook):
     """A ``CheckpointHook`` that removes old files after it has written.
 
-    mmengine removes them first, by ``self.file_backend``, in the two methods
-    that are overridden here.
-
-    Args:
-        arguments: As of ``CheckpointHook``.
+    mmengine's hook removes them first, so a crash while it writes could leave
+    no checkpoint. It removes them by ``self.file_backend`` in the two methods
+    that are overridden here. The arguments are ``CheckpointHook``'s own.
     """
 
     def _save_checkpoint_with_step(self, *args: Any, **kwargs: Any) -> None:
@@ -271,7 +298,7 @@ class RemovingLast(CheckpointHook):
     @contextlib.contextmanager
     def _removing_last(self) -> Iterator[None]:
         backend = self.file_backend
-        if isinstance(backend, _Later):  # saving the best saves the last too
+        if isinstance(backend, _Later):  # the outer method removes them
             yield
             return
         self.file_backend = _Later(backend)
@@ -288,11 +315,11 @@ class RemovingLast(CheckpointHook):
 
 
 class _Later:
-    """A file backend that removes nothing yet."""
+    """A file backend that notes what to remove instead of removing it."""
 
     def __init__(self, backend: Any) -> None:
         self.backend = backend
-        #: What to remove, and the method that does.
+        #: The method to remove a path with, and the path, for each.
         self.removals: List[Tuple[Any, str]] = []
 
     def remove(self, path: str) -> None:
@@ -309,8 +336,8 @@ def checkpoint_folder(work_dir: str, out_dir: Any = None) -> str:
     """The folder that ``CheckpointHook`` writes to.
 
     Args:
-        work_dir: Of the run.
-        out_dir: Of the hook.
+        work_dir: The run's ``work_dir``.
+        out_dir: The hook's ``out_dir``; None if it has none.
     """
     if out_dir is None or str(out_dir) == work_dir:
         return work_dir
@@ -320,11 +347,14 @@ def checkpoint_folder(work_dir: str, out_dir: Any = None) -> str:
 def best_checkpoints(runner: Runner) -> Dict[str, Tuple[str, object]]:
     """The best checkpoints that a run has so far, by metric.
 
-    ``CheckpointHook`` notes them as ``best_ckpt`` and ``best_score``, followed
-    by ``_METRIC`` where there are several.
+    ``CheckpointHook`` notes them in the message hub as ``best_ckpt`` and
+    ``best_score``, followed by ``_METRIC`` if there are several metrics.
+
+    Args:
+        runner: The run's runner.
 
     Returns:
-        dict: Metric (empty if there is only one) -> path and score.
+        dict: That suffix (empty for a single metric) -> path and score.
     """
     infos = runner.message_hub.runtime_info
     return {
@@ -338,17 +368,21 @@ def best_checkpoints(runner: Runner) -> Dict[str, Tuple[str, object]]:
 
 
 def forget_best(runner: Runner, metric: str) -> None:
-    """Let a run know of no best checkpoint.
+    """Make a run forget its best checkpoint of a metric.
 
     Args:
-        runner: Of the run.
-        metric: As of :func:`best_checkpoints`.
+        runner: The run's runner.
+        metric: A key of :func:`best_checkpoints`.
     """
     runner.message_hub.runtime_info[f'best_ckpt{metric}'] = None
 
 
 def is_hub_state(state: Any) -> bool:
-    """Whether a message hub can take over a state from a checkpoint."""
+    """Whether a message hub can load a state.
+
+    Args:
+        state: The hub's state in a checkpoint, of any type.
+    """
     parts = ('log_scalars', 'runtime_info', 'resumed_keys')
     if not isinstance(state, dict) or not all(
         isinstance(state.get(part), dict)
@@ -367,9 +401,12 @@ def is_hub_state(state: Any) -> bool:
 
 
 def drop_hooks(runner: Runner) -> None:
-    """Let a runner's loops run without logging, drawing and saving.
+    """Remove a runner's hooks, so it does not log, draw or save.
 
-    ``Runner.hooks`` is the list itself.
+    Clearing ``Runner.hooks`` is enough, as it returns the runner's own list.
+
+    Args:
+        runner: Changed in place.
     """
     runner.hooks.clear()
 
@@ -377,11 +414,12 @@ def drop_hooks(runner: Runner) -> None:
 def name_run(cfg: Config, name: str) -> None:
     """Give the run of a config a name, and a visualizer of its own.
 
-    mmengine keeps visualizers by name, with the folder they began with.
+    mmengine keeps visualizers by name, so a second run under the same name
+    would write into the first one's folder.
 
     Args:
-        cfg: Changed in place.
-        name: That no other run has.
+        cfg: The config; changed in place.
+        name: A name that no other run of this process has.
     """
     cfg.experiment_name = name
     cfg.visualizer = dict(type='Visualizer', name=name, vis_backends=[])
@@ -390,11 +428,13 @@ def name_run(cfg: Config, name: str) -> None:
 def resume_within(
     runner: Runner, context: Callable[[str], ContextManager]
 ) -> None:
-    """Let a runner resume within a context: ``Runner.train`` calls it itself.
+    """Make a runner resume within a context.
+
+    The method is replaced because ``Runner.train`` calls ``resume`` itself.
 
     Args:
-        runner: Changed in place.
-        context: From the checkpoint's path to a context.
+        runner: The runner; changed in place.
+        context: Takes the checkpoint's path, returns the context.
     """
     resume = runner.resume
 
@@ -407,14 +447,15 @@ def resume_within(
 
 
 def give_dataset(loader: DataLoader, dataset: Dataset) -> None:
-    """Give a runner's dataloader another data set.
+    """Replace the data set of a dataloader.
 
-    torch (2.12) refuses it once a loader is built; its workers must not have
-    started.
+    torch (2.12) refuses to set the attribute of a loader that is built, so
+    its check is passed by. The loader's workers must not have started.
 
     Args:
-        loader: Changed in place.
-        dataset: As long as the one before.
+        loader: The dataloader; changed in place.
+        dataset: The new data set. It must be as long as the old one, because
+            the sampler keeps that length.
     """
     object.__setattr__(loader, 'dataset', dataset)
 
@@ -422,7 +463,10 @@ def give_dataset(loader: DataLoader, dataset: Dataset) -> None:
 def is_building(error: BaseException) -> bool:
     """Whether an error was raised while a runner built a part of its config.
 
-    ``Runner`` does so in its methods ``build_*``.
+    The methods ``build_*`` of ``Runner`` do this.
+
+    Args:
+        error: The error, with its traceback.
     """
     return any(
         frame.f_globals.get('__name__') == 'mmengine.runner.runner'
@@ -435,33 +479,48 @@ def is_building(error: BaseException) -> bool:
 
 
 def note_of(cfg: Config, name: str, default: Any = None) -> Any:
-    """What :func:`make_note` noted in a config."""
+    """The value that :func:`make_note` noted in a config.
+
+    Args:
+        cfg: The config.
+        name: Name of the note.
+        default: The result if there is no such note.
+    """
     return vars(cfg).get(name, default)
 
 
 def make_note(cfg: Config, name: str, value: Any) -> None:
-    """Note something in a config that is none of its fields.
+    """Note a value in a config without making it a field.
 
-    ``Config.__setattr__`` makes a field of whatever it gets. Copies keep the
-    note.
+    ``Config.__setattr__`` would make it a field, which is written into files.
+    Copies of the config keep the note.
 
     Args:
-        cfg: Changed in place.
-        name: Starts with an underscore.
-        value: Anything.
+        cfg: The config; changed in place.
+        name: Name of the note, which starts with an underscore.
+        value: The value, of any type.
     """
     object.__setattr__(cfg, name, value)
 
 
 def forget_filename(cfg: Config) -> None:
-    """Let a config not know its file: its dump gets the name of its time."""
+    """Make a config forget its file's name.
+
+    ``Runner`` then names the config's dump by the time of the run.
+
+    Args:
+        cfg: The config; changed in place.
+    """
     object.__setattr__(cfg, '_filename', None)
 
 
 def files_in_text(cfg: Config) -> Set[str]:
-    """The files that the text of a config names: itself and its bases.
+    """The files that a config was read from: its own and its bases.
 
-    mmengine puts each file's path before its text.
+    ``Config.text`` holds the text of each file after a line with its path.
+
+    Args:
+        cfg: The config.
     """
     return {
         line
@@ -474,21 +533,37 @@ def files_in_text(cfg: Config) -> Set[str]:
 
 
 def is_initializing(module: nn.Module) -> bool:
-    """Whether ``init_weights`` of a module, or of one around it, runs."""
+    """Whether ``init_weights`` of a module, or of one around it, is running.
+
+    Args:
+        module: The module.
+    """
     return hasattr(module, '_params_init_info')
 
 
 def shared_notes(module: nn.Module) -> dict:
-    """A dict that all modules share of which ``init_weights`` runs.
+    """The dict that all modules share while ``init_weights`` is running.
 
-    mmengine keeps in it, by parameter, who initialised what. Outside of that
-    it is an empty one.
+    mmengine notes in it how each parameter was initialised.
+
+    Args:
+        module: A module of the network.
+
+    Returns:
+        dict: The shared dict; a new empty one if ``init_weights`` is not
+        running.
     """
     return getattr(module, '_params_init_info', {})
 
 
 def initialize_children(module: nn.Module) -> None:
-    """Do now what mmengine does after a rule of a module: its children's."""
+    """Initialise a module's children now.
+
+    mmengine would do this after it has applied the module's own rule.
+
+    Args:
+        module: The module whose children to initialise.
+    """
     for child in module.children():
         if hasattr(child, 'init_weights') and not getattr(
             child, 'is_init', False
@@ -500,12 +575,12 @@ def initialize_children(module: nn.Module) -> None:
 def say_pretrained(module: nn.Module, checkpoint: str) -> None:
     """Tell a module that its weights are loaded.
 
-    The hosts' last steps, such as ``zero_init_residual``, ask for an
-    ``init_cfg`` of type ``Pretrained``.
+    The hosts skip last steps such as ``zero_init_residual`` if ``init_cfg``
+    has the type ``Pretrained``.
 
     Args:
-        module: Changed in place.
-        checkpoint: Where the weights come from.
+        module: The module; changed in place.
+        checkpoint: Path or address of the file that the weights come from.
     """
     module.init_cfg = dict(type='Pretrained', checkpoint=checkpoint)
 
@@ -514,14 +589,14 @@ def say_pretrained(module: nn.Module, checkpoint: str) -> None:
 
 
 def channel_order(preprocessor: Any) -> Optional[str]:
-    """In which order a data preprocessor gives channels to the network.
+    """The order of channels that a data preprocessor gives to the network.
 
-    Images are read as BGR. mmpretrain's preprocessors have ``to_rgb``; those
-    of mmdet and mmseg ``channel_conversion``, which mmengine keeps as
-    ``_channel_conversion``.
+    Images are read as BGR; attributes tell whether they become RGB.
+    mmpretrain's preprocessors have ``to_rgb``, mmdet's and mmseg's
+    ``channel_conversion``, which mmengine stores as ``_channel_conversion``.
 
     Args:
-        preprocessor: Of a model; None for none.
+        preprocessor: The model's data preprocessor; None if it has none.
 
     Returns:
         str: ``'RGB'`` or ``'BGR'``; None if unknown.

@@ -1,11 +1,12 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
 """The packages that mmdbb extends, and the versions that it works with.
 
-Two stacks provide the same import names: the OpenMMLab packages and the
-maintained forks, whose distributions are named `onedl-*`. What counts is the
-version of the module that is imported, whoever ships it.
+These packages are called hosts. Two stacks provide the same import names:
+the OpenMMLab packages and the maintained forks, whose distributions are named
+``onedl-*``. The version of the imported module decides, not the distribution
+that it comes from.
 
-``setup.py`` runs this file for the ranges, so it imports nothing but the
+``setup.py`` runs this file to read the ranges, so it imports nothing but the
 standard library.
 """
 
@@ -19,11 +20,12 @@ from typing import Dict, NamedTuple, Optional, Tuple
 
 
 class MissingHosts(ImportError):
-    """Host packages are missing, or of versions that mmdbb does not know.
+    """Host packages are missing, or have versions that mmdbb does not allow.
 
     Args:
-        message: Names them all, and the command that installs them.
-        wrong: Their import names -> the versions found, None for none.
+        message: A text that names all of them, and the command that installs
+            them.
+        wrong: Import names -> the versions found; None if not installed.
     """
 
     def __init__(self, message: str, wrong: Dict[str, Optional[str]]) -> None:
@@ -31,17 +33,21 @@ class MissingHosts(ImportError):
         self.wrong = wrong
 
     def beside(self, *names: str) -> MissingHosts:
-        """The error of these packages and of others that are needed too.
+        """Extend the error by other packages that are needed too.
 
         Args:
-            names: Import names, each one of :data:`HOSTS`.
+            names: Import names to check, each one of :data:`HOSTS`.
+
+        Returns:
+            MissingHosts: An error that also names those of them that are
+            missing or have a wrong version.
         """
         try:
             require(*names)
         except MissingHosts as error:
             wrong = {**self.wrong, **error.wrong}
             return MissingHosts(_complaint(wrong), wrong)
-        except ImportError:  # of what is missing already
+        except ImportError:  # they need a package that is missing already
             pass
         return self
 
@@ -50,9 +56,9 @@ class Distribution(NamedTuple):
     """A package as pip knows it.
 
     Attributes:
-        name: Its name in the package index.
-        minimum: The oldest version that mmdbb works with.
-        below: The first version after those.
+        name: Name in the package index.
+        minimum: Oldest version that mmdbb works with.
+        below: Lowest version that is no longer allowed.
     """
 
     name: str
@@ -61,11 +67,11 @@ class Distribution(NamedTuple):
 
     @property
     def allowed(self) -> str:
-        """The range of versions, as pip writes it."""
+        """The range of versions in pip's syntax."""
         return f'>={self.minimum},<{self.below}'
 
     def __str__(self) -> str:
-        """The requirement, as pip writes it."""
+        """The requirement in pip's syntax."""
         return f'{self.name}{self.allowed}'
 
     def has(self, version: str) -> bool:
@@ -75,26 +81,26 @@ class Distribution(NamedTuple):
 
 
 class Host(NamedTuple):
-    """A package that mmdbb extends, under its one import name.
+    """The two distributions that provide a package which mmdbb extends.
 
     Attributes:
         openmmlab: OpenMMLab's distribution.
-        onedl: The maintained fork's.
+        onedl: The distribution of the maintained fork.
     """
 
     openmmlab: Distribution
     onedl: Distribution
 
 
-#: Import names -> what brings them. These are all the ranges there are:
-#: setup.py makes its extras of them, the docs and the tests repeat them.
+#: Import names -> the distributions that provide them. Ranges are set here
+#: only: setup.py builds its extras from them, the docs and tests repeat them.
 HOSTS = {
     'mmengine': Host(
         Distribution('mmengine', '0.10.0', '1.0.0'),
         Distribution('onedl-mmengine', '0.10.12', '1.0.0'),
     ),
     'mmcv': Host(
-        # mmdet 3.3 and mmsegmentation 1.2 refuse 2.2.
+        # mmdet 3.3 and mmsegmentation 1.2 refuse mmcv 2.2.
         Distribution('mmcv', '2.0.0', '2.2.0'),
         Distribution('onedl-mmcv', '2.3.6', '3.0.0'),
     ),
@@ -123,11 +129,11 @@ def require(*names: str) -> ModuleType:
         The module of the first name.
 
     Raises:
-        ValueError: A name is not of such a package.
-        ImportError: One is not installed, too old, too new, or refuses the
-            packages that it is installed with. One message names all that
-            are missing, the versions found and allowed, and one command
-            that installs them.
+        ValueError: If a name is not in :data:`HOSTS`, or none is given.
+        ImportError: If a package is not installed, too old, too new, or
+            refuses the packages that it is installed with. One message names
+            all wrong packages, the versions found and allowed, and one
+            command that installs them.
 
     Example:
         >>> from mmdbb.mm.hosts import require
@@ -145,7 +151,8 @@ def require(*names: str) -> ModuleType:
         try:
             module = importlib.import_module(name)
         except ModuleNotFoundError as error:
-            # Hosts need each other; what else they need is theirs to say.
+            # Hosts import each other. If one lacks another package, its own
+            # error says so.
             if error.name not in HOSTS:
                 raise
             wrong[error.name] = None
@@ -172,7 +179,11 @@ def check_version(name: str, found: str) -> None:
 
 
 def is_installed(distribution: str) -> bool:
-    """Whether pip knows a distribution of this name here."""
+    """Whether a distribution is installed.
+
+    Args:
+        distribution: Its name in the package index.
+    """
     try:
         importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -181,7 +192,8 @@ def is_installed(distribution: str) -> bool:
 
 
 def _is_allowed(name: str, found: str) -> bool:
-    # The two stacks number their versions apart from each other.
+    # The two stacks number their versions independently, so the ranges of
+    # either allow a version.
     return any(each.has(found) for each in HOSTS[name])
 
 
@@ -193,10 +205,10 @@ def _release(version: str) -> Tuple[int, ...]:
 
 
 def _complaint(wrong: Dict[str, Optional[str]]) -> str:
-    """What to say of packages that are missing or of a wrong version.
+    """Write the message for packages that are missing or of a wrong version.
 
     Args:
-        wrong: Their import names -> the versions found, None for none.
+        wrong: Import names -> the versions found; None if not installed.
     """
     stack = _stack()
     wanted = {name: getattr(HOSTS[name], stack) for name in wrong}
@@ -210,7 +222,7 @@ def _complaint(wrong: Dict[str, Optional[str]]) -> str:
     quoted = ' '.join(f'"{each}"' for each in wanted.values())
     command = f'pip install {quoted}'
     if stack == 'openmmlab' and 'mmcv' in wrong:
-        # mim picks a build of mmcv that fits the installed torch.
+        # mim, unlike pip, picks a build of mmcv that fits the torch here.
         command = f'pip install openmim && mim install {quoted}'
     return (
         f'mmdbb needs {" and ".join(needs)}. Install '
@@ -219,7 +231,7 @@ def _complaint(wrong: Dict[str, Optional[str]]) -> str:
 
 
 def _stack() -> str:
-    """Which of the two stacks is installed; OpenMMLab's where none is."""
+    """Name of the installed stack; OpenMMLab's if none is installed."""
     if any(is_installed(host.onedl.name) for host in HOSTS.values()):
         return 'onedl'
     return 'openmmlab'

@@ -1,10 +1,10 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""What all workflows do with their files: refuse, write, note, prove.
+"""The files of all workflows: read sources, write outputs, note and prove.
 
 Deploying, exporting, converting, inserting norms, pruning and quantizing read
-one :class:`Source` and write within :func:`writing`. So none of them writes
-over what it reads, all of them note the same things in what they write, and
-no file appears that was not read again.
+one :class:`Source` and write within :func:`writing`. So no workflow overwrites
+its inputs, every output carries the same notes, and every file is read again
+before it appears.
 """
 
 from __future__ import annotations
@@ -47,14 +47,15 @@ class Source:
     """A checkpoint to read, and the config that it was trained with.
 
     Attributes:
-        cfg: The config; None where the checkpoint alone says what network it
-            is of.
+        cfg: The config; None if the checkpoint alone tells the network, as
+            official files do.
         checkpoint: Path of the checkpoint.
-        ema: True for the averaged weights, False for those that training went
-            on with; None for the averaged ones if the file has any.
-        unsafe: Whether to run what code the checkpoint holds, for a file that
-            you trust as you trust a program. None if the user has no way to
-            ask for that: then no message advises it.
+        ema: True for the averaged weights, False for the weights that are
+            trained; None for the averaged ones if the file has any.
+        unsafe: Whether code in the checkpoint may run. True is for a file
+            that you trust as you trust a program. False and None forbid it;
+            with False the error message names the option that allows it, with
+            None the caller has no such option.
     """
 
     cfg: Optional[Config]
@@ -67,7 +68,7 @@ class Source:
 
         Returns:
             dict: With ``state_dict`` (names to tensors), ``meta`` and
-            ``weights`` (a text that says which were taken).
+            ``weights`` (tells in words which weights were taken).
 
         Raises:
             UserError: If it cannot be read, or lacks the weights asked for.
@@ -82,12 +83,13 @@ class Source:
     def notes(
         self, structure: Structure, weights: str, **more: Any
     ) -> Dict[str, Any]:
-        """What every file made from this source says of itself.
+        """Notes that every file made from this source carries.
 
         Args:
             structure: The structure of the network in the file.
-            weights: Which weights were taken, as :meth:`read` says.
-            more: What this workflow notes besides, plain data.
+            weights: Tells in words which weights were taken; :meth:`read`
+                returns it.
+            more: More notes of the workflow, plain data.
         """
         return dict(
             more,
@@ -99,17 +101,18 @@ class Source:
 
 
 class Proof(NamedTuple):
-    """What two networks are compared on, and how close they must be.
+    """Images to compare two networks on, and how close they must be.
 
     Attributes:
         images: Images to compare on besides random ones: paths, or batches of
             normalised images (N, C, H, W) as they enter the network.
-        image_size: Height and width in pixels of the images. A file for a
+        image_size: Height and width of the images in pixels. A file for a
             runtime takes images of this size only.
-        tolerance: Largest difference allowed. By default, of a checkpoint
-            before it is rounded, 1e-5 of the largest magnitude of a channel;
-            of a runtime's outputs, 1e-4 of that of an output.
-        seed: Of the random images.
+        tolerance: Largest difference allowed. By default it is 1e-5 of a
+            channel's largest magnitude for checkpoints (compared before they
+            are rounded), and 1e-4 of an output's largest magnitude for files
+            of runtimes.
+        seed: Seed of the random images.
     """
 
     images: Sequence[Union[str, Tensor]] = ()
@@ -119,11 +122,11 @@ class Proof(NamedTuple):
 
     @property
     def paths(self) -> List[str]:
-        """Paths of the images that are read from files."""
+        """Paths of those images that are files."""
         return [i for i in self.images if not isinstance(i, Tensor)]
 
     def given(self, model: nn.Module) -> List[Tensor]:
-        """The images that were given, as the model's preprocessor leaves them.
+        """Preprocess the given images for a model.
 
         Args:
             model: The model whose preprocessor is used.
@@ -134,7 +137,7 @@ class Proof(NamedTuple):
         return [given_batch(model, i, self.image_size) for i in self.images]
 
     def batches(self, model: nn.Module) -> List[Tensor]:
-        """A batch of random images, then those that were given.
+        """A batch of random images, then the given ones, all preprocessed.
 
         Args:
             model: The model whose preprocessor is used.
@@ -147,17 +150,20 @@ class Proof(NamedTuple):
 
 
 class Contents(NamedTuple):
-    """What is written into a checkpoint and into the config beside it.
+    """The contents of a checkpoint and of the config beside it.
 
     Attributes:
         cfg: The config of the network.
-        state: The weights, names to tensors, as they were proven.
-        structure: How the network differs from what the config builds.
-        weights: Which weights of the source they come from, as
-            :meth:`Source.read` says.
-        dtypes: Entry -> the precision to round it to; None to round nothing.
-        meta: What the training noted of itself.
-        notes: What the workflow notes besides, plain data.
+        state: The weights, names -> tensors, exactly as the workflow proved
+            them.
+        structure: The structure of the network, which the config alone
+            cannot tell.
+        weights: Tells in words from which weights of the source they come;
+            :meth:`Source.read` returns it.
+        dtypes: Names of entries -> precisions to round them to; None to round
+            nothing.
+        meta: The ``meta`` of the training's checkpoint.
+        notes: More notes of the workflow, plain data.
     """
 
     cfg: Config
@@ -169,7 +175,11 @@ class Contents(NamedTuple):
     notes: Mapping[str, Any] = {}
 
     def noting(self, **notes: Any) -> Contents:
-        """The same contents with more notes."""
+        """The same contents with more notes.
+
+        Args:
+            notes: The notes by name, plain data.
+        """
         return self._replace(notes={**self.notes, **notes})
 
     def rounded(self) -> Dict[str, Tensor]:
@@ -185,19 +195,20 @@ class Drafts(NamedTuple):
     """Files that are not in their places yet; see :func:`writing`.
 
     Attributes:
-        source: What they are made from; None for a network in memory.
-        paths: Where they are written, one a path asked for.
+        source: The source that they are made from; None for a network in
+            memory.
+        paths: Temporary paths to write to, one for each output, in order.
     """
 
     source: Optional[Source]
     paths: List[str]
 
     def network(self, contents: Contents) -> nn.Module:
-        """The network of the files, built from the config as it is written.
+        """Build the network from the written config, to prove it.
 
         Args:
-            contents: What the first two files will hold. The network gets the
-                weights themselves, before they are rounded.
+            contents: The contents that the first two files will have. The
+                network takes over the weights, which are not rounded yet.
 
         Raises:
             UserError: If the weights do not fit the network of the config.
@@ -212,15 +223,14 @@ class Drafts(NamedTuple):
     def write(self, contents: Contents) -> None:
         """Write a checkpoint and its config, the first two of the files.
 
-        Both are read again: the config must build a network that takes the
-        entries, and these must be the contents', each rounded once.
+        Both are read again. The config must build a network that the entries
+        fit, and each entry must equal the one in ``contents``, rounded once.
 
         Args:
-            contents: What to write.
+            contents: The contents of the two files.
 
         Raises:
-            UserError: If they cannot be written, or are not read as they were
-                written.
+            UserError: If they cannot be written, or read back differently.
         """
         checkpoint, config = self.paths[:2]
         contents.cfg.dump(config)
@@ -250,16 +260,17 @@ def writing(
     """Write files that appear whole, at the end of the context, or not at all.
 
     Args:
-        source: What the files are made from, none of whose own files is
-            written over; None for a network in memory.
+        source: The source that the files are made from; None for a network
+            in memory. An output must not be one of its files.
         outputs: Paths to write. A checkpoint comes first and its config
             second; see :func:`output_paths`.
-        inputs: Paths of other files that are read.
-        overwrite: Whether files that exist may be replaced, inputs apart.
+        inputs: Paths of other files that are read. An output must not be one
+            of them either.
+        overwrite: Whether existing outputs may be replaced.
 
     Yields:
-        Drafts: Where to write meanwhile. Every file must have been written by
-        the end.
+        Drafts: The temporary paths to write to. Every one must have been
+        written by the end of the context.
 
     Raises:
         UserError: If an output is an input, exists and may not be replaced,
@@ -279,7 +290,7 @@ def output_paths(out: str) -> Tuple[str, str]:
         out: Path of the checkpoint.
 
     Raises:
-        UserError: If it has no suffix of a checkpoint.
+        UserError: If ``out`` does not end in a suffix of checkpoints.
     """
     suffix = next((s for s in SUFFIXES if out.endswith(s)), None)
     if suffix is None:
@@ -292,16 +303,16 @@ def output_paths(out: str) -> Tuple[str, str]:
 def refuse_inputs(
     outputs: Sequence[str], cfg: Optional[Config], *inputs: str
 ) -> None:
-    """Raise if a file would be written over one that is read.
+    """Raise if an output is also an input.
 
     Args:
         outputs: Paths to write.
-        cfg: The config, which may have been read from several files; None if
-            there is none.
+        cfg: The config, whose file and base files are inputs; None if there
+            is no config.
         inputs: Paths of other files that are read.
 
     Raises:
-        UserError: It names the path.
+        UserError: If one is; the message names it.
     """
     files = files_of(cfg) if cfg is not None else ()
     read = {os.path.realpath(path) for path in (*files, *inputs)}

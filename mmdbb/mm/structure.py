@@ -1,5 +1,8 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""What mmdbb notes of the network in a file, because its config cannot."""
+"""The structure of the network in a file, which mmdbb notes in the file.
+
+The config cannot tell it: it does not know folded norms or pruned filters.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +15,15 @@ from mmdbb.files.formats import OWN
 class Structure(str, enum.Enum):
     """How the network in a file differs from the one that was trained."""
 
-    #: It has all of its blocks, to train on.
+    #: Not at all: it still has all of its blocks, and can be trained on.
     TRAIN = 'train'
     #: All blocks are merged: the network that the OpenMMLab package builds.
     STOCK = 'stock'
-    #: As ``STOCK``, and norms are folded into the convolutions before them.
+    #: ``STOCK`` with norms folded into the convolutions before them.
     FUSED = 'fused'
     #: Some blocks are merged; building the network needs mmdbb.
     PARTIAL = 'partial'
-    #: As ``STOCK``, with fewer filters than the config says.
+    #: ``STOCK`` with fewer filters than the config says.
     PRUNED = 'pruned'
 
 
@@ -28,11 +31,12 @@ def written_structure(checkpoint: dict) -> Optional[Structure]:
     """The structure that mmdbb noted in a checkpoint.
 
     Args:
-        checkpoint: What :func:`mmdbb.files.checkpoints.read_checkpoint` read.
+        checkpoint: Content of the checkpoint, read by
+            :func:`mmdbb.files.checkpoints.read_checkpoint`.
 
     Returns:
-        Structure: None if the file notes none that is known, as the files of
-        other programs do not.
+        Structure: The structure; None if the file notes no known one, such as
+        a file of another program.
     """
     own = checkpoint['meta'].get(OWN)
     noted = own.get('structure') if isinstance(own, dict) else None

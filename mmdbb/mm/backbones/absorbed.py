@@ -1,8 +1,9 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
 """Blocks in place of each convolution and its norm, for any backbone.
 
-In the papers' networks a DBB stands for convolution *and* norm, so the norm
-that the host would build behind it gives way to ``nn.Identity``.
+In the papers' networks a DBB takes the place of convolution *and* norm. The
+backbones of OpenMMLab's packages build a norm after each convolution; here
+``nn.Identity`` replaces those that follow a DBB.
 """
 
 from __future__ import annotations
@@ -22,28 +23,29 @@ from mmdbb.reparam import find_blocks, reparameterize
 class BlocksForConvNorm:
     """Mixin for backbones with ``conv_cfg`` and ``norm_cfg``.
 
-    It stands before the backbone's class, whose arguments it takes, and says
-    what the network is once it is merged. ``docs/add_a_backbone.md`` shows
-    how to write one.
+    List it before the backbone's class among the bases. It passes the
+    backbone's own arguments on, and :meth:`plain_cfg` gives the config of the
+    merged network. ``docs/add_a_backbone.md`` shows how to write such a class.
 
     Args:
-        args: As of the stock network, keywords too.
-        block: Config of the block, :attr:`default_block` by default. Where it
-            sums branches that have norms, ``nn.Identity`` stands in place of
-            the norm behind it; else (OREPA) the host's norm stays. With
-            ``dict(type='Conv2d')`` this is the stock network.
+        args: Positional arguments of the stock backbone, which also gets all
+            keywords that are not listed here.
+        block: Config of the block, :attr:`default_block` by default. If its
+            branches have norms of their own, ``nn.Identity`` replaces the
+            norm that follows the block; otherwise (OREPA) that norm stays.
+            ``dict(type='Conv2d')`` builds the stock network.
         norm_cfg: Config of all norms, those inside blocks too unless
             ``block`` has its own.
         deploy: Whether to build the merged network, to load merged weights.
 
     Raises:
-        TypeError: If ``conv_cfg`` is given, whose place ``block`` takes, or
+        TypeError: If ``conv_cfg`` is given (``block`` takes its place), or
             ``block`` is not a dict.
         ValueError: If ``block`` is not a block of mmdbb, or is a class that
             is not registered.
     """
 
-    #: Config of the block that is built where ``block`` is not given.
+    #: Config of the block to build if ``block`` is not given.
     default_block = dict(type='DBB')
 
     def __init__(
@@ -64,9 +66,9 @@ class BlocksForConvNorm:
         block_type, block = block_of(block, plain=True)
         if block['type'] is block_type and block_type is not nn.Conv2d:
             raise ValueError(
-                f'{block_type.__name__} has no name in configs, which a '
-                'backbone builds its blocks by: register_conv_layer gives it '
-                'one'
+                f'{block_type.__name__} has no name in configs, and a '
+                'backbone builds its blocks by name: register it with '
+                'register_conv_layer'
             )
         if block_type is nn.Conv2d:
             block = None
@@ -83,19 +85,19 @@ class BlocksForConvNorm:
     def plain_cfg(cls, cfg: dict) -> dict:
         """The config of this network once all of its blocks are merged.
 
-        By default that is the same config without ``block`` and ``deploy``,
-        for the class that stands behind this mixin: the first one there that
-        is registered. Override it where the merged network is another one.
+        By default this drops ``block`` and ``deploy``, and names the first
+        registered class that follows this mixin in the order of the bases.
+        Override it if the merged network has another type or other arguments.
 
         Args:
             cfg: A config of this class, with its ``type``; unchanged.
 
         Returns:
-            dict: A copy for a plain network. Its type has a scope, so that it
-            is found from any.
+            dict: A copy for the plain network. Its type names the scope
+            (``mmpretrain.ResNet``), so configs of every package find it.
 
         Raises:
-            UserError: If no class behind the mixin is registered.
+            UserError: If no class that follows the mixin is registered.
 
         Examples:
             >>> from mmdbb.mm.backbones import ResNetDBB
@@ -109,7 +111,7 @@ class BlocksForConvNorm:
         if plain is None:
             raise UserError(
                 f'cannot tell what {cls.__name__} is once merged: none of the '
-                'classes behind BlocksForConvNorm is registered; give '
+                'classes after BlocksForConvNorm is registered; give '
                 f'{cls.__name__} a classmethod plain_cfg(cfg) that returns '
                 'the config of the plain network, see docs/add_a_backbone.md'
             )
@@ -117,7 +119,10 @@ class BlocksForConvNorm:
         return dict(kept, type=plain)
 
     def train(self, mode: bool = True) -> nn.Module:
-        """As the stock network, but returns the module as torch's does."""
+        """Set the mode as the stock network does, and return the module.
+
+        OpenMMLab's backbones return None, unlike ``nn.Module.train``.
+        """
         super().train(mode)
         return self
 
@@ -127,15 +132,15 @@ class BlocksForConvNorm:
             reparameterize(self, inplace=True)
 
     def _absorb_norms(self) -> None:
-        """Let each block that has norms take the place of the one behind."""
+        """Remove the norms that follow blocks with norms of their own."""
         pairs = list(conv_norm_pairs(self))
         for parent, conv, norm in pairs:
             if not isinstance(getattr(parent, conv), BranchSumConv2d):
                 continue
             setattr(parent, norm, nn.Identity())
             if isinstance(parent, nn.Sequential):
-                # There a norm is known by its class, which is gone now, but
-                # where it stood is asked again when the network is merged.
+                # conv_norm_pairs finds norms in a Sequential by their class,
+                # and this one is gone. Merging asks again where it was.
                 parent.conv_norm_names = tuple(
                     (c, n) for p, c, n in pairs if p is parent
                 )

@@ -2,12 +2,12 @@
 """AlexNet with batch norms, plain and with blocks.
 
 Krizhevsky, "One weird trick for parallelizing convolutional neural networks",
-2014 (https://arxiv.org/abs/1404.5997), with a norm behind each convolution
+2014 (https://arxiv.org/abs/1404.5997), with a norm after each convolution
 and 384 channels in the fourth, as in the code of the DBB paper (CVPR 2021,
 sec. 4.1; `alexnet.py`). mmpretrain's AlexNet has no norms.
 
-With DBB the 5x5 and 3x3 convolutions are blocks; the stem, whose kernel is of
-11 pixels, stays plain.
+With DBB the 5x5 and 3x3 convolutions are blocks; the stem with its kernel of
+11x11 taps stays plain.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ class PlainAlexNet(StagedBackbone):
         channels: Channels of the five convolutions.
         hidden_channels: Channels of the classifier's two hidden layers.
         in_channels: Channels of the images.
-        out_indices: Which convolutions' outputs to return, 0 to 4, by
-            default the last one's, each after the pooling behind it. With a
-            classifier its scores come last, and by default alone.
+        out_indices: Indices (0 to 4) of the convolutions whose outputs to
+            return, each taken after its pooling. A classifier's scores come
+            last. By default only the scores are returned, or the output of
+            the last convolution if there is no classifier.
         frozen_stages: Last convolution that is not trained, -1 for none.
         conv_cfg: Config of the convolutions, plain by default.
         norm_cfg: Config of the norms, ``dict(type='BN')`` by default.
@@ -42,7 +43,7 @@ class PlainAlexNet(StagedBackbone):
         init_cfg: mmengine's initialisation rules.
 
     Shape:
-        - Input: (N, in_channels, H, W), of at least 63 pixels
+        - Input: (N, in_channels, H, W), with H and W of at least 63 pixels
         - Output: a tuple of tensors (N, channels[i], H', W'), one for each i
           in ``out_indices``, and scores (N, num_classes)
 
@@ -57,9 +58,9 @@ class PlainAlexNet(StagedBackbone):
         torch.Size([1, 10])
     """
 
-    #: Kernel size, stride and padding of the convolutions, in pixels.
+    #: Kernel size in taps, stride and padding in pixels, a convolution each.
     convs = ((11, 4, 2), (5, 1, 2), (3, 1, 1), (3, 1, 1), (3, 1, 1))
-    #: Which convolutions have a pooling behind them.
+    #: Indices of the convolutions that a pooling follows.
     pooled = (0, 1, 4)
 
     def __init__(
@@ -101,7 +102,7 @@ class PlainAlexNet(StagedBackbone):
             inside = channels[i]
         self.maxpool = nn.MaxPool2d(3, stride=2)
         if num_classes > 0:
-            # Of images of 224 pixels, for which it is made, it changes none.
+            # Images of 224 pixels arrive as 6x6 maps, which it leaves alone.
             self.pool = nn.AdaptiveAvgPool2d(6)
             self.classifier = nn.Sequential(
                 nn.Linear(inside * 6 * 6, hidden_channels),

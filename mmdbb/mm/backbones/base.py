@@ -1,5 +1,5 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""What mmdbb's own plain backbones share: stages that can be frozen."""
+"""Base class of mmdbb's own plain backbones: stages that can be frozen."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 class StagedBackbone(BaseBackbone):
     """A backbone that is a list of stages.
 
-    A subclass says by :attr:`stages` what they are.
+    A subclass lists them in :attr:`stages`.
 
     Args:
-        out_indices: Which stages' outputs to return.
+        out_indices: Indices of the stages whose outputs to return.
         frozen_stages: Last stage that is not trained, -1 for none.
         norm_eval: Whether norms stay in eval mode while training.
-        init_cfg: mmengine's initialisation rules; by default Kaiming's for
-            convolutions, norms of weight 1, and linear layers of standard
-            deviation 0.01.
+        init_cfg: mmengine's initialisation rules. By default convolutions
+            start as Kaiming's rule says, norms with weight 1, and linear
+            layers with normal values of standard deviation 0.01.
     """
 
     def __init__(
@@ -50,7 +50,10 @@ class StagedBackbone(BaseBackbone):
         raise NotImplementedError
 
     def train(self, mode: bool = True) -> nn.Module:
-        """Set the mode; frozen parts, and norms if asked for, stay in eval."""
+        """Set the mode of all but frozen stages, which stay in eval mode.
+
+        With ``norm_eval`` all norms stay in eval mode too.
+        """
         super().train(mode)
         self._freeze_stages()
         if mode and self.norm_eval:
@@ -72,7 +75,14 @@ def check_stages(
     frozen_stages: int,
     what: str,
 ) -> None:
-    """Check what a backbone of so many stages is built with.
+    """Check the arguments of a backbone that is a list of stages.
+
+    Args:
+        count: Number of stages.
+        channels: Channels of the stages.
+        out_indices: Indices of the stages whose outputs to return.
+        frozen_stages: Last stage that is not trained, -1 for none.
+        what: The allowed values of ``channels`` in words, for messages.
 
     Raises:
         TypeError: If ``channels`` or ``out_indices`` is no list of ints.

@@ -5,8 +5,9 @@ Howard et al., "MobileNets: Efficient Convolutional Neural Networks for Mobile
 Vision Applications", 2017 (https://arxiv.org/abs/1704.04861), tab. 1.
 
 With DBB it is the network of the DBB paper (CVPR 2021, sec. 4.1) and of its
-code: the stem and every depthwise 3x3 convolution with its norm are blocks,
-twice as wide inside on depthwise convolutions; pointwise ones stay plain.
+code: the stem and every depthwise 3x3 convolution with its norm are blocks.
+Blocks of depthwise convolutions have twice as many channels inside. Pointwise
+convolutions stay plain.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ class MobileNetV1(StagedBackbone):
     Args:
         base_channels: Channels of the stem; stages 1 to 5 have 2, 4, 8, 16
             and 32 times as many.
-        channels: In place of ``base_channels``: channels of the stem and of
-            each stage, six numbers.
+        channels: Channels of the stem and of each stage, six numbers, in
+            place of ``base_channels``.
         in_channels: Channels of the images.
         out_indices: Which outputs to return: 0 is the stem's, at half the
             image's height and width; 1 to 5 are the stages', of which all
             but the first halve height and width once more.
-        frozen_stages: Last part that is not trained: -1 none, 0 the stem, 1
-            to 5 the stem and so many stages.
+        frozen_stages: Last part that is not trained: -1 freezes nothing, 0
+            the stem, and i from 1 to 5 the stem and the first i stages.
         conv_cfg: Config of the convolutions, plain by default.
         norm_cfg: Config of the norms, ``dict(type='BN')`` by default.
         act_cfg: Config of the activations, ``dict(type='ReLU')`` by default.
@@ -59,7 +60,7 @@ class MobileNetV1(StagedBackbone):
         torch.Size([1, 256, 2, 2])
     """
 
-    #: Stages 1 to 5: how many separable convolutions, stride of the first.
+    #: Stages 1 to 5: number of separable convolutions, stride of the first.
     arch_settings = ((1, 1), (2, 2), (2, 2), (6, 2), (2, 2))
 
     def __init__(

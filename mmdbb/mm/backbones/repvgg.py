@@ -2,9 +2,9 @@
 """RepVGG of any block, and its plain form.
 
 Ding et al., "RepVGG: Making VGG-style ConvNets Great Again", CVPR 2021, sec. 4
-(https://arxiv.org/abs/2101.03697). Widths, depths and groups are those of
-mmpretrain's RepVGG, which are the paper's. That one has the paper's block
-only, and loses its squeeze-and-excitation layers when it is merged.
+(https://arxiv.org/abs/2101.03697). Widths, depths and groups come from
+mmpretrain's RepVGG, which has the paper's. mmpretrain's knows the paper's
+block only, and loses its squeeze-and-excitation layers when it is merged.
 """
 
 from __future__ import annotations
@@ -32,21 +32,23 @@ from mmdbb.mm.config_types import type_of
 class RepVGGUnit(BaseModule):
     """A 3x3 convolution, its norm, squeeze-and-excitation, activation.
 
-    The convolution is called what mmpretrain calls its merged one, so that
-    the entries of a merged network are those of the stock network.
+    The convolution has the name of mmpretrain's merged one,
+    ``branch_reparam``, so that a merged network has the entries of the stock
+    network.
 
     Args:
         in_channels: Channels of the input.
         out_channels: Channels of the output.
-        stride: Step in pixels.
-        dilation: Distance of two taps in pixels, and padding on each side.
-        groups: Number of groups.
+        stride: Stride of the convolution in pixels.
+        dilation: Distance between neighbouring taps in pixels; the padding
+            on each side is as large.
+        groups: Number of groups of the convolution.
         se_cfg: Arguments of mmpretrain's ``SELayer``, None for no such layer.
         conv_cfg: Config of the convolution.
         norm_cfg: Config of the norm; None for a convolution with bias.
         act_cfg: Config of the activation.
-        with_cp: Whether to compute it again in the backward pass, to save
-            memory.
+        with_cp: Whether to save memory by computing the unit a second time
+            in the backward pass.
     """
 
     def __init__(
@@ -85,17 +87,17 @@ class RepVGGUnit(BaseModule):
 
     @property
     def conv_norm_names(self) -> Tuple[Tuple[str, str], ...]:
-        """See :func:`mmdbb.conv_norms.conv_norm_pairs`.
+        """The convolution and its norm, for ``conv_norm_pairs``.
 
-        A norm that a block absorbed does not come back: the merged
-        convolution has a bias, as in the stock network.
+        Empty if a block absorbed the norm. It does not come back then: the
+        merged convolution has a bias, as in the stock network.
         """
         if isinstance(self.norm, nn.Identity):
             return ()
         return (('branch_reparam', 'norm'),)
 
     def forward(self, x: Tensor) -> Tensor:
-        """From (N, in, H, W) to (N, out, H', W')."""
+        """Map (N, in_channels, H, W) to (N, out_channels, H', W')."""
         if self.with_cp and x.requires_grad:
             return torch.utils.checkpoint.checkpoint(
                 self._forward, x, use_reentrant=False
@@ -108,15 +110,15 @@ class RepVGGUnit(BaseModule):
 
 @MODELS.register_module()
 class PlainRepVGG(RepVGG):
-    """RepVGG of plain convolutions and norms, which mmpretrain has not.
+    """RepVGG of plain convolutions and norms, which mmpretrain does not have.
 
     Args:
-        arch: Name (``'A0'`` to ``'D2se'``) or config of the architecture, as
-            of mmpretrain's RepVGG.
-        args: As of mmpretrain's RepVGG, keywords too.
+        arch: Name (``'A0'`` to ``'D2se'``) or config of the architecture, a
+            dict in the form of mmpretrain's ``RepVGG.arch_settings``.
+        args: Other positional arguments of mmpretrain's RepVGG.
         deploy: Whether convolutions have a bias in place of a norm. Without
-            squeeze-and-excitation that is mmpretrain's merged RepVGG.
-        kwargs: As of mmpretrain's RepVGG.
+            squeeze-and-excitation this equals mmpretrain's merged RepVGG.
+        kwargs: Keywords of mmpretrain's RepVGG.
 
     Shape:
         - Input: (N, in_channels, H, W)
@@ -163,7 +165,8 @@ class PlainRepVGG(RepVGG):
         next_create_block_idx: int,
         init_cfg: Union[dict, list, None],
     ) -> Tuple[Sequential, int]:
-        # mmpretrain's hook for stages; the stem is replaced after it.
+        # mmpretrain's constructor calls this for each stage; __init__
+        # replaces the stem afterwards.
         units = []
         for i in range(num_blocks):
             index = next_create_block_idx + i
@@ -179,27 +182,30 @@ class PlainRepVGG(RepVGG):
         return Sequential(*units), next_create_block_idx + num_blocks
 
     def train(self, mode: bool = True) -> nn.Module:
-        """As mmpretrain's, but returns the module as torch's does."""
+        """Set the mode as mmpretrain's RepVGG does, and return the module."""
         super().train(mode)
         return self
 
     def switch_to_deploy(self) -> None:
-        """Nothing is merged in a plain network."""
+        """Do nothing: a plain network has nothing to merge."""
 
 
 @MODELS.register_module()
 class ReparamRepVGG(BlocksForConvNorm, PlainRepVGG):
     """RepVGG with blocks, see :class:`BlocksForConvNorm`.
 
-    Squeeze-and-excitation stands behind the block, and stays when the block
-    is merged. A merged network of blocks with norms of their own is
-    mmpretrain's ``RepVGG`` with ``deploy=True``, or :class:`PlainRepVGG` with
-    ``deploy=True`` where there is squeeze-and-excitation.
+    Squeeze-and-excitation follows the block, and stays when the block is
+    merged. Blocks with norms of their own merge into mmpretrain's ``RepVGG``
+    with ``deploy=True``, or into :class:`PlainRepVGG` with ``deploy=True`` if
+    the network has squeeze-and-excitation. Other blocks (OREPA) keep the norm
+    that follows and merge into :class:`PlainRepVGG`.
 
     Args:
-        args: As of :class:`PlainRepVGG`, keywords too.
-        kwargs: As of :class:`PlainRepVGG` and :class:`BlocksForConvNorm`.
-            ``block`` is ``dict(type='RepVGGConv')`` by default.
+        args: Positional arguments of :class:`PlainRepVGG`; the first is the
+            architecture.
+        kwargs: Keywords of :class:`PlainRepVGG`, and ``block``, ``norm_cfg``
+            and ``deploy`` of :class:`BlocksForConvNorm`. ``block`` is
+            ``dict(type='RepVGGConv')`` by default.
 
     Examples:
         >>> import torch
@@ -212,7 +218,11 @@ class ReparamRepVGG(BlocksForConvNorm, PlainRepVGG):
 
     @classmethod
     def plain_cfg(cls, cfg: dict) -> dict:
-        """See :meth:`BlocksForConvNorm.plain_cfg`, and the class."""
+        """The config of the merged network; the class says which it is.
+
+        Args:
+            cfg: A config of this class, with its ``type``; unchanged.
+        """
         plain = super().plain_cfg(cfg)  # of PlainRepVGG
         block, _ = block_of(cfg.get('block') or cls.default_block, plain=True)
         if not issubclass(block, BranchSumConv2d):
@@ -220,5 +230,5 @@ class ReparamRepVGG(BlocksForConvNorm, PlainRepVGG):
         plain['deploy'] = True
         arch = plain['arch']
         arch = RepVGG.arch_settings[arch] if isinstance(arch, str) else arch
-        # mmpretrain's leaves squeeze-and-excitation out once it is merged.
+        # mmpretrain's merged RepVGG leaves squeeze-and-excitation out.
         return plain if arch['se_cfg'] else dict(plain, type=type_of(RepVGG))

@@ -3,9 +3,9 @@
 
 With DBB these are the networks of the DBB paper (CVPR 2021, sec. 4.1): every
 3x3 convolution with its norm is a block; the stem and the 1x1 convolutions
-stay plain. With OREPA they are those of the OREPA paper (CVPR 2022, sec. 4.1):
-every convolution is a block and keeps its norm, but for the shortcuts of
-ResNet-18 and 34.
+stay plain. With OREPA they are the networks of the OREPA paper (CVPR 2022,
+sec. 4.1): every convolution but the shortcuts of ResNet-18 and 34 is a block,
+and all norms stay.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ from mmdbb.mm.config_types import type_of
 
 
 class ContractedDilation:
-    """Mixin for mmpretrain's ResNets: a first residual block dilated less.
+    """Mixin for mmpretrain's ResNets: dilate them as mmseg does.
 
-    So mmseg's ResNets are dilated, which mmpretrain's cannot be.
+    mmpretrain's ResNets dilate all residual blocks of a stage alike.
 
     Args:
-        args: As of the stock network, keywords too.
+        args: Positional arguments of the stock network, which also gets all
+            other keywords.
         contract_dilation: Whether the first residual block of a stage has
             half of the stage's dilation, as in mmseg.
     """
@@ -66,14 +67,16 @@ class ContractedDilation:
 
 
 class StageBlocks:
-    """Mixin for mmpretrain's ResNets: how many residual blocks each stage has.
+    """Mixin for mmpretrain's ResNets: any number of residual blocks a stage.
 
     Args:
-        depth: As of the stock network; with ``stage_blocks`` it only says
-            which residual blocks: two convolutions below 50, else three.
-        args: As of the stock network, keywords too.
-        stage_blocks: How many residual blocks each stage has; by default
-            what ``depth`` says.
+        depth: Depth of the stock network. With ``stage_blocks`` it chooses
+            only the kind of residual blocks: those of two convolutions below
+            50, those of three from 50 on.
+        args: Other positional arguments of the stock network, which also
+            gets all other keywords.
+        stage_blocks: Number of residual blocks of each stage; by default the
+            numbers of ``depth``.
 
     Raises:
         ValueError: If ``stage_blocks`` is not one number for each stage.
@@ -112,21 +115,22 @@ class PlainResNeXt(StageBlocks, ContractedDilation, ResNeXt):
 class ResNetBlocks(BlocksForConvNorm):
     """Mixin for mmpretrain's ResNets, see :class:`BlocksForConvNorm`.
 
-    Merged, they are mmpretrain's ResNets; with ``stage_blocks`` those of
-    :attr:`any_stage_blocks`, with ``contract_dilation`` mmseg's.
+    They merge into mmpretrain's ResNets; with ``stage_blocks`` into
+    :attr:`any_stage_blocks`, with ``contract_dilation`` into mmseg's ResNets.
 
     Args:
-        depth: As of the stock network.
+        depth: Depth of the stock network, such as 18 or 50.
         zero_init_residual: Whether each residual block starts as the
             identity. False by default, as in the paper's code.
         block: Config of the block, :attr:`default_block` by default.
-        kwargs: As of the stock network and :class:`BlocksForConvNorm`.
+        kwargs: Keywords of the stock network, and ``norm_cfg`` and ``deploy``
+            of :class:`BlocksForConvNorm`.
 
     Raises:
-        ValueError: If there is no such depth.
+        ValueError: If the stock network does not come in that depth.
     """
 
-    #: The plain network of any ``stage_blocks``, where the class takes them.
+    #: Plain network that takes ``stage_blocks``; None if the class does not.
     any_stage_blocks: Optional[type] = None
 
     def __init__(
@@ -143,7 +147,8 @@ class ResNetBlocks(BlocksForConvNorm):
             )
         block = self.default_block if block is None else block
         if depth < 50 and isinstance(block, dict):
-            # The only 1x1 convolutions are shortcuts, plain in both papers.
+            # Their only 1x1 convolutions are shortcuts, and both papers leave
+            # these plain.
             block = dict(min_kernel_size=2) | block
         super().__init__(
             depth=depth,
@@ -154,7 +159,11 @@ class ResNetBlocks(BlocksForConvNorm):
 
     @classmethod
     def plain_cfg(cls, cfg: dict) -> dict:
-        """See :meth:`BlocksForConvNorm.plain_cfg`, and the class."""
+        """The config of the merged network; the class says which it is.
+
+        Args:
+            cfg: A config of this class, with its ``type``; unchanged.
+        """
         plain = super().plain_cfg(cfg)
         if plain.get('stage_blocks') is not None and cls.any_stage_blocks:
             return dict(plain, type=type_of(cls.any_stage_blocks))
@@ -162,9 +171,9 @@ class ResNetBlocks(BlocksForConvNorm):
         if not plain.get('contract_dilation'):
             plain.pop('contract_dilation', None)
             return plain
-        # mmpretrain's cannot be dilated so. mmseg's can; it names widths in
-        # its own way, has other defaults, and no drop path, which only
-        # training has.
+        # mmpretrain's ResNets have no contract_dilation, mmseg's do. Those
+        # have another name for the width, other defaults, and no drop path,
+        # which matters in training only.
         plain['type'] = f'mmseg.{plain["type"].rpartition(".")[2]}'
         plain.setdefault('out_indices', (3,))
         plain.pop('drop_path_rate', None)
@@ -174,7 +183,11 @@ class ResNetBlocks(BlocksForConvNorm):
         return plain
 
     def init_weights(self) -> None:
-        """As the stock network; see ``zero_init_residual``."""
+        """Initialise as the stock network does.
+
+        With ``zero_init_residual`` the gammas of the block that ends a
+        residual block become zero, unless the weights are pretrained.
+        """
         super().init_weights()
         pretrained = (
             isinstance(self.init_cfg, dict)

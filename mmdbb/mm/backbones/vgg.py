@@ -2,9 +2,9 @@
 """mmpretrain's VGG with a block for each convolution and its norm.
 
 Simonyan and Zisserman, "Very Deep Convolutional Networks for Large-Scale Image
-Recognition", ICLR 2015 (https://arxiv.org/abs/1409.1556). With DBB and ACB,
-and a head of one hidden layer, it is the VGG-16 that the papers train on
-CIFAR (ACNet, ICCV 2019, sec. 4.1; its code's `base_model/vgg.py`).
+Recognition", ICLR 2015 (https://arxiv.org/abs/1409.1556). With DBB or ACB and
+a head of one hidden layer, it is the VGG-16 that the papers train on CIFAR
+(ACNet, ICCV 2019, sec. 4.1; `base_model/vgg.py` in its code).
 """
 
 from __future__ import annotations
@@ -30,9 +30,12 @@ class VGGDBB(BlocksForConvNorm, VGG):
 
     @classmethod
     def plain_cfg(cls, cfg: dict) -> dict:
-        """See :meth:`BlocksForConvNorm.plain_cfg`.
+        """The config of the merged network, mmpretrain's VGG with norms.
 
-        mmpretrain's VGG has no norms unless it is asked for them.
+        mmpretrain's VGG has norms only if ``norm_cfg`` asks for them.
+
+        Args:
+            cfg: A config of this class, with its ``type``; unchanged.
         """
         plain = super().plain_cfg(cfg)
         if plain.get('norm_cfg') is None:

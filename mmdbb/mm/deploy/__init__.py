@@ -1,2 +1,2 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""From a trained checkpoint to a merged one that is proven equal."""
+"""Merge trained checkpoints, and prove the merged networks equal."""

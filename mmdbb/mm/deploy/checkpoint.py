@@ -1,5 +1,8 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""From a trained checkpoint to the files of the stock network, proven."""
+"""Merge a trained checkpoint into the stock network's files, and prove them.
+
+The proof compares the written network with the one that was trained.
+"""
 
 from __future__ import annotations
 
@@ -27,18 +30,19 @@ from mmdbb.untouched import prove_untouched
 
 
 class Deployed(NamedTuple):
-    """What :func:`deploy_checkpoint` wrote.
+    """The files that :func:`deploy_checkpoint` wrote, and their proof.
 
     Attributes:
         checkpoint: Path of the weights.
-        config: Path of the config of the stock network.
-        blocks: How many blocks were merged.
-        parameters: Numbers of parameters before and after.
-        difference: How far the two networks are apart.
-        tolerance: How far they might have been.
+        config: Path of the config of the written network.
+        blocks: Number of blocks that were merged.
+        parameters: Numbers of parameters before and after merging.
+        difference: Difference between the outputs of the two networks.
+        tolerance: Largest difference that was allowed.
         structure: ``STOCK``, ``FUSED`` or ``PARTIAL``.
-        left: How many blocks were left as they are.
-        weights: Which weights were taken from the source.
+        left: Number of blocks that were not merged.
+        weights: The source's weights that were taken (such as the averaged
+            ones), in words.
     """
 
     checkpoint: str
@@ -61,20 +65,23 @@ def deploy_checkpoint(
 ) -> Deployed:
     """Write the stock network of a trained checkpoint, and prove it equal.
 
-    Nothing is written unless the network of the written files gives the same
-    outputs as the network with its branches, which is read a second time.
+    The files appear only if the network that their config builds gives the
+    same outputs as the network with its branches. For that comparison the
+    source is read a second time, unless ``source.unsafe`` allows it to run
+    code, which then runs only once.
 
     Args:
         source: The trained checkpoint and its config.
         out: Path of the checkpoint to write, ``*.pth`` or
             ``*.safetensors``; its config is written beside it as ``*.py``.
-        options: How to merge; by default everything, and norms stay. Where
-            blocks are left, what is written needs mmdbb.
-        proof: What to compare the two networks on.
+        options: Which blocks to merge, and how. By default all are merged,
+            and norms stay. If blocks are left, loading the files needs mmdbb.
+        proof: Images to compare the two networks on, and the tolerance.
         overwrite: Whether existing outputs may be replaced.
 
     Raises:
-        UserError: If an input is wrong, or the networks differ.
+        UserError: If an input is wrong, an output cannot be written, or the
+            networks differ.
     """
     options, proof = options or MergeOptions(), proof or Proof()
     tolerance = TOLERANCE if proof.tolerance is None else proof.tolerance
@@ -87,14 +94,15 @@ def deploy_checkpoint(
             count_parameters(merged.trained),
             count_parameters(merged.network),
         )
-        # It is read again, if that does not run the file's code again.
+        # Reading again would run the code of an unsafe file a second time.
         trained = merged.trained if source.unsafe else None
         merged = merged._replace(trained=None, network=None)
         contents = merged.contents
         network = drafts.network(contents)
         if trained is None:
             trained = _trained_again(source)
-        # What is composed in less has errors of the largest channel's size.
+        # Kernels composed in float32 have errors as large as the largest
+        # channel's, so small channels are not compared by their own size.
         exact = options.dtype is torch.float64
         difference = prove_equal(
             trained,
@@ -122,7 +130,7 @@ def deploy_checkpoint(
 
 
 def _trained_again(source: Source) -> nn.Module:
-    """The network that was trained, by a second read of its weights."""
+    """Read the source a second time, and build the trained network of it."""
     state = source.read()['state_dict']
     compare_with_torch(state, source.checkpoint, source.ema)
     return trained_network(source.cfg, state, source.checkpoint)

@@ -15,18 +15,19 @@ from torch import Tensor, nn
 from mmdbb.errors import UserError
 from mmdbb.files.checkpoints import check_regular
 
-#: The most pixels of an image to compare on: a small file can claim to be a
-#: large one.
+#: Images with more pixels are refused, because a small file can claim to be a
+#: large image and fill the memory.
 MOST_PIXELS = 1 << 26
 
 
 def random_batch(model: nn.Module, size: Tuple[int, int], seed: int) -> Tensor:
-    """Two random images, as the model's preprocessor leaves them.
+    """Draw two random images, and preprocess them for a model.
 
     Args:
-        model: The model.
-        size: Height and width in pixels.
-        seed: The same images come from the same seed.
+        model: The model whose ``data_preprocessor`` to use. Without one,
+            pixels are divided by 255.
+        size: Height and width of the images in pixels.
+        seed: Seed of the random numbers.
 
     Returns:
         Tensor: Normalised images (2, 3, H, W).
@@ -42,14 +43,15 @@ def random_batch(model: nn.Module, size: Tuple[int, int], seed: int) -> Tensor:
 def given_batch(
     model: nn.Module, image: Union[str, Tensor], size: Tuple[int, int]
 ) -> Tensor:
-    """An image from a file, as the model's preprocessor leaves it.
+    """Read an image, resize it, and preprocess it for a model.
 
     Args:
-        model: The model.
+        model: The model whose ``data_preprocessor`` to use. Without one,
+            pixels are divided by 255.
         image: Path of the image; or a batch that is preprocessed already,
             which is returned as it is.
-        size: Height and width in pixels that an image from a file is
-            brought to.
+        size: Height and width in pixels to which an image from a file is
+            resized.
 
     Returns:
         Tensor: Normalised images (N, C, H, W).
@@ -75,7 +77,8 @@ def _read(path: str) -> np.ndarray:
     except UnidentifiedImageError as error:
         raise UserError(f'not an image: {path}') from error
     except Exception as error:
-        # Decoders fail in many ways, Pillow on bombs by one of its own.
+        # Decoders raise all kinds of errors; for an image that claims to be
+        # huge Pillow has one of its own.
         raise UserError(f'cannot read image {path}: {error}') from error
     if image is None:
         raise UserError(f'not an image: {path}')

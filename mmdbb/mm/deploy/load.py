@@ -1,8 +1,9 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""Loading what mmdbb's tools wrote, whatever structure the network has.
+"""Load the files that mmdbb's tools wrote, whatever the network's structure.
 
-A config cannot say that norms are folded or how many filters a layer has
-left. The checkpoint notes the first and shows the second.
+A config cannot say that norms are folded, or how many filters pruning left.
+The checkpoint can: mmdbb notes the structure in it, and the shapes of its
+weights tell the numbers of filters.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from mmdbb.files.checkpoints import load_strictly, read_checkpoint
 from mmdbb.mm.structure import Structure, written_structure
 from mmdbb.reparam import find_blocks
 
-#: In the names of what blocks of mmdbb have that are not merged.
+#: Matches names of entries that only a block has that is not merged.
 _OF_A_BLOCK = re.compile(
     r'\bbranches\.(?!\d+\.)\w+\.'  # HRNet's branches have numbers
     r'|\bgenerator\.(layers\.\d+\.)?(origin|scale)$'
@@ -34,6 +35,9 @@ _OF_A_BLOCK = re.compile(
 def build_model(cfg: Config) -> nn.Module:
     """Build a config's model in eval mode, with random weights.
 
+    Args:
+        cfg: The config; unchanged.
+
     Raises:
         UserError: If the config has no model, or it cannot be built.
     """
@@ -41,7 +45,7 @@ def build_model(cfg: Config) -> nn.Module:
         raise UserError('the config has no model')
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     try:
-        # Building must not change what the config says.
+        # A copy, because builders may change the dicts that they get.
         model = MODELS.build(copy.deepcopy(cfg.model))
     except (KeyError, TypeError, ValueError, ImportError) as error:
         raise UserError(
@@ -55,12 +59,12 @@ def load_deployed(config: str, checkpoint: str) -> nn.Module:
     """Build a network that one of mmdbb's tools wrote, of any structure.
 
     Args:
-        config: The config beside the checkpoint.
-        checkpoint: The checkpoint, of ``tools/reparam.py``,
-            ``tools/convert_official.py`` or ``tools/prune.py``.
+        config: Path of the config, which is beside the checkpoint.
+        checkpoint: Path of a checkpoint that ``tools/reparam.py``,
+            ``tools/convert_official.py`` or ``tools/prune.py`` wrote.
 
     Returns:
-        nn.Module: In eval mode, on the CPU.
+        nn.Module: The network with the weights, in eval mode, on the CPU.
 
     Raises:
         UserError: If the two do not fit each other.
@@ -76,11 +80,11 @@ def network_of(config: str, checkpoint: dict) -> nn.Module:
 
     Args:
         config: Path of the config.
-        checkpoint: The checkpoint's content, as :func:`read_checkpoint` gives
-            it. The network gets its structure, not its weights.
+        checkpoint: Content of the checkpoint, read by
+            :func:`read_checkpoint`. Its weights are not loaded.
 
     Returns:
-        nn.Module: In eval mode, on the CPU.
+        nn.Module: The network in eval mode, on the CPU.
 
     Raises:
         UserError: If the network cannot be built.
@@ -89,14 +93,17 @@ def network_of(config: str, checkpoint: dict) -> nn.Module:
 
 
 def give_structure_(model: nn.Module, checkpoint: dict) -> nn.Module:
-    """Change a network as its config says into the one of a checkpoint.
+    """Give a network the structure noted in a checkpoint, in place.
+
+    Norms are folded or layers made narrower, if the checkpoint asks for it.
 
     Args:
-        model: As the config builds it; changed in place.
-        checkpoint: From :func:`read_checkpoint`. Its weights are not loaded.
+        model: The network that the config builds.
+        checkpoint: Content of the checkpoint, read by
+            :func:`read_checkpoint`. Its weights are not loaded.
 
     Returns:
-        nn.Module: `model`.
+        nn.Module: ``model``.
     """
     structure = written_structure(checkpoint)
     if structure is Structure.FUSED:
@@ -107,12 +114,12 @@ def give_structure_(model: nn.Module, checkpoint: dict) -> nn.Module:
 
 
 def holds_blocks(state: Dict[str, Tensor], model: nn.Module) -> bool:
-    """Whether weights are of a network with blocks that are not merged.
+    """Whether weights come from a network with blocks that are not merged.
 
     Args:
-        state: Names to tensors.
-        model: The network that they are for; of another one with blocks they
-            may be as well.
+        state: Names -> tensors.
+        model: The network to load them into. They may come from another
+            network with blocks, too: then the names of branches tell.
     """
     own = {
         f'{name}.{entry}'
@@ -124,16 +131,18 @@ def holds_blocks(state: Dict[str, Tensor], model: nn.Module) -> bool:
 
 
 def own_of(block: ReparamConv2d) -> List[str]:
-    """Names of the entries of a block that no plain convolution has."""
+    """Names of a block's entries that a plain convolution does not have."""
     return [n for n in block.state_dict() if n not in ('weight', 'bias')]
 
 
 def _resize_(model: nn.Module, state: Dict[str, Tensor]) -> None:
-    """Give layers the sizes that a state dict has, with values of no meaning.
+    """Resize layers to the shapes in a state dict, in place.
+
+    The new tensors are uninitialised; the caller loads the weights.
 
     Args:
-        model: The network before it was pruned.
-        state: The pruned one's entries.
+        model: The network as it was before pruning.
+        state: Entries of the pruned network.
     """
     for name, module in model.named_modules():
         weight = state.get(f'{name}.weight')
@@ -143,8 +152,8 @@ def _resize_(model: nn.Module, state: Dict[str, Tensor]) -> None:
         if weight.dim() != own.dim() or not weight.numel():
             raise UserError(
                 f'the pruned {name} has weights of shape '
-                f'{tuple(weight.shape)}, the network of the config some of '
-                f'{tuple(own.shape)}'
+                f'{tuple(weight.shape)}, which the {tuple(own.shape)} of the '
+                "config's network cannot be pruned to"
             )
         if isinstance(module, nn.Conv2d):
             depthwise = module.groups == module.in_channels > 1

@@ -1,5 +1,5 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""From a trained checkpoint to the merged network, in memory."""
+"""Merge the network of a trained checkpoint, in memory."""
 
 from __future__ import annotations
 
@@ -31,14 +31,15 @@ from mmdbb.stock_weights import names_in, stock_state
 
 
 class MergeOptions(NamedTuple):
-    """How blocks are merged, and which.
+    """Which blocks to merge, and how.
 
     Attributes:
         fuse: Whether to fold the norms into the convolutions too.
-        only: Patterns for the names of the blocks to merge; by default all.
-        skip: Patterns for the names of blocks to leave as they are.
-        dtype: What kernels and norms are composed in, ``torch.float64`` or
-            ``torch.float32``.
+        only: Shell patterns of the names of the blocks to merge; by default
+            all are merged.
+        skip: Shell patterns of the names of blocks not to merge.
+        dtype: Precision in which kernels and norms are composed,
+            ``torch.float64`` or ``torch.float32``.
     """
 
     fuse: bool = False
@@ -48,15 +49,16 @@ class MergeOptions(NamedTuple):
 
 
 class Merged(NamedTuple):
-    """What :func:`merge_checkpoint` made of a checkpoint.
+    """A trained network and its merged form, from :func:`merge_checkpoint`.
 
     Attributes:
         trained: The network with blocks, in eval mode.
-        network: The network to deploy, in eval mode, before it is rounded.
-        contents: What to write of it: the config, the weights before they are
-            rounded, and what is noted beside them.
-        merged: Names of the blocks merged now.
-        left: How many blocks are left as they are.
+        network: The merged network, in eval mode, with weights that are not
+            rounded yet.
+        contents: The config, the weights (not rounded yet) and the notes to
+            write into the files.
+        merged: Names of the blocks that this call merged.
+        left: Number of blocks that were not merged.
     """
 
     trained: nn.Module
@@ -73,17 +75,18 @@ def merge_checkpoint(
 
     Args:
         source: The trained checkpoint and its config.
-        options: How to merge; by default everything, and norms stay.
+        options: Which blocks to merge, and how; by default all are merged,
+            and norms stay.
 
     Raises:
-        UserError: If an input is wrong.
+        UserError: If an input is wrong, or cannot be merged.
     """
     cfg, checkpoint = source.cfg, source.checkpoint
     options = options or MergeOptions()
     loaded = source.read()
     state, meta = loaded['state_dict'], loaded['meta']
     taken = loaded['weights']
-    del loaded  # with the optimizer's state
+    del loaded  # it also holds the optimizer's state, which is large
     structure = written_structure(dict(meta=meta))
     if structure in (Structure.STOCK, Structure.FUSED):
         raise UserError(
@@ -141,15 +144,17 @@ def merge_checkpoint(
 def trained_network(
     cfg: Config, state: Dict[str, Tensor], checkpoint: str
 ) -> nn.Module:
-    """The network of a config with the weights of a training.
+    """Build the network of a config, and load trained weights into it.
 
     Args:
-        cfg: Of the training.
-        state: Its weights, which the network then has as they are.
-        checkpoint: Where they come from, for messages.
+        cfg: The config that the network was trained with.
+        state: The weights. The network takes the tensors over, with their
+            precision.
+        checkpoint: Path of the file with the weights, for messages.
 
     Raises:
-        UserError: If there is nothing to merge, or they do not fit.
+        UserError: If the network has no block to merge, the weights are
+            merged already, or they do not fit the network.
     """
     trained = build_model(cfg)
     if not find_blocks(trained):
@@ -165,7 +170,7 @@ def trained_network(
 def _refuse_overflow(
     network: nn.Module, dtypes: Dict[str, torch.dtype], checkpoint: str
 ) -> None:
-    """Raise if a number is too large for the precision that it will have."""
+    """Raise if a number is too large for the precision it is rounded to."""
     for name, value in network.state_dict().items():
         if not value.to(dtypes[name]).isfinite().all():
             layer, _, entry = name.rpartition('.')
@@ -177,10 +182,10 @@ def _refuse_overflow(
 
 
 def _own_dtypes(trained: nn.Module) -> Dict[str, torch.dtype]:
-    """The precisions of a network, by its entries and, for blocks, layers.
+    """The precision of each entry and, for blocks, of each merged layer.
 
-    A block's convolution has the precision of the block. So has a norm that
-    comes back behind it.
+    A block's merged convolution has the precision of the block, and so has
+    the norm after it if that comes back.
     """
     norms = norm_names(trained)
     found = {}
@@ -200,7 +205,8 @@ def _own_dtypes(trained: nn.Module) -> Dict[str, torch.dtype]:
 
 def _dtype_of(name: str, own: Dict[str, torch.dtype]) -> torch.dtype:
     layer = name.rpartition('.')[0]
-    # The bias of a norm that was folded is as its convolution's kernel.
+    # Folding a norm gives the convolution a bias, which the trained network
+    # did not have; it gets the precision of the kernel.
     for known in (name, layer, f'{layer}.weight'):
         if known in own:
             return own[known]
@@ -213,8 +219,8 @@ def _refuse_merged(model: nn.Module, state: Dict, path: str) -> None:
     if not holds_blocks(state, model):
         raise UserError(
             f'{path} is merged already, or is of a plain network: none of '
-            f'its entries is of a branch, where {some(left or [*blocks])} '
-            'should have some'
+            "its entries is a branch's, but the config has blocks at "
+            f'{some(left or [*blocks])}'
         )
 
 

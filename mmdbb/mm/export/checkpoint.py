@@ -1,5 +1,5 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""From a trained checkpoint to a runtime's file of the merged network."""
+"""Merge a trained checkpoint, and write the network for a runtime."""
 
 from __future__ import annotations
 
@@ -26,24 +26,27 @@ def export_checkpoint(
     proof: Optional[Proof] = None,
     overwrite: bool = False,
 ) -> Exported:
-    """Write a trained checkpoint's network for a runtime, and prove it.
+    """Write a trained checkpoint's merged network for a runtime.
+
+    The file appears only if it gives the outputs of the trained network.
 
     Args:
         source: The trained checkpoint and its config.
-        out: The file to write, of the format's suffix.
+        out: Path of the file to write, with the suffix of the format.
         format: ``onnx``, ``torchscript`` or ``torch.export``.
-        head: Whether a detector's dense head is exported too.
-        dtype: What kernels and norms are composed in, ``torch.float64`` or
-            ``torch.float32``.
-        proof: What to compare the file with the network on, and the size of
-            the images that the file takes.
+        head: Whether to export a detector's dense head too, besides backbone
+            and neck.
+        dtype: Precision in which kernels and norms are composed,
+            ``torch.float64`` or ``torch.float32``.
+        proof: Images to compare the file with the network on, the tolerance,
+            and the size of the images that the file takes.
         overwrite: Whether an existing output may be replaced.
 
     Raises:
         UserError: If an input is wrong, a package is missing, or the file
             differs from the network.
     """
-    file_format(format, out)  # before the work
+    file_format(format, out)  # refuses before the work starts
     proof = proof or Proof()
     with writing(
         source, out, inputs=proof.paths, overwrite=overwrite

@@ -1,9 +1,8 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""The files that runtimes read: how each is written and run.
+"""Write and run the files that runtimes read.
 
-Each carries what is known of it as JSON under the name :data:`METADATA`: in
-ONNX among the model's properties, in the others as the extra file
-``mmdbb.json``.
+Each file carries metadata as JSON: in ONNX a property of the model named
+:data:`METADATA`, in the other formats the extra file ``mmdbb.json``.
 """
 
 from __future__ import annotations
@@ -18,25 +17,27 @@ from torch import Tensor, nn
 
 from mmdbb.errors import UserError, require_packages
 
-#: Under this name each file carries what is known of it, as JSON.
+#: Name under which each file carries its metadata, as JSON.
 METADATA = 'mmdbb'
 
 #: Name of the exported function's argument.
 INPUT = 'images'
 
-#: What torch's exporters build on: 2.5 brought the one by ``torch.export``.
+#: Whether torch's ONNX exporter builds on ``torch.export``, as since 2.5.
 _BY_TORCH_EXPORT = tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 5)
 ONNX_OPSET = 18 if _BY_TORCH_EXPORT else 17
 
 
 class Format(NamedTuple):
-    """A kind of file.
+    """A kind of file for a runtime.
 
     Attributes:
-        suffix: How its name ends.
-        packages: What writing and checking it imports.
-        write: From module, example, output names, metadata and path.
-        load: From a path to a function from images to output tensors.
+        suffix: Ending of the file's name.
+        packages: Packages that writing and checking it need.
+        write: Writes a file. Takes the module, an example of its input, the
+            names of its outputs, the metadata and the path.
+        load: Takes a path, and returns a function that runs the file: from
+            images to output tensors.
     """
 
     suffix: str
@@ -46,11 +47,15 @@ class Format(NamedTuple):
 
 
 def file_format(name: str, out: str) -> Format:
-    """The format of a name, for an output of this path.
+    """Look up a format, and check that an output can be written in it.
+
+    Args:
+        name: Name of the format, a key of :data:`FORMATS`.
+        out: Path of the output.
 
     Raises:
-        UserError: If there is no such format, the path ends in something
-            else, or a package is missing.
+        UserError: If there is no such format, the path does not end in its
+            suffix, or a package is missing.
     """
     if name not in FORMATS:
         raise UserError(
@@ -67,8 +72,8 @@ def file_format(name: str, out: str) -> Format:
 
 @contextlib.contextmanager
 def silence() -> Iterator[None]:
-    """Within the context, nothing warns."""
-    # Tracers warn of each shape that a host reads as a number.
+    """Ignore warnings within the context."""
+    # Tracers warn of each shape that a network reads as a number.
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         yield
@@ -98,7 +103,8 @@ def _write_onnx(module, example, names, metadata, path) -> None:
         **how,
     )
     model = onnx.load(path)
-    # The exporter notes from which line of whose file each node comes.
+    # The exporter notes the source file and line of each node, with the paths
+    # of this machine.
     for node in (*model.graph.node, *model.graph.input, *model.graph.output):
         del node.metadata_props[:]
         node.doc_string = ''

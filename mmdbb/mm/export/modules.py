@@ -1,9 +1,10 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""Networks of the host packages as functions from images to named tensors.
+"""Wrap networks of OpenMMLab's packages as functions from images to tensors.
 
-Exporters want a module that takes a tensor and returns tensors. What a
-classifier, a segmentor and a detector give for images is said here, by the
-names of their base classes: no host package is imported.
+Exporters want a module that takes a tensor and returns tensors. Here stand the
+outputs that a classifier, a segmentor and a detector give for images. They are
+recognised by the names of their base classes, so that no package of
+OpenMMLab's needs to be imported.
 """
 
 from __future__ import annotations
@@ -18,16 +19,16 @@ from mmdbb.errors import UserError
 from mmdbb.mm.host_internals import channel_order
 from mmdbb.modules import named_values
 
-#: Attributes of a detector that read its feature maps after a dense head.
+#: Heads of a detector that read its feature maps besides the dense head.
 FEATURE_READERS = ('roi_head', 'mask_head')
 
 
 class ExportModule(nn.Module):
-    """Base: any network that maps images to tensors, a backbone for one.
+    """Base class, for any network that maps images to tensors.
 
     Args:
-        network: The network.
-        head: Whether a detector's dense head runs too.
+        network: The network, such as a backbone.
+        head: Whether to run a detector's dense head too.
 
     Shape:
         - Input: normalised images (N, C, H, W)
@@ -54,19 +55,36 @@ class ExportModule(nn.Module):
         return tuple(self.outputs(images).values())
 
     def outputs(self, images: Tensor) -> Dict[str, Tensor]:
-        """All outputs by name, in the order of the exported ones."""
+        """Run the network, and name its outputs.
+
+        Args:
+            images: Normalised images (N, C, H, W).
+
+        Returns:
+            dict: Names -> tensors, in the order of :meth:`forward`.
+        """
         return named_tensors(self.output, self.run(images))
 
     def run(self, images: Tensor):
-        """What the network gives: tensors, perhaps nested."""
+        """Run the network.
+
+        Args:
+            images: Normalised images (N, C, H, W).
+
+        Returns:
+            A tensor, or lists, tuples and dicts of tensors.
+        """
         return self.network(images)
 
     @torch.no_grad()
     def drop_unused(self, images: Tensor) -> None:
-        """Remove the network's parts that these images do not run through.
+        """Remove the network's children that a run does not reach.
 
-        Auxiliary heads and what else is for training would be written into
-        the file with their weights.
+        Otherwise the file would hold the weights of auxiliary heads and of
+        other parts that only training uses.
+
+        Args:
+            images: Normalised images (N, C, H, W) to run.
         """
         ran = set()
         hooks = [
@@ -84,7 +102,7 @@ class ExportModule(nn.Module):
 
 
 class Classifier(ExportModule):
-    """mmpretrain's: images to logits; to features if it has no head."""
+    """mmpretrain's classifier: images to logits (without a head, features)."""
 
     @property
     def output(self) -> str:
@@ -96,9 +114,10 @@ class Classifier(ExportModule):
 
 
 class Segmentor(ExportModule):
-    """mmseg's: images to the logits of the (last) decode head.
+    """mmseg's segmentor: images to the logits of the (last) decode head.
 
-    Their size is the decode head's, usually an 8th or a 4th of the image's.
+    The logits are not resized: their height and width are usually an eighth
+    or a quarter of the image's.
     """
 
     output = 'logits'
@@ -108,12 +127,13 @@ class Segmentor(ExportModule):
 
 
 class Detector(ExportModule):
-    """mmdet's: images to the maps of backbone and neck, level by level.
+    """mmdet's detector: images to feature maps of the neck, level by level.
 
-    With ``head`` also the raw maps of the dense head (``bbox_head`` of a
-    single stage, else ``rpn_head``), named by what the head's loss calls
-    them: ``cls_scores_0``, ``bbox_preds_0``. Features are then left out where
-    nothing else reads them.
+    Without a neck, the backbone's. With ``head`` it also gives the raw maps
+    of the dense head (``bbox_head`` of a single-stage detector, else
+    ``rpn_head``), with the names of the arguments of the head's loss:
+    ``cls_scores_0``, ``bbox_preds_0``. The feature maps are then left out,
+    unless another head reads them.
     """
 
     output = 'feature'
@@ -137,7 +157,7 @@ class Detector(ExportModule):
     def _dense_head(network: nn.Module) -> nn.Module | None:
         for name in ('bbox_head', 'rpn_head'):
             head = getattr(network, name, None)
-            # A transformer's head reads queries, not maps.
+            # The head of a transformer reads queries, not feature maps.
             if isinstance(head, nn.Module) and not hasattr(
                 network, 'forward_transformer'
             ):
@@ -158,7 +178,7 @@ class Detector(ExportModule):
         return named
 
 
-#: Base class and the package it comes from -> how it is exported.
+#: Package and name of a base class -> the wrapper of its networks.
 HOSTS = {
     ('mmpretrain', 'BaseClassifier'): Classifier,
     ('mmseg', 'BaseSegmentor'): Segmentor,
@@ -172,10 +192,10 @@ def export_module(model: nn.Module, head: bool = False) -> ExportModule:
     Args:
         model: A classifier, segmentor or detector, or any module that maps
             images to tensors.
-        head: Whether a detector's dense head runs too.
+        head: Whether to export a detector's dense head too.
 
     Raises:
-        UserError: If ``head`` is asked of what has no dense head.
+        UserError: If ``head`` is True, but the network has no dense head.
     """
     for base in type(model).__mro__:
         package = base.__module__.partition('.')[0]
@@ -197,16 +217,17 @@ def is_detector(model: nn.Module) -> bool:
 
 
 def preprocessing(model: nn.Module) -> dict:
-    """What has to be done to images before they enter the network.
+    """How images are preprocessed before they enter the network.
 
     Args:
-        model: Its ``data_preprocessor``, if it has one, is read.
+        model: The network. Without a ``data_preprocessor`` all values are
+            None.
 
     Returns:
-        dict: ``mean`` and ``std`` a channel, on the scale of 0 to 255, None
-        if images are not normalised; ``channel_order``, ``'RGB'`` or
-        ``'BGR'``, or None if unknown. Images are read as BGR in the mm
-        family.
+        dict: ``mean`` and ``std`` of each channel, on the scale of 0 to 255,
+        or None if images are not normalised; and ``channel_order``, in which
+        the network takes the channels: ``'RGB'``, ``'BGR'``, or None if
+        unknown.
     """
     own = getattr(model, 'data_preprocessor', None)
     return dict(
@@ -217,27 +238,34 @@ def preprocessing(model: nn.Module) -> dict:
 
 
 def named_tensors(name: str, outputs: Any) -> Dict[str, Tensor]:
-    """All tensors that a network returns, each with a flat name.
+    """Flatten the outputs of a network, and give each tensor a name.
 
     Args:
-        name: Name of the whole.
-        outputs: What the network returned.
+        name: Start of the names, such as ``'feature'`` for ``feature_0``.
+        outputs: The outputs: a tensor, or nested lists, tuples and dicts.
 
     Raises:
-        UserError: If it returned something else than tensors.
+        UserError: If they hold something other than tensors.
     """
     named = dict(named_values(name, outputs, separator='_', unwrap=True))
     for value in named.values():
         if not isinstance(value, Tensor):
             raise UserError(
-                f'the network returns a {type(value).__name__}, where an '
+                f'the network returns a {type(value).__name__}, but an '
                 'export needs tensors'
             )
     return named
 
 
 def _map_names(head: nn.Module, count: int) -> List[str]:
-    """The head's own names for the maps that its forward returns."""
+    """Names for the maps that a head's forward returns.
+
+    The head's loss takes these maps first, so its parameters name them.
+
+    Args:
+        head: The dense head.
+        count: Number of the maps.
+    """
     loss = getattr(head, 'loss_by_feat', None)
     names = list(inspect.signature(loss).parameters)[:count] if loss else []
     return names if len(names) == count else [f'map{i}' for i in range(count)]

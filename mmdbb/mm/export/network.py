@@ -1,8 +1,8 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""Merged networks as ONNX, TorchScript and ``torch.export`` files.
+"""Write merged networks as ONNX, TorchScript and ``torch.export`` files.
 
-A file appears only after it was read again by what will run it, ONNX Runtime
-or torch, and gave what the network with its branches gives.
+A file appears only after its runtime (ONNX Runtime or torch) has loaded it
+and computed the same outputs as the network with its branches.
 """
 
 from __future__ import annotations
@@ -37,22 +37,23 @@ from mmdbb.modules import in_eval_mode
 from mmdbb.reparam import find_blocks, literal_forward, reparameterize
 from mmdbb.version import __version__
 
-#: The file is traced with 2 images and verified with these many.
+#: Numbers of images to trace the network with, and to verify the file with.
 _BATCH, _VERIFIED_BATCHES = 2, (1, 3)
-#: How far a file's outputs may be from the network's, as a share of the
-#: largest magnitude of an output: runtimes compute in single precision.
+#: Largest difference allowed between an output of the file and the network's,
+#: as a share of the output's largest magnitude. It is not smaller because
+#: runtimes compute in single precision.
 EXPORT_TOLERANCE = 1e-4
 
 
 class Exported(NamedTuple):
-    """What :func:`export_network` wrote.
+    """The file that :func:`export_network` wrote, and its proof.
 
     Attributes:
-        path: The file.
-        blocks: How many blocks were merged for it; the model keeps its own.
-        outputs: Names and, for one image, shapes of the outputs.
-        difference: How far file and model are apart.
-        metadata: What the file says of itself.
+        path: Path of the file.
+        blocks: Number of blocks merged in the copy that was exported.
+        outputs: Names of the outputs -> their shapes without the batch.
+        difference: Difference between the outputs of file and network.
+        metadata: Metadata that the file carries.
     """
 
     path: str
@@ -63,14 +64,14 @@ class Exported(NamedTuple):
 
 
 class ExportOptions(NamedTuple):
-    """What of a network is exported, and for which runtime.
+    """Which parts of a network to export, and for which runtime.
 
     Attributes:
         format: ``onnx``, ``torchscript`` or ``torch.export``.
-        head: Whether a detector's dense head is exported too, besides
-            backbone and neck.
+        head: Whether to export a detector's dense head too, besides backbone
+            and neck.
         fold_norms: Whether to fold norms into the convolutions before them.
-        channels: Channels of an image.
+        channels: Number of channels of an image.
     """
 
     format: str = 'onnx'
@@ -91,25 +92,26 @@ def export_network(
 ) -> Exported:
     """Write a network for a runtime, and prove the file equal to it.
 
-    Blocks are merged first, in a copy; the log and the result say so. The
-    batch size stays free, the size of the images does not.
+    Blocks are first merged in a copy; the log and the result say how many.
+    The file takes batches of any size, but images of one size only.
 
     Args:
         model: A classifier, segmentor, detector, backbone, or any module
             that maps images to tensors, with blocks or without. Unchanged.
-        out: The file to write; its suffix must be the format's.
+        out: Path of the file to write, with the suffix of the format.
         format: ``onnx``, ``torchscript`` or ``torch.export``.
-        head: Whether a detector's dense head is exported too, besides
-            backbone and neck.
+        head: Whether to export a detector's dense head too, besides backbone
+            and neck.
         fold_norms: Whether to fold norms into the convolutions before them.
-        channels: Channels of an image.
-        proof: What to compare the file with the network on, besides random
-            images; its ``image_size`` is that of the images that the file
-            takes.
+        channels: Number of channels of an image.
+        proof: Images to compare the file with the network on, besides random
+            ones, and the tolerance. The file takes images of its
+            ``image_size``.
         overwrite: Whether an existing file may be replaced.
 
     Returns:
-        Exported: The file and what it was compared to.
+        Exported: The file's path, outputs and metadata, and the difference
+        that the proof found.
 
     Raises:
         UserError: If an argument is wrong, a package is missing, the network
@@ -117,7 +119,7 @@ def export_network(
     """
     out, proof = os.fspath(out), proof or Proof()
     options = ExportOptions(format, head, fold_norms, channels)
-    file_format(format, out)  # before the work
+    file_format(format, out)  # refuses before the work starts
     with writing(None, out, inputs=proof.paths, overwrite=overwrite) as drafts:
         result = write_network(model, drafts.paths[0], options, proof)
     return result._replace(path=out)
@@ -132,16 +134,24 @@ def write_network(
     reference: Optional[nn.Module] = None,
     notes: Optional[dict] = None,
 ) -> Exported:
-    """Write a file for a runtime where it may stay if it is wrong.
+    """Write a file for a runtime to a draft's path, and prove it.
+
+    If the file turns out wrong it stays there, so the path must be a draft
+    that the caller discards on errors.
 
     Args:
         model: The network, with blocks or without. Unchanged.
-        path: The file to write, within :func:`mmdbb.mm.outputs.writing`.
-        options: What to export, and for which runtime.
-        proof: What to compare the file with the network on.
+        path: Path of the draft, from :func:`mmdbb.mm.outputs.writing`.
+        options: Which parts to export, and for which runtime.
+        proof: Images to compare the file with the network on, and the
+            tolerance.
         reference: The network to compare the file with, such as the one with
             blocks that ``model`` was merged from; by default ``model``.
-        notes: What else the file shall say of itself, plain data.
+        notes: More metadata for the file, plain data.
+
+    Returns:
+        Exported: The path, outputs and metadata of the file, and the
+        difference that the proof found.
 
     Raises:
         UserError: If a package is missing, the network cannot be exported, or
@@ -176,7 +186,7 @@ def write_network(
         try:
             with silence():
                 kind.write(module, example, names, metadata, path)
-        except Exception as error:  # exporters raise whatever they meet
+        except Exception as error:  # exporters raise all kinds of errors
             raise UserError(
                 f'{type(model).__name__} cannot be exported as {format}: '
                 f'{type(error).__name__}: {error}'
@@ -204,11 +214,11 @@ def exportable(
 
     Args:
         model: A network, with blocks or without. Unchanged.
-        head: Whether to take a detector's dense head too.
+        head: Whether to export a detector's dense head too.
         fold_norms: Whether to fold norms into the convolutions before them.
 
     Returns:
-        tuple: The module, in eval mode, and how many blocks were merged.
+        tuple: The module, in eval mode, and the number of merged blocks.
     """
     blocks = len(set(find_blocks(model).values()))
     if blocks:
@@ -237,7 +247,7 @@ def _batches(model: nn.Module, channels: int, proof: Proof) -> List[Tensor]:
         if tuple(batch.shape[1:]) != shape:
             raise UserError(
                 f'images are of shape {tuple(batch.shape[1:])} as they enter '
-                f'the network, where the export is for {shape}; choose '
+                f'the network, but the export is for {shape}; choose '
                 'another image size'
             )
         batches.append(batch.float().cpu())
@@ -247,7 +257,7 @@ def _batches(model: nn.Module, channels: int, proof: Proof) -> List[Tensor]:
 def _outputs(
     model: nn.Module, head: bool, batches: List[Tensor]
 ) -> List[Dict[str, Tensor]]:
-    """What the network gives for each batch, its branches summed."""
+    """The network's outputs for each batch, computed branch by branch."""
     module, outputs = export_module(model, head), []
     with literal_forward(model):
         for images in batches:

@@ -1,9 +1,9 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""Checkpoints of the papers' repositories, in and out of mmpretrain's form.
+"""Convert checkpoints of the papers' repositories into mmpretrain's form.
 
-What the repositories of DBB and OREPA write: training-time and converted
-files, ``.pth``, ``.pth.tar``, and the old ``.hdf5`` with a data set for each
-parameter.
+Here are read all files that the repositories of DBB and OREPA write: of
+training-time and of converted networks, as ``.pth``, ``.pth.tar``, or in the
+old form ``.hdf5`` with a data set for each parameter.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from mmdbb.mm.structure import Structure
 from mmdbb.reparam import find_blocks
 from mmdbb.stock_weights import norm_that_adds
 
-#: The papers' utils.py, val_preprocess: pixels as PIL reads and resizes them.
+#: The validation pipeline of the papers' code (val_preprocess in utils.py),
+#: which reads and resizes images with PIL.
 TEST_PIPELINE = (
     dict(
         type='LoadImageFromFile',
@@ -40,13 +41,13 @@ TEST_PIPELINE = (
 
 
 class ConvertedOfficial(NamedTuple):
-    """What :func:`convert_official` wrote.
+    """The files that :func:`convert_official` wrote.
 
     Attributes:
         checkpoint: Path of the weights.
         config: Path of the config.
-        network: What the source holds.
-        entries: How many entries were read.
+        network: The network in the source.
+        entries: Number of entries read from the source.
     """
 
     checkpoint: str
@@ -61,7 +62,7 @@ def convert_official(
     overwrite: bool = False,
     unsafe: Optional[bool] = None,
 ) -> ConvertedOfficial:
-    """Write an official checkpoint as mmpretrain's, with its config.
+    """Convert an official checkpoint to mmpretrain's names, with a config.
 
     A training-time network keeps its blocks; a converted one becomes the
     stock network. The written files are read again before they appear.
@@ -71,12 +72,16 @@ def convert_official(
         out: Path of the checkpoint to write, ``*.pth`` or ``*.safetensors``;
             its config is written beside it as ``*.py``.
         overwrite: Whether existing outputs may be replaced.
-        unsafe: Whether to run what code the file holds; None if the user has
-            no way to ask for that.
+        unsafe: Whether code in the file may run. False and None forbid it;
+            with False the error message names the option that allows it,
+            with None the caller has no such option.
+
+    Returns:
+        ConvertedOfficial: The paths, and the network that was recognised.
 
     Raises:
-        UserError: If the file cannot be read, is of no network that is known,
-            lacks entries or has others, or an output cannot be written.
+        UserError: If the file cannot be read, holds no network of the papers,
+            lacks entries or has unknown ones, or an output cannot be written.
     """
     checkpoint, config = output_paths(out)
     origin = Source(None, source, unsafe=unsafe)
@@ -122,23 +127,25 @@ def convert_official(
 def read_official(
     path: str, unsafe: Optional[bool] = None
 ) -> Dict[str, Tensor]:
-    """Read an official file: names to tensors.
+    """Read the weights of an official file, names -> tensors.
 
     Args:
-        path: A file of ``torch.save``, a bare state dict or one under
-            ``state_dict``; or a ``.hdf5`` file. ``module.`` at the start of
-            names (and there only) is left out.
-        unsafe: Whether to run what code the file holds; None if the user has
-            no way to ask for that.
+        path: Path of a file that ``torch.save`` wrote (a bare state dict, or
+            one under ``state_dict``), or of a ``.hdf5`` file. Names lose
+            ``module.`` at their start, and only there.
+        unsafe: Whether code in the file may run. False and None forbid it;
+            with False the error message names the option that allows it,
+            with None the caller has no such option.
 
     Raises:
-        UserError: If it cannot be read, or holds numbers that no network has.
+        UserError: If it cannot be read, or holds numbers that are not
+            floating-point or not finite.
     """
     return _read(Source(None, path, unsafe=unsafe))['state_dict']
 
 
 def _read(source: Source) -> dict:
-    """What a file holds, as :meth:`Source.read` gives it."""
+    """Read an official file into the form that :meth:`Source.read` gives."""
     path = source.checkpoint
     if is_hdf5(path):
         loaded = in_mmengine_form(read_hdf5(path), path)
@@ -149,7 +156,7 @@ def _read(source: Source) -> dict:
             continue
         if not value.is_floating_point():
             raise UserError(
-                f'{path} is not of floating-point numbers: {name} is of '
+                f'{path} has an entry that is not floating-point: {name} is '
                 f'{str(value.dtype).rpartition(".")[2]}'
             )
     return loaded
@@ -160,15 +167,18 @@ def backbone_state(
 ) -> Dict[str, Tensor]:
     """Weights for a backbone under its own names.
 
-    The bias of a converted layer goes into the norm behind it, and so does
-    nothing for a block that has a norm behind it.
+    A converted layer stores its bias in the convolution; here it moves into
+    the batch norm that follows. If the backbone has a norm after a block, but
+    the file has none, that norm gets values with which it changes nothing.
 
     Args:
-        network: What an official file holds.
-        backbone: The backbone, to know what it expects; unchanged.
+        network: The network in an official file.
+        backbone: The backbone that the weights are for; unchanged. Its
+            entries tell where a bias goes.
 
     Returns:
-        dict: All that the file holds; whether it fits is not checked.
+        dict: Names -> tensors, for all entries of the file. It is not checked
+        that they fit the backbone.
     """
     modules = dict(backbone.named_modules())
     expected = backbone.state_dict()
@@ -193,34 +203,35 @@ def backbone_state(
             shift = torch.zeros(layer.kernel_shape[0])
         state.update(norm_that_adds(shift, norm, place.norm))
     for name, value in expected.items():
-        # Files of torch before 0.4.1 have no such counters.
+        # torch before 0.4.1 did not count batches, so old files lack this.
         if name.endswith('num_batches_tracked'):
             state.setdefault(name, torch.zeros_like(value))
     return state
 
 
 def load_official_backbone_(backbone: nn.Module, path: str) -> None:
-    """Fill a backbone from an official file; the classifier is left out.
+    """Load an official file into a backbone, in place, without classifier.
 
     Args:
-        backbone: One of mmdbb's for a training-time file, for RepVGG's own
-            block mmpretrain's too; a plain ResNet of any host package, or a
-            plain MobileNet-V1, for a converted one.
-        path: The official file.
+        backbone: For a training-time file, a backbone of mmdbb with the same
+            block; for RepVGG's own block mmpretrain's RepVGG fits too. For a
+            converted file, a plain ResNet of any OpenMMLab package, a plain
+            MobileNet-V1 or a merged RepVGG.
+        path: Path of the official file.
 
     Raises:
         UserError: If the file cannot be read or does not fit the backbone.
     """
     network = recognise(read_official(path), path)
     has_blocks = bool(find_blocks(backbone))
-    # RepVGG's own block is mmpretrain's and ours.
+    # Both mmpretrain and mmdbb have RepVGG's own block, so both kinds fit.
     own_block = network.block and network.block == network.network.host_block
     if has_blocks != network.has_blocks and not own_block:
         fits = network.backbone['type']
         raise UserError(
             f'{path} ({network}) fits a backbone such as {fits}, got a '
             f'{type(backbone).__name__} {"with" if has_blocks else "without"} '
-            'blocks; see docs/official_files.md for the ways from one to the '
+            'blocks; docs/official_files.md says how to turn one into the '
             'other'
         )
     load_strictly(
@@ -231,17 +242,18 @@ def load_official_backbone_(backbone: nn.Module, path: str) -> None:
 def classifier_config(network: OfficialNetwork) -> Config:
     """Config of an image classifier in mmpretrain.
 
-    With ImageNet's classes it says how the papers test the network, too.
+    For a classifier of 1000 classes (ImageNet's) the config also tests the
+    network as the papers do.
 
     Args:
-        network: What an official file holds, with a classifier.
+        network: The network in an official file, with its classifier.
     """
     classes, channels = network.head['weight'].shape
     cfg = dict(
         default_scope='mmpretrain',
         model=dict(
             type='ImageClassifier',
-            # The papers' utils.py: ImageNet's statistics of RGB pixels.
+            # ImageNet's statistics of RGB pixels, from the papers' utils.py.
             data_preprocessor=dict(
                 type='ClsDataPreprocessor',
                 num_classes=classes,

@@ -1,5 +1,8 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""The networks of the papers' repositories, and their layers' places here."""
+"""The networks of the papers' repositories, and the names of their layers.
+
+Each network tells under which names our backbone has the layers.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,12 @@ Shapes = Dict[str, Tuple[int, ...]]
 
 
 class Place(NamedTuple):
-    """Where a layer stands in our backbone.
+    """The names of a layer in our backbone.
 
     Attributes:
         conv: Name of the convolution, or of the block.
-        norm: Name of the norm behind it.
-        block: Name of the host's own block, where it has one.
+        norm: Name of the norm that follows it.
+        block: Name of mmpretrain's own block, if mmpretrain has one (RepVGG).
     """
 
     conv: str
@@ -28,15 +31,17 @@ class Network(NamedTuple):
     """A family of networks.
 
     Attributes:
-        name: What it is called.
-        sign: A name of an entry by which it is known.
-        layer: Matches a layer's name and the dot behind it.
-        place: Where a layer stands.
-        backbone: Config of our backbone, from the kernels' shapes, the block
-            and whether it is merged. Raises KeyError with the name of a
-            layer that is missing, ValueError if there is no such backbone.
-        host_block: The block that the host itself has for this network.
-        host_names: Starts of names in our block -> in the host's.
+        name: Name of the family.
+        sign: Matches the name of an entry that only this family has.
+        layer: Matches a layer's name and the dot after it.
+        place: Takes a layer's name in the file, returns its names in our
+            backbone.
+        backbone: Takes the shapes of the kernels, the name of the block and
+            whether it is merged; returns the config of our backbone. Raises
+            KeyError with the name of a layer that is missing, ValueError if
+            there is no such backbone.
+        host_block: The block that mmpretrain itself has for this network.
+        host_names: Starts of names in our block -> in mmpretrain's.
     """
 
     name: str
@@ -105,7 +110,7 @@ def _mobilenet_place(layer: str) -> Place:
     return Place(f'{inside}.conv', f'{inside}.bn')
 
 
-# Stages and places in them of the 13 separable convolutions.
+# Stage and index in the stage of each of the 13 separable convolutions.
 _MOBILENET_PLACES = [
     (stage, place)
     for stage, count in enumerate((1, 2, 2, 6, 2), 1)
@@ -157,8 +162,9 @@ def _repvgg_backbone(
         widths.append(inside / (64 * 2 ** (stage - 1)))
     if stem > 64 * widths[0]:
         raise ValueError(
-            f'mmpretrain.RepVGG has no stem wider than its first stage, as '
-            f'here: {stem} and {64 * widths[0]:.0f} channels'
+            f'the stem has {stem} channels and the first stage '
+            f'{64 * widths[0]:.0f}, but mmpretrain.RepVGG allows no stem '
+            'wider than its first stage'
         )
     arch = dict(
         num_blocks=list(counts),
@@ -184,7 +190,16 @@ def _repvgg_backbone(
 
 
 def _stage_counts(shapes: Shapes, name: str = '') -> Tuple[int, ...]:
-    """How many blocks each stage has; they are numbered without a gap."""
+    """Count the blocks of each stage.
+
+    Args:
+        shapes: Names of layers -> shapes of their kernels.
+        name: A layer that every block has; empty if blocks are layers.
+
+    Raises:
+        KeyError: If the numbers of the blocks have a gap; with the name of
+            the missing layer.
+    """
     counts = []
     for stage in range(1, 5):
         pattern = re.compile(rf'stage{stage}\.(\d+)')

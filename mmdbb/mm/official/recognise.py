@@ -1,10 +1,11 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""The names in the papers' checkpoints, and which network they tell of.
+"""Recognise the network in a checkpoint of the papers' repositories.
 
 For the repositories of DBB (https://github.com/DingXiaoH/DiverseBranchBlock)
-and of OREPA (https://github.com/JUGGHM/OREPA_CVPR2022). An entry's name is
-that of a layer (convolution and norm, or a block) and a rest; the rest tells
-what the layer is, the layers' names and kernels tell the network.
+and of OREPA (https://github.com/JUGGHM/OREPA_CVPR2022). The name of an entry
+is the name of a layer (convolution and norm, or a block) followed by a rest.
+The rests tell the kind of a layer; the names of the layers and the shapes of
+their kernels tell the network.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from mmdbb.official.names import BlockNames, drop_unread_rows_, translate
 
 
 class Form(NamedTuple):
-    """What a layer can be in a file.
+    """A form that a layer can have in a file.
 
     Attributes:
-        kernel: The entry that holds a kernel of the layer's size.
-        sign: The entry by which the form is known.
-        conv: Start of the names of the convolution, where it is one.
-        block: The names in the block, where it is one in training.
+        kernel: Name of the entry that holds a kernel of the layer's size.
+        sign: Name of an entry that tells the form, together with ``kernel``.
+        conv: Start of the convolution's names, if the layer is one.
+        block: Names in the block, if the layer is a block in training.
     """
 
     kernel: str
@@ -39,21 +40,21 @@ class Form(NamedTuple):
 
     @property
     def merged(self) -> bool:
-        """Whether it is one convolution with a bias."""
+        """Whether the layer is one convolution with a bias."""
         return self.block is None and not self.norm
 
     @property
     def norm(self) -> bool:
-        """Whether a norm follows under names of its own."""
+        """Whether the layer's entries include a norm ``bn`` that follows."""
         return self.block.norm if self.block else self.sign == 'bn.weight'
 
     @property
     def block_name(self) -> Optional[str]:
-        """What the block is called in configs; None for no block."""
+        """The block's name in configs; None if the layer is no block."""
         return self.block and self.block.block
 
 
-#: Those of the papers' networks.
+#: The blocks that the papers' networks have.
 BLOCKS = [names for names in official_names.BLOCKS if names.block]
 FORMS = (
     Form('conv.weight', 'bn.weight', 'conv.'),
@@ -70,8 +71,8 @@ class Layer(NamedTuple):
     """A layer of an official network.
 
     Attributes:
-        form: What it is.
-        entries: The rests of its names -> tensors.
+        form: The layer's form in the file.
+        entries: Rests of the entries' names -> tensors.
     """
 
     form: Form
@@ -85,13 +86,13 @@ class Layer(NamedTuple):
     def names(
         self, place: Place, network: Network, hosts: bool = True
     ) -> Dict[str, str]:
-        """Rests of the entries' names -> our names; the known ones.
+        """Rests of the entries' names -> our names, for those we know.
 
         Args:
-            place: Where the layer stands.
-            network: The family.
-            hosts: Whether a block that the host has too is the host's; else
-                it is that of mmdbb.
+            place: Names of the layer in our backbone.
+            network: The family of the network.
+            hosts: Whether the backbone has mmpretrain's block, if mmpretrain
+                and mmdbb both have the block; otherwise it has mmdbb's.
         """
         form = self.form
         starts = [('bn.', f'{place.norm}.')] if form.norm else []
@@ -108,15 +109,16 @@ class Layer(NamedTuple):
 
 
 class OfficialNetwork(NamedTuple):
-    """What an official file holds.
+    """The network in an official file.
 
     Attributes:
-        network: Its family.
+        network: The network's family.
         layers: Names of layers -> layers.
         head: ``weight`` and ``bias`` of the classifier; empty without one.
         backbone: Config of our backbone.
-        block: The block it was trained with, if that can be seen.
-        merged: Whether it is converted for inference.
+        block: Name of the block that the network has; None if it has none,
+            or is converted.
+        merged: Whether the network is converted for inference.
     """
 
     network: Network
@@ -139,7 +141,7 @@ class OfficialNetwork(NamedTuple):
         return is_own(class_of(self.backbone['type']))
 
     def __str__(self) -> str:
-        """A line for people."""
+        """A description in one line, for messages."""
         cfg, name = self.backbone, self.network.name
         if 'groups' in cfg:
             name = 'ResNeXt'
@@ -156,14 +158,14 @@ class OfficialNetwork(NamedTuple):
 
 
 def recognise(state: Dict[str, Tensor], path: str) -> OfficialNetwork:
-    """Tell architecture, block and structure from names and shapes.
+    """Recognise architecture, block and structure by names and shapes.
 
     Args:
-        state: The official names -> tensors.
-        path: The file they come from, for messages.
+        state: Names of the official file -> tensors.
+        path: Path of the file, for messages.
 
     Raises:
-        UserError: If it is no network of the papers', or a layer is missing
+        UserError: If it is not a network of the papers, or a layer is missing
             or unknown.
     """
     state = _with_stage0(state)
@@ -197,7 +199,7 @@ def recognise(state: Dict[str, Tensor], path: str) -> OfficialNetwork:
 
 
 def _with_stage0(state: Dict[str, Tensor]) -> Dict[str, Tensor]:
-    """Undo the old hdf5 files' way to leave 'stage0.' out."""
+    """Add 'stage0.' to names again, which old hdf5 files leave out."""
     if not any(name.startswith('stage1.') for name in state):
         return state
     return {

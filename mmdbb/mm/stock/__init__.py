@@ -1,2 +1,2 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""The stock network: what a config with blocks becomes once it is merged."""
+"""Configs of merged networks: the stock network's, and of partial merges."""

@@ -1,11 +1,11 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""From the config of a network with blocks to that of the stock network.
+"""Turn the config of a network with blocks into the stock network's config.
 
-The stock network is what the host package itself builds: no ``conv_cfg``, no
-backbone of mmdbb unless the host has no such network. What a backbone is once
-it is merged, its class says by ``plain_cfg``
-(:class:`~mmdbb.mm.backbones.absorbed.BlocksForConvNorm`); nothing here knows
-one by its name.
+The stock network is the one that the OpenMMLab package itself builds: without
+blocks in ``conv_cfg``, and without a backbone of mmdbb unless the package has
+no such network. Each backbone with blocks gives the config of its merged form
+by ``plain_cfg`` (:class:`~mmdbb.mm.backbones.absorbed.BlocksForConvNorm`), so
+no backbone is named here.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from mmdbb.mm.config_types import (
 )
 from mmdbb.mm.hosts import HOSTS
 
-#: Packages whose classes are there without a config's ``custom_imports``.
+#: Packages whose classes configs can name without ``custom_imports``.
 PACKAGES = (*HOSTS, 'torch', 'torchvision')
 
 
@@ -43,18 +43,18 @@ def stock_config(cfg: Config) -> Config:
     """The config of the stock network, for use without mmdbb.
 
     Args:
-        cfg: Any config of the mm family, whose ``custom_imports`` are
-            imported. A type that no registry knows stays as it is.
+        cfg: Any config of an OpenMMLab package, with its ``custom_imports``
+            already imported. A type that no registry knows stays as it is.
 
     Returns:
         Config: A copy without mmdbb's layers, backbones, optimizer rules,
-        hooks and imports, and without a checkpoint to start from. Where the
-        plain network is mmdbb's own, ``mmdbb.mm.backbones`` is imported. The
-        import of a backbone from elsewhere goes with it, if the rest of the
-        config needs nothing else that it brings.
+        hooks and imports, and without a checkpoint to start from. If the
+        plain network is mmdbb's own, the copy imports ``mmdbb.backbones``.
+        If it replaces a backbone from elsewhere, the import of that backbone
+        is dropped, unless the rest of the config needs that import too.
 
     Raises:
-        UserError: If a backbone cannot say what it is once merged.
+        UserError: If a backbone does not give the config of its merged form.
     """
     fields = without_own_starts(cfg.to_dict())
     merged: Set[Any] = set()
@@ -87,7 +87,12 @@ def stock_config(cfg: Config) -> Config:
 
 
 def imports_of(fields: dict) -> Tuple[dict, List[str]]:
-    """A config's ``custom_imports``, by default none, and the names in it."""
+    """A config's ``custom_imports``, and the list of names in it.
+
+    Args:
+        fields: The config's fields. Without ``custom_imports`` the result is
+            a dict that imports nothing.
+    """
     imports = fields.get('custom_imports') or dict(
         imports=[], allow_failed_imports=False
     )
@@ -99,8 +104,8 @@ def is_block_cfg(layer: Any, scope: Optional[str] = None) -> bool:
     """Whether a layer's config names a block.
 
     Args:
-        layer: What stands in a config.
-        scope: The scope that it stands in.
+        layer: The layer's value in the config, of any type.
+        scope: The registry scope that applies there.
     """
     if not isinstance(layer, dict):
         return False
@@ -110,7 +115,11 @@ def is_block_cfg(layer: Any, scope: Optional[str] = None) -> bool:
 
 
 def without_own_starts(fields: dict) -> dict:
-    """A config's fields without what only mmdbb starts a network from."""
+    """A config's fields without mmdbb's initialisation rules.
+
+    Args:
+        fields: The config's fields, with ``default_scope`` if they have any.
+    """
 
     def change(node: dict, scope: Optional[str]) -> dict:
         rules = node.get('init_cfg')
@@ -125,14 +134,17 @@ def without_own_starts(fields: dict) -> dict:
 
 
 def _is_own_start(rule: Any, scope: Optional[str]) -> bool:
-    """Whether only mmdbb knows this rule; the weights come from training."""
+    """Whether an entry of ``init_cfg`` is a rule of mmdbb's.
+
+    A merged network does without it, as its weights come from training.
+    """
     return isinstance(rule, dict) and is_own(
         class_of(rule.get('type'), scope, WEIGHT_INITIALIZERS)
     )
 
 
 def _drop_own_rules(fields: dict, scope: Optional[str]) -> None:
-    """Leave mmdbb's optimizer rules out, in place."""
+    """Remove mmdbb's optimizer rules, in place."""
     rules = fields.get('optim_wrapper') or {}
     constructor = rules.get('constructor')
     if is_own(class_of(constructor, scope, OPTIM_WRAPPER_CONSTRUCTORS)):
@@ -141,10 +153,10 @@ def _drop_own_rules(fields: dict, scope: Optional[str]) -> None:
 
 
 def _drop_own_hooks(fields: dict, scope: Optional[str]) -> None:
-    """Leave mmdbb's hooks out, in place.
+    """Remove mmdbb's hooks, in place.
 
-    One that subclasses a hook of another package has its place and takes its
-    arguments; there that hook comes back.
+    A hook of mmdbb that subclasses a hook of another package takes the same
+    arguments, so the other package's hook replaces it.
     """
     hooks = [_plain_hook(h, scope) for h in fields.get('custom_hooks') or ()]
     fields.pop('custom_hooks', None)
@@ -161,7 +173,7 @@ def _drop_own_hooks(fields: dict, scope: Optional[str]) -> None:
 
 
 def _plain_hook(hook: Any, scope: Optional[str]) -> Any:
-    """What stands in a hook's place where mmdbb is not; None for nothing."""
+    """The hook's config for use without mmdbb; None to drop the hook."""
     if not isinstance(hook, dict):
         return hook
     kind = class_of(hook.get('type'), scope, HOOKS)
@@ -173,20 +185,20 @@ def _plain_hook(hook: Any, scope: Optional[str]) -> Any:
 
 
 def _needs_own_network(fields: dict, scope: Optional[str]) -> bool:
-    """Whether a network is built that is defined in mmdbb."""
+    """Whether the config names a class that mmdbb defines."""
     kinds = [class_of(n.get('type'), s) for n, s in dicts_of(fields, scope)]
     return any(isinstance(kind, type) and is_own(kind) for kind in kinds)
 
 
 def _modules_of(fields: dict) -> Set[str]:
-    """Where everything is defined that a config's values may name."""
+    """Modules that define the classes and functions a config may name."""
     roots = [r for r in vars(registries).values() if isinstance(r, Registry)]
     found = set()
     for node, _ in dicts_of(fields):
         for value in _flat(list(node.values())):
             kinds = [value]
             if isinstance(value, str):
-                # A name of a module's class, without a registry.
+                # The full name of a class, which needs no registry.
                 module, _, name = value.rpartition('.')
                 kinds = [getattr(sys.modules.get(module), name, None)]
                 kinds += [registered(value, None, root) for root in roots]
@@ -195,7 +207,7 @@ def _modules_of(fields: dict) -> Set[str]:
 
 
 def _flat(values: Any) -> Iterator[Any]:
-    """What lists and tuples hold, however deep."""
+    """The items of lists and tuples, nested to any depth."""
     for value in values:
         if isinstance(value, (list, tuple)):
             yield from _flat(value)
@@ -209,20 +221,22 @@ def _without_merged(
     """Imports that are still needed.
 
     Args:
-        names: What the config imports.
-        merged: Modules of the backbones that are plain ones now.
-        used: Modules of all that the rest of the config names.
+        names: The modules that the config imports.
+        merged: Modules that define the backbones with blocks, which plain
+            backbones have replaced.
+        used: Modules that define everything else the config names.
 
     Returns:
-        list: The imports without those that brought such a backbone, and
-        nothing else that is used.
+        list: ``names`` without the imports that only brought such backbones.
+        All of ``names`` if the config uses a module that no import explains.
     """
 
     def brings(name: str, modules: Set[str]) -> bool:
         return any(is_within(module, name) for module in modules)
 
     kept = [n for n in names if not brings(n, merged) or brings(n, used)]
-    # What is defined elsewhere may have come by the import of an import.
+    # A module that no kept import covers may have been imported by one of the
+    # dropped modules, so then nothing is dropped.
     known = (*PACKAGES, 'mmdbb', *kept)
     others = [m for m in used if not any(is_within(m, k) for k in known)]
     return names if others else kept

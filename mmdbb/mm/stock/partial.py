@@ -1,10 +1,11 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""Networks of which only some blocks are merged, from a config.
+"""Networks of which only some blocks are merged, built from a config.
 
-The stock packages have no such network. Its config names it by a type of
-mmdbb's, which builds the network that was trained and then merges the blocks
-listed. What comes out is that network itself, under its own names, so that
-every tool of the host packages builds and loads it.
+OpenMMLab's packages have no such network. Its config has the type
+``PartlyMerged`` of mmdbb, which builds the trained network and then merges
+the listed blocks. It returns that network itself without a wrapper, so its
+entries keep their names, and all tools of OpenMMLab's packages can build and
+load it.
 """
 
 from __future__ import annotations
@@ -32,15 +33,15 @@ def build_partly_merged(
     """Build a network and merge some of its blocks in place.
 
     Args:
-        network_type: The network's type.
+        network_type: Type of the network in the registry.
         merged: Names of the blocks to merge.
-        arguments: The network's other arguments.
+        arguments: The other keywords of the network's config.
 
     Returns:
         nn.Module: The network, not wrapped.
 
     Raises:
-        ValueError: If a name is of no block.
+        ValueError: If ``merged`` has a name that no block has.
 
     Examples:
         >>> model = MODELS.build(dict(
@@ -55,14 +56,16 @@ def build_partly_merged(
 
 
 def merge_some_(model: nn.Module, names: Sequence[str]) -> None:
-    """Merge some blocks in place; each stays a block, of one convolution.
+    """Merge some blocks in place.
+
+    A merged block is still a block, which holds one convolution.
 
     Args:
         model: A network with blocks.
-        names: Names of blocks.
+        names: Names of the blocks to merge.
 
     Raises:
-        ValueError: If a name is of no block.
+        ValueError: If no block has one of the names.
     """
     blocks = find_blocks(model)
     unknown = [name for name in names if name not in blocks]
@@ -80,7 +83,7 @@ def partial_config(cfg: Config, merged: Sequence[str]) -> Config:
 
     Args:
         cfg: Config of the network.
-        merged: Names of the blocks.
+        merged: Names of all blocks that are merged in it.
 
     Returns:
         Config: A copy, without a checkpoint to start from.
@@ -89,8 +92,8 @@ def partial_config(cfg: Config, merged: Sequence[str]) -> Config:
     model = fields['model']
     scope = fields.get('default_scope')
     network_type = model['type']
-    # Inside of a builder there is no default scope where a host's own
-    # registry was asked.
+    # If an OpenMMLab package's own registry is asked to build PartlyMerged,
+    # no default scope is left when that looks up the network's type.
     if isinstance(network_type, str) and '.' not in network_type and scope:
         network_type = f'{scope}.{network_type}'
     model.update(
@@ -104,7 +107,11 @@ def partial_config(cfg: Config, merged: Sequence[str]) -> Config:
 
 
 def whole_config(cfg: Config) -> Config:
-    """The config of the same network with none of its blocks merged."""
+    """Undo :func:`partial_config`: the config with none of the blocks merged.
+
+    Args:
+        cfg: A config; one that ``partial_config`` did not make is returned.
+    """
     if (cfg.get('model') or {}).get('type') != TYPE:
         return cfg
     fields = cfg.to_dict()
@@ -122,13 +129,13 @@ def select_blocks(
     """Names of the blocks that patterns choose.
 
     Args:
-        blocks: Blocks by name.
-        only: Patterns as of a shell (``*``, ``?``, ``[...]``) for whole
-            names; by default all blocks are chosen.
-        skip: Patterns for those to leave out again.
+        blocks: Names -> blocks.
+        only: Shell patterns (``*``, ``?``, ``[...]``), each of which must
+            match a whole name; by default all blocks are chosen.
+        skip: Shell patterns of blocks to leave out of those.
 
     Raises:
-        UserError: If a pattern fits no block, or none is left.
+        UserError: If a pattern fits no block, or no block is left to merge.
     """
     for option, patterns in (('--only', only), ('--skip', skip)):
         for pattern in patterns:
