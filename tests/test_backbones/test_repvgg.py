@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import EXACT, distance, image, randomize
+from helpers import EXACT, deploy, distance, image, randomize
 from mmengine.config import Config
 from mmpretrain.models import RepVGG
 from mmpretrain.models.utils import SELayer
