@@ -51,7 +51,7 @@ def parse_args():
         '--round-to',
         type=at_least_one,
         metavar='N',
-        help='keep numbers of channels that are multiples of N',
+        help='leave each layer a multiple of N channels',
     )
     parser.add_argument(
         '--length',
