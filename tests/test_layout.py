@@ -367,6 +367,7 @@ MODULES = [
 ]
 
 
+@pytest.mark.usefixtures('quiet')  # else hosts' logs are taken for output
 @pytest.mark.parametrize('name', ['mmdbb', *MODULES])
 def test_examples_run(name):
     result = doctest.testmod(importlib.import_module(name))
