@@ -249,7 +249,7 @@ def test_config(config, tmp_path):
     loaded = {}
     start = config.model.backbone.get('init_cfg')
     if isinstance(start, dict) and start['type'] == 'BackbonePretrained':
-        with pytest.raises(UserError, match="no.*work_dirs.*by type='Off"):
+        with pytest.raises(UserError, match="no.*work_dirs.*use type='Off"):
             MODELS.build(config.model).init_weights()
         loaded = own_run(start, tmp_path)
     model = MODELS.build(config.model)
