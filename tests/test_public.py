@@ -79,3 +79,102 @@ def test_tools_use_the_faces(name):
         for module, names in imports_of(path.read_text()):
             if module not in PUBLIC:
                 assert not set(names) & set(public), path.name
+
+
+def test_registries_register_as_mmengine_does():
+    from mmengine.registry import Registry as Theirs
+
+    from mmdbb.registry import Registry as Ours
+
+    class One:
+        pass
+
+    class Two:
+        pass
+
+    for registry in (Ours('part'), Theirs('part')):
+        registry.register_module('a', False, One)
+        registry.register_module(name=['b', 'c'])(Two)
+        registry.register_module()(Two)
+        registry.register_module('a', True, Two)
+        assert registry.get('a') is registry.get('c') is Two
+        assert registry.get('Two') is Two and registry.get('d') is None
+        assert 'b' in registry and len(registry) == 4
+        with pytest.raises(KeyError, match='already registered'):
+            registry.register_module('a', module=One)
+        with pytest.raises(TypeError, match='name must be'):
+            registry.register_module(One)  # a decorator without parentheses
+        with pytest.raises(TypeError, match='module must be'):
+            registry.register_module('e', module='One')
+        assert 'e' not in registry
+
+
+def test_a_block_can_take_the_name_of_another(monkeypatch):
+    from mmengine.registry import MODELS
+
+    from mmdbb.blocks.branch_sum import BranchSumConv2d
+    from mmdbb.blocks.build import register_conv_layer
+    from mmdbb.registry import BLOCKS
+
+    monkeypatch.setattr(BLOCKS, 'module_dict', dict(BLOCKS.module_dict))
+    monkeypatch.setattr(MODELS, '_module_dict', dict(MODELS.module_dict))
+
+    class First(BranchSumConv2d):
+        preset = ('kxk',)
+
+    class Second(BranchSumConv2d):
+        preset = ('kxk', '1x1')
+
+    register_conv_layer('Taken')(First)
+    with pytest.raises(KeyError, match='force=True'):
+        register_conv_layer('Taken')(Second)
+    assert BLOCKS.get('Taken') is First
+    register_conv_layer('Taken', force=True)(Second)
+    built = MODELS.build(
+        dict(type='Taken', in_channels=2, out_channels=2, kernel_size=3)
+    )
+    assert type(built) is BLOCKS.get('Taken') is Second
+
+
+@pytest.mark.parametrize(
+    ('source', 'message'),
+    [
+        (('config.py', 'a.pth'), 'cfg must be a Config, .*got a str'),
+        ((None, Path('a.pth')), "must be a path in a string, got .*a.pth'"),
+    ],
+)
+def test_sources_of_wrong_types(source, message):
+    from mmdbb.deploy import Source
+
+    with pytest.raises(TypeError, match=message):
+        Source(*source)
+
+
+def test_what_is_no_source(tmp_path):
+    from mmdbb.deploy import Source, deploy_checkpoint
+    from mmdbb.errors import UserError
+
+    with pytest.raises(TypeError, match=r'must be a Source.*got a str'):
+        deploy_checkpoint('a.pth', tmp_path / 'b.pth')
+    (tmp_path / 'a.pth').write_bytes(b'x')
+    with pytest.raises(UserError, match='give Source one'):
+        deploy_checkpoint(
+            Source(None, str(tmp_path / 'a.pth')), str(tmp_path / 'b.pth')
+        )
+
+
+def test_plain_weights_by_path_and_of_wrong_types(tmp_path):
+    import torch
+    from torch import nn
+
+    plain, path = nn.Sequential(nn.Conv2d(2, 3, 3)), tmp_path / 'plain.pth'
+    torch.save(plain.state_dict(), path)
+    model = nn.Sequential(mmdbb.DBB(2, 3, 3)).eval()
+    mmdbb.load_plain_weights_(model, path)
+    x = torch.rand(1, 2, 6, 5)
+    assert torch.allclose(model(x), plain(x), atol=1e-5)
+    for wrong in (None, 5, plain):
+        with pytest.raises(TypeError, match='weights must be a path'):
+            mmdbb.load_plain_weights_(model, wrong)
+    with pytest.raises(TypeError, match=r"unknown keys \['foo'\]; allowed"):
+        mmdbb.insert_blocks_(plain, dict(type='DBB', foo=1))

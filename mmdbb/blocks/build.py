@@ -20,6 +20,7 @@ def register_conv_layer(
     name: str,
     min_kernel_size: Optional[int] = None,
     max_kernel_size: Optional[float] = None,
+    force: bool = False,
 ) -> Callable[[Type[ReparamConv2d]], Type[ReparamConv2d]]:
     """Class decorator: make ``conv_cfg=dict(type=name)`` build the block.
 
@@ -29,6 +30,10 @@ def register_conv_layer(
             a block, unless the config says otherwise; by default the class's
             own, see :attr:`ReparamConv2d.kernel_sizes`.
         max_kernel_size: Largest kernel that becomes a block, likewise.
+        force: Whether to replace a block that already has the name.
+
+    Raises:
+        KeyError: If another block has the name, and ``force`` is False.
     """
 
     def register(block: Type[ReparamConv2d]) -> Type[ReparamConv2d]:
@@ -37,7 +42,7 @@ def register_conv_layer(
             smallest if min_kernel_size is None else min_kernel_size,
             largest if max_kernel_size is None else max_kernel_size,
         )
-        return BLOCKS.register_module(name, block)
+        return BLOCKS.register_module(name, force, block)
 
     return register
 

@@ -63,6 +63,18 @@ class Source:
     ema: Optional[bool] = None
     unsafe: Optional[bool] = None
 
+    def __post_init__(self) -> None:
+        if not (self.cfg is None or isinstance(self.cfg, Config)):
+            raise TypeError(
+                'cfg must be a Config, as Config.fromfile(path) returns one; '
+                f'got a {type(self.cfg).__name__}'
+            )
+        if not isinstance(self.checkpoint, str):
+            raise TypeError(
+                'checkpoint must be a path in a string, got '
+                f'{self.checkpoint!r}'
+            )
+
     def read(self) -> dict:
         """Read the checkpoint.
 
@@ -273,9 +285,15 @@ def writing(
         written by the end of the context.
 
     Raises:
+        TypeError: If ``source`` is something else.
         UserError: If an output is an input, exists and may not be replaced,
             or cannot be written.
     """
+    if not (source is None or isinstance(source, Source)):
+        raise TypeError(
+            'source must be a Source(config, checkpoint), got a '
+            f'{type(source).__name__}'
+        )
     if source is not None:
         inputs = (*inputs, source.checkpoint)
     refuse_inputs(outputs, source and source.cfg, *inputs)
@@ -292,6 +310,7 @@ def output_paths(out: str) -> Tuple[str, str]:
     Raises:
         UserError: If ``out`` does not end in a suffix of checkpoints.
     """
+    out = os.fspath(out)
     suffix = next((s for s in SUFFIXES if out.endswith(s)), None)
     if suffix is None:
         raise UserError(

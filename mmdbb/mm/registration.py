@@ -27,13 +27,13 @@ from mmdbb.ports import PORTS
 from mmdbb.registry import BLOCKS
 
 
-def _register_layer(name: str, block: type) -> None:
+def _register_layer(name: str, block: type, force: bool) -> None:
     """Make ``conv_cfg=dict(type=name)`` build a block.
 
     The root registry is the one that all of OpenMMLab's packages fall back
     to; see docs/design.md.
     """
-    MODELS.register_module(name=name, module=layer_of(block))
+    MODELS.register_module(name=name, module=layer_of(block), force=force)
 
 
 def _find_layer(name: str) -> Optional[object]:

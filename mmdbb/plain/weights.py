@@ -91,7 +91,7 @@ def load_plain_weights_(
         >>> torch.allclose(model(x), plain(x), atol=1e-5)
         True
     """
-    source = weights if isinstance(weights, str) else 'the state dict'
+    source = _source_of(weights)
     blocks = find_blocks(model)
     if not blocks:
         raise UserError(
@@ -242,6 +242,18 @@ def _is_tracking(norm: Optional[nn.Module]) -> bool:
     return isinstance(norm, _BatchNorm) and norm.track_running_stats
 
 
+def _source_of(weights: object) -> str:
+    """The path or address of weights, or words for a state dict."""
+    if isinstance(weights, dict):
+        return 'the state dict'
+    if isinstance(weights, (str, os.PathLike)):
+        return os.fspath(weights)
+    raise TypeError(
+        'weights must be a path, an address or a state dict, got a '
+        f'{type(weights).__name__}'
+    )
+
+
 def state_under(weights: Union[str, State], prefix: Optional[str]) -> State:
     """Read weights, and keep those whose names begin with a prefix.
 
@@ -253,8 +265,8 @@ def state_under(weights: Union[str, State], prefix: Optional[str]) -> State:
     Raises:
         UserError: If the weights cannot be read, or no name has the prefix.
     """
-    state = _read(weights) if isinstance(weights, str) else weights
-    source = weights if isinstance(weights, str) else 'the state dict'
+    source = _source_of(weights)
+    state = weights if isinstance(weights, dict) else _read(source)
     if not isinstance(state, dict) or not all(
         isinstance(value, Tensor) for value in state.values()
     ):

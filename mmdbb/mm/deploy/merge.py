@@ -82,6 +82,10 @@ def merge_checkpoint(
         UserError: If an input is wrong, or cannot be merged.
     """
     cfg, checkpoint = source.cfg, source.checkpoint
+    if cfg is None:
+        raise UserError(
+            f'{checkpoint} is merged by its config; give Source one'
+        )
     options = options or MergeOptions()
     loaded = source.read()
     state, meta = loaded['state_dict'], loaded['meta']
