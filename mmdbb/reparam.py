@@ -13,6 +13,8 @@ from torch import nn
 from mmdbb.blocks.base import ReparamConv2d
 from mmdbb.modules import computes_weight
 
+__all__ = ['find_blocks', 'literal_forward', 'reparameterize']
+
 # Where torch keeps hooks. Those on a block move to the convolution that takes
 # its place.
 _FORWARD_HOOKS = (

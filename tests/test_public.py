@@ -11,7 +11,15 @@ import mmdbb
 
 ROOT = Path(__file__).resolve().parents[1]
 #: One for each thing that users do; docs/design.md lists them.
-FACES = ('backbones', 'deploy', 'export', 'insert', 'prune', 'quantize')
+FACES = (
+    'backbones',
+    'deploy',
+    'export',
+    'insert',
+    'prune',
+    'quantize',
+    'reparam',
+)
 #: What else users import, for parts of their own.
 BASES = (
     'blocks',
@@ -26,7 +34,6 @@ BASES = (
     'kernels',
     'mm.hosts',
     'registry',
-    'reparam',
     'transforms',
 )
 PUBLIC = {f'mmdbb.{name}' for name in (*FACES, *BASES)}
