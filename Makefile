@@ -31,7 +31,7 @@ demo:
 	@$(IN_ENV) tools/demo.py --task $(TASK)
 
 test:
-	@$(IN_ENV) -m pytest -q -n 2 --dist loadfile tests
+	@$(IN_ENV) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
 
 lint:
 	@$(IN_ENV) -m ruff check .

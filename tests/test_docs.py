@@ -23,7 +23,7 @@ from mmengine.registry import MODELS
 from torch import nn
 
 from mmdbb.mm.deploy.load import build_model
-from mmdbb.registry import BRANCHES
+from mmdbb.registry import BLOCKS, BRANCHES
 from mmdbb.reparam import find_blocks
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -69,9 +69,10 @@ def for_pages(*infos: str):
 @pytest.fixture
 def registries():
     """What a page registers is gone after it."""
-    before = [dict(r.module_dict) for r in (BRANCHES, MODELS)]
+    changed = (BLOCKS, BRANCHES, MODELS)
+    before = [dict(registry.module_dict) for registry in changed]
     yield
-    for registry, modules in zip((BRANCHES, MODELS), before):
+    for registry, modules in zip(changed, before):
         registry.module_dict.clear()
         registry.module_dict.update(modules)
     # The packages fill theirs when they are first asked: that has to stay.

@@ -489,7 +489,7 @@ BAD = {
             k: v.to(torch.int8) if v.is_floating_point() else v
             for k, v in s.items()
         },
-        'of int8',
+        'is int8',
     ),
     'empty': (lambda s: {}, 'no weights'),
     'list': (lambda s: [torch.ones(2)], 'holds a list'),
