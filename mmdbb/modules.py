@@ -266,3 +266,14 @@ def _refuse_changes(name: str, module: nn.Module) -> None:
             f'it: {others[0]!r}; remove it first. Allowed: the hooks of '
             'torch.nn.utils.prune, weight_norm and spectral_norm'
         )
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Take a network out of its wrappers for several GPUs or augmentation.
+
+    Args:
+        model: The network, or a module that holds it as ``module``.
+    """
+    while isinstance(getattr(model, 'module', None), nn.Module):
+        model = model.module
+    return model

@@ -15,7 +15,7 @@ from torch import nn
 from mmdbb import load_deployed
 from mmdbb.files.checkpoints import read_checkpoint
 from mmdbb.mm.deploy.load import build_model
-from mmdbb.mm.engine.fitting import unwrapped
+from mmdbb.modules import unwrapped
 from mmdbb.reparam import find_blocks
 
 pytestmark = pytest.mark.usefixtures('quiet')

@@ -10,7 +10,6 @@ from __future__ import annotations
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
-from torch import nn
 
 from mmdbb.errors import UserError
 from mmdbb.files.checkpoints import describe_misfit
@@ -19,6 +18,7 @@ from mmdbb.mm.deploy.load import own_of
 from mmdbb.mm.engine.resume import check_resumable, saves_optimizer
 from mmdbb.mm.host_internals import loaded_state
 from mmdbb.mm.stock.config import without_own_starts
+from mmdbb.modules import unwrapped
 from mmdbb.reparam import find_blocks
 
 
@@ -101,10 +101,3 @@ class FittingCheckpointHook(Hook):
             raise UserError(
                 f'{self.path} does not fit the network of the config; {misfit}'
             )
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The network without its wrappers for several GPUs and augmentation."""
-    while isinstance(getattr(model, 'module', None), nn.Module):
-        model = model.module
-    return model

@@ -29,7 +29,6 @@ from mmdbb.mm.engine.command import check_file
 from mmdbb.mm.engine.fitting import (
     FittingCheckpointHook,
     StartingCheckpointHook,
-    unwrapped,
 )
 from mmdbb.mm.engine.repeatable import RepeatableHook
 from mmdbb.mm.engine.resume import (
@@ -44,6 +43,7 @@ from mmdbb.mm.host_internals import (
     forget_filename,
     resume_within,
 )
+from mmdbb.modules import unwrapped
 
 
 class Package(NamedTuple):

@@ -16,12 +16,12 @@ from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from torch import Tensor, nn
 
 from mmdbb.blocks.base import ReparamConv2d
 from mmdbb.mm.host_internals import replace, take_back
+from mmdbb.modules import unwrapped
 from mmdbb.reparam import find_blocks
 
 
@@ -173,8 +173,7 @@ class KernelPenaltyHook(Hook):
 
     def before_train(self, runner) -> None:
         """Wrap the model's ``parse_losses``, which adds up its losses."""
-        model = runner.model
-        model = model.module if is_model_wrapper(model) else model
+        model = unwrapped(runner.model)
         penalized_blocks(model, self.layers)  # raise now, not at ``begin``
         parse = model.parse_losses
 
@@ -189,8 +188,7 @@ class KernelPenaltyHook(Hook):
 
     def after_train(self, runner) -> None:
         """Give the model its own ``parse_losses`` back."""
-        model = runner.model
-        model = model.module if is_model_wrapper(model) else model
+        model = unwrapped(runner.model)
         take_back(model, 'parse_losses')
 
 

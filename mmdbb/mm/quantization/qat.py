@@ -7,7 +7,6 @@ from typing import Dict, Optional, Tuple
 
 from mmengine.dist import broadcast, get_world_size
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -21,6 +20,7 @@ from mmdbb.mm.quantization.fake import (
     set_quantizing_,
 )
 from mmdbb.mm.quantization.flow import Written, layers_to_quantize
+from mmdbb.modules import unwrapped
 
 
 def prepare_qat_(
@@ -161,7 +161,7 @@ class QATHook(Hook):
 
     def before_run(self, runner) -> None:
         """Add quantizers, before the runner loads a checkpoint with them."""
-        model = _inner(runner)
+        model = unwrapped(runner.model)
         if not quantizers(model):
             prepare_qat_(model, **self.arguments)
         self._norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
@@ -186,7 +186,7 @@ class QATHook(Hook):
                 quantizer.training = True
 
     def _turn(self, runner, count: int) -> None:
-        model = _inner(runner)
+        model = unwrapped(runner.model)
         if count == self.begin or (count > self.begin and not _is_on(model)):
             runner.logger.info(f'quantization-aware from {count} on')
             set_quantizing_(model)
@@ -203,15 +203,10 @@ class QATHook(Hook):
 
     def _synchronize(self, runner) -> None:
         if get_world_size() > 1:
-            for quantizer in quantizers(_inner(runner)):
+            for quantizer in quantizers(unwrapped(runner.model)):
                 for buffer in quantizer.buffers():
                     broadcast(buffer, 0)
 
 
 def _is_on(model: nn.Module) -> bool:
     return any(bool(q.fake_quant_enabled[0]) for q in quantizers(model))
-
-
-def _inner(runner) -> nn.Module:
-    model = runner.model
-    return model.module if is_model_wrapper(model) else model
