@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmdbb.blocks.branch_sum import BranchSumConv2d
-from mmdbb.blocks.build import block_arguments, block_of
+from mmdbb.blocks.build import block_of, refuse_unknown_keys
 from mmdbb.errors import UserError
 from mmdbb.files.checkpoints import load_strictly
 from mmdbb.files.sources import some
@@ -219,13 +219,7 @@ def _block_config(block: Optional[dict]) -> Tuple[type, dict, tuple]:
     low, high = block_type.kernel_sizes
     low = args.pop('min_kernel_size', low)
     high = args.pop('max_kernel_size', high)
-    allowed = block_arguments(block_type)
-    unknown = sorted(set(args) - set(allowed))
-    if unknown:
-        raise TypeError(
-            f'{block_type.__name__} got unknown keys {unknown}; allowed: '
-            f'{[*allowed, "min_kernel_size", "max_kernel_size"]}'
-        )
+    refuse_unknown_keys(block_type, args)
     return block_type, args, (low, high)
 
 

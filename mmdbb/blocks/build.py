@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import Callable, Dict, Optional, Tuple, Type
+from typing import Callable, Dict, Iterable, Optional, Tuple, Type
 
 from torch import nn
 
@@ -147,13 +147,7 @@ def build_conv(
             ones), or a limit is not a number.
         ValueError: If a value is not allowed.
     """
-    allowed = block_arguments(block)
-    unknown = sorted(set(kwargs) - set(allowed))
-    if unknown:
-        raise TypeError(
-            f'{block.__name__} got unknown keys {unknown}; allowed: '
-            f'{[*allowed, "min_kernel_size", "max_kernel_size"]}'
-        )
+    refuse_unknown_keys(block, kwargs)
     conv_args = dict(zip(inspect.signature(nn.Conv2d).parameters, args))
     conv_args.update({k: kwargs[k] for k in _CONV_ARGS if k in kwargs})
     bias = conv_args.pop('bias', True)
@@ -184,3 +178,21 @@ def block_arguments(block: Type[ReparamConv2d]) -> Tuple[str, ...]:
             if named and name != 'self' and name not in names:
                 names.append(name)
     return tuple(names)
+
+
+def refuse_unknown_keys(
+    block: Type[ReparamConv2d], keys: Iterable[str]
+) -> None:
+    """Raise a TypeError if a block takes no arguments of these names.
+
+    Args:
+        block: The block's class.
+        keys: Names of arguments, such as the keys of its config.
+    """
+    allowed = block_arguments(block)
+    unknown = sorted(set(keys) - set(allowed))
+    if unknown:
+        raise TypeError(
+            f'{block.__name__} got unknown keys {unknown}; allowed: '
+            f'{[*allowed, "min_kernel_size", "max_kernel_size"]}'
+        )
