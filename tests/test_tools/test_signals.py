@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from helpers import deploy, run_tool
@@ -25,6 +26,8 @@ pytestmark = [
     pytest.mark.usefixtures('quiet'),
     pytest.mark.skipif(not hasattr(os, 'fork'), reason='forks'),
 ]
+
+TESTS = Path(__file__).resolve().parents[1]
 
 
 def in_a_child(work):
@@ -59,9 +62,8 @@ def at_work(folder):
     return [path for path in folder.rglob('.mmdbb-*') if path.is_dir()]
 
 
-def signalled(work, folder, number, after):
+def signalled(pid, folder, number, after):
     """Send a signal some time after the work on files began."""
-    pid = in_a_child(work)
     until = time.monotonic() + 60
     while not at_work(folder) and time.monotonic() < until:
         done, status = os.waitpid(pid, os.WNOHANG)
@@ -123,7 +125,7 @@ def test_a_tool_that_is_ended(pair, trained, tmp_path, name, capfd):
     }
     for number, allowed in codes.items():
         code = signalled(
-            lambda: run_tool(*arguments),
+            in_a_child(lambda: run_tool(*arguments)),
             tmp_path,
             number,
             draw.uniform(0, length),
@@ -174,14 +176,25 @@ def test_demo_data_that_are_killed_are_completed(tmp_path):
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGKILL])
 def test_a_training_that_merges_and_is_ended(tmp_path, number):
     folder = tmp_path / 'work'
-    cfg = run_config(folder, tuple(map(float, range(9))))
-    cfg.custom_hooks = [dict(type='ReparamHook', image_size=(32, 24))]
-
-    def work():
-        run_command(lambda: train(cfg))
-        return 0
-
-    code = signalled(work, folder, number, 0.7)
+    # In a process of its own: torch refuses to train in a fork of one in which
+    # its autograd threads run.
+    code = (
+        f'import sys; sys.path.insert(0, {str(TESTS)!r})\n'
+        'from pathlib import Path\n'
+        'from runs import run_config, train\n'
+        'from mmdbb.mm.engine.command import run_command\n'
+        f'folder = Path({str(folder)!r})\n'
+        'cfg = run_config(folder, tuple(map(float, range(9))))\n'
+        "hook = dict(type='ReparamHook', image_size=(32, 24))\n"
+        'cfg.custom_hooks = [hook]\n'
+        'run_command(lambda: train(cfg))\n'
+    )
+    process = subprocess.Popen(
+        [sys.executable, '-W', 'ignore', '-c', code],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    code = signalled(process.pid, folder, number, 0.7)
     assert code in (0, 143, -signal.SIGKILL)
     if number == signal.SIGTERM:
         assert not at_work(folder)

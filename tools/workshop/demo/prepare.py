@@ -65,7 +65,20 @@ def prepare(
                 f"cannot write '{folder / path}': {error}; the next call "
                 'goes on from here'
             ) from None
+    _remove_parts(folder)
     return folder
+
+
+def _remove_parts(folder: Path) -> None:
+    """Remove parts of files that processes left which were killed."""
+    for part in folder.rglob('*.part'):
+        process = part.name.split('.')[-2]
+        try:
+            os.kill(int(process), 0)
+        except (ProcessLookupError, ValueError):
+            part.unlink(missing_ok=True)
+        except PermissionError:
+            pass  # somebody else's, at work
 
 
 def _claim(folder: Path, what: dict) -> None:
