@@ -158,16 +158,35 @@ def test_sources_of_wrong_types(source, message):
 
 
 def test_what_is_no_source(tmp_path):
-    from mmdbb.deploy import Source, deploy_checkpoint
-    from mmdbb.errors import UserError
+    from mmdbb.deploy import deploy_checkpoint
 
     with pytest.raises(TypeError, match=r'must be a Source.*got a str'):
         deploy_checkpoint('a.pth', tmp_path / 'b.pth')
-    (tmp_path / 'a.pth').write_bytes(b'x')
-    with pytest.raises(UserError, match='give Source one'):
-        deploy_checkpoint(
-            Source(None, str(tmp_path / 'a.pth')), str(tmp_path / 'b.pth')
-        )
+
+
+@pytest.mark.parametrize(
+    ('work', 'suffix'),
+    [
+        ('deploy_checkpoint', 'pth'),
+        ('export_checkpoint', 'onnx'),
+        ('insert_bn_checkpoint', 'pth'),
+        ('prune_checkpoint', 'pth'),
+        ('quantize_checkpoint', 'onnx'),
+    ],
+)
+def test_sources_without_the_config_that_is_needed(work, suffix, tmp_path):
+    from mmdbb import deploy, export, prune, quantize
+    from mmdbb.errors import UserError
+
+    faces = (deploy, export, prune, quantize)
+    run = next(getattr(f, work) for f in faces if hasattr(f, work))
+    checkpoint, out = tmp_path / 'a.pth', tmp_path / f'b.{suffix}'
+    checkpoint.write_bytes(b'x')
+    source = deploy.Source(None, str(checkpoint))
+    arguments = ['onnx'] if work == 'export_checkpoint' else []
+    with pytest.raises(UserError, match='a.pth needs the config'):
+        run(source, out, *arguments)  # a Path serves as well as a string
+    assert not out.exists()
 
 
 def test_plain_weights_by_path_and_of_wrong_types(tmp_path):

@@ -75,6 +75,20 @@ class Source:
                 f'{self.checkpoint!r}'
             )
 
+    @property
+    def config(self) -> Config:
+        """The config, for a workflow that needs one.
+
+        Raises:
+            UserError: If there is none.
+        """
+        if self.cfg is None:
+            raise UserError(
+                f'{self.checkpoint} needs the config that it was trained '
+                'with: Source(config, checkpoint)'
+            )
+        return self.cfg
+
     def read(self) -> dict:
         """Read the checkpoint.
 

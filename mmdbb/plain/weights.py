@@ -54,7 +54,7 @@ class PlainLoaded(NamedTuple):
 @torch.no_grad()
 def load_plain_weights_(
     model: nn.Module,
-    weights: Union[str, State],
+    weights: Union[str, os.PathLike, State],
     prefix: Optional[str] = None,
     branch_scale: float = BRANCH_SCALE,
 ) -> PlainLoaded:
@@ -242,7 +242,7 @@ def _is_tracking(norm: Optional[nn.Module]) -> bool:
     return isinstance(norm, _BatchNorm) and norm.track_running_stats
 
 
-def _source_of(weights: object) -> str:
+def _source_of(weights: Union[str, os.PathLike, State]) -> str:
     """The path or address of weights, or words for a state dict."""
     if isinstance(weights, dict):
         return 'the state dict'
@@ -254,7 +254,9 @@ def _source_of(weights: object) -> str:
     )
 
 
-def state_under(weights: Union[str, State], prefix: Optional[str]) -> State:
+def state_under(
+    weights: Union[str, os.PathLike, State], prefix: Optional[str]
+) -> State:
     """Read weights, and keep those whose names begin with a prefix.
 
     Args:

@@ -239,6 +239,13 @@ def test_the_same_kernels_get_norms():
     assert conv_bn_config(Config(backbone)).block.type == 'ConvBN'
 
 
+@pytest.mark.parametrize('type_', [OREPAConv, 'mmengine.OREPA', 'OREPA'])
+def test_a_block_is_known_however_a_config_names_it(type_):
+    layer = dict(type=type_, min_kernel_size=3)
+    found = conv_bn_config(Config(dict(conv_cfg=layer))).conv_cfg
+    assert found.type == 'ConvBN' and found.min_kernel_size == 3
+
+
 @pytest.mark.parametrize('bias', [True, False])
 def test_a_norm_behind_a_kernel_with_or_without_bias(bias):
     model = nn.Sequential(OREPAConv(3, 4, 3, bias=bias)).double().eval()

@@ -81,11 +81,7 @@ def merge_checkpoint(
     Raises:
         UserError: If an input is wrong, or cannot be merged.
     """
-    cfg, checkpoint = source.cfg, source.checkpoint
-    if cfg is None:
-        raise UserError(
-            f'{checkpoint} is merged by its config; give Source one'
-        )
+    cfg, checkpoint = source.config, source.checkpoint
     options = options or MergeOptions()
     loaded = source.read()
     state, meta = loaded['state_dict'], loaded['meta']

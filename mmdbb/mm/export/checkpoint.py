@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Optional
 
 import torch
@@ -46,8 +47,8 @@ def export_checkpoint(
         UserError: If an input is wrong, a package is missing, or the file
             differs from the network.
     """
+    out, proof = os.fspath(out), proof or Proof()
     file_format(format, out)  # refuses before the work starts
-    proof = proof or Proof()
     with writing(
         source, out, inputs=proof.paths, overwrite=overwrite
     ) as drafts:

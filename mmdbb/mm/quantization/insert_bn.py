@@ -13,14 +13,13 @@ quantization-aware training) fold this norm like any other.
 
 from __future__ import annotations
 
-import inspect
-from typing import Callable, NamedTuple, Optional
+from typing import NamedTuple, Optional, Type
 
 import torch
 from mmengine.config import Config
-from mmengine.registry import MODELS
 from torch import Tensor, nn
 
+from mmdbb.blocks.base import ReparamConv2d
 from mmdbb.branches.base import zero_bias
 from mmdbb.compare import Difference, compare_networks
 from mmdbb.errors import UserError
@@ -30,7 +29,7 @@ from mmdbb.mm.evaluation.images import Calibration
 from mmdbb.mm.evaluation.norm_statistics import channel_statistics
 from mmdbb.mm.outputs import Contents, Source, output_paths, writing
 from mmdbb.mm.quantization.network import fill_network
-from mmdbb.mm.stock.config import without_own_starts
+from mmdbb.mm.stock.config import named_block, without_own_starts
 from mmdbb.mm.structure import Structure
 from mmdbb.reparam import find_blocks
 
@@ -79,7 +78,7 @@ def insert_bn_checkpoint(
         UserError: If an input is wrong, or the outputs of the two networks
             differ. Nothing is written then.
     """
-    cfg, calibration = source.cfg, calibration or Calibration()
+    cfg, calibration = source.config, calibration or Calibration()
     checkpoint, config = output_paths(out)
     with writing(source, checkpoint, config, overwrite=overwrite) as drafts:
         loaded = source.read()
@@ -148,22 +147,20 @@ def _with_conv_bn(node: dict, scope: Optional[str]) -> dict:
     if default is not None and node.get('block') is None:
         node['block'] = dict(default)
     for key in ('conv_cfg', 'block'):
-        layer = node.get(key)
-        if isinstance(layer, dict) and 'type' in layer:
-            build = MODELS.get(str(layer['type']).rpartition('.')[2])
-            if hasattr(build, 'block'):
-                node[key] = _conv_bn(layer, build)
+        block = named_block(node.get(key), scope)
+        if block is not None:
+            node[key] = _conv_bn(node[key], block)
     return node
 
 
-def _conv_bn(layer: dict, build: Callable) -> dict:
+def _conv_bn(layer: dict, block: Type[ReparamConv2d]) -> dict:
     """Config of a ``ConvBN`` with the same norm and the same kernel sizes."""
     new = dict(type='ConvBN')
     if layer.get('norm_cfg'):
         new['norm_cfg'] = layer['norm_cfg']
-    defaults = inspect.signature(build).parameters
-    for key in ('min_kernel_size', 'max_kernel_size'):
-        new[key] = min(layer.get(key, defaults[key].default), _LARGEST_KERNEL)
+    limits = ('min_kernel_size', 'max_kernel_size')
+    for key, default in zip(limits, block.kernel_sizes):
+        new[key] = min(layer.get(key, default), _LARGEST_KERNEL)
     return new
 
 

@@ -157,13 +157,13 @@ def quantize_checkpoint(
             then.
     """
     require_packages('quantization', 'quantization', *PACKAGES)
-    options = options or QuantizeOptions()
+    options, out = options or QuantizeOptions(), os.fspath(out)
     if not out.endswith('.onnx'):
         raise UserError(f'the output must end in .onnx, got {out}')
     with writing(source, out, overwrite=overwrite) as drafts:
         (draft,) = drafts.paths
         path = str(Path(draft).parent / 'merged.onnx')
-        with quiet_runner(source.cfg) as runner:
+        with quiet_runner(source.config) as runner:
             if source.checkpoint.endswith('.onnx'):
                 merged = _given_file(source.checkpoint, path, image_size)
             else:

@@ -11,7 +11,7 @@ no backbone is named here.
 from __future__ import annotations
 
 import sys
-from typing import Any, Iterator, List, Optional, Set, Tuple
+from typing import Any, Iterator, List, Optional, Set, Tuple, Type
 
 from mmengine import registry as registries
 from mmengine.config import Config
@@ -60,7 +60,7 @@ def stock_config(cfg: Config) -> Config:
     merged: Set[Any] = set()
 
     def without_blocks(node: dict, scope: Optional[str]) -> dict:
-        if is_block_cfg(node.get('conv_cfg'), scope):
+        if named_block(node.get('conv_cfg'), scope):
             node['conv_cfg'] = None
         kind = class_of(node.get('type'), scope)
         if not hasattr(kind, 'plain_cfg'):
@@ -100,18 +100,22 @@ def imports_of(fields: dict) -> Tuple[dict, List[str]]:
     return imports, [names] if isinstance(names, str) else list(names)
 
 
-def is_block_cfg(layer: Any, scope: Optional[str] = None) -> bool:
-    """Whether a layer's config names a block.
+def named_block(
+    layer: Any, scope: Optional[str] = None
+) -> Optional[Type[ReparamConv2d]]:
+    """The block that a layer's config names, None if it names none.
 
     Args:
         layer: The layer's value in the config, of any type.
         scope: The registry scope that applies there.
     """
     if not isinstance(layer, dict):
-        return False
+        return None
     kind = class_of(layer.get('type'), scope)
     kind = getattr(kind, 'block', kind)
-    return isinstance(kind, type) and issubclass(kind, ReparamConv2d)
+    if isinstance(kind, type) and issubclass(kind, ReparamConv2d):
+        return kind
+    return None
 
 
 def without_own_starts(fields: dict) -> dict:
