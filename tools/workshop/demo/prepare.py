@@ -73,9 +73,11 @@ def _remove_parts(folder: Path) -> None:
     """Remove parts of files that processes left which were killed."""
     for part in folder.rglob('*.part'):
         process = part.name.split('.')[-2]
+        if not process.isdecimal():
+            continue  # not written here
         try:
             os.kill(int(process), 0)
-        except (ProcessLookupError, ValueError):
+        except ProcessLookupError:
             part.unlink(missing_ok=True)
         except PermissionError:
             pass  # somebody else's, at work
