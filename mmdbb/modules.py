@@ -277,3 +277,17 @@ def unwrapped(model: nn.Module) -> nn.Module:
     while isinstance(getattr(model, 'module', None), nn.Module):
         model = model.module
     return model
+
+
+@torch.no_grad()
+def reset_children_(module: nn.Module) -> None:
+    """Reset all layers inside a module, in the order they were built in.
+
+    Args:
+        module: The module, whose own tensors stay.
+    """
+    for child in module.children():
+        if hasattr(child, 'reset_parameters'):
+            child.reset_parameters()
+        else:
+            reset_children_(child)

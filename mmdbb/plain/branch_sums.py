@@ -113,8 +113,8 @@ def start_sum(
     shift = rest.bias - scale_shift.shift
     if start.affine:
         start.bias.copy_(shift)
-    elif exact.bias is not None:
-        exact.bias.copy_(shift)
+    elif exact.own_bias is not None:
+        exact.own_bias.copy_(shift)
     else:
         start.running_mean.copy_(-rest.bias / scale_shift.scale)
     return exact
