@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from mmdbb.blocks.equivalent import equivalent
 from mmdbb.branches.base import leaf_dtype, take_geometry, zero_bias
 from mmdbb.geometry import ConvSpec, IntPair, convolve
-from mmdbb.plain_conv import AdaptiveConv2d, plain_conv
 from mmdbb.modules import (
     cast,
     fresh_weights,
@@ -23,6 +22,7 @@ from mmdbb.modules import (
     shadow,
     tensors_of,
 )
+from mmdbb.plain_conv import AdaptiveConv2d, plain_conv
 from mmdbb.ports import PORTS
 from mmdbb.recompute import without_autocast
 from mmdbb.transforms import KernelBias
@@ -458,8 +458,10 @@ class ReparamConv2d(nn.Module):
     def _building(self) -> Iterator[None]:
         """Within it, a constructor makes tensors as its arguments say."""
         device = self._factory['device']
-        with contextlib.nullcontext() if device is None else torch.device(
-            device
+        with (
+            contextlib.nullcontext()
+            if device is None
+            else torch.device(device)
         ):
             yield
         self.to(self._factory['dtype'])
@@ -532,8 +534,10 @@ def memory_format_of(block: nn.Module) -> torch.memory_format:
     last = torch.channels_last
     for tensor in tensors_of(block):
         if tensor.dim() == 4 and not tensor.is_contiguous():
-            return last if tensor.is_contiguous(memory_format=last) else (
-                torch.contiguous_format
+            return (
+                last
+                if tensor.is_contiguous(memory_format=last)
+                else (torch.contiguous_format)
             )
     return torch.contiguous_format
 
