@@ -65,7 +65,20 @@ def _geometry(name: str, fixed: bool = False) -> property:
     return property(get, put)
 
 
-class ReparamConv2d(nn.Module):
+class BlockType(type):
+    """The type of blocks' classes.
+
+    In new configs a layer's type is the class itself. mmcv then calls the
+    class, so the rule on the sizes of kernels has to apply there, and the
+    config's keys for it.
+    """
+
+    def __call__(cls, *args, **kwargs):
+        build = PORTS.builder_of(cls, sys._getframe(1))
+        return (build or super().__call__)(*args, **kwargs)
+
+
+class ReparamConv2d(nn.Module, metaclass=BlockType):
     """A convolution that is trained as several branches, and can be merged.
 
     From outside it looks like an ``nn.Conv2d``: same arguments, attributes and
