@@ -291,9 +291,10 @@ def test_a_block_alone_is_no_trace():
 
 
 def test_torchvision_extracts_features_of_blocks():
-    net = ResNet(BasicBlock, [1, 1, 1, 1]).eval()
+    net = ResNet(BasicBlock, [1, 1, 1, 1])
     for name in ('conv1', 'conv2'):
         setattr(net.layer1[0], name, DBB(64, 64, 3, padding=1))
+    net.eval()
     names = ['layer1.0.conv1', 'layer1']
     extract = create_feature_extractor(copy.deepcopy(net), names)
     x = image(1, 3, 32, 32, dtype=torch.float32)
