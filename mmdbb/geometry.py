@@ -321,7 +321,7 @@ def convolve(
     Returns:
         Tensor: Shape (N, out, H', W'), with the images' dtype.
     """
-    padding = spec.padding
+    padding, spec = spec.padding, spec.at_size(x.shape[-2:])
     if isinstance(padding, str) or spec.padding_mode != 'zeros':
         x, padding = pad2d(x, spec.pads, spec.padding_mode), 0
     geometry = spec.stride, padding, spec.dilation, spec.groups

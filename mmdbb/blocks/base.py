@@ -270,7 +270,7 @@ class ReparamConv2d(nn.Module, metaclass=BlockType):
         self, x: Tensor, weight: Tensor, bias: Optional[Tensor]
     ) -> Tensor:
         """Convolve with other weights, as OpenMMLab's hosts ask nn.Conv2d."""
-        return convolve(x, weight, bias, self.spec.at_size(x.shape[-2:]))
+        return convolve(x, weight, bias, self.spec)
 
     def __getattr__(self, name: str):
         if name in ('weight', 'bias'):

@@ -106,12 +106,11 @@ class ComposedKernelConv2d(ReparamConv2d):
         else:
             compose = self.get_equivalent_kernel_bias
             kernel, bias = cached_kernel(self, compose)
-        spec = self.spec.at_size(x.shape[-2:])
         half = autocast_dtype(x.device.type)
         if half is None or torch.float64 in (x.dtype, kernel.dtype):
-            return convolve(x, kernel, bias, spec)
+            return convolve(x, kernel, bias, self.spec)
         with without_autocast(x.device):
-            return convolve(x.to(half), kernel, bias, spec)
+            return convolve(x.to(half), kernel, bias, self.spec)
 
     def forward_branches(self, x: Tensor) -> Tensor:
         """Run each branch of the kernel on the images, and sum the outputs.

@@ -15,6 +15,7 @@ from torch import fx, nn
 from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.models.resnet import BasicBlock, ResNet
 
+from mmdbb import insert_blocks_
 from mmdbb.blocks import DBB, OREPAConv
 from mmdbb.reparam import find_blocks, reparameterize
 
@@ -263,6 +264,14 @@ def test_merging_keeps_the_memory_format(kind, size):
     assert block.weight.is_contiguous(memory_format=last)
     assert reparameterize(block).weight.is_contiguous(memory_format=last)
     assert reparameterize(kind(4, 6, size)).weight.is_contiguous()
+
+
+def test_inserting_keeps_the_memory_format():
+    for layout in (torch.channels_last, torch.contiguous_format):
+        net = nn.Sequential(nn.Conv2d(4, 4, 3)).to(memory_format=layout)
+        insert_blocks_(net)
+        merged = reparameterize(net)[0].weight
+        assert merged.is_contiguous(memory_format=layout)
 
 
 # Traces
