@@ -64,9 +64,8 @@ class ComposedKernelConv2d(ReparamConv2d):
         if self.deploy:
             return
         self._starts_single = single_init
-        with self._building():
-            self.generator = build_kernel(self.spec)
-            self._add_own_bias(self._wants_bias)
+        self.generator = build_kernel(self.spec)
+        self._add_own_bias(self._wants_bias)
         self._apply_init_cfg()
 
     def _apply_init_cfg(self) -> None:
