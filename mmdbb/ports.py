@@ -54,6 +54,8 @@ class Ports:
         log: Writes a message to the log.
         read_address: Reads a checkpoint from an address such as
             ``torchvision://resnet50``.
+        run_network: Runs a network on a random image, whatever its inputs
+            are, and returns its outputs; None without mmengine.
         history: Builds mmengine's ``HistoryBuffer`` from its largest length,
             its values and their counts; None without mmengine.
         classes: Full names -> classes of mmengine whose methods are pickled
@@ -69,6 +71,7 @@ class Ports:
         )
         self.log: Callable[..., None] = _log
         self.read_address: Callable[[str], dict] = _read_address
+        self.run_network: Optional[Callable[[nn.Module], object]] = None
         self.history: Optional[Callable] = None
         self.classes: Dict[str, type] = {}
 
