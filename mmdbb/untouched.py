@@ -59,7 +59,8 @@ def changed_layers(
     modules = dict(merged.named_modules(remove_duplicate=False))
     renamed = names_in(merged, model)
     blocks = find_blocks(model)
-    for name in {block: name for name, block in blocks.items()}.values():
+    first = {block: name for name, block in reversed(blocks.items())}
+    for name in reversed(first.values()):
         yield from [[name, norm] for norm in norms.get(name, ())] or [[name]]
     for name, parent in model.named_modules():
         if isinstance(parent, ReparamConv2d):
