@@ -62,6 +62,25 @@ def changed_layers(
     first = {block: name for name, block in reversed(blocks.items())}
     for name in reversed(first.values()):
         yield from [[name, norm] for norm in norms.get(name, ())] or [[name]]
+    for conv, norm in folded_by_order(model):
+        # mmcv folds each norm into the convolution before it.
+        folded = isinstance(modules.get(renamed(norm)), nn.Identity)
+        behind = norms.get(conv, ()) if conv in blocks else ()
+        if folded and norm not in behind:
+            yield [conv, norm]
+
+
+def folded_by_order(model: nn.Module) -> Iterator[Tuple[str, str]]:
+    """The pairs that mmcv's ``fuse_conv_bn`` makes of a network.
+
+    It folds each batch norm into the convolution registered before it.
+
+    Args:
+        model: The network, with blocks or without.
+
+    Yields:
+        tuple: Full names of a convolution, or of a block, and of a norm.
+    """
     for name, parent in model.named_modules():
         if isinstance(parent, ReparamConv2d):
             continue
@@ -71,11 +90,7 @@ def changed_layers(
             if isinstance(module, (nn.Conv2d, ReparamConv2d)):
                 last = path
             elif isinstance(module, _BatchNorm) and last is not None:
-                # mmcv folds each norm into the convolution before it.
-                folded = isinstance(modules.get(renamed(path)), nn.Identity)
-                behind = norms.get(last, ()) if last in blocks else ()
-                if folded and path not in behind:
-                    yield [last, path]
+                yield last, path
                 last = None
 
 
