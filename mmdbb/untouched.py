@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmdbb.blocks.base import ReparamConv2d
+from mmdbb.blocks.offers import AbsorbedNorm
 from mmdbb.errors import UserError
 from mmdbb.files.sources import some
 from mmdbb.found_norms import absorbed_norms, find_norms
@@ -147,6 +148,8 @@ def prove_untouched(
             _is_under(name, changed)
             and not (has_values and name in changed and is_norm(other))
         ):
+            continue
+        if isinstance(module, AbsorbedNorm) and type(other) is nn.Identity:
             continue
         if is_function and other is None:
             continue  # such layers may have other names in the stock network
