@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdbb.blocks.equivalent import equivalent
+from mmdbb.blocks.offers import TakesPlainWeights
 from mmdbb.branches.base import leaf_dtype, take_geometry, zero_bias
 from mmdbb.geometry import ConvSpec, IntPair, convolve
 from mmdbb.modules import (
@@ -85,7 +86,7 @@ class BlockType(type):
         return block.to(kwargs.get('dtype'))
 
 
-class ReparamConv2d(nn.Module, metaclass=BlockType):
+class ReparamConv2d(TakesPlainWeights, metaclass=BlockType):
     """A convolution that is trained as several branches, and can be merged.
 
     From outside it looks like an ``nn.Conv2d``: same arguments, attributes and
