@@ -70,6 +70,11 @@ def parse_args():
     )
     parser.add_argument('--device', default='cpu')
     parser.add_argument(
+        '--graphs',
+        action='store_true',
+        help='replay each step as a CUDA graph: the time of the GPU alone',
+    )
+    parser.add_argument(
         '--jobs',
         type=at_least_one,
         default=1,
@@ -102,6 +107,7 @@ def main():
             batch=args.batch,
             precision=args.precision,
             width=args.width,
+            captured=args.graphs,
         ),
         search_epochs=args.search_epochs,
         device=torch.device(args.device),

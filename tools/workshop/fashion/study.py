@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
@@ -108,6 +109,7 @@ def _run(
 
 
 def _train(data_root: str, device: torch.device, task: _Task) -> Result:
+    logging.disable(logging.INFO)  # mmengine lists all weights at the start
     data = _read(data_root)
     if task.searched:
         data = data.for_search()
