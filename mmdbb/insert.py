@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmdbb.blocks.base import memory_format_of
 from mmdbb.blocks.branch_sum import BranchSumConv2d
 from mmdbb.blocks.build import block_of, refuse_unknown_keys
 from mmdbb.blocks.offers import AbsorbedNorm
@@ -17,7 +16,7 @@ from mmdbb.errors import UserError
 from mmdbb.files.checkpoints import load_strictly
 from mmdbb.files.sources import some
 from mmdbb.found_norms import norms_shown
-from mmdbb.modules import has_hooks
+from mmdbb.modules import has_hooks, memory_format_of
 from mmdbb.plain.blocks import BRANCH_SCALE, copy_entries_, plain_start
 from mmdbb.plain.branch_sums import NormValues
 from mmdbb.reparam import find_blocks

@@ -336,3 +336,20 @@ def reset_children_(module: nn.Module) -> None:
             child.reset_parameters()
         else:
             reset_children_(child)
+
+
+def memory_format_of(module: nn.Module) -> torch.memory_format:
+    """The layout of a module's kernels: channels last, or contiguous.
+
+    Args:
+        module: A block or a convolution.
+    """
+    last = torch.channels_last
+    for tensor in tensors_of(module):
+        if tensor.dim() == 4 and not tensor.is_contiguous():
+            return (
+                last
+                if tensor.is_contiguous(memory_format=last)
+                else (torch.contiguous_format)
+            )
+    return torch.contiguous_format

@@ -681,7 +681,7 @@ TABLE = (
         (CONTRACT,),
     ),
     Mutation(
-        'mmdbb/blocks/base.py',
+        'mmdbb/blocks/block_type.py',
         "return block.to(kwargs.get('dtype'))",
         'return block',
         'the argument dtype',

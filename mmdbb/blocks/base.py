@@ -12,6 +12,7 @@ from typing import Callable, Iterator, Optional, Tuple, Union
 import torch
 from torch import Tensor, nn
 
+from mmdbb.blocks.block_type import BlockType
 from mmdbb.blocks.equivalent import equivalent
 from mmdbb.blocks.offers import TakesPlainWeights
 from mmdbb.branches.base import leaf_dtype, take_geometry, zero_bias
@@ -19,6 +20,7 @@ from mmdbb.geometry import ConvSpec, IntPair, convolve
 from mmdbb.modules import (
     cast,
     fresh_weights,
+    memory_format_of,
     reset_children_,
     shadow,
     tensors_of,
@@ -64,26 +66,6 @@ def _geometry(name: str, fixed: bool = False) -> property:
             self.set_spec(spec)
 
     return property(get, put)
-
-
-class BlockType(type):
-    """The type of blocks' classes.
-
-    In new configs a layer's type is the class itself. mmcv then calls the
-    class, so the rule on the sizes of kernels has to apply there, and the
-    config's keys for it. ``device`` and ``dtype`` are obeyed here, whatever
-    a subclass builds.
-    """
-
-    def __call__(cls, *args, **kwargs):
-        build = PORTS.builder_of(cls, sys._getframe(1))
-        if build is not None:
-            return build(*args, **kwargs)
-        device = kwargs.get('device')
-        with torch.device(device) if device else contextlib.nullcontext():
-            block = super().__call__(*args, **kwargs)
-        block._is_built = True
-        return block.to(kwargs.get('dtype'))
 
 
 class ReparamConv2d(TakesPlainWeights, metaclass=BlockType):
@@ -536,23 +518,6 @@ class ReparamConv2d(TakesPlainWeights, metaclass=BlockType):
             if getattr(spec, name) != default:
                 text += f', {name}={getattr(spec, name)}'
         return text
-
-
-def memory_format_of(block: nn.Module) -> torch.memory_format:
-    """The layout of a block's kernels: channels last, or contiguous.
-
-    Args:
-        block: The block.
-    """
-    last = torch.channels_last
-    for tensor in tensors_of(block):
-        if tensor.dim() == 4 and not tensor.is_contiguous():
-            return (
-                last
-                if tensor.is_contiguous(memory_format=last)
-                else (torch.contiguous_format)
-            )
-    return torch.contiguous_format
 
 
 def refuse_merged(block: nn.Module, missing: str) -> None:
