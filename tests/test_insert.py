@@ -264,9 +264,18 @@ class TwoByTwo(Misleading):
         return self.norm2(self.norm_of_nothing(self.conv2(y)))
 
 
+class OnceThroughRelu(Misleading):
+    """A convolution and a norm run twice, once with something between."""
+
+    def forward(self, x):
+        y = self.norm2(self.conv2(self.norm1(self.conv1(x))))
+        return self.norm2(F.relu(self.conv2(y)))
+
+
+@pytest.mark.parametrize('model_type', [TwoByTwo, OnceThroughRelu])
 @pytest.mark.parametrize('watched', [False, True])
-def test_as_many_calls_are_not_the_same_calls(watched):
-    model = randomize(TwoByTwo()).double().eval()
+def test_as_many_calls_are_not_the_same_calls(watched, model_type):
+    model = randomize(model_type()).double().eval()
     plain, x = copy.deepcopy(model), image(2, 3, 9, 8)
     example = x if watched else None
     readers = {model.conv1: model.norm1, model.conv2: None}
