@@ -27,7 +27,12 @@ from mmdbb.conv_norms import norm_names
 from mmdbb.files.sources import some
 from mmdbb.modules import names_of
 from mmdbb.ports import PORTS
-from mmdbb.tracing import Norms, norms_behind, norms_in_run
+from mmdbb.tracing import (
+    Norms,
+    norms_behind,
+    norms_in_run,
+    outside_blocks,
+)
 
 
 class FoundNorms(NamedTuple):
@@ -75,9 +80,10 @@ def find_norms(
     names = names_of(model)
     by_name = norm_names(model)
     pairs: Dict[str, Tuple[str, ...]] = {}
-    unseen, named = {}, []
+    unseen, named, outside = {}, [], {*outside_blocks(model)}
     for module, own in names.items():
-        if not isinstance(module, (nn.Conv2d, ReparamConv2d)):
+        is_conv = isinstance(module, (nn.Conv2d, ReparamConv2d))
+        if not is_conv or module not in outside:
             continue
         if module in seen:
             norms = tuple(names[norm][0] for norm in seen[module])

@@ -12,7 +12,13 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import FrozenBatchNorm2d
 
-from mmdbb import DBB, insert_blocks_, merge_into_, reparameterize
+from mmdbb import (
+    DBB,
+    insert_blocks_,
+    load_plain_weights_,
+    merge_into_,
+    reparameterize,
+)
 from mmdbb.blocks import OREPAConv
 from mmdbb.blocks.offers import AbsorbedNorm
 from mmdbb.errors import UserError
@@ -114,6 +120,22 @@ def test_there_and_back(name, watched):
         assert entries(plain) == before
         assert [type(m) for m in plain.modules()] == types
         assert distance(plain(x), expected) < EXACT
+
+
+@pytest.mark.parametrize('name', ['torchvision resnet', 'timm resnet26d'])
+def test_another_start_after_inserting(name):
+    """Names that are not OpenMMLab's, by both ways of loading."""
+    plain, other = build(name), randomize(build(name), 5).eval()
+    insert_blocks_(plain)
+    x = image(1, 3, 48, 40)
+    for load in (
+        load_plain_weights_,
+        lambda model, state: model.load_state_dict(state, strict=True),
+    ):
+        model = copy.deepcopy(plain)
+        load(model, other.state_dict())
+        with torch.no_grad(), literal_forward(model):
+            assert distance(model(x), other(x)) < EXACT
 
 
 def test_convolutions_with_biases_there_and_back():
@@ -264,9 +286,18 @@ class TwoByTwo(Misleading):
         return self.norm2(self.norm_of_nothing(self.conv2(y)))
 
 
+class OnceThroughRelu(Misleading):
+    """A convolution and a norm run twice, once with something between."""
+
+    def forward(self, x):
+        y = self.norm2(self.conv2(self.norm1(self.conv1(x))))
+        return self.norm2(F.relu(self.conv2(y)))
+
+
+@pytest.mark.parametrize('model_type', [TwoByTwo, OnceThroughRelu])
 @pytest.mark.parametrize('watched', [False, True])
-def test_as_many_calls_are_not_the_same_calls(watched):
-    model = randomize(TwoByTwo()).double().eval()
+def test_as_many_calls_are_not_the_same_calls(watched, model_type):
+    model = randomize(model_type()).double().eval()
     plain, x = copy.deepcopy(model), image(2, 3, 9, 8)
     example = x if watched else None
     readers = {model.conv1: model.norm1, model.conv2: None}
