@@ -22,7 +22,7 @@ LOWER = (
     ('ports', 'modules'),
     ('recompute',),
     ('geometry',),
-    ('transforms',),
+    ('transforms', 'plain_conv'),
     ('kernels',),
     ('branches',),
     ('blocks',),

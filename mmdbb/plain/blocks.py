@@ -130,8 +130,8 @@ def _start_composed(
     """Start a block with a composed kernel, in float64, and return it."""
     dtype = leaf_dtype(work)
     exact = work.double()
-    if exact.bias is not None:
-        exact.bias.copy_(wanted.bias)
+    if exact.own_bias is not None:
+        exact.own_bias.copy_(wanted.bias)
     elif wanted.bias.any():
         raise ValueError('the plain convolution has a bias, the block none')
     start_as_(exact.generator, wanted.kernel, branch_scale, dtype)

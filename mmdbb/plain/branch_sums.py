@@ -122,8 +122,8 @@ def start_sum(
     shift = rest.bias - scale_shift.shift
     if start.bias is not None:
         start.bias.copy_(shift)
-    elif exact.bias is not None:
-        exact.bias.copy_(shift)
+    elif exact.own_bias is not None:
+        exact.own_bias.copy_(shift)
     elif isinstance(start, ScaleNorm2d):
         if shift.any():
             raise ValueError(

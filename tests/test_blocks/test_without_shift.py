@@ -135,9 +135,9 @@ def test_every_norm_inside_only_scales(kind):
 
 def test_a_bias_of_its_own_stays():
     block = randomize(DBB(**PLAIN, bias=True, shift=False).double()).eval()
-    block.bias.data.copy_(image(6))
+    block.own_bias.data.copy_(image(6))
     x, conv = image(2, 4, 7, 6), reparameterize(block)
-    assert torch.equal(conv.bias, block.bias)
+    assert torch.equal(conv.bias, block.own_bias)
     with torch.no_grad():
         assert distance(conv(x), block.forward_branches(x)) < EXACT
 
