@@ -16,8 +16,8 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from mmdbb.scale_norm import ScaleNorm2d
 
-#: The forward methods of torch's own convolutions and norms, and of the norm in
-#: blocks without shift. A layer with one of these computes what its weights
+#: The forward methods of torch's own convolutions and norms, and of the norm
+#: in blocks without shift. A layer with one of these computes what its weights
 #: say; a subclass may override it.
 KNOWN_FORWARDS = (
     nn.Conv2d.forward,

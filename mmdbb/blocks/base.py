@@ -271,6 +271,12 @@ class ReparamConv2d(nn.Module):
         """
         return vars(self).get('bias', self._parameters.get('bias'))
 
+    @property
+    def merges_with_bias(self) -> bool:
+        """Whether the merged convolution has a bias."""
+        own = self.reparam_conv.bias if self.deploy else self.own_bias
+        return self._has_shift or own is not None
+
     def _add_own_bias(self, wanted: bool) -> None:
         bias = nn.Parameter(torch.zeros(self.out_channels)) if wanted else None
         self._parameters['bias'] = bias
@@ -373,8 +379,7 @@ class ReparamConv2d(nn.Module):
         # Apple's GPUs have no float64.
         work = 'cpu' if device.type == 'mps' else device
         composed = cast(self, work, dtype).get_equivalent_kernel_bias()
-        own = self.reparam_conv.bias if self.deploy else self.own_bias
-        has_bias = self._has_shift or own is not None
+        has_bias = self.merges_with_bias
         conv = plain_conv(self.spec, bias=has_bias, device='meta')
         layout = memory_format_of(self)
         names = ('weight', 'bias') if has_bias else ('weight',)
@@ -458,8 +463,10 @@ class ReparamConv2d(nn.Module):
     def _building(self) -> Iterator[None]:
         """Within it, a constructor makes tensors as its arguments say."""
         device = self._factory['device']
-        with contextlib.nullcontext() if device is None else torch.device(
-            device
+        with (
+            contextlib.nullcontext()
+            if device is None
+            else torch.device(device)
         ):
             yield
         self.to(self._factory['dtype'])
@@ -532,8 +539,10 @@ def memory_format_of(block: nn.Module) -> torch.memory_format:
     last = torch.channels_last
     for tensor in tensors_of(block):
         if tensor.dim() == 4 and not tensor.is_contiguous():
-            return last if tensor.is_contiguous(memory_format=last) else (
-                torch.contiguous_format
+            return (
+                last
+                if tensor.is_contiguous(memory_format=last)
+                else (torch.contiguous_format)
             )
     return torch.contiguous_format
 

@@ -142,6 +142,15 @@ def test_a_bias_of_its_own_stays():
         assert distance(conv(x), block.forward_branches(x)) < EXACT
 
 
+def test_its_weight_is_read_in_eval_mode_only():
+    block = built()
+    with pytest.raises(AttributeError, match='in training mode has no wei'):
+        block.weight
+    x, conv = image(2, 4, 7, 6), reparameterize(block.eval())
+    assert block.bias is None
+    assert distance(block.weight, conv.weight) < EXACT
+
+
 def test_merges_where_no_bias_has_a_place():
     """Before a group norm, which the stock network has."""
     stock = nn.Sequential(

@@ -6,7 +6,6 @@ from __future__ import annotations
 from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
-from mmcv.cnn import fuse_conv_bn
 from mmengine.config import Config
 from torch import Tensor, nn
 
@@ -16,7 +15,9 @@ from mmdbb.conv_norms import norm_names
 from mmdbb.errors import UserError
 from mmdbb.files.checkpoints import load_strictly
 from mmdbb.files.sources import some
+from mmdbb.mm.deploy.fused import fold_norms_, give_biases_
 from mmdbb.mm.deploy.load import build_model, holds_blocks
+from mmdbb.mm.deploy.parts import refuse_no_block
 from mmdbb.mm.outputs import Contents, Source
 from mmdbb.mm.stock.config import stock_config
 from mmdbb.mm.stock.partial import (
@@ -106,13 +107,14 @@ def merge_checkpoint(
             f'blocks that are left: {some(sorted(left.keys() - merged))}'
         )
     make = _partly_merged if partial else _stock
+    if options.fuse:
+        make = _fused
     try:
         network, new_cfg = make(cfg, trained, merged, options.dtype)
     except ValueError as error:
         raise UserError(f'{checkpoint}: {error}') from error
     structure = Structure.PARTIAL if partial else Structure.STOCK
     if options.fuse:
-        network = fuse_conv_bn(network)
         structure = Structure.FUSED
     renamed = names_in(network, trained)
     own_dtypes = {renamed(name): own for name, own in own_dtype.items()}
@@ -158,6 +160,7 @@ def trained_network(
     """
     trained = build_model(cfg)
     if not find_blocks(trained):
+        refuse_no_block(cfg, trained)
         raise UserError(
             'the network of the config has no block to merge: no conv_cfg '
             'and no backbone of mmdbb'
@@ -232,6 +235,18 @@ def _stock(
     state = stock_state(trained, stock, dtype=dtype)
     load_strictly(stock, state, 'the merged network', keep_dtype=True)
     return stock, stock_cfg
+
+
+def _fused(
+    cfg: Config, trained: nn.Module, merged: List[str], dtype: torch.dtype
+) -> Tuple[nn.Module, Config]:
+    stock_cfg = stock_config(whole_config(cfg))
+    network = build_model(stock_cfg)
+    give_biases_(network, trained)
+    state = stock_state(trained, network, dtype=dtype)
+    load_strictly(network, state, 'the merged network', keep_dtype=True)
+    fold_norms_(network)
+    return network, stock_cfg
 
 
 def _partly_merged(
