@@ -91,4 +91,3 @@ def _is_conv_module(module: nn.Module) -> bool:
     """Whether a module has the attributes of mmcv's ``ConvModule``."""
     names = ('conv', 'order', 'with_norm', 'norm_name')
     return all(hasattr(module, name) for name in names)
-

@@ -14,6 +14,7 @@ from typing import Any, Callable, Dict, NamedTuple, Optional, Tuple
 from torch import nn
 
 from mmdbb.blocks.base import ReparamConv2d
+from mmdbb.blocks.offers import AbsorbedNorm
 from mmdbb.conv_norms import norm_names
 from mmdbb.files.sources import some
 from mmdbb.modules import names_of
@@ -77,13 +78,53 @@ def find_norms(
             pairs.update(dict.fromkeys(own, norms))
     if seen and unseen:
         reason = f'a run does not reach {some(unseen)}'
-    if reason:
+    if unseen:
         PORTS.log(
             'the norms behind these convolutions are found by the names of '
             f'attributes, not by the data: {some(unseen)} ({reason})',
             logging.INFO if seen else logging.WARNING,
         )
     return FoundNorms(pairs, 'data' if seen else 'names', reason)
+
+
+def norms_shown(model: nn.Module, example: Any = None) -> FoundNorms:
+    """Find the norms behind convolutions by the data alone.
+
+    Args:
+        model: Any model; unchanged.
+        example: Input to run the model on; without one, it is traced with
+            torch.fx.
+
+    Raises:
+        ValueError: If the model cannot be traced, and no example is given.
+    """
+    names = names_of(model)
+    pairs = {
+        name: tuple(names[norm][0] for norm in norms)
+        for conv, norms in norms_behind(model, example).items()
+        for name in names[conv]
+        if norms
+    }
+    return FoundNorms(pairs, 'data', '')
+
+
+def absorbed_norms(model: nn.Module) -> Dict[str, str]:
+    """The norms that blocks have absorbed, as the blocks remember.
+
+    Args:
+        model: A network with blocks.
+
+    Returns:
+        dict: Full name of a block -> full name of the place where the norm
+        was. All names of a block are listed.
+    """
+    names = names_of(model)
+    return {
+        name: own[0]
+        for place, own in names.items()
+        if isinstance(place, AbsorbedNorm)
+        for name in names.get(place.block, ())
+    }
 
 
 def _by_data(

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from mmdbb.blocks.equivalent import equivalent
+from mmdbb.blocks.offers import TakesPlainWeights
 from mmdbb.branches.base import leaf_dtype, take_geometry, zero_bias
 from mmdbb.geometry import ConvSpec, IntPair, convolve
-from mmdbb.plain_conv import AdaptiveConv2d, plain_conv
 from mmdbb.modules import (
     cast,
     fresh_weights,
@@ -23,6 +23,7 @@ from mmdbb.modules import (
     shadow,
     tensors_of,
 )
+from mmdbb.plain_conv import AdaptiveConv2d, plain_conv
 from mmdbb.ports import PORTS
 from mmdbb.recompute import without_autocast
 from mmdbb.transforms import KernelBias
@@ -65,7 +66,7 @@ def _geometry(name: str, fixed: bool = False) -> property:
     return property(get, put)
 
 
-class ReparamConv2d(nn.Module):
+class ReparamConv2d(TakesPlainWeights):
     """A convolution that is trained as several branches, and can be merged.
 
     From outside it looks like an ``nn.Conv2d``: same arguments, attributes and

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmdbb.blocks.base import ReparamConv2d, refuse_merged
 from mmdbb.blocks.kernel_cache import cached_kernel

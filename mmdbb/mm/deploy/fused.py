@@ -16,11 +16,11 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmdbb.branches.norm import norm_scale_shift
-from mmdbb.mm.data_flow import norms_of
 from mmdbb.modules import is_known
 from mmdbb.reparam import find_blocks
 from mmdbb.stock_weights import names_in
 from mmdbb.transforms import KernelBias, fuse_conv_bn
+from mmdbb.untouched import Pairs
 
 
 def give_biases_(stock: nn.Module, model: nn.Module) -> None:
@@ -38,7 +38,7 @@ def give_biases_(stock: nn.Module, model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def fold_norms_(model: nn.Module) -> None:
+def fold_norms_(model: nn.Module, pairs: Pairs) -> None:
     """Fold batch norms into the convolutions before them, in place.
 
     As in mmcv's ``fuse_conv_bn``, ``nn.Identity`` takes the place of a folded
@@ -48,8 +48,9 @@ def fold_norms_(model: nn.Module) -> None:
 
     Args:
         model: A network without blocks, in eval mode.
+        pairs: Name of a convolution -> names of the norms that alone read its
+            output.
     """
-    pairs = norms_of(model).pairs
     readers = [norm for norms in pairs.values() for norm in set(norms)]
     modules = dict(model.named_modules())
     for conv_name, norm_name in list(_in_order(model)):

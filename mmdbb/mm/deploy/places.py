@@ -12,7 +12,7 @@ from typing import Dict, NamedTuple, Tuple
 
 from torch import nn
 
-from mmdbb.mm.backbones.absorbed import BlocksForConvNorm
+from mmdbb.found_norms import absorbed_norms
 from mmdbb.mm.data_flow import norms_of
 from mmdbb.modules import drops_bias, takes_bias
 from mmdbb.reparam import find_blocks
@@ -39,18 +39,13 @@ def without_place(model: nn.Module) -> NoPlace:
         model: The network with blocks, not wrapped; unchanged. If there may
             be such blocks, it is run in eval mode on a random image.
     """
-    absorbed = {
-        block
-        for module in model.modules()
-        if isinstance(module, BlocksForConvNorm)
-        for block in find_blocks(module).values()
-    }
+    absorbed = absorbed_norms(model)
     doubtful = {}
     for name, block in find_blocks(model).items():
         if (
             block.merges_with_bias
             and not block._wants_bias
-            and block not in absorbed
+            and name not in absorbed
             and block not in doubtful
         ):
             doubtful[block] = name
