@@ -8,11 +8,16 @@ Before a group norm it can hold it nowhere.
 
 from __future__ import annotations
 
-from typing import Dict, NamedTuple, Tuple
+import contextlib
+import functools
+from typing import Dict, Iterable, Iterator, NamedTuple, Tuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from mmdbb.blocks.base import ReparamConv2d
 from mmdbb.found_norms import absorbed_norms
+from mmdbb.geometry import ConvSpec, convolve
 from mmdbb.mm.data_flow import norms_of
 from mmdbb.modules import drops_bias, takes_bias
 from mmdbb.reparam import find_blocks
@@ -51,7 +56,8 @@ def without_place(model: nn.Module) -> NoPlace:
             doubtful[block] = name
     if not doubtful:
         return NoPlace({}, '')
-    found = norms_of(model)
+    with _shapes_only(find_blocks(model).values()):
+        found = norms_of(model)
     readers = {}
     for name in doubtful.values():
         norms = [model.get_submodule(n) for n in found.pairs.get(name, ())]
@@ -61,3 +67,26 @@ def without_place(model: nn.Module) -> NoPlace:
             kinds = dict.fromkeys(type(norm).__name__ for norm in norms)
             readers[name] = tuple(kinds)
     return NoPlace(readers, found.reason)
+
+
+@contextlib.contextmanager
+def _shapes_only(blocks: Iterable[ReparamConv2d]) -> Iterator[None]:
+    """Within the context, blocks return zeros of the shape of their output.
+
+    Where the data flows does not depend on their values, and composing their
+    kernels would take most of the time.
+    """
+    changed = [block for block in blocks if not block.deploy]
+    for block in changed:
+        block.forward_train = functools.partial(_zeros_of, block.spec)
+    try:
+        yield
+    finally:
+        for block in changed:
+            vars(block).pop('forward_train', None)
+
+
+def _zeros_of(spec: ConvSpec, x: Tensor) -> Tensor:
+    kernel = torch.empty(spec.kernel_shape, dtype=x.dtype, device='meta')
+    like = convolve(x.to('meta'), kernel, None, spec.at_size(x.shape[-2:]))
+    return x.new_zeros(like.shape)

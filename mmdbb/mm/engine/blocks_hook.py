@@ -131,7 +131,7 @@ def _warning(parts: Sequence[Part], homeless: NoPlace) -> Iterator[str]:
         yield f'  {place}: {len(names)} before {behind} ({some(names)})'
     if homeless.reason:
         yield f'(by names where not by the data: {homeless.reason})'
-    yield 'tools/reparam.py will refuse them. Choose a way out before training:'
+    yield 'tools/reparam.py will refuse them. Choose a way out now:'
     by_place = {part.asked.place: part.asked for part in parts}
     for place in by_part:
         asked = by_place.get(place)
