@@ -145,8 +145,8 @@ def test_a_bias_of_its_own_stays():
 def test_its_weight_is_read_in_eval_mode_only():
     block = built()
     with pytest.raises(AttributeError, match='in training mode has no wei'):
-        block.weight
-    x, conv = image(2, 4, 7, 6), reparameterize(block.eval())
+        _ = block.weight
+    conv = reparameterize(block.eval())
     assert block.bias is None
     assert distance(block.weight, conv.weight) < EXACT
 
