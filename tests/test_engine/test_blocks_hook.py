@@ -134,7 +134,7 @@ def test_each_head_of_a_list_is_looked_at():
     ]
     cfg = segmentor(decode_head=dict(type='FCNHead'), auxiliary_head=heads)
     (_, counts), (_, ignored) = said(cfg)
-    assert counts == '1 blocks of mmdbb: auxiliary_head.0 1'
+    assert counts == '1 block of mmdbb: auxiliary_head.0 1'
     assert 'auxiliary_head.1, but DDRHead builds no layer' in ignored
     assert 'auxiliary_head.0' not in ignored
 
@@ -168,7 +168,7 @@ def test_a_runner_without_a_config():
         dict(stem=nn.Conv2d(3, 4, 3), body=mmdbb.DBB(4, 4, 3))
     )
     (_, text), *_ = said(Config(), model)
-    assert text == '1 blocks of mmdbb: body 1'
+    assert text == '1 block of mmdbb: body 1'
     assert said(Config(), nn.Sequential(nn.Conv2d(3, 4, 3))) == []
 
 
@@ -242,15 +242,34 @@ class CannotRun(nn.Module):
         )
 
     def forward(self, inputs):
+        np.random.rand()
+        random.random()
         raise RuntimeError('takes point clouds')
 
 
 def test_a_network_that_cannot_be_run_is_looked_at_by_names():
     model = dict(type='CannotRunOfTests', conv_cfg=DBB)
+    states = np.random.get_state()[1], random.getstate()
     *_, (level, text) = said(Config(dict(model=model)))
+    assert (np.random.get_state()[1] == states[0]).all()
+    assert random.getstate() == states[1]
     assert level == 'WARNING' and 'by names where not by the data' in text
     assert 'lost: 1 before GroupNorm (lost.0)' in text
-    assert 'kept' not in text.replace('kept.0)', '')
+    assert 'kept: ' not in text
+
+
+class Lazy:
+    """What a config in the new style holds: classes, not their names."""
+
+    model = dict(type=CannotRun, conv_cfg=dict(type=mmdbb.DBB))
+
+
+def test_a_config_of_classes():
+    cfg = Config(dict(model=dict(Lazy.model)))
+    model = CannotRun(DBB)
+    assert said(cfg, model)[0][1] == '2 blocks of mmdbb: kept 1, lost 1'
+    with pytest.raises(UserError, match='CannotRun has no convolution of 2'):
+        said(cfg, nn.Sequential(nn.Conv2d(3, 4, 1)))
 
 
 def test_the_network_is_left_as_it_was():

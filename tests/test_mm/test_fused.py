@@ -144,6 +144,19 @@ class Crossed(nn.Module):
         return self.shared(self.third(y)) + self.shared(y)
 
 
+class Shared(nn.Module):
+    """Two convolutions have one norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 1)
+        self.norm = nn.BatchNorm2d(4)
+        self.second = nn.Conv2d(3, 4, 1)
+
+    def forward(self, x):
+        return self.norm(self.first(x)) * self.norm(self.second(x))
+
+
 def test_a_norm_is_folded_only_where_it_reads_the_convolution_alone():
     model = randomize(Crossed().double()).eval()
     x = image(2, 3, 5, 4)
@@ -151,6 +164,10 @@ def test_a_norm_is_folded_only_where_it_reads_the_convolution_alone():
     fold_norms_(model, {'first': ('norm',)})
     assert distance(model(x), expected) < EXACT
     assert isinstance(model.norm, nn.BatchNorm2d)
+    model, x = randomize(Shared().double()).eval(), image(2, 3, 5, 4)
+    expected = model(x)
+    fold_norms_(model, {'first': ('norm',), 'second': ('norm',)})
+    assert distance(model(x), expected) < EXACT
     pair = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4))
     pair = randomize(pair.double()).eval()
     expected = pair(x)
