@@ -91,19 +91,18 @@ class AbsorbedNorm(nn.Identity):
 
     def _load_from_state_dict(self, state, prefix, *args) -> None:
         super()._load_from_state_dict(state, prefix, *args)
-        missing, unexpected, errors = args[-3:]
+        missing = args[-3]
         entries = {
             name: state[prefix + name]
             for name in NORM_ENTRIES
             if prefix + name in state
         }
+        norm = _Offer(missing, prefix, entries)
         plain = self._taken('plain', missing)
-        if plain is not None:
-            names = [prefix + n for n in NORM_ENTRIES[:4] if n not in entries]
-            missing.extend(names)
-            self._start(plain, _Offer(missing, prefix, entries), args)
-        elif entries:  # perhaps for a block that comes later
-            self._offers['norm'] = _Offer(missing, prefix, entries)
+        if plain is None:
+            self._offers['norm'] = norm  # the block may come later
+        else:
+            self._start(plain, norm, args)
 
     def norm_for(self, args: tuple) -> Optional[NormEntries]:
         """The norm's entries, if this load found them before the block.
@@ -131,7 +130,7 @@ class AbsorbedNorm(nn.Identity):
 
     def _start(self, plain: _Offer, norm: _Offer, args: tuple) -> None:
         found = self._used(norm, args)
-        if found is None or not found.entries:
+        if found is None:
             return
         block, name = self.block, plain.prefix[:-1]
         entries = _started(block, name, plain.found, found)
@@ -144,6 +143,11 @@ class AbsorbedNorm(nn.Identity):
         missing, unexpected, errors = args[-3:]
         channels = (self.block.out_channels,)
         names = {offer.prefix + name for name in offer.found}
+        missing.extend(
+            offer.prefix + name
+            for name in NORM_ENTRIES[:4]
+            if name not in offer.found
+        )
         unexpected[:] = [name for name in unexpected if name not in names]
         found = len(errors)
         for name, value in offer.found.items():
