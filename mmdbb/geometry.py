@@ -404,9 +404,9 @@ def _pair(name: str, value, lowest: int) -> IntPair:
         )
     if len(pair) == 3:
         raise ValueError(
-            f'blocks are two-dimensional and stand for an nn.Conv2d, got '
-            f'{name}={value!r} of a three-dimensional convolution: leave '
-            'them out of a network of nn.Conv3d'
+            f'{name} must be one or two numbers, got {value!r}: blocks are '
+            'two-dimensional, they stand for an nn.Conv2d, and not in a '
+            'network of nn.Conv3d'
         )
     # torch takes one number in a sequence for both directions, but a kernel
     # of one number makes an nn.Conv2d that cannot run.

@@ -66,7 +66,20 @@ def _geometry(name: str, fixed: bool = False) -> property:
     return property(get, put)
 
 
-class ReparamConv2d(TakesPlainWeights):
+class BlockType(type):
+    """The type of blocks' classes.
+
+    In new configs a layer's type is the class itself. mmcv then calls the
+    class, so the rule on the sizes of kernels has to apply there, and the
+    config's keys for it.
+    """
+
+    def __call__(cls, *args, **kwargs):
+        build = PORTS.builder_of(cls, sys._getframe(1))
+        return (build or super().__call__)(*args, **kwargs)
+
+
+class ReparamConv2d(TakesPlainWeights, metaclass=BlockType):
     """A convolution that is trained as several branches, and can be merged.
 
     From outside it looks like an ``nn.Conv2d``: same arguments, attributes and
@@ -216,22 +229,23 @@ class ReparamConv2d(TakesPlainWeights):
             Tensor: Shape (N, out, H', W') or (out, H', W').
 
         Raises:
-            TypeError: If torch.fx traces through the block.
+            TypeError: If torch.fx traces the block alone.
             ValueError: If ``x`` has another number of dimensions.
         """
         if self.deploy:
             return self.reparam_conv(x)
         if isinstance(x, torch.fx.Proxy):
             return self._as_leaf(x)
-        spec, shape = self.spec, tuple(x.shape)
-        if len(shape) not in (3, 4) or shape[-3] != spec.in_channels:
+        shape, channels = tuple(x.shape), self.spec.in_channels
+        is_image = len(shape) == 3 and shape[0] == channels
+        if not (is_image or len(shape) == 4):
             raise ValueError(
                 f'{type(self).__name__} takes images of shape (N, C, H, W) '
-                f'or (C, H, W) with C={spec.in_channels}, got {shape}. '
-                'Blocks are two-dimensional: they stand for an nn.Conv2d, '
-                'and not in a network of nn.Conv1d or nn.Conv3d'
+                f'or (C, H, W) with C={channels}, got {shape}. Blocks are '
+                'two-dimensional: they stand for an nn.Conv2d, and not in a '
+                'network of nn.Conv1d or nn.Conv3d'
             )
-        if len(shape) == 3:
+        if is_image:
             return self.forward_train(x[None])[0]
         return self.forward_train(x)
 
@@ -447,7 +461,8 @@ class ReparamConv2d(TakesPlainWeights):
         reset_children_(self)
         if self.own_bias is not None:
             nn.init.zeros_(self.own_bias)
-        self._apply_init_cfg()
+        if not self.deploy:
+            self._apply_init_cfg()
 
     def init_weights(self) -> None:
         """Apply the block's own ``init_cfg`` again, if it has one.
