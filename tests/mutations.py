@@ -924,9 +924,9 @@ TABLE = (
         (BLOCKS_HOOK,),
     ),
     Mutation(
-        'mmdbb/mm/deploy/places.py',
-        'and not block._wants_bias',
-        '',
+        'mmdbb/blocks/base.py',
+        'return self.merges_with_bias and not self._wants_bias',
+        'return self.merges_with_bias',
         'convolutions with a bias of their own',
         (BLOCKS_HOOK,),
     ),

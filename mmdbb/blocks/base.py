@@ -292,6 +292,11 @@ class ReparamConv2d(TakesPlainWeights, metaclass=BlockType):
         own = self.reparam_conv.bias if self.deploy else self.own_bias
         return self._has_shift or own is not None
 
+    @property
+    def adds_bias(self) -> bool:
+        """Whether merging gives a bias to a convolution built without one."""
+        return self.merges_with_bias and not self._wants_bias
+
     def _add_own_bias(self, wanted: bool) -> None:
         bias = nn.Parameter(torch.zeros(self.out_channels)) if wanted else None
         self._parameters['bias'] = bias

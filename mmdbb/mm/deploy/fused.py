@@ -70,7 +70,7 @@ def fold_norms_(model: nn.Module, pairs: Pairs) -> None:
         )
         conv.weight, conv.bias = nn.Parameter(kernel), nn.Parameter(bias)
         parent, _, name = norm_name.rpartition('.')
-        setattr(model.get_submodule(parent), name, nn.Identity())
+        model.get_submodule(parent).add_module(name, nn.Identity())
 
 
 def _in_order(model: nn.Module) -> Iterator[Tuple[str, str]]:
