@@ -99,12 +99,8 @@ def by_runner(model, state):
 
 def averaged(model, state):
     wrapped = ExponentialMovingAverage(model)
-    wrapped.load_state_dict(
-        {
-            'steps': torch.zeros(1),
-            **{f'module.{n}': v for n, v in state.items()},
-        }
-    )
+    named = {f'module.{n}': v for n, v in state.items()}
+    wrapped.load_state_dict(dict(named, steps=torch.zeros(1)))
     model.load_state_dict(wrapped.module.state_dict())
 
 
@@ -118,9 +114,8 @@ def copied(model, state):
     twin = pickle.loads(pickle.dumps(copy.deepcopy(model)))
     before = copy.deepcopy(model.state_dict())
     twin.load_state_dict(state)
-    assert all(
-        torch.equal(v, before[n]) for n, v in model.state_dict().items()
-    )
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
     model.load_state_dict(twin.state_dict())
 
 
@@ -152,12 +147,8 @@ DOORS = {
 @pytest.mark.parametrize('door', DOORS)
 def test_absorbed_norms_come_in(door, tmp_path):
     model, plain = with_blocks(), plain_network(7)
-    assert [
-        n for n, m in model.named_modules() if type(m) is AbsorbedNorm
-    ] == [
-        'second',
-        'first',
-    ]
+    for name in ('first', 'second'):
+        assert type(model.get_submodule(name)) is AbsorbedNorm
     model.folder = tmp_path
     assert not same(model, plain)
     DOORS[door](model, plain.state_dict())
