@@ -144,7 +144,7 @@ class AbsorbedNorm(nn.Identity):
             own[entry].data.copy_(value)
 
     def _used(self, offer: _Offer, args: tuple) -> Optional[NormEntries]:
-        """Tell the load that a norm's entries are used; None if they cannot."""
+        """Tell the load that it used a norm's entries; None if it did not."""
         if not (offer.found or self.returns):
             return None
         missing, unexpected, errors = args[-3:]
