@@ -87,6 +87,10 @@ BLOCKS_HOOK = 'tests/test_engine/test_blocks_hook.py'
 FUSED = 'tests/test_mm/test_fused.py'
 OFFERS = 'tests/test_plain/test_offers.py'
 FLOW = 'tests/test_mm/test_data_flow.py'
+CONTRACT = 'tests/test_blocks/test_contract.py'
+ADAPTIVE = 'tests/test_blocks/test_adaptive.py'
+REPLACED = 'tests/test_mm/test_replaced.py'
+OFFICIAL = 'tests/test_blocks/test_official.py'
 
 TABLE = (
     # ------------------------------------------------------------- geometry
@@ -269,9 +273,8 @@ TABLE = (
     # -------------------------------------------------------------- kernels
     Mutation(
         'mmdbb/kernels/kxk.py',
-        'torch.eye(inside).repeat(-(-internal_channels // inside), 1)',
-        'torch.eye(inside).repeat_interleave('
-        '-(-internal_channels // inside), 0)',
+        'torch.eye(inside).repeat(-(-internal // inside), 1)',
+        'torch.eye(inside).repeat_interleave(-(-internal // inside), 0)',
         'the identity inside of groups',
         (KERNELS, REFERENCE),
     ),
@@ -298,8 +301,8 @@ TABLE = (
     ),
     Mutation(
         'mmdbb/kernels/pointwise.py',
-        'if each > inside:',
-        'if inside > each:',
+        'grows = out // self.spec.groups > inside',
+        'grows = out // self.spec.groups >= inside',
         'which 1x1 starts as the identity',
         (KERNELS,),
     ),
@@ -527,7 +530,7 @@ TABLE = (
     ),
     Mutation(
         'mmdbb/blocks/branch_sum.py',
-        'bias = bias + self.bias',
+        'bias = bias + self.own_bias',
         'bias = bias * 1',
         "a block's own bias, merged",
         (SUM,),
@@ -636,6 +639,119 @@ TABLE = (
         'branch_scale * gamma',
         'the sign of the gammas that branches start with',
         (f'{PLAIN}::test_branches_start_on_the_positive_side',),
+    ),
+    # ------------------------------------------------------ nn.Conv2d's part
+    Mutation(
+        'mmdbb/blocks/equivalent.py',
+        '    if shifted and not block._wants_bias:\n',
+        '    if False:\n',
+        'a weight without the shift of the norms',
+        (CONTRACT,),
+    ),
+    Mutation(
+        'mmdbb/blocks/equivalent.py',
+        'isinstance(module, _BatchNorm) and module.training',
+        'False',
+        "a weight in training mode, where norms use the batch's statistics",
+        (CONTRACT,),
+    ),
+    Mutation(
+        'mmdbb/blocks/equivalent.py',
+        '_storage(result) == _storage(source)',
+        'False',
+        'writing into a view of the weight',
+        (CONTRACT,),
+    ),
+    Mutation(
+        'mmdbb/blocks/equivalent.py',
+        "name.endswith(('.init', '.weight_init'))",
+        'False',
+        "the hosts' initialisation passes a block by",
+        (CONTRACT,),
+    ),
+    Mutation(
+        'mmdbb/blocks/base.py',
+        'if isinstance(x, torch.fx.Proxy):',
+        'if False:',
+        'a block is a leaf of a trace',
+        (CONTRACT,),
+    ),
+    Mutation(
+        'mmdbb/blocks/base.py',
+        'layout if value.dim() == 4 else torch.contiguous_format',
+        'torch.contiguous_format',
+        'the memory format of a merged kernel',
+        (CONTRACT,),
+    ),
+    Mutation(
+        'mmdbb/blocks/base.py',
+        "return block.to(kwargs.get('dtype'))",
+        'return block',
+        'the argument dtype',
+        (CONTRACT,),
+    ),
+    Mutation(
+        'mmdbb/kernels/kxk.py',
+        'self.prior_pattern.copy_(frequency_prior(out, size))',
+        'pass',
+        'constants when parameters are reset',
+        (CONTRACT,),
+    ),
+    Mutation(
+        'mmdbb/geometry.py',
+        'pads += [total // 2, total - total // 2]',
+        'pads += [total - total // 2, total // 2]',
+        'the side that gets the odd pixel of an adaptive padding',
+        (ADAPTIVE,),
+    ),
+    Mutation(
+        'mmdbb/branches/base.py',
+        'self.explicit_pads = spec.pads_of(self.size(spec))',
+        'pass',
+        "a branch's own pads at the size of an image",
+        (ADAPTIVE,),
+    ),
+    Mutation(
+        'mmdbb/geometry.py',
+        'top, _, left, _ = self.largest_pads',
+        'top, _, left, _ = self.pads',
+        'one centre tap for images of all sizes',
+        (ADAPTIVE,),
+    ),
+    Mutation(
+        'mmdbb/blocks/base.py',
+        "changes['padding'] = 'adaptive'",
+        'pass',
+        'a stride that is set later stays adaptive',
+        (ADAPTIVE,),
+    ),
+    Mutation(
+        'mmdbb/blocks/build.py',
+        'if keeps_adaptive(block, replaced):',
+        'if False:',
+        "EfficientNet's padding under conv_cfg",
+        (REPLACED,),
+    ),
+    Mutation(
+        'mmdbb/mm/stock/config.py',
+        'if layer.get(',
+        'if False and layer.get(',
+        "EfficientNet's padding in the stock config",
+        (REPLACED,),
+    ),
+    Mutation(
+        'mmdbb/mm/registration.py',
+        'return layer_of(block) if is_layer else None',
+        'return None',
+        'the rule of sizes for a type that is a class',
+        (REPLACED,),
+    ),
+    Mutation(
+        'mmdbb/official/names.py',
+        "('dbb_avg.bn.', 'branches.1x1_avg.norm1.')",
+        "('dbb_avg.bn.', 'branches.1x1_avg.norm2.')",
+        'the names of the first revision',
+        (OFFICIAL,),
     ),
     # -------------------------------------------------------------- tracing
     Mutation(

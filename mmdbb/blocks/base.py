@@ -71,12 +71,19 @@ class BlockType(type):
 
     In new configs a layer's type is the class itself. mmcv then calls the
     class, so the rule on the sizes of kernels has to apply there, and the
-    config's keys for it.
+    config's keys for it. ``device`` and ``dtype`` are obeyed here, whatever
+    a subclass builds.
     """
 
     def __call__(cls, *args, **kwargs):
         build = PORTS.builder_of(cls, sys._getframe(1))
-        return (build or super().__call__)(*args, **kwargs)
+        if build is not None:
+            return build(*args, **kwargs)
+        device = kwargs.get('device')
+        with torch.device(device) if device else contextlib.nullcontext():
+            block = super().__call__(*args, **kwargs)
+        block._is_built = True
+        return block.to(kwargs.get('dtype'))
 
 
 class ReparamConv2d(TakesPlainWeights, metaclass=BlockType):
@@ -156,10 +163,9 @@ class ReparamConv2d(TakesPlainWeights, metaclass=BlockType):
         self._initializing = False
         self._cached_kernel = None
         self._wants_bias = bias
-        self._factory = dict(device=device, dtype=dtype)
         if deploy:
             self.reparam_conv = plain_conv(
-                self.spec, bias=bias or self._has_shift, **self._factory
+                self.spec, bias=bias or self._has_shift
             )
 
     in_channels = _geometry('in_channels', fixed=True)
@@ -245,9 +251,11 @@ class ReparamConv2d(TakesPlainWeights, metaclass=BlockType):
                 'two-dimensional: they stand for an nn.Conv2d, and not in a '
                 'network of nn.Conv1d or nn.Conv3d'
             )
-        if is_image:
-            return self.forward_train(x[None])[0]
-        return self.forward_train(x)
+        block = self.at_size_of(x)
+        y = block.forward_train(x[None] if is_image else x)
+        if block is not self:
+            self._cached_kernel = block._cached_kernel
+        return y[0] if is_image else y
 
     def _as_leaf(self, x: torch.fx.Proxy) -> torch.fx.Proxy:
         """Be a leaf of a graph that torch.fx traces, as an nn.Conv2d is.
@@ -271,10 +279,11 @@ class ReparamConv2d(TakesPlainWeights, metaclass=BlockType):
         self, x: Tensor, weight: Tensor, bias: Optional[Tensor]
     ) -> Tensor:
         """Convolve with other weights, as OpenMMLab's hosts ask nn.Conv2d."""
-        return convolve(x, weight, bias, self.spec.at_size(x.shape[-2:]))
+        return convolve(x, weight, bias, self.spec)
 
     def __getattr__(self, name: str):
-        if name in ('weight', 'bias'):
+        own = vars(self).get('_parameters', {})
+        if name in ('weight', 'bias') and own.get(name) is None:
             return equivalent(self, name)
         return super().__getattr__(name)
 
@@ -307,7 +316,7 @@ class ReparamConv2d(TakesPlainWeights, metaclass=BlockType):
         Raises:
             ValueError: If the name is ``weight`` or ``bias``.
         """
-        if name in ('weight', 'bias'):
+        if name in ('weight', 'bias') and vars(self).get('_is_built'):
             raise ValueError(
                 f'{name} of a {type(self).__name__} is computed from its '
                 'branches and cannot be set: set their parameters, or merge '
@@ -338,7 +347,7 @@ class ReparamConv2d(TakesPlainWeights, metaclass=BlockType):
             Tensor: The output of :meth:`forward_train`, up to rounding.
         """
         # The class's own: `literal_forward` puts this method in its place.
-        return type(self).forward_train(self, x)
+        return type(self).forward_train(self.at_size_of(x), x)
 
     def get_equivalent_kernel_bias(self) -> KernelBias:
         """Merge the block, as it is in eval mode, into kernel and bias.
@@ -479,18 +488,6 @@ class ReparamConv2d(TakesPlainWeights, metaclass=BlockType):
             if hasattr(child, 'init_weights'):
                 child.init_weights()
         self.is_init = True
-
-    @contextlib.contextmanager
-    def _building(self) -> Iterator[None]:
-        """Within it, a constructor makes tensors as its arguments say."""
-        device = self._factory['device']
-        with (
-            contextlib.nullcontext()
-            if device is None
-            else torch.device(device)
-        ):
-            yield
-        self.to(self._factory['dtype'])
 
     def _apply_init_cfg(self) -> None:
         # Called by constructors: many containers never call init_weights.

@@ -15,6 +15,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 from torch import Tensor, nn
 
+from mmdbb.blocks.equivalent import MERGE_FIRST
 from mmdbb.errors import UserError
 from mmdbb.ports import PORTS
 from mmdbb.transforms import KernelBias
@@ -90,6 +91,15 @@ class AbsorbedNorm(nn.Identity):
 
     def extra_repr(self) -> str:
         return f'{self.kind}, eps={self.eps}'
+
+    def __getattr__(self, name: str):
+        if name in NORM_ENTRIES:
+            raise AttributeError(
+                f'the {self.kind} that was here is part of a '
+                f'{type(self.block).__name__}, so it has no {name}: '
+                f'{MERGE_FIRST}'
+            )
+        return super().__getattr__(name)
 
     def __getstate__(self) -> dict:
         return dict(self.__dict__, _offers={})

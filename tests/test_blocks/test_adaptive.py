@@ -67,6 +67,7 @@ def test_the_rule_is_mmcvs():
         dict(),
         dict(groups=2, kernel_size=(2, 4)),
         dict(dilation=2, kernel_size=(5, 3), stride=(3, 2)),
+        dict(dilation=2, kernel_size=4),  # whose middle is a tie
         dict(stride=1, kernel_size=4),
     ],
     ids=str,

@@ -15,6 +15,7 @@ from torch import fx, nn
 from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.models.resnet import BasicBlock, ResNet
 
+from mmdbb import insert_blocks_
 from mmdbb.blocks import DBB, OREPAConv
 from mmdbb.reparam import find_blocks, reparameterize
 
@@ -163,6 +164,16 @@ def test_initialising_a_block_passes_it_by(kind, initialise, mode):
         assert torch.equal(value, before[name])
 
 
+def test_fusing_a_norm_that_a_block_absorbed_says_so():
+    """As timm's and ultralytics' functions do, which read both."""
+    net = nn.Sequential(nn.Conv2d(4, 4, 3, bias=False), nn.BatchNorm2d(4))
+    insert_blocks_(net)
+    for module in (net.eval(), copy.deepcopy(net)):
+        assert not hasattr(module[1], 'weight')
+        with pytest.raises(AttributeError, match='part of a DBB.*merge first'):
+            module[0].weight / module[1].running_var
+
+
 def test_optimizers_that_look_for_weights_find_the_parameters():
     """As those of YOLOv5 and v7, which group parameters by layer."""
     net = nn.Sequential(DBB(4, 4, 3), OREPAConv(4, 4, 3), nn.Conv2d(4, 4, 1))
@@ -263,6 +274,14 @@ def test_merging_keeps_the_memory_format(kind, size):
     assert block.weight.is_contiguous(memory_format=last)
     assert reparameterize(block).weight.is_contiguous(memory_format=last)
     assert reparameterize(kind(4, 6, size)).weight.is_contiguous()
+
+
+def test_inserting_keeps_the_memory_format():
+    for layout in (torch.channels_last, torch.contiguous_format):
+        net = nn.Sequential(nn.Conv2d(4, 4, 3)).to(memory_format=layout)
+        insert_blocks_(net)
+        merged = reparameterize(net)[0].weight
+        assert merged.is_contiguous(memory_format=layout)
 
 
 # Traces
