@@ -128,7 +128,9 @@ def _norm_with_bias(
 def _no_place(name: str, why: str) -> str:
     return (
         f'the bias of the merged {name} has no place in the stock network: '
-        f'its convolution has none, and {why}'
+        f'its convolution has none, and {why}. Merge into another form, by '
+        '--format fused or onnx, or leave the block by --skip; before a '
+        'training there are more ways, see docs/any_config.md'
     )
 
 

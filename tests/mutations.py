@@ -82,6 +82,9 @@ SYNC = f'{PROCESSES}::test_sync_bn_in_two_processes'
 PLAIN = 'tests/test_plain/test_weights.py'
 REPARAM = 'tests/test_reparam.py'
 INSERT = 'tests/test_insert.py'
+WITHOUT_SHIFT = 'tests/test_blocks/test_without_shift.py'
+BLOCKS_HOOK = 'tests/test_engine/test_blocks_hook.py'
+FUSED = 'tests/test_mm/test_fused.py'
 OFFERS = 'tests/test_plain/test_offers.py'
 FLOW = 'tests/test_mm/test_data_flow.py'
 CONTRACT = 'tests/test_blocks/test_contract.py'
@@ -1109,6 +1112,119 @@ TABLE = (
         (
             'tests/test_quantization/test_fake.py::test_a_scale_is_raised_where_the_bias_would_not_fit',
         ),
+    ),
+    # -------------------------------------- no shift, and no place for one
+    Mutation(
+        'mmdbb/scale_norm.py',
+        'square = root.square() / max(',
+        'square = root / max(',
+        'the mean square of a batch',
+        (WITHOUT_SHIFT,),
+    ),
+    Mutation(
+        'mmdbb/scale_norm.py',
+        'momentum = 1 / self.num_batches_tracked.item()',
+        'momentum = 0.1',
+        'the cumulative average of mean squares',
+        (WITHOUT_SHIFT,),
+    ),
+    Mutation(
+        'mmdbb/scale_norm.py',
+        'zero, persistent=False',
+        'zero',
+        'a mean of zero in files, which takes that of a norm with a shift',
+        (WITHOUT_SHIFT,),
+    ),
+    Mutation(
+        'mmdbb/branches/norm.py',
+        'stats = stats.about_zero()',
+        'pass',
+        'the fast way of a norm without shift',
+        (WITHOUT_SHIFT,),
+    ),
+    Mutation(
+        'mmdbb/branches/moments.py',
+        'square = self.var + self.mean.square()',
+        'square = self.var',
+        'the mean square from mean and variance',
+        (WITHOUT_SHIFT,),
+    ),
+    Mutation(
+        'mmdbb/branches/norm.py',
+        'isinstance(place, ScaleNorm2d) and is_sync_norm(norm)',
+        'False',
+        "a trainer's SyncBN in the place of a norm without shift",
+        (WITHOUT_SHIFT,),
+    ),
+    Mutation(
+        'mmdbb/plain/branch_sums.py',
+        'square = values.var + mean.square()',
+        'square = values.var',
+        'the mean square that a block without shift starts with',
+        (WITHOUT_SHIFT,),
+    ),
+    Mutation(
+        'mmdbb/mm/deploy/places.py',
+        'takes_bias(norm) or drops_bias(norm) for',
+        'True for',
+        'group norms, which take no bias',
+        (BLOCKS_HOOK,),
+    ),
+    Mutation(
+        'mmdbb/blocks/base.py',
+        'return self.merges_with_bias and not self._wants_bias',
+        'return self.merges_with_bias',
+        'convolutions with a bias of their own',
+        (BLOCKS_HOOK,),
+    ),
+    Mutation(
+        'mmdbb/mm/deploy/parts.py',
+        'and m not in own',
+        '',
+        "branches' convolutions counted as plain ones",
+        (BLOCKS_HOOK,),
+    ),
+    Mutation(
+        'mmdbb/mm/deploy/parts.py',
+        'if type(module) is asked.kind and',
+        'if False and',
+        'parts that a wrapper builds under other names',
+        (BLOCKS_HOOK,),
+    ),
+    Mutation(
+        'mmdbb/mm/engine/blocks_hook.py',
+        'with random_numbers_kept():',
+        'if True:',
+        "the training's random numbers, when a network draws some",
+        (BLOCKS_HOOK,),
+    ),
+    Mutation(
+        'mmdbb/mm/engine/blocks_hook.py',
+        'refuse_no_block(runner.cfg, model)',
+        'pass',
+        'a training without any block that the config asks for',
+        (BLOCKS_HOOK,),
+    ),
+    Mutation(
+        'mmdbb/mm/deploy/fused.py',
+        'or readers.count(norm_name) > 1',
+        '',
+        'a norm folded into one convolution that another one has too',
+        (FUSED,),
+    ),
+    Mutation(
+        'mmdbb/mm/deploy/fused.py',
+        'pairs.get(conv_name) != (norm_name,)',
+        'False',
+        'a norm folded by the order of registration',
+        (FUSED,),
+    ),
+    Mutation(
+        'mmdbb/mm/deploy/fused.py',
+        'block.merges_with_bias and conv.bias is None',
+        'False',
+        'the place of a merged bias in a fused network',
+        (FUSED,),
     ),
 )
 

@@ -277,6 +277,17 @@ class ReparamConv2d(TakesPlainWeights, metaclass=BlockType):
         """
         return vars(self).get('bias', self._parameters.get('bias'))
 
+    @property
+    def merges_with_bias(self) -> bool:
+        """Whether the merged convolution has a bias."""
+        own = self.reparam_conv.bias if self.deploy else self.own_bias
+        return self._has_shift or own is not None
+
+    @property
+    def adds_bias(self) -> bool:
+        """Whether merging gives a bias to a convolution built without one."""
+        return self.merges_with_bias and not self._wants_bias
+
     def _add_own_bias(self, wanted: bool) -> None:
         bias = nn.Parameter(torch.zeros(self.out_channels)) if wanted else None
         self._parameters['bias'] = bias
@@ -379,8 +390,7 @@ class ReparamConv2d(TakesPlainWeights, metaclass=BlockType):
         # Apple's GPUs have no float64.
         work = 'cpu' if device.type == 'mps' else device
         composed = cast(self, work, dtype).get_equivalent_kernel_bias()
-        own = self.reparam_conv.bias if self.deploy else self.own_bias
-        has_bias = self._has_shift or own is not None
+        has_bias = self.merges_with_bias
         conv = plain_conv(self.spec, bias=has_bias, device='meta')
         layout = memory_format_of(self)
         names = ('weight', 'bias') if has_bias else ('weight',)

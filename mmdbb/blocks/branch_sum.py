@@ -19,6 +19,7 @@ from mmdbb.branches.base import (
 )
 from mmdbb.branches.norm import (
     build_branch_norm,
+    norm_for,
     norm_scale_shift,
     run_norm,
 )
@@ -49,6 +50,9 @@ class BranchSumConv2d(ReparamConv2d):
             preset. A name may occur more than once (the paper's "duplicate"
             block).
         norm_cfg: Config of the norms, ``dict(type='BN')`` if None.
+        shift: Whether norms subtract a mean and add a bias. If not, they only
+            scale (:class:`~mmdbb.scale_norm.ScaleNorm2d`), and the merged
+            convolution has a bias only with ``bias=True``.
         sum_norm: Whether a norm follows the sum; by default the preset
             decides.
         gamma_init: Start value of the gamma of the norm behind the sum. If
@@ -86,12 +90,18 @@ class BranchSumConv2d(ReparamConv2d):
         *args,
         branches: Optional[Sequence[BranchCfg]] = None,
         norm_cfg: Optional[dict] = None,
+        shift: bool = True,
         sum_norm: Optional[bool] = None,
         gamma_init: Optional[float] = None,
         single_init: bool = False,
         **kwargs,
     ) -> None:
+        if not isinstance(shift, bool):
+            raise TypeError(f'shift must be True or False, got {shift!r}')
+        self._has_shift = shift  # which the base's constructor reads
         super().__init__(*args, **kwargs)
+        if not shift and isinstance(norm_cfg or {}, dict):
+            norm_cfg = dict(norm_cfg or dict(type='BN'), shift=False)
         self.left_out = []
         if branches is None:
             branches = self._served_preset()
@@ -140,7 +150,7 @@ class BranchSumConv2d(ReparamConv2d):
                 'parameter; give it a norm or a branch with a kernel'
             )
         norms = [self.norm, *(b.last_norm for b in self.branches.values())]
-        has_shift = any(n is not None and n.affine for n in norms)
+        has_shift = any(n is not None and n.bias is not None for n in norms)
         self._add_own_bias(self._wants_bias and not has_shift)
 
     def _apply_init_cfg(self) -> None:
@@ -179,6 +189,11 @@ class BranchSumConv2d(ReparamConv2d):
             else:
                 self.left_out.append(name)
         return served
+
+    def add_module(self, name: str, module: Optional[nn.Module]) -> None:
+        """Add a module; a SyncBN gives way to a norm without shift."""
+        place = self._modules.get(name)
+        super().add_module(name, norm_for(place, module))
 
     def set_spec(self, spec: ConvSpec) -> None:
         """See :meth:`ReparamConv2d.set_spec`."""

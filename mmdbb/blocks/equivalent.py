@@ -81,7 +81,7 @@ def equivalent(block: nn.Module, name: str) -> Optional[Tensor]:
     own, shifted = block.own_bias, block._has_shift
     if name == 'bias' and not block._wants_bias:
         return None
-    if shifted and any(_uses_batch(module) for module in block.modules()):
+    if any(_uses_batch(module) for module in block.modules()):
         raise AttributeError(
             f'a {kind} in training mode has no {name}: its norms use the '
             'statistics of each batch, so what it computes is no single '

@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmdbb.branches.norm import (
     build_branch_norm,
+    norm_for,
     norm_scale_shift,
     run_norm,
 )
@@ -43,6 +44,11 @@ class Branch(nn.Module):
         self.spec = spec
         self.norm_cfg = norm_cfg
         self._built_with = None
+
+    def add_module(self, name: str, module: Optional[nn.Module]) -> None:
+        """Add a module; a SyncBN gives way to a norm without shift."""
+        place = self._modules.get(name)
+        super().add_module(name, norm_for(place, module))
 
     def set_spec(self, spec: ConvSpec) -> None:
         """Take another stride, padding, dilation or padding mode.

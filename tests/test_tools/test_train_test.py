@@ -84,6 +84,32 @@ def trained(folder):
     return work_dir
 
 
+def test_blocks_are_said_before_the_training(folder, trained):
+    text = logs(trained)
+    said = text.index('16 blocks of mmdbb: backbone 16')
+    assert said < text.index('Epoch(train)')
+
+
+def test_no_block_is_refused_before_the_data_are_read(folder, capsys):
+    with pytest.raises(SystemExit) as error:
+        tool(
+            'train',
+            folder / 'config.py',
+            '--work-dir',
+            folder / 'none',
+            '--cfg-options',
+            'model.backbone.block.type=DBB',
+            'model.backbone.block.min_kernel_size=6',
+            'train_dataloader.dataset.data_root=/nowhere',
+        )
+    assert error.value.code == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line == (
+        'train.py: the network has no block: block is set in backbone, but '
+        'ResNetDBB has no convolution of 6 to 6 taps'
+    )
+
+
 def logs(work_dir):
     return '\n'.join(path.read_text() for path in work_dir.rglob('*.log'))
 
