@@ -27,7 +27,7 @@ LOWER = (
     ('branches',),
     ('blocks',),
     ('reparam', 'conv_norms', 'tracing', 'files'),
-    ('stock_weights',),
+    ('stock_weights', 'own_forward'),
     ('plain', 'untouched'),
     ('official',),
     ('insert', 'compare'),

@@ -19,7 +19,13 @@ from mmdbb.mm.engine.command import (
     run_command,
 )
 from mmdbb.mm.pruning.pipeline import print_pruned
-from mmdbb.prune import Calibration, PruneOptions, Source, prune_checkpoint
+from mmdbb.prune import (
+    Calibration,
+    Metric,
+    PruneOptions,
+    Source,
+    prune_checkpoint,
+)
 
 
 def parse_args():
@@ -99,7 +105,7 @@ def main():
         options,
         onnx=args.onnx,
         image_size=tuple(args.image_size) if args.image_size else None,
-        metric=args.metric,
+        metric=Metric(args.metric, args.unit, args.lower_is_better),
         overwrite=args.force,
     )
     print_pruned(result)

@@ -18,8 +18,6 @@ from mmdbb.errors import UserError
 from mmdbb.mm.deploy.load import build_model
 from mmdbb.mm.export.modules import export_module
 from mmdbb.mm.quantization.fake import (
-    ActivationQuantizer,
-    WeightQuantizer,
     add_quantizers_,
     freeze_ranges_,
     quantizers,
@@ -29,6 +27,10 @@ from mmdbb.mm.quantization.fake import (
 from mmdbb.mm.quantization.flow import layers_to_quantize
 from mmdbb.mm.quantization.qat import prepare_qat_
 from mmdbb.mm.quantization.qdq import weight_scales, write_qdq
+from mmdbb.mm.quantization.quantizers import (
+    ActivationQuantizer,
+    WeightQuantizer,
+)
 from mmdbb.mm.quantization.session import OnnxNetwork
 
 

@@ -9,9 +9,10 @@ epoch and the iteration, which it holds anyway, are enough.
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections import Counter
-from typing import Any
+from typing import Any, Iterator
 
 import numpy as np
 import torch
@@ -112,6 +113,19 @@ class SeededDataset(Dataset):
         if name.startswith('__') or name == '_dataset':
             raise AttributeError(name)
         return getattr(self._dataset, name)
+
+
+@contextlib.contextmanager
+def random_numbers_kept() -> Iterator[None]:
+    """Restore the random state of Python, NumPy and torch on exit."""
+    of_python, of_numpy = random.getstate(), np.random.get_state()
+    gpus = range(torch.cuda.device_count() * torch.cuda.is_initialized())
+    try:
+        with torch.random.fork_rng(devices=list(gpus)):
+            yield
+    finally:
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)
 
 
 def _seed(*numbers: int) -> None:

@@ -15,8 +15,31 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from mmdbb.errors import UserError
+from mmdbb.mm.evaluation.images import pad_to
 from mmdbb.mm.export.modules import export_module, is_detector
 from mmdbb.mm.host_internals import replaced
+
+
+class TorchNetwork:
+    """A network in PyTorch that takes images of one size, as a file does.
+
+    Args:
+        model: A classifier, segmentor or detector with a dense head.
+        size: Height and width in pixels of the images that it takes.
+
+    Attributes:
+        size: Height and width in pixels.
+    """
+
+    def __init__(self, model: nn.Module, size: Tuple[int, int]) -> None:
+        self.size = size
+        self._run = export_module(model, head=is_detector(model))
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> List[Tensor]:
+        """Run on normalised images (N, C, H, W), padded to ``size``."""
+        device = next(self._run.parameters()).device
+        return list(self._run(pad_to(images, self.size).to(device)))
 
 
 @contextlib.contextmanager
@@ -87,6 +110,17 @@ def _heads(model: nn.Module) -> List[nn.Module]:
     return list(head) if isinstance(head, nn.ModuleList) else [head]
 
 
+def channels_of(model: nn.Module) -> int:
+    """Number of channels of the images that a network takes.
+
+    Args:
+        model: The network; its first layer with ``in_channels`` reads images.
+    """
+    return next(
+        m.in_channels for m in model.modules() if hasattr(m, 'in_channels')
+    )
+
+
 @torch.no_grad()
 def _structures(model: nn.Module, head: nn.Module, size: Tuple[int, int]):
     """Find how the features and the head's outputs are nested.
@@ -104,10 +138,7 @@ def _structures(model: nn.Module, head: nn.Module, size: Tuple[int, int]):
         return found[-1]
 
     parameter = next(model.parameters())
-    channels = next(
-        m.in_channels for m in model.modules() if hasattr(m, 'in_channels')
-    )
-    images = parameter.new_zeros(1, channels, *size)
+    images = parameter.new_zeros(1, channels_of(model), *size)
     features = list(model.extract_feat(images))
     with replaced(head, 'forward', watch):
         if is_detector(model):

@@ -15,8 +15,9 @@ from mmdbb.errors import UserError
 from mmdbb.mm.deploy.merge import merge_checkpoint
 from mmdbb.mm.engine.launch import build_runner
 from mmdbb.mm.engine.measure import print_table
-from mmdbb.mm.evaluation.figures import Figure, evaluate, quiet_runner
+from mmdbb.mm.evaluation.figures import evaluate, quiet_runner
 from mmdbb.mm.evaluation.images import Calibration, first_size
+from mmdbb.mm.evaluation.metric import Figure, Metric
 from mmdbb.mm.evaluation.norm_statistics import calibrate_norms_
 from mmdbb.mm.export.modules import is_detector
 from mmdbb.mm.export.network import ExportOptions, write_network
@@ -96,7 +97,7 @@ def prune_checkpoint(
     options: Optional[PruneOptions] = None,
     onnx: Optional[str] = None,
     image_size: Optional[Tuple[int, int]] = None,
-    metric: Optional[str] = None,
+    metric: Optional[Metric] = None,
     overwrite: bool = False,
 ) -> Pruned:
     """Merge a trained network, prune its filters, fine-tune and export it.
@@ -113,8 +114,7 @@ def prune_checkpoint(
         image_size: Height and width in pixels of the image on which
             operations are counted, and which the ONNX file takes; by default
             those of the first image of the test set.
-        metric: Name of the evaluator's figure to report; by default its main
-            one.
+        metric: The evaluator's figure to report; by default its main one.
         overwrite: Whether existing outputs may be replaced.
 
     Returns:
@@ -126,6 +126,8 @@ def prune_checkpoint(
     """
     options = options or PruneOptions()
     _check(options, onnx)
+    metric = metric or Metric()
+    metric.check()
     checkpoint, config = output_paths(out)
     outputs = (checkpoint, config, *([onnx] if onnx else []))
     with writing(source, *outputs, overwrite=overwrite) as drafts:
@@ -138,6 +140,7 @@ def prune_checkpoint(
         # replaces the network that it built by ``model``.
         with quiet_runner(contents.cfg) as runner:
             stages.append(_stage('merged', runner, model, size, metric))
+            metric = stages[0].figure.metric
             prune_(
                 model,
                 options.ratio,
@@ -271,10 +274,10 @@ def _stage(
     runner: Runner,
     model: nn.Module,
     size: Tuple[int, int],
-    metric: Optional[str],
+    metric: Metric,
 ) -> PruningStage:
     _give(runner, model)
-    figure = evaluate(runner, name=metric)
+    figure = evaluate(runner, metric=metric)
     with torch.no_grad():
         return PruningStage(name, figure, cost_of(model.eval(), size))
 
@@ -294,7 +297,7 @@ def print_pruned(result: Pruned) -> None:
     stages = result.stages
     rows: List[Tuple[str, Callable[[PruningStage], str]]] = [
         (
-            f'{stages[0].figure.name} (points)',
+            stages[0].figure.title,
             lambda stage: f'{stage.figure.points:.2f}',
         ),
         ('parameters', lambda stage: f'{stage.cost.parameters:,}'),

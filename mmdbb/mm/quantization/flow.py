@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_flatten
 
 from mmdbb.mm.export.modules import export_module, is_detector
 from mmdbb.mm.quantization.fake import quantizable_layers
-from mmdbb.modules import in_eval_mode
+from mmdbb.modules import in_eval_mode, is_known
 from mmdbb.tracing import sole_readers
 
 #: Operations that need no quantizer of their own: their outputs are a subset
@@ -86,8 +86,8 @@ def layers_to_quantize(
             continue
         reads = watch.reads.get(layer, [])
         norm = norms.get(layer)
-        if not isinstance(norm, _BatchNorm):
-            norm = None  # only batch norms fold into the layer
+        if not (isinstance(norm, _BatchNorm) and is_known(norm)):
+            norm = None  # only plain batch norms fold into the layer
         found[name] = Written(
             None if norm is None else names[norm],
             any(other for other, _ in reads),

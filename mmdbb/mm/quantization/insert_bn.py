@@ -13,16 +13,21 @@ quantization-aware training) fold this norm like any other.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional, Type
+import copy
+from typing import Dict, Iterable, NamedTuple, Optional, Set, Type
 
 import torch
 from mmengine.config import Config
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmdbb.blocks.base import ReparamConv2d
 from mmdbb.branches.base import zero_bias
+from mmdbb.branches.norm import norm_scale_shift
 from mmdbb.compare import Difference, compare_networks
+from mmdbb.conv_norms import norm_names
 from mmdbb.errors import UserError
+from mmdbb.files.sources import some
 from mmdbb.mm.config_types import class_of, rewrite
 from mmdbb.mm.deploy.load import build_model
 from mmdbb.mm.evaluation.images import Calibration
@@ -32,6 +37,7 @@ from mmdbb.mm.quantization.network import fill_network
 from mmdbb.mm.stock.config import named_block, without_own_starts
 from mmdbb.mm.structure import Structure
 from mmdbb.reparam import find_blocks
+from mmdbb.transforms import KernelBias, fuse_conv_bn
 
 _TOLERANCE = 1e-4
 #: For "no limit": larger than any kernel. A config cannot hold infinity.
@@ -168,6 +174,9 @@ def _conv_bn(layer: dict, block: Type[ReparamConv2d]) -> dict:
 def insert_bn_(network: nn.Module, model: nn.Module, images: Tensor) -> None:
     """Fill a network of ``ConvBN`` so that it computes the same as ``model``.
 
+    Where ``network`` has no place for the norm behind a block, because
+    ``ConvBN`` brings its own, that norm is folded into the kernel first.
+
     Args:
         network: The network of ``model``, but with a ``ConvBN`` for each
             block. Its weights are overwritten.
@@ -175,17 +184,16 @@ def insert_bn_(network: nn.Module, model: nn.Module, images: Tensor) -> None:
         images: Normalised images (N, C, H, W) to calibrate the norms with.
 
     Raises:
-        ValueError: If a kernel is not finite, or a norm has no weight.
+        ValueError: If a kernel is not finite, a norm has no weight, or an
+            entry of one network has no counterpart in the other.
     """
     blocks = find_blocks(model)
-    inside = tuple(f'{name}.' for name in blocks)
-    state = {
-        name: value
-        for name, value in model.state_dict().items()
-        if not name.startswith(inside)
+    absorbed = _absorbed(network, model, blocks)
+    _load_rest(network, model, (*blocks, *absorbed.values()))
+    ends = {
+        name: model.get_submodule(absorbed.get(name, name)) for name in blocks
     }
-    network.load_state_dict(state, strict=False)
-    statistics = channel_statistics(model, blocks, images)
+    statistics = channel_statistics(model, ends, images)
     for name, block in blocks.items():
         branch = network.get_submodule(name).branches['kxk']
         norm = branch.norm
@@ -194,13 +202,57 @@ def insert_bn_(network: nn.Module, model: nn.Module, images: Tensor) -> None:
                 f'the norm behind {name} needs weight and bias, but its '
                 'norm_cfg says affine=False'
             )
-        conv = block.to_conv()
-        bias = zero_bias(conv.weight) if conv.bias is None else conv.bias
+        kernel, bias = _merged(block, ends[name])
         # No image reaches some layers (auxiliary heads); any statistics do
         # there, because weight and bias undo them.
         mean, var = statistics.get(name, (bias, torch.ones_like(bias)))
-        branch.conv.weight.copy_(conv.weight)
+        branch.conv.weight.copy_(kernel)
         norm.running_mean.copy_(mean - bias.double())
         norm.running_var.copy_(var)
         norm.weight.copy_((norm.running_var.double() + norm.eps).sqrt())
         norm.bias.copy_(mean)
+
+
+def _absorbed(
+    network: nn.Module, model: nn.Module, blocks: Iterable[str]
+) -> Dict[str, str]:
+    """Names of blocks -> names of the norms behind them that fall away."""
+    modules = dict(network.named_modules())
+    pairs = norm_names(model)
+    return {
+        name: pairs[name]
+        for name in blocks
+        if name in pairs
+        and isinstance(model.get_submodule(pairs[name]), _BatchNorm)
+        and not isinstance(modules.get(pairs[name]), _BatchNorm)
+    }
+
+
+def _load_rest(
+    network: nn.Module, model: nn.Module, left: Iterable[str]
+) -> None:
+    """Load the weights of all modules but some, and see that none is lost."""
+    inside = tuple(f'{name}.' for name in left)
+
+    def rest(names: Iterable[str]) -> Set[str]:
+        return {name for name in names if not name.startswith(inside)}
+
+    state = model.state_dict()
+    kept = {name: state[name] for name in rest(state)}
+    misfit = network.load_state_dict(kept, strict=False)
+    lost = rest(misfit.missing_keys) | set(misfit.unexpected_keys)
+    if lost:
+        raise ValueError(
+            'the network with inserted norms has other entries than the '
+            f'trained one: {some(sorted(lost))}'
+        )
+
+
+def _merged(block: ReparamConv2d, end: nn.Module) -> KernelBias:
+    """The kernel and bias of a block and, if it ends in one, of its norm."""
+    conv = block.to_conv()
+    bias = zero_bias(conv.weight) if conv.bias is None else conv.bias
+    if end is block:
+        return KernelBias(conv.weight, bias)
+    exact = KernelBias(conv.weight.double(), bias.double())
+    return fuse_conv_bn(exact, norm_scale_shift(copy.deepcopy(end).double()))

@@ -21,10 +21,10 @@ from mmdbb.mm.quantization.fake import (
     INPUT,
     OUTPUT,
     WEIGHT,
-    WeightQuantizer,
     quantizable_layers,
 )
 from mmdbb.mm.quantization.onnx_static import Layers, check_float, layers_of
+from mmdbb.mm.quantization.quantizers import WeightQuantizer
 
 #: Names in an exported file start so: the export wraps the network in a
 #: module that keeps it as its attribute ``network``.
