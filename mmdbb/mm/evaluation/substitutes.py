@@ -114,11 +114,11 @@ def channels_of(model: nn.Module) -> int:
     """Number of channels of the images that a network takes.
 
     Args:
-        model: The network; its first layer with ``in_channels`` reads images.
+        model: The network; its first layer with ``in_channels`` reads them.
+            Without such a layer, images have three channels.
     """
-    return next(
-        m.in_channels for m in model.modules() if hasattr(m, 'in_channels')
-    )
+    read = (getattr(m, 'in_channels', None) for m in model.modules())
+    return next((channels for channels in read if channels), 3)
 
 
 @torch.no_grad()

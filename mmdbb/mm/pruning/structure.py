@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mmdbb.compare import DENSE_HEADS
 from mmdbb.errors import UserError, require_packages
+from mmdbb.mm.evaluation.substitutes import channels_of
 from mmdbb.mm.export.modules import (
     FEATURE_READERS,
     export_module,
@@ -91,7 +92,7 @@ def prune_(
     module = _as_function(model)
     before = _filters(model)
     images = next(model.parameters()).new_zeros(
-        2, _channels(model), *image_size
+        2, channels_of(model), *image_size
     )
     try:
         with in_eval_mode(model), _with_gradients(model):
@@ -216,7 +217,7 @@ def cost_of(model: nn.Module, image_size: Tuple[int, int]) -> Cost:
         image_size: Height and width of the image in pixels.
     """
     images = next(model.parameters()).new_zeros(
-        1, _channels(model), *image_size
+        1, channels_of(model), *image_size
     )
     with FlopCounterMode(display=False) as counter:
         _as_function(model)(images)
@@ -225,13 +226,6 @@ def cost_of(model: nn.Module, image_size: Tuple[int, int]) -> Cost:
 
 def _as_function(model: nn.Module) -> nn.Module:
     return export_module(model, head=is_detector(model))
-
-
-def _channels(model: nn.Module) -> int:
-    """Number of channels of the network's images."""
-    return next(
-        m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)
-    )
 
 
 def _filters(model: nn.Module) -> Dict[str, int]:
