@@ -14,7 +14,7 @@ quantization-aware training) fold this norm like any other.
 from __future__ import annotations
 
 import copy
-from typing import Dict, Iterable, NamedTuple, Optional, Set, Type
+from typing import Dict, Iterable, NamedTuple, Optional, Sequence, Set, Type
 
 import torch
 from mmengine.config import Config
@@ -40,8 +40,6 @@ from mmdbb.reparam import find_blocks
 from mmdbb.transforms import KernelBias, fuse_conv_bn
 
 _TOLERANCE = 1e-4
-#: For "no limit": larger than any kernel. A config cannot hold infinity.
-_LARGEST_KERNEL = 1000
 
 
 class Inserted(NamedTuple):
@@ -95,7 +93,7 @@ def insert_bn_checkpoint(
                 f'{source.checkpoint} is merged already: the network of its '
                 'config has no block to put a norm behind'
             )
-        new_cfg = conv_bn_config(cfg)
+        new_cfg = conv_bn_config(cfg, model)
         network = build_model(new_cfg)
         images = calibration.images(cfg, model)
         try:
@@ -134,39 +132,56 @@ def insert_bn_checkpoint(
     )
 
 
-def conv_bn_config(cfg: Config) -> Config:
+def conv_bn_config(cfg: Config, model: nn.Module) -> Config:
     """Replace all blocks in a config by :class:`mmdbb.blocks.ConvBN`.
 
     Args:
         cfg: Config of a network with blocks.
+        model: That network. It tells which kernels became blocks, where the
+            config leaves that to a backbone.
 
     Returns:
         Config: A copy. The entries that say what blocks start from are
         removed, because all weights come from the checkpoint.
     """
+    sizes = [max(b.kernel_size) for b in find_blocks(model).values()]
+
+    def with_conv_bn(node: dict, scope: Optional[str]) -> dict:
+        kind = class_of(node.get('type'), scope)
+        default = getattr(kind, 'default_block', None)
+        if default is not None and node.get('block') is None:
+            node['block'] = dict(default)
+        for key in ('conv_cfg', 'block'):
+            block = named_block(node.get(key), scope)
+            if block is not None:
+                node[key] = _conv_bn(node[key], block, sizes)
+        return node
+
     fields = without_own_starts(cfg.to_dict())
-    return Config(rewrite(fields, _with_conv_bn, fields.get('default_scope')))
+    return Config(rewrite(fields, with_conv_bn, fields.get('default_scope')))
 
 
-def _with_conv_bn(node: dict, scope: Optional[str]) -> dict:
-    default = getattr(class_of(node.get('type'), scope), 'default_block', None)
-    if default is not None and node.get('block') is None:
-        node['block'] = dict(default)
-    for key in ('conv_cfg', 'block'):
-        block = named_block(node.get(key), scope)
-        if block is not None:
-            node[key] = _conv_bn(node[key], block)
-    return node
+def _conv_bn(
+    layer: dict, block: Type[ReparamConv2d], sizes: Sequence[int]
+) -> dict:
+    """Config of a ``ConvBN`` with the same norm and the same kernel sizes.
 
-
-def _conv_bn(layer: dict, block: Type[ReparamConv2d]) -> dict:
-    """Config of a ``ConvBN`` with the same norm and the same kernel sizes."""
-    new = dict(type='ConvBN')
+    Args:
+        layer: Config of the block.
+        block: Class of the block.
+        sizes: Kernel sizes of all blocks of the network. A backbone may leave
+            smaller or larger kernels plain for this kind of block.
+    """
+    smallest, largest = block.kernel_sizes
+    low = layer.get('min_kernel_size', smallest)
+    high = layer.get('max_kernel_size', largest)
+    new = dict(
+        type='ConvBN',
+        min_kernel_size=max(low, min(sizes)),
+        max_kernel_size=min(high, max(sizes)),
+    )
     if layer.get('norm_cfg'):
         new['norm_cfg'] = layer['norm_cfg']
-    limits = ('min_kernel_size', 'max_kernel_size')
-    for key, default in zip(limits, block.kernel_sizes):
-        new[key] = min(layer.get(key, default), _LARGEST_KERNEL)
     return new
 
 
