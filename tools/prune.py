@@ -61,11 +61,12 @@ def parse_args():
     )
     parser.add_argument(
         '--length',
-        type=int,
+        type=at_least_zero,
         default=0,
         metavar='N',
         help='fine-tune for N epochs, or N iterations if the config counts '
-        'iterations; default: no fine-tuning',
+        "iterations; below 1, for this share of the config's schedule; "
+        'default: no fine-tuning',
     )
     parser.add_argument(
         '--lr-scale',

@@ -8,6 +8,7 @@ pipeline, the decoding of boxes, the resizing of logits, the evaluator.
 from __future__ import annotations
 
 import contextlib
+import copy
 from typing import Callable, Iterator, List, Tuple
 
 import torch
@@ -24,7 +25,8 @@ class TorchNetwork:
     """A network in PyTorch that takes images of one size, as a file does.
 
     Args:
-        model: A classifier, segmentor or detector with a dense head.
+        model: A classifier, segmentor or detector with a dense head. It is
+            copied, so that the copy may stand in for the model itself.
         size: Height and width in pixels of the images that it takes.
 
     Attributes:
@@ -33,7 +35,8 @@ class TorchNetwork:
 
     def __init__(self, model: nn.Module, size: Tuple[int, int]) -> None:
         self.size = size
-        self._run = export_module(model, head=is_detector(model))
+        network = copy.deepcopy(model)
+        self._run = export_module(network, head=is_detector(network)).eval()
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> List[Tensor]:

@@ -186,6 +186,8 @@ def write_network(
         try:
             with silence():
                 kind.write(module, example, names, metadata, path)
+        except UserError:
+            raise
         except Exception as error:  # exporters raise all kinds of errors
             raise UserError(
                 f'{type(model).__name__} cannot be exported as {format}: '

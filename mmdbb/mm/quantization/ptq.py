@@ -30,7 +30,7 @@ from mmdbb.mm.evaluation.figures import evaluate, quiet_runner
 from mmdbb.mm.evaluation.images import Calibration, first_size
 from mmdbb.mm.evaluation.metric import Figure, Metric, describe_fall, fall
 from mmdbb.mm.evaluation.substitutes import TorchNetwork, channels_of
-from mmdbb.mm.export.formats import METADATA
+from mmdbb.mm.export.formats import LARGEST_ONNX, METADATA
 from mmdbb.mm.export.modules import is_detector
 from mmdbb.mm.export.network import ExportOptions, write_network
 from mmdbb.mm.outputs import Proof, Source, writing
@@ -246,6 +246,12 @@ def _given_file(
     if not os.path.exists(source):
         raise UserError(f'no such ONNX file: {source}')
     check_regular(source, 'ONNX file')
+    weight = os.path.getsize(source)
+    if weight > LARGEST_ONNX:
+        raise UserError(
+            f'{source} has {weight / 1e9:.2f} GB; an ONNX file holds '
+            f'{LARGEST_ONNX / 1e9:.2f} GB at most'
+        )
     try:
         model = onnx.load(source, load_external_data=False)
     except Exception as error:  # protobuf has errors of its own
