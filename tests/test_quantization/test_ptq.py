@@ -265,7 +265,7 @@ def test_all_networks_see_the_same_padded_images(
         max_drop=None,
     )
     torch_maps, merged_maps, int8_maps = seen
-    assert torch_maps[0].shape[-2:] == (16, 20)  # of 128 x 160 pixels
+    assert torch_maps[0].shape[-2:] == (32, 40)  # of 128 x 160 pixels
     for found, expected, rough in zip(torch_maps, merged_maps, int8_maps):
         assert torch.allclose(found, expected, atol=1e-4)
         assert rough.shape == expected.shape

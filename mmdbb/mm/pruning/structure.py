@@ -187,10 +187,10 @@ def _why_none(
         ratio: Share of the filters that was to be removed.
         round_to: Number that the channels left are multiples of, or None.
     """
-    widest, step = max(filters.values()), round_to or 1
-    if widest * ratio < step:
-        return 'it is too small for the layers'
-    if widest * (1 - ratio) < step:
+    widest = max(filters.values(), default=0)
+    if round_to and widest * ratio < round_to:
+        return f'it is too small to leave multiples of {round_to}'
+    if widest * (1 - ratio) < (round_to or 1):
         return 'it is too large for the layers, which would have no filter'
     return 'all layers belong to heads, or feed layers that cannot be pruned'
 
