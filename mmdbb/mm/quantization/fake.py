@@ -203,10 +203,18 @@ def add_quantizers_(
     device = next(layer.parameters()).device
     layer.add_module(INPUT, ActivationQuantizer(averaging_constant).to(device))
     weight_quantizer = WeightQuantizer(per_channel, reduce_range)
+    # Averaged copies (EMAHook) and checkpoints need buffers of final shapes.
+    weight_quantizer(torch.zeros(_outputs(layer), 1))
     layer.add_module(WEIGHT, weight_quantizer.to(device))
     layer.folded_norm = (norm,)  # a tuple is no submodule
     layer.__class__ = _quantized_class(type(layer))
     set_quantizing_(layer, False)
+
+
+def _outputs(layer: nn.Module) -> int:
+    """Number of a layer's output channels."""
+    is_linear = isinstance(layer, nn.Linear)
+    return layer.out_features if is_linear else layer.out_channels
 
 
 def add_output_quantizer_(

@@ -13,9 +13,6 @@ from mmdbb.mm.quantization.qat import is_qat_state, prepare_qat_
 from mmdbb.mm.quantization.quantizers import REDUCED_LIMIT
 from mmdbb.reparam import find_blocks
 
-#: Buffers of a quantizer that may hold one value for each channel.
-_A_CHANNEL = ('scale', 'zero_point', 'min_val', 'max_val')
-
 
 def load_network(model: nn.Module, checkpoint: str) -> nn.Module:
     """Load a checkpoint into the network of its config.
@@ -63,7 +60,6 @@ def fill_network(model: nn.Module, loaded: dict, checkpoint: str) -> nn.Module:
             prepare_qat_(model, **_arguments(state))
         except ValueError as error:
             raise UserError(f'{checkpoint}: {error}') from error
-        _take_shapes(model, state)
     load_strictly(model, state, checkpoint)
     if is_qat_state(state):
         set_quantizing_(model)
@@ -86,20 +82,3 @@ def _arguments(state: dict) -> dict:
         per_channel=dims != {0},
         reduce_range=limits == {REDUCED_LIMIT},
     )
-
-
-def _take_shapes(model: nn.Module, state: dict) -> None:
-    """Resize the quantizers' buffers to a checkpoint's shapes.
-
-    New quantizers have one scale; in training those of weights get one for
-    each channel.
-    """
-    for name, module in model.named_modules():
-        for entry, value in module._buffers.items():
-            full = f'{name}.{entry}'
-            if '_quantizer' not in name or full not in state:
-                continue
-            if entry not in _A_CHANNEL:
-                continue
-            if value.shape != state[full].shape:
-                module._buffers[entry] = value.new_empty(state[full].shape)
