@@ -95,6 +95,7 @@ def evaluate(
     with contextlib.ExitStack() as stack:
         # TestLoop.run puts the network into eval mode, and leaves it so.
         stack.enter_context(in_eval_mode(runner.model))
+        stack.enter_context(random_numbers_kept())  # loaders draw seeds
         stack.enter_context(instead or contextlib.nullcontext())
         stack.enter_context(explained_loading(runner.test_loop, 'test'))
         # Not Runner.test(): it would load a checkpoint first.
