@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmdbb import DBB, RepVGGConv
 from mmdbb.blocks import ConvBN, OREPAConv
+from mmdbb.blocks.offers import AbsorbedNorm
 from mmdbb.compare import network_outputs
 from mmdbb.errors import UserError
 from mmdbb.mm.deploy.load import build_model
@@ -319,10 +320,12 @@ def test_no_entry_is_lost_when_norms_are_inserted():
     model = nn.Sequential(OREPAConv(3, 4, 3), nn.BatchNorm2d(4))
     model.append(nn.Conv2d(4, 4, 1)).eval()
     x = image(2, 3, 8, 9, dtype=torch.float32)
-    network = nn.Sequential(ConvBN(3, 4, 3), nn.Identity(), nn.Identity())
+    block = ConvBN(3, 4, 3)
+    place = AbsorbedNorm(block, model[1])
+    network = nn.Sequential(block, place, nn.Identity())
     with pytest.raises(ValueError, match='than the trained one: 2.bias, 2.w'):
         insert_bn_(network.eval(), model, x)
-    network = nn.Sequential(ConvBN(3, 4, 3), nn.Identity(), model[2])
+    network = nn.Sequential(block, place, model[2])
     network.append(nn.Conv2d(4, 4, 1))
     with pytest.raises(ValueError, match='than the trained one: 3.bias, 3.w'):
         insert_bn_(network.eval(), model, x)

@@ -25,9 +25,9 @@ from mmdbb.blocks.base import ReparamConv2d
 from mmdbb.branches.base import zero_bias
 from mmdbb.branches.norm import norm_scale_shift
 from mmdbb.compare import Difference, compare_networks
-from mmdbb.conv_norms import norm_names
 from mmdbb.errors import UserError
 from mmdbb.files.sources import some
+from mmdbb.found_norms import absorbed_norms
 from mmdbb.mm.config_types import class_of, rewrite
 from mmdbb.mm.deploy.load import build_model
 from mmdbb.mm.evaluation.images import Calibration
@@ -232,14 +232,11 @@ def _absorbed(
     network: nn.Module, model: nn.Module, blocks: Iterable[str]
 ) -> Dict[str, str]:
     """Names of blocks -> names of the norms behind them that fall away."""
-    modules = dict(network.named_modules())
-    pairs = norm_names(model)
     return {
-        name: pairs[name]
-        for name in blocks
-        if name in pairs
-        and isinstance(model.get_submodule(pairs[name]), _BatchNorm)
-        and not isinstance(modules.get(pairs[name]), _BatchNorm)
+        name: place
+        for name, place in absorbed_norms(network).items()
+        if name in blocks
+        and isinstance(model.get_submodule(place), _BatchNorm)
     }
 
 

@@ -7,11 +7,11 @@ from torch import nn
 
 from mmdbb.errors import UserError
 from mmdbb.files.checkpoints import load_strictly, read_checkpoint
-from mmdbb.mm.deploy.load import give_structure_, holds_blocks
+from mmdbb.mm.deploy.load import give_structure_
 from mmdbb.mm.quantization.fake import WEIGHT, set_quantizing_
 from mmdbb.mm.quantization.qat import is_qat_state, prepare_qat_
 from mmdbb.mm.quantization.quantizers import REDUCED_LIMIT
-from mmdbb.reparam import find_blocks
+from mmdbb.reparam import find_blocks, holds_blocks
 
 
 def load_network(model: nn.Module, checkpoint: str) -> nn.Module:
