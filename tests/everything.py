@@ -44,11 +44,11 @@ def everything(model):
 
 def process():
     """The settings of the process."""
-    generator = np.random.get_state()
+    _, keys, *places = np.random.get_state()
     return {
         'random numbers': (
             random.getstate(),
-            generator[1].tolist(),
+            (keys.tolist(), places),
             torch.get_rng_state(),
         ),
         'torch': (

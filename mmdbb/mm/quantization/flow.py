@@ -13,14 +13,14 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
 
 from mmdbb.mm.evaluation.substitutes import channels_of
+from mmdbb.mm.export.folding import is_foldable
 from mmdbb.mm.export.modules import export_module, is_detector
 from mmdbb.mm.quantization.fake import quantizable_layers
-from mmdbb.modules import in_eval_mode, is_known
+from mmdbb.modules import in_eval_mode
 from mmdbb.tracing import sole_readers
 
 #: Operations that need no quantizer of their own: their outputs are a subset
@@ -78,7 +78,7 @@ def layers_to_quantize(
     norms = {
         layer: norm
         for layer, norm in sole_readers(network, images).items()
-        if isinstance(norm, _BatchNorm) and is_known(norm)
+        if is_foldable(norm)
     }
     watch = _Watch(layers, norms)
     try:
