@@ -332,6 +332,17 @@ def test_no_collapse_passes_the_guard(
     assert result.drop == pytest.approx(0.1)
 
 
+def test_workers_have_ended(trained, quiet):
+    """Else the interpreter kills them in the end, and their folders stay."""
+    cfg = copy.deepcopy(trained('classification')[0])
+    cfg.test_dataloader.update(num_workers=1, persistent_workers=True)
+    with quiet_runner(cfg) as runner:
+        evaluate(runner)
+        assert multiprocessing.active_children()
+        evaluate(runner)  # with the same workers
+    assert not multiprocessing.active_children()
+
+
 def test_an_image_that_cannot_be_read(trained, tmp_path, quiet):
     cfg = copy.deepcopy(trained('classification')[0])
     data = tmp_path / 'data'

@@ -345,6 +345,20 @@ def test_calibrated_norms_change_nothing():
     assert distance(model[1].running_var, y.var((0, 2, 3), False)) < EXACT
 
 
+def test_norms_that_cannot_be_calibrated_stay():
+    class WithMean(nn.BatchNorm2d):
+        def forward(self, x):
+            return super().forward(x) + self.running_mean.sum()
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), WithMean(4))
+    model.append(nn.BatchNorm2d(4, track_running_stats=False))
+    model = randomize(model).double().eval()
+    x = image(6, 3, 8, 9)
+    before = model(x)
+    calibrate_norms_(model, x)
+    assert torch.equal(model(x), before)
+
+
 # The report
 
 
