@@ -33,8 +33,8 @@ from mmdbb.mm.quantization.insert_bn import (
     insert_bn_,
     insert_bn_checkpoint,
 )
-from mmdbb.mm.quantization.network import load_network
-from mmdbb.mm.quantization.qat import QATHook
+from mmdbb.mm.quantization.network import fill_network, load_network
+from mmdbb.mm.quantization.qat import QATHook, prepare_qat_
 from mmdbb.mm.quantization.qdq import write_qdq
 from mmdbb.mm.quantization.ranges import (
     branch_kernels,
@@ -151,6 +151,20 @@ def test_the_seven_bits_of_a_checkpoint(tmp_path):
     model = load_network(build_model(cfg), str(folder / 'epoch_1.pth'))
     quantizer = model.backbone.layer1[0].conv1.weight_quantizer
     assert not quantizer.per_channel and quantizer.quant_max == 63
+
+
+def test_a_network_for_images_of_one_size_only():
+    def build():
+        layers = nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 6 * 9, 2)
+        return nn.Sequential(*layers).eval()
+
+    trained = build()
+    prepare_qat_(trained, (8, 11))
+    loaded = dict(state_dict=trained.state_dict(), meta={})
+    model = fill_network(build(), loaded, 'qat.pth', (8, 11))
+    assert is_quantizing(model[0]) and is_quantizing(model[2])
+    with pytest.raises(UserError, match='^qat.pth: mat1 and mat2 shapes'):
+        fill_network(build(), loaded, 'qat.pth')
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Tuple
+
 from torch import nn
 
 from mmdbb.errors import UserError
@@ -32,7 +34,12 @@ def load_network(model: nn.Module, checkpoint: str) -> nn.Module:
     return fill_network(model, read_checkpoint(checkpoint), checkpoint)
 
 
-def fill_network(model: nn.Module, loaded: dict, checkpoint: str) -> nn.Module:
+def fill_network(
+    model: nn.Module,
+    loaded: dict,
+    checkpoint: str,
+    image_size: Tuple[int, int] = (64, 64),
+) -> nn.Module:
     """Load a checkpoint that was read already into the network of its config.
 
     Args:
@@ -40,6 +47,8 @@ def fill_network(model: nn.Module, loaded: dict, checkpoint: str) -> nn.Module:
         loaded: The checkpoint, as
             :func:`mmdbb.files.checkpoints.read_checkpoint` returned it.
         checkpoint: Path of the checkpoint, for messages.
+        image_size: Height and width in pixels of an image that the network
+            takes.
 
     Returns:
         nn.Module: The network in eval mode. If the checkpoint has quantizers,
@@ -57,8 +66,8 @@ def fill_network(model: nn.Module, loaded: dict, checkpoint: str) -> nn.Module:
         )
     if is_qat_state(state):
         try:
-            prepare_qat_(model, **_arguments(state))
-        except ValueError as error:
+            prepare_qat_(model, image_size, **_arguments(state))
+        except (ValueError, RuntimeError) as error:
             raise UserError(f'{checkpoint}: {error}') from error
     load_strictly(model, state, checkpoint)
     if is_qat_state(state):

@@ -283,9 +283,9 @@ def _exported(
 ) -> _Merged:
     """Load the checkpoint into the runner's network, and export that."""
     loaded = source.read()
-    trained = fill_network(runner.model, loaded, source.checkpoint)
+    size = size or first_size(source.cfg, runner.model, seed)
+    trained = fill_network(runner.model, loaded, source.checkpoint, size)
     runner.model = trained
-    size = size or first_size(source.cfg, trained, seed)
     network = copy.deepcopy(trained)
     remove_quantizers_(network)
     write_network(
