@@ -81,7 +81,7 @@ def stock_state(
         else:
             del state[f'{name}.bias']
             if not behind and bias.any():
-                raise UserError(_no_place(name, _why(norms)))
+                raise UserError(_no_place(name, _why(norms, name)))
         for norm in behind:
             for alias in names[modules[norm]]:
                 changed.update(
@@ -132,8 +132,8 @@ def _no_place(name: str, why: str) -> str:
     )
 
 
-def _why(norms: FoundNorms) -> str:
-    if norms.by == 'data' and not norms.reason:
+def _why(norms: FoundNorms, name: str) -> str:
+    if name not in norms.unreached:
         return (
             'no norm alone reads its output (a norm that reads something '
             'else too cannot take it)'

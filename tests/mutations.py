@@ -82,6 +82,8 @@ SYNC = f'{PROCESSES}::test_sync_bn_in_two_processes'
 PLAIN = 'tests/test_plain/test_weights.py'
 REPARAM = 'tests/test_reparam.py'
 INSERT = 'tests/test_insert.py'
+OFFERS = 'tests/test_plain/test_offers.py'
+FLOW = 'tests/test_mm/test_data_flow.py'
 
 TABLE = (
     # ------------------------------------------------------------- geometry
@@ -635,17 +637,27 @@ TABLE = (
     # -------------------------------------------------------------- tracing
     Mutation(
         'mmdbb/tracing.py',
-        'reader is not None and count[reader] == len(found)',
-        'reader is not None',
+        'alone = sum(self.reads[n] for n in read) == len(readers)',
+        'alone = True',
         'a norm that reads two convolutions',
-        (f'{INSERT}::test_follows_the_data',),
+        (
+            f'{INSERT}::test_follows_the_data',
+            f'{INSERT}::test_a_norm_of_others_takes_no_bias',
+        ),
     ),
     Mutation(
         'mmdbb/tracing.py',
-        'reader = found[0] if len(set(found)) == 1 else None',
-        'reader = found[0]',
-        'a convolution before two norms',
+        'found[conv] = norms if alone and None not in norms else ()',
+        'found[conv] = tuple(read) if alone else ()',
+        'a convolution of which one call has no norm',
         (f'{INSERT}::test_as_many_calls_are_not_the_same_calls',),
+    ),
+    Mutation(
+        'mmdbb/tracing.py',
+        'conv: norms[0] if len(norms) == 1 else None',
+        'conv: norms[0] if norms else None',
+        'a convolution before two norms',
+        (f'{INSERT}::test_follows_the_data',),
     ),
     Mutation(
         'mmdbb/tracing.py',
@@ -656,17 +668,118 @@ TABLE = (
     ),
     Mutation(
         'mmdbb/tracing.py',
-        'watch.read(output)  #',
-        'pass  #',
+        'watch.read(run())  #',
+        'run()  #',
         'a convolution that the caller reads too',
         (f'{INSERT}::test_follows_the_data',),
     ),
     Mutation(
         'mmdbb/tracing.py',
-        'reader = next(iter(readers)) if len(readers) == 1 else None',
-        'reader = max(readers, key=bool, default=None)',
+        'readers[conv].append(found.pop() if len(found) == 1 else None)',
+        'readers[conv].append(max(found, key=bool, default=None))',
         'several readers in a run that is watched',
         (f'{INSERT}::test_follows_the_data',),
+    ),
+    Mutation(
+        'mmdbb/tracing.py',
+        'if _name_of(func) not in _LOOKS:',
+        'if True:',
+        'a shape is no reader',
+        (f'{INSERT}::test_a_shape_is_no_reader',),
+    ),
+    Mutation(
+        'mmdbb/tracing.py',
+        'frame.failed = output is None',
+        'frame.failed = False',
+        'a run that broke off tells nothing',
+        (f'{FLOW}::test_what_a_run_does_not_reach_is_found_by_names',),
+    ),
+    # ------------------------------------------------- weights of others
+    Mutation(
+        'mmdbb/blocks/offers.py',
+        'offer is not None and offer.missing is missing',
+        'offer is not None',
+        'what another load left',
+        (f'{OFFERS}::test_one_after_the_other',),
+    ),
+    Mutation(
+        'mmdbb/blocks/offers.py',
+        "self.eps = getattr(norm, 'eps', 0.0)",
+        'self.eps = 1e-5',
+        'the eps of an absorbed norm',
+        (f'{OFFERS}::test_each_kind_of_block',),
+    ),
+    Mutation(
+        'mmdbb/blocks/offers.py',
+        'unexpected[:] = [name for name in unexpected if name not in names]',
+        'pass',
+        'entries of absorbed norms are used',
+        (f'{OFFERS}::test_absorbed_norms_come_in',),
+    ),
+    Mutation(
+        'mmdbb/blocks/offers.py',
+        "self._offers['norm'] = norm  #",
+        'pass  #',
+        'a norm that stands before its convolution',
+        (f'{OFFERS}::test_absorbed_norms_come_in',),
+    ),
+    Mutation(
+        'mmdbb/blocks/offers.py',
+        'if branches & offered:',
+        'if False:',
+        'plain entries and some of the branches',
+        (f'{OFFERS}::test_refuses_with_the_reason',),
+    ),
+    Mutation(
+        'mmdbb/plain/weights.py',
+        '    if forgotten:\n',
+        '    if False:\n',
+        'norms that nobody remembers',
+        (f'{OFFERS}::test_a_forgotten_norm_is_refused',),
+    ),
+    Mutation(
+        'mmdbb/stock_weights.py',
+        'state._metadata = expected._metadata',
+        'pass',
+        'versions of layers',
+        (f'{OFFERS}::test_versions_of_layers_are_kept',),
+    ),
+    Mutation(
+        'mmdbb/stock_weights.py',
+        'for alias in names[modules[norm]]:',
+        'for alias in names[modules[norm]][:1]:',
+        'a norm under two names',
+        (f'{FLOW}::test_a_norm_a_level_takes_the_bias',),
+    ),
+    Mutation(
+        'mmdbb/stock_weights.py',
+        '        for norm in behind:\n',
+        '        for norm in behind[:1]:\n',
+        'a norm for each level',
+        (f'{INSERT}::test_a_bias_goes_into_each_of_several_norms',),
+    ),
+    Mutation(
+        'mmdbb/untouched.py',
+        '[[name, norm] for norm in norms.get(name, ())]',
+        '[[name, norm] for norm in norms.get(name, ())[:1]]',
+        'the proof with each norm',
+        (f'{FLOW}::test_a_norm_a_level_takes_the_bias',),
+    ),
+    Mutation(
+        'mmdbb/modules.py',
+        "c.__name__ == 'FrozenBatchNorm2d'",
+        "c.__name__ == 'Frozen'",
+        'frozen norms',
+        (f'{INSERT}::test_frozen_norms_stay_and_take_the_bias',),
+    ),
+    Mutation(
+        'mmdbb/reparam.py',
+        'branches\\.(?!\\d+\\.)\\w+\\.',
+        'branches\\.\\w+\\.',
+        "HRNet's own branches",
+        (
+            'tests/test_engine/test_fitting.py::test_hrnets_branches_are_no_blocks',
+        ),
     ),
     Mutation(
         'mmdbb/modules.py',
@@ -836,6 +949,24 @@ TABLE = (
         (f'{WATCHED}::test_merging_leaves_computed_weights_as_they_stood',),
     ),
     # ------------------------------------------------ found by earlier runs
+    Mutation(
+        'mmdbb/mm/engine/resume.py',
+        '-1 <= state.get(key, 0)',
+        '0 <= state.get(key, 0)',
+        'a resumed training whose schedule has not begun',
+        (
+            'tests/test_engine/test_resume.py::test_a_demo_that_is_killed_and_resumed[segmentation]',
+        ),
+    ),
+    Mutation(
+        'mmdbb/files/second_reader.py',
+        '_MADE.get((module, name), _Nothing)',
+        '_MADE.get((module, name)) or super().find_class(module, name)',
+        'a second reader that runs what a file names',
+        (
+            'tests/test_files/test_checkpoints.py::test_the_second_reader_runs_nothing',
+        ),
+    ),
     Mutation(
         'mmdbb/files/checkpoints.py',
         'else state[name].to(value.dtype)',

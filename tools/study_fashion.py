@@ -91,6 +91,8 @@ def parse_args():
 
 def main():
     args = parse_args()
+    import logging
+
     import torch
     from workshop.fashion.report import print_results
     from workshop.fashion.study import Plan, Recipe, read_results, run_study
@@ -114,6 +116,7 @@ def main():
         jobs=args.jobs,
     )
     out = Path(args.out)
+    logging.disable(logging.INFO)  # mmengine lists all weights at the start
     for result in run_study(plan, out):
         what = 'search' if result.searched else f'seed {result.seed}'
         print(

@@ -66,10 +66,15 @@ class AbsorbedNorm(nn.Identity):
     Args:
         block: The block that does what the norm did.
         norm: The norm that was here.
+        returns: Whether the plain network has that norm. The merged network
+            of some backbones has none there, but a convolution with a bias.
     """
 
-    def __init__(self, block: nn.Module, norm: nn.Module) -> None:
+    def __init__(
+        self, block: nn.Module, norm: nn.Module, returns: bool = True
+    ) -> None:
         super().__init__()
+        self.returns = returns
         self.kind = type(norm).__name__
         #: Added to the variance by the norm that was here.
         self.eps = getattr(norm, 'eps', 0.0)
@@ -139,7 +144,9 @@ class AbsorbedNorm(nn.Identity):
             own[entry].data.copy_(value)
 
     def _used(self, offer: _Offer, args: tuple) -> Optional[NormEntries]:
-        """Tell the load that a norm's entries are used; None if misshapen."""
+        """Tell the load that it used a norm's entries; None if it did not."""
+        if not (offer.found or self.returns):
+            return None
         missing, unexpected, errors = args[-3:]
         channels = (self.block.out_channels,)
         names = {offer.prefix + name for name in offer.found}

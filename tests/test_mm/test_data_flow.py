@@ -214,7 +214,14 @@ def test_deployed_as_files(kind, tmp_path):
     assert result.blocks == len(set(blocks_of(trained)))
     network = load_deployed(result.config, result.checkpoint)
     assert not blocks_of(network)
-    if kind == 'rtmdet':  # one of the names, and the block in all its places
+    if kind == 'rtmdet':
+        with pytest.raises(
+            UserError,
+            match=r'fold bbox_head.cls_convs.0.0.bn into bbox_head.cls_convs.0'
+            r'.0.conv, but the data goes from there to .*cls_convs.2.0.bn',
+        ):
+            deploy(cfg, source, tmp_path / 'fused.pth', fuse=True)
+        # One of the names, and the block is merged in all its places.
         part = deploy(
             cfg,
             source,
@@ -277,8 +284,9 @@ def test_what_a_run_does_not_reach_is_found_by_names(monkeypatch):
         'backbone.0': ('backbone.1',),
         'roi_head.0': ('roi_head.1',),
     }
-    assert found.reason == 'a run does not reach roi_head.0'
-    assert len(said) == 1 and 'roi_head.0' in said[0]
+    assert found.reason == 'a run does not reach bbox_head.conv, roi_head.0'
+    assert found.unreached == {'bbox_head.conv', 'roi_head.0'}
+    assert len(said) == 1 and 'not by the data: roi_head.0 (a r' in said[0]
 
 
 class Unrunnable(Detector):
@@ -312,3 +320,25 @@ def test_looking_leaves_the_random_state_alone():
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[1][name])
     assert run_on_image(model, (9, 8))['output'].shape == (1, 4, 7, 6)
+
+
+def test_the_reason_is_that_of_the_convolution():
+    stock = Detector().double().eval()
+    stock.backbone[1] = nn.ReLU()
+    stock.backbone[0].bias = stock.bbox_head.conv.bias = None
+    for name, why in (
+        ('backbone.0', 'no norm alone reads its output'),
+        ('bbox_head.conv', r'is known to follow \(a run does not reach bbox_'),
+    ):
+        model = copy.deepcopy(stock)
+        parent, _, child = name.rpartition('.')
+        block = blocks_of(build(dict(type='DBB', **CONV[name])))[0]
+        setattr(model.get_submodule(parent), child, block)
+        with pytest.raises(UserError, match=f'merged {name} has .*{why}'):
+            stock_state(model, stock)
+
+
+CONV = {
+    'backbone.0': dict(in_channels=3, out_channels=4, kernel_size=3),
+    'bbox_head.conv': dict(in_channels=4, out_channels=4, kernel_size=3),
+}

@@ -14,7 +14,7 @@ from mmdbb.blocks.base import ReparamConv2d
 from mmdbb.branches.base import leaf_dtype
 from mmdbb.errors import UserError
 from mmdbb.files.checkpoints import load_strictly
-from mmdbb.files.sources import some
+from mmdbb.files.sources import some, with_versions_of
 from mmdbb.found_norms import absorbed_norms
 from mmdbb.mm.data_flow import norms_of
 from mmdbb.mm.deploy.load import build_model
@@ -27,10 +27,10 @@ from mmdbb.mm.stock.partial import (
     whole_config,
 )
 from mmdbb.mm.structure import Structure, written_structure
-from mmdbb.modules import names_of
+from mmdbb.modules import is_norm, names_of
 from mmdbb.reparam import find_blocks, holds_blocks
 from mmdbb.stock_weights import names_in, stock_state
-from mmdbb.untouched import Pairs
+from mmdbb.untouched import Pairs, folded_by_order
 
 
 class MergeOptions(NamedTuple):
@@ -122,6 +122,7 @@ def merge_checkpoint(
         raise UserError(f'{checkpoint}: {error}') from error
     structure = Structure.PARTIAL if partial else Structure.STOCK
     if options.fuse:
+        _refuse_wrong_fusing(trained, norms)
         network = fuse_conv_bn(network)
         structure = Structure.FUSED
     renamed = names_in(network, trained)
@@ -176,6 +177,18 @@ def trained_network(
     _refuse_merged(trained, state, checkpoint)
     load_strictly(trained, state, checkpoint, keep_dtype=True)
     return trained
+
+
+def _refuse_wrong_fusing(trained: nn.Module, norms: Pairs) -> None:
+    """Raise if mmcv's ``fuse_conv_bn`` would fold a norm where it is not."""
+    for conv, norm in folded_by_order(trained):
+        behind = norms.get(conv, (norm,))
+        if behind != (norm,):
+            raise UserError(
+                f"--fuse calls mmcv's fuse_conv_bn, which would fold {norm} "
+                f'into {conv}, but the data goes from there to '
+                f'{some([*behind])}; merge without --fuse'
+            )
 
 
 def _refuse_overflow(
@@ -242,7 +255,7 @@ def _stock(
     stock_cfg = stock_config(whole_config(cfg))
     stock = build_model(stock_cfg)
     norms = norms_of(stock)
-    state = stock_state(trained, stock, norms, dtype)
+    state = stock_state(trained, stock, norms=norms, dtype=dtype)
     load_strictly(stock, state, 'the merged network', keep_dtype=True)
     return stock, stock_cfg, _in_names_of(trained, stock, norms.pairs)
 
@@ -250,7 +263,14 @@ def _stock(
 def _in_names_of(trained: nn.Module, stock: nn.Module, pairs: Pairs) -> Pairs:
     """Translate pairs of the stock network for the one that was trained."""
     renamed = names_in(stock, trained)
-    own = {renamed(n): n for own in names_of(trained).values() for n in own}
+    # The name of a container may be that of a layer in the other network.
+    layers = (ReparamConv2d, nn.Conv2d, nn.Identity)
+    own = {
+        renamed(name): name
+        for module, names in names_of(trained).items()
+        if isinstance(module, layers) or is_norm(module)
+        for name in names
+    }
     return {
         own[conv]: tuple(own[norm] for norm in norms if norm in own)
         for conv, norms in pairs.items()
@@ -274,7 +294,7 @@ def _partly_merged(
     new_cfg = partial_config(cfg, [*before, *merged])
     network = build_model(cfg)
     merge_some_(network, merged)
-    state._metadata = network.state_dict()._metadata
+    state = with_versions_of(network.state_dict(), state)
     load_strictly(network, state, 'the merged network', keep_dtype=True)
     # A block that stays a block keeps its bias; no norm behind it changes.
     return network, new_cfg, {}
