@@ -42,9 +42,10 @@ def fold_norms_(model: nn.Module, images: Tensor) -> Dict[str, str]:
         bias = zero_bias(conv.weight) if conv.bias is None else conv.bias
         exact = KernelBias(conv.weight.double(), bias.double())
         norm_64 = copy.deepcopy(norm).double()
-        kernel, bias = fuse_conv_bn(exact, norm_scale_shift(norm_64))
-        for name, value in (('weight', kernel), ('bias', bias)):
-            setattr(conv, name, nn.Parameter(value.to(conv.weight.dtype)))
+        fused = fuse_conv_bn(exact, norm_scale_shift(norm_64))
+        dtype = conv.weight.dtype
+        conv.weight = nn.Parameter(fused.kernel.to(dtype))
+        conv.bias = nn.Parameter(fused.bias.to(dtype))
         folded[names[conv]] = names[norm]
         for parent in model.modules():
             for name, child in parent._modules.items():
