@@ -456,6 +456,17 @@ def test_where_outputs_are_quantized(tmp_path, quiet):
     assert 'head.fc' in found
 
 
+def test_a_network_of_convolutions_that_pad_by_themselves(quiet):
+    """EfficientNet has an attribute ``in_channels``: not that of images."""
+    from mmpretrain.models.backbones import EfficientNet
+
+    conv_cfg = dict(type='Conv2dAdaptivePadding')
+    model = EfficientNet('b0', conv_cfg=conv_cfg)
+    model.eval()
+    written = layers_to_quantize(model, (32, 32))
+    assert len(written) > 80 and not own_layers(model)
+
+
 def test_what_no_export_runs_through_is_left(tmp_path, quiet):
     found = layers_to_quantize(build('segmentor', tmp_path))
     assert 'decode_head.conv_seg' in found

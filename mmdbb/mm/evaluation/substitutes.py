@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from mmdbb.errors import UserError
+from mmdbb.mm.data_flow import channels_of
 from mmdbb.mm.evaluation.images import pad_to
 from mmdbb.mm.export.modules import export_module, is_detector
 from mmdbb.mm.host_internals import replaced
@@ -111,17 +112,6 @@ def _heads(model: nn.Module) -> List[nn.Module]:
             'detectors with a dense head'
         )
     return list(head) if isinstance(head, nn.ModuleList) else [head]
-
-
-def channels_of(model: nn.Module) -> int:
-    """Number of channels of the images that a network takes.
-
-    Args:
-        model: The network; its first layer with ``in_channels`` reads them.
-            Without such a layer, images have three channels.
-    """
-    read = (getattr(m, 'in_channels', None) for m in model.modules())
-    return next((channels for channels in read if channels), 3)
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mmdbb.compare import DENSE_HEADS
 from mmdbb.errors import UserError, require_packages
-from mmdbb.mm.evaluation.substitutes import channels_of
+from mmdbb.mm.data_flow import channels_of
 from mmdbb.mm.export.modules import (
     FEATURE_READERS,
     export_module,

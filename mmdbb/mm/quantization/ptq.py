@@ -25,11 +25,12 @@ from torch import nn
 from mmdbb.errors import UserError, require_packages
 from mmdbb.files.checkpoints import check_regular
 from mmdbb.files.formats import OWN
+from mmdbb.mm.data_flow import channels_of
 from mmdbb.mm.engine.measure import interleaved_latency
 from mmdbb.mm.evaluation.figures import evaluate, quiet_runner
 from mmdbb.mm.evaluation.images import Calibration, first_size
 from mmdbb.mm.evaluation.metric import Figure, Metric, describe_fall, fall
-from mmdbb.mm.evaluation.substitutes import TorchNetwork, channels_of
+from mmdbb.mm.evaluation.substitutes import TorchNetwork
 from mmdbb.mm.export.formats import LARGEST_ONNX, METADATA
 from mmdbb.mm.export.modules import is_detector
 from mmdbb.mm.export.network import ExportOptions, write_network
