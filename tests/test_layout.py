@@ -28,7 +28,7 @@ LOWER = (
     ('blocks',),
     ('reparam', 'conv_norms', 'tracing', 'files'),
     ('found_norms',),
-    ('stock_weights',),
+    ('stock_weights', 'own_forward'),
     ('plain', 'untouched'),
     ('official',),
     ('insert', 'compare'),
