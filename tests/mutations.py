@@ -1397,7 +1397,7 @@ TABLE = (
         ),
     ),
     Mutation(
-        'mmdbb/mm/export/folding.py',
+        'mmdbb/folding.py',
         'and is_known(norm)',
         'and True',
         'norms with a forward of their own',

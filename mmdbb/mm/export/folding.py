@@ -7,19 +7,14 @@ its own keeps its norm, because its kernel may not be its weight.
 
 from __future__ import annotations
 
-import copy
 from typing import Dict
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmdbb.branches.base import zero_bias
-from mmdbb.branches.norm import norm_scale_shift
-from mmdbb.modules import is_known
+from mmdbb.folding import fold_norm_, is_foldable
 from mmdbb.own_forward import is_plain
 from mmdbb.tracing import sole_readers
-from mmdbb.transforms import KernelBias, fuse_conv_bn
 
 
 @torch.no_grad()
@@ -39,29 +34,10 @@ def fold_norms_(model: nn.Module, images: Tensor) -> Dict[str, str]:
     for conv, norm in sole_readers(model, images).items():
         if not is_foldable(norm) or not is_plain(conv):
             continue
-        bias = zero_bias(conv.weight) if conv.bias is None else conv.bias
-        exact = KernelBias(conv.weight.double(), bias.double())
-        norm_64 = copy.deepcopy(norm).double()
-        fused = fuse_conv_bn(exact, norm_scale_shift(norm_64))
-        dtype = conv.weight.dtype
-        conv.weight = nn.Parameter(fused.kernel.to(dtype))
-        conv.bias = nn.Parameter(fused.bias.to(dtype))
+        fold_norm_(conv, norm)
         folded[names[conv]] = names[norm]
         for parent in model.modules():
             for name, child in parent._modules.items():
                 if child is norm:
                     parent._modules[name] = nn.Identity()
     return folded
-
-
-def is_foldable(norm: object) -> bool:
-    """Whether a norm is one scale and one shift for each channel.
-
-    Args:
-        norm: The module that reads a convolution's output, or None.
-    """
-    return (
-        isinstance(norm, _BatchNorm)
-        and is_known(norm)
-        and norm.running_mean is not None
-    )

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
 
+from mmdbb.folding import is_foldable
 from mmdbb.mm.data_flow import channels_of
-from mmdbb.mm.export.folding import is_foldable
 from mmdbb.mm.export.modules import export_module, is_detector
 from mmdbb.mm.quantization.fake import quantizable_layers
 from mmdbb.modules import in_eval_mode
