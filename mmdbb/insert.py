@@ -14,6 +14,7 @@ from mmdbb.blocks.build import block_of, refuse_unknown_keys
 from mmdbb.errors import UserError
 from mmdbb.files.checkpoints import load_strictly
 from mmdbb.files.sources import some
+from mmdbb.merge_back import Replaced, merge_before_fuse_
 from mmdbb.modules import has_hooks
 from mmdbb.plain.blocks import BRANCH_SCALE, copy_entries_, plain_start
 from mmdbb.plain.branch_sums import NormValues
@@ -43,7 +44,8 @@ def insert_blocks_(
     The outputs of the model in eval mode stay the same. If a batch norm alone
     reads the output of a convolution, the block absorbs it, and
     ``nn.Identity`` takes the norm's place; all other layers stay. OREPA's
-    block has no norm of its own, so it absorbs none.
+    block has no norm of its own, so it absorbs none. If the model has a
+    method ``fuse``, as YOLO's have, it merges the blocks first from now on.
 
     Args:
         model: Any model, with its weights.
@@ -114,8 +116,10 @@ def insert_blocks_(
             )
         except ValueError as error:
             raise ValueError(f'{name}: {error}') from error
+        place = nn.Identity() if absorbed else None
+        new[conv].replaced = Replaced.of(conv, norm, place)
         if absorbed:
-            new[norm] = nn.Identity()
+            new[norm] = place
         names.append(name)
     if not names:
         has = f'; it has blocks already: {some([*blocks])}' if blocks else ''
@@ -134,6 +138,7 @@ def insert_blocks_(
     ]
     for parent, attribute, module in places:
         setattr(parent, attribute, module)
+    merge_before_fuse_(model)
     return names
 
 

@@ -29,7 +29,7 @@ LOWER = (
     ('reparam', 'conv_norms', 'tracing', 'files'),
     ('stock_weights',),
     ('plain', 'untouched'),
-    ('official',),
+    ('official', 'merge_back'),
     ('insert', 'compare'),
 )
 #: The upper storey: folders and files of `mmdbb.mm`, on top of the lower.
