@@ -105,7 +105,7 @@ def narrow(cfg: Config) -> Config:
     built = list(_built(fields['model'], cfg.default_scope))
     _divide(fields['model'])
     for _, node, kind in built:
-        for key, default in _defaults(kind).items():
+        for key, default in _arguments(kind).items():
             if _WIDTHS.search(key) and key not in node:
                 divided = _quarter(default)
                 if divided != default:
@@ -138,21 +138,21 @@ def takes(kind: type, name: str) -> bool:
         kind: The class.
         name: Name of the argument.
     """
+    return name in _arguments(kind)
+
+
+def _arguments(kind: type) -> Dict[str, Any]:
+    """Names and defaults of what a class takes, through its bases too."""
+    found: Dict[str, Any] = {}
     for base in kind.__mro__:
         if '__init__' not in vars(base):
             continue
-        parameters = inspect.signature(base.__init__).parameters
-        if name in parameters:
-            return True
-        kinds = {p.kind for p in parameters.values()}
-        if inspect.Parameter.VAR_KEYWORD not in kinds:
-            return False
-    return False
-
-
-def _defaults(kind: type) -> Dict[str, Any]:
-    parameters = inspect.signature(kind.__init__).parameters.values()
-    return {p.name: p.default for p in parameters if p.default is not p.empty}
+        parameters = inspect.signature(base.__init__).parameters.values()
+        for parameter in parameters:
+            found.setdefault(parameter.name, parameter.default)
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    return found
 
 
 def _built(
