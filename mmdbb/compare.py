@@ -19,6 +19,7 @@ from typing import (
     Iterator,
     List,
     NamedTuple,
+    Optional,
     Sequence,
     Tuple,
 )
@@ -30,7 +31,7 @@ from mmdbb.errors import UserError
 from mmdbb.modules import named_values
 from mmdbb.reparam import literal_forward
 from mmdbb.stock_weights import names_in
-from mmdbb.untouched import changed_layers
+from mmdbb.untouched import Pairs, changed_layers
 
 #: Attributes under which OpenMMLab's networks keep heads that read features.
 DENSE_HEADS = (
@@ -71,6 +72,7 @@ def prove_equal(
     batches: Sequence[Tensor],
     tolerance: float = TOLERANCE,
     smallest: float = SMALLEST_CHANNEL,
+    norms: Optional[Pairs] = None,
 ) -> Difference:
     """Raise unless a merged network equals the trained one.
 
@@ -85,6 +87,8 @@ def prove_equal(
             magnitude of a channel.
         smallest: Channels smaller than this share of the largest channel are
             measured by this share of it, see :func:`relative_error`.
+        norms: Name of a block -> names of the norms behind it, see
+            :func:`~mmdbb.untouched.changed_layers`.
 
     Returns:
         Difference: The largest difference found.
@@ -94,12 +98,12 @@ def prove_equal(
     """
     try:
         difference = _compared_in(
-            torch.float64, trained, network, batches, smallest
+            torch.float64, trained, network, batches, smallest, norms
         )
     except CannotRun:
         # Some layers of other packages run in single precision only.
         difference = _compared_in(
-            torch.float32, trained, network, batches, smallest
+            torch.float32, trained, network, batches, smallest, norms
         )
     if not difference.largest <= tolerance:
         raise UserError(
@@ -120,12 +124,14 @@ def _compared_in(
     network: nn.Module,
     batches: Sequence[Tensor],
     smallest: float,
+    norms: Optional[Pairs],
 ) -> Difference:
     return compare_networks(
         trained.to(dtype),
         network.to(dtype),
         [batch.to(dtype) for batch in batches],
         smallest,
+        norms,
     )
 
 
@@ -135,6 +141,7 @@ def compare_networks(
     merged: nn.Module,
     batches: List[Tensor],
     smallest: float = SMALLEST_CHANNEL,
+    norms: Optional[Pairs] = None,
 ) -> Difference:
     """Compare a network with blocks, each branch by itself, with a merged one.
 
@@ -144,6 +151,8 @@ def compare_networks(
         batches: Normalised images, each of shape (N, C, H, W).
         smallest: Channels smaller than this share of the largest channel are
             measured by this share of it, see :func:`relative_error`.
+        norms: Name of a block -> names of the norms behind it, see
+            :func:`~mmdbb.untouched.changed_layers`.
 
     Returns:
         Difference: The largest difference found.
@@ -156,7 +165,7 @@ def compare_networks(
     with literal_forward(model):
         for name, expected, found in itertools.chain(
             _outputs_of_both(model, merged, batches),
-            _layers_of_both(model, merged),
+            _layers_of_both(model, merged, norms),
         ):
             compared[name] = True
             if not expected.isfinite().all():
@@ -257,10 +266,10 @@ def _tensors(name: str, outputs: Any) -> Dict[str, Tensor]:
 
 
 def _layers_of_both(
-    model: nn.Module, merged: nn.Module
+    model: nn.Module, merged: nn.Module, norms: Optional[Pairs]
 ) -> Iterator[Tuple[str, Tensor, Tensor]]:
     renamed = names_in(merged, model)
-    for layers in changed_layers(model, merged):
+    for layers in changed_layers(model, merged, norms):
         x = _input_for(model.get_submodule(layers[0]))
         found = _run(merged, map(renamed, layers), x)
         yield layers[0], _run(model, layers, x), found

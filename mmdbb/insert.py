@@ -11,9 +11,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmdbb.blocks.branch_sum import BranchSumConv2d
 from mmdbb.blocks.build import block_of, refuse_unknown_keys
+from mmdbb.blocks.offers import AbsorbedNorm
 from mmdbb.errors import UserError
 from mmdbb.files.checkpoints import load_strictly
 from mmdbb.files.sources import some
+from mmdbb.found_norms import norms_shown
 from mmdbb.merge_back import Replaced, merge_before_fuse_
 from mmdbb.modules import has_hooks
 from mmdbb.plain.blocks import BRANCH_SCALE, copy_entries_, plain_start
@@ -43,9 +45,10 @@ def insert_blocks_(
 
     The outputs of the model in eval mode stay the same. If a batch norm alone
     reads the output of a convolution, the block absorbs it, and
-    ``nn.Identity`` takes the norm's place; all other layers stay. OREPA's
-    block has no norm of its own, so it absorbs none. If the model has a
-    method ``fuse``, as YOLO's have, it merges the blocks first from now on.
+    ``AbsorbedNorm`` takes the norm's place: an ``nn.Identity`` that remembers
+    the block; all other layers stay. OREPA's block has no norm of its own, so
+    it absorbs none. If the model has a method ``fuse``, as YOLO's have, it
+    merges the blocks first from now on.
 
     Args:
         model: Any model, with its weights.
@@ -77,7 +80,7 @@ def insert_blocks_(
         >>> insert_blocks_(model)
         ['0']
         >>> [type(layer).__name__ for layer in model]
-        ['DBB', 'Identity', 'ReLU']
+        ['DBB', 'AbsorbedNorm', 'ReLU']
     """
     block_type, args, sizes = _block_config(block)
     rule = 'where()'
@@ -116,7 +119,7 @@ def insert_blocks_(
             )
         except ValueError as error:
             raise ValueError(f'{name}: {error}') from error
-        place = nn.Identity() if absorbed else None
+        place = AbsorbedNorm(new[conv], norm) if absorbed else None
         new[conv].replaced = Replaced.of(conv, norm, place)
         if absorbed:
             new[norm] = place
@@ -179,13 +182,7 @@ def merge_into_(
         ['Conv2d', 'BatchNorm2d']
     """
     _check_same_network(plain, model)
-    names = {module: name for name, module in plain.named_modules()}
-    pairs = {
-        names[conv]: names[norm]
-        for conv, norm in sole_readers(plain, example).items()
-        if norm is not None
-    }
-    state = stock_state(model, plain, pairs)
+    state = stock_state(model, plain, norms_shown(plain, example))
     load_strictly(plain, state, 'the merged network')
     return plain
 

@@ -30,7 +30,7 @@ class Replaced(NamedTuple):
     Attributes:
         bias: Whether the convolution had a bias.
         reader: The module that alone reads the block's output and can take
-            its bias: the ``nn.Identity`` in place of the norm that the block
+            its bias: the ``AbsorbedNorm`` in place of the norm that the block
             absorbed, or a batch norm that stayed. Empty if there is none.
             It stands in a tuple, so that it is no child of the block.
         norm: Arguments of the absorbed norm; None if none was absorbed.

@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any, Callable, Iterator, Tuple, Union
+from typing import Any, Callable, Dict, Iterator, List, Tuple, Union
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
@@ -21,6 +21,10 @@ KNOWN_FORWARDS = (
     _BatchNorm.forward,
     nn.SyncBatchNorm.forward,
 )
+
+#: Layers that normalise their input. Some more are known by their class's
+#: name only, see :func:`is_frozen_norm`.
+_NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)
 
 # Every kind of hook that torch calls when a module's forward runs.
 _HOOKS = (
@@ -103,6 +107,47 @@ def in_eval_mode(*models: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+def is_norm(module: object) -> bool:
+    """Whether a module is a norm, of whatever kind."""
+    return isinstance(module, _NORMS) or is_frozen_norm(module)
+
+
+def is_frozen_norm(module: object) -> bool:
+    """Whether a module is a ``FrozenBatchNorm2d``.
+
+    torchvision, detectron2 and DETR have a class of this name each: a batch
+    norm of buffers only, which no common base class tells.
+    """
+    named = any(c.__name__ == 'FrozenBatchNorm2d' for c in type(module).mro())
+    return named and getattr(module, 'running_mean', None) is not None
+
+
+def takes_bias(norm: object) -> bool:
+    """Whether a norm subtracts a running mean, so that a bias folds into it.
+
+    In eval mode ``mean -= bias`` then does the same as adding the bias to the
+    norm's input.
+    """
+    tracks = isinstance(norm, _NormBase) and norm.running_mean is not None
+    return tracks or is_frozen_norm(norm)
+
+
+def drops_bias(norm: object) -> bool:
+    """Whether a norm subtracts the mean of its own input, channel by channel.
+
+    What was added to a channel of the input is then gone from the output.
+    """
+    return isinstance(norm, _NormBase) and norm.running_mean is None
+
+
+def names_of(model: nn.Module) -> Dict[nn.Module, List[str]]:
+    """All modules of a model, each with all names under which it stands."""
+    names: Dict[nn.Module, List[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    return names
 
 
 def is_replica(module: nn.Module) -> bool:

@@ -14,7 +14,7 @@ import logging
 from types import FrameType
 from typing import Callable, Dict, Optional
 
-from torch import nn
+from torch import Tensor, nn
 
 from mmdbb.errors import UserError
 
@@ -54,6 +54,11 @@ class Ports:
         log: Writes a message to the log.
         read_address: Reads a checkpoint from an address such as
             ``torchvision://resnet50``.
+        start_plain: Computes the entries with which a block equals a plain
+            convolution, and the norm behind it; :mod:`mmdbb.plain.blocks`,
+            which stands above the blocks, plugs it in.
+        run_network: Runs a network on a random image, whatever its inputs
+            are, and returns its outputs; None without mmengine.
         history: Builds mmengine's ``HistoryBuffer`` from its largest length,
             its values and their counts; None without mmengine.
         classes: Full names -> classes of mmengine whose methods are pickled
@@ -69,6 +74,8 @@ class Ports:
         )
         self.log: Callable[..., None] = _log
         self.read_address: Callable[[str], dict] = _read_address
+        self.start_plain: Optional[Callable[..., Dict[str, Tensor]]] = None
+        self.run_network: Optional[Callable[[nn.Module], object]] = None
         self.history: Optional[Callable] = None
         self.classes: Dict[str, type] = {}
 

@@ -27,6 +27,7 @@ LOWER = (
     ('branches',),
     ('blocks',),
     ('reparam', 'conv_norms', 'tracing', 'files'),
+    ('found_norms',),
     ('stock_weights',),
     ('plain', 'untouched'),
     ('official', 'merge_back'),
@@ -37,7 +38,7 @@ UPPER = (
     ('mm.hosts',),
     ('mm',),
     ('mm.host_internals',),
-    ('mm.host_loading', 'mm.config_files', 'mm.config_types'),
+    ('mm.host_loading', 'mm.config_files', 'mm.config_types', 'mm.data_flow'),
     ('mm.backbones', 'mm.stock', 'mm.structure'),
     # What outputs are read again by.
     ('mm.deploy.load', 'mm.deploy.images'),

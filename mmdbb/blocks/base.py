@@ -12,6 +12,7 @@ from typing import Callable, Iterator, Tuple, Union
 import torch
 from torch import Tensor, nn
 
+from mmdbb.blocks.offers import TakesPlainWeights
 from mmdbb.branches.base import leaf_dtype, take_geometry, zero_bias
 from mmdbb.geometry import ConvSpec, IntPair
 from mmdbb.modules import cast, fresh_weights, tensors_of
@@ -48,7 +49,7 @@ def _geometry(name: str, fixed: bool = False) -> property:
     return property(get, put)
 
 
-class ReparamConv2d(nn.Module):
+class ReparamConv2d(TakesPlainWeights):
     """A convolution that is trained as several branches, and can be merged.
 
     From outside it looks like an ``nn.Conv2d``: same arguments, attributes and

@@ -11,11 +11,11 @@ from torch import nn
 
 from mmdbb import DiverseBranchBlock
 from mmdbb.errors import UserError
-from mmdbb.mm.deploy.load import holds_blocks
 from mmdbb.mm.engine.fitting import (
     FittingCheckpointHook,
     StartingCheckpointHook,
 )
+from mmdbb.reparam import holds_blocks
 
 pytestmark = pytest.mark.usefixtures('quiet')
 

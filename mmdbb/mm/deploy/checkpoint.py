@@ -110,8 +110,9 @@ def deploy_checkpoint(
             proof.batches(trained),
             tolerance,
             SMALLEST_CHANNEL if exact else 1.0,
+            merged.norms,
         )
-        prove_untouched(trained, network)
+        prove_untouched(trained, network, merged.norms)
         del trained, network
         drafts.write(
             contents.noting(max_error=difference.largest, tolerance=tolerance)

@@ -9,8 +9,7 @@ weights tell the numbers of filters.
 from __future__ import annotations
 
 import copy
-import re
-from typing import Dict, List
+from typing import Dict
 
 import torch
 from mmcv.cnn import fuse_conv_bn
@@ -19,17 +18,9 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmdbb.blocks.base import ReparamConv2d
 from mmdbb.errors import UserError
 from mmdbb.files.checkpoints import load_strictly, read_checkpoint
 from mmdbb.mm.structure import Structure, written_structure
-from mmdbb.reparam import find_blocks
-
-#: Matches names of entries that only a block has that is not merged.
-_OF_A_BLOCK = re.compile(
-    r'\bbranches\.(?!\d+\.)\w+\.'  # HRNet's branches have numbers
-    r'|\bgenerator\.(layers\.\d+\.)?(origin|scale)$'
-)
 
 
 def build_model(cfg: Config) -> nn.Module:
@@ -111,28 +102,6 @@ def give_structure_(model: nn.Module, checkpoint: dict) -> nn.Module:
     elif structure is Structure.PRUNED:
         _resize_(model, checkpoint['state_dict'])
     return model
-
-
-def holds_blocks(state: Dict[str, Tensor], model: nn.Module) -> bool:
-    """Whether weights come from a network with blocks that are not merged.
-
-    Args:
-        state: Names -> tensors.
-        model: The network to load them into. They may come from another
-            network with blocks, too: then the names of branches tell.
-    """
-    own = {
-        f'{name}.{entry}'
-        for name, block in find_blocks(model).items()
-        if not block.deploy
-        for entry in own_of(block)
-    }
-    return any(name in own or _OF_A_BLOCK.search(name) for name in state)
-
-
-def own_of(block: ReparamConv2d) -> List[str]:
-    """Names of a block's entries that a plain convolution does not have."""
-    return [n for n in block.state_dict() if n not in ('weight', 'bias')]
 
 
 def _resize_(model: nn.Module, state: Dict[str, Tensor]) -> None:

@@ -14,12 +14,11 @@ from mmengine.runner import Runner
 from mmdbb.errors import UserError
 from mmdbb.files.checkpoints import describe_misfit
 from mmdbb.files.sources import some
-from mmdbb.mm.deploy.load import own_of
 from mmdbb.mm.engine.resume import check_resumable, saves_optimizer
 from mmdbb.mm.host_internals import loaded_state
 from mmdbb.mm.stock.config import without_own_starts
 from mmdbb.modules import unwrapped
-from mmdbb.reparam import find_blocks
+from mmdbb.reparam import find_blocks, own_of
 
 
 class StartingCheckpointHook(Hook):
