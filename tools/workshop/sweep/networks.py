@@ -13,7 +13,7 @@ import re
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import torch
-from mmengine.config import Config
+from mmengine.config import Config, config
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -189,6 +189,20 @@ def no_initial_values() -> Iterator[None]:
     finally:
         for name, function in before.items():
             setattr(nn.init, name, function)
+
+
+@contextlib.contextmanager
+def unformatted() -> Iterator[None]:
+    """Within the context mmengine writes configs in one line.
+
+    It formats them with yapf, which takes longer than the networks do.
+    """
+    before = config.FormatCode
+    config.FormatCode = lambda text, **_: (text, True)
+    try:
+        yield
+    finally:
+        config.FormatCode = before
 
 
 _DRAWING = (

@@ -9,6 +9,7 @@ import logging
 import multiprocessing
 import os
 import resource
+import signal
 import time
 import warnings
 from pathlib import Path
@@ -17,11 +18,14 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Tuple
 import torch
 
 from .architectures import Architecture, Read, distinct, read_config
+from .networks import unformatted
 from .packages import config_files, import_package
 from .trial import Trial
 
 #: Configs that one process reads.
 _AT_ONCE = 100
+#: A process that waits longer than this many times its limit hangs.
+_PATIENCE = 20
 
 
 class Limits(NamedTuple):
@@ -29,12 +33,12 @@ class Limits(NamedTuple):
 
     Attributes:
         jobs: Processes that run at once.
-        seconds: Time for one architecture.
+        seconds: Time on the processor for one architecture.
         gigabytes: Memory for one architecture.
     """
 
     jobs: int = 2
-    seconds: float = 120.0
+    seconds: float = 60.0
     gigabytes: float = 8.0
 
 
@@ -134,9 +138,8 @@ def sweep(
 
 
 def _try_out(architecture: Architecture) -> dict:
-    start = time.time()
     row = Trial(architecture).run()
-    return dict(row, seconds=round(time.time() - start, 1))
+    return dict(row, seconds=round(time.process_time(), 1))
 
 
 def run_isolated(
@@ -177,9 +180,9 @@ def run_isolated(
                     result = receiver.recv()
                 except EOFError:
                     process.join()
-                    result = f'ended with code {process.exitcode}'
-            elif time.time() - start > limits.seconds:
-                result = f'took more than {limits.seconds:.0f} seconds'
+                    result = _ending(process.exitcode, limits)
+            elif time.time() - start > _PATIENCE * limits.seconds:
+                result = f'hangs after {_PATIENCE * limits.seconds:.0f} s'
             else:
                 continue
             process.kill()
@@ -187,6 +190,13 @@ def run_isolated(
             receiver.close()
             del running[key]
             yield key, result
+
+
+def _ending(code: int, limits: Limits) -> str:
+    """Why a process ended that gave no result."""
+    if -code in (signal.SIGKILL, signal.SIGXCPU):
+        return f'took more than {limits.seconds:.0f} s, or too much memory'
+    return f'ended with code {code}'
 
 
 def _child(sender: Any, task: Tuple[Callable, tuple], limits: Limits) -> None:
@@ -197,8 +207,13 @@ def _child(sender: Any, task: Tuple[Callable, tuple], limits: Limits) -> None:
         os.dup2(nothing.fileno(), 2)
     most = int(limits.gigabytes * 2**30)
     resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_utime
+    seconds = int(used + limits.seconds) + 1
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     function, args = task
     try:
-        sender.send(function(*args))
+        with unformatted():
+            result = function(*args)
+        sender.send(result)
     except Exception as error:
         sender.send(f'{type(error).__name__}: {error}'[:400])
