@@ -14,12 +14,16 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-#: The forward methods of torch's own convolutions and norms. A layer with one
-#: of these computes what its weights say; a subclass may override it.
+from mmdbb.scale_norm import ScaleNorm2d
+
+#: The forward methods of torch's own convolutions and norms, and of the norm
+#: in blocks without shift. A layer with one of these computes what its weights
+#: say; a subclass may override it.
 KNOWN_FORWARDS = (
     nn.Conv2d.forward,
     _BatchNorm.forward,
     nn.SyncBatchNorm.forward,
+    ScaleNorm2d.forward,
 )
 
 #: Layers that normalise their input. Some more are known by their class's
@@ -322,3 +326,17 @@ def unwrapped(model: nn.Module) -> nn.Module:
     while isinstance(getattr(model, 'module', None), nn.Module):
         model = model.module
     return model
+
+
+@torch.no_grad()
+def reset_children_(module: nn.Module) -> None:
+    """Reset all layers inside a module, in the order they were built in.
+
+    Args:
+        module: The module, whose own tensors stay.
+    """
+    for child in module.children():
+        if hasattr(child, 'reset_parameters'):
+            child.reset_parameters()
+        else:
+            reset_children_(child)

@@ -18,11 +18,11 @@ FACES = ('backbones', 'deploy', 'export', 'prune', 'quantize')
 #: The lower storey, which needs torch only. Each part may import from those
 #: above it, and from itself. What is new belongs somewhere here.
 LOWER = (
-    ('version', 'errors', 'registry'),
+    ('version', 'errors', 'registry', 'scale_norm'),
     ('ports', 'modules'),
     ('recompute',),
     ('geometry',),
-    ('transforms',),
+    ('transforms', 'plain_conv'),
     ('kernels',),
     ('branches',),
     ('blocks',),

@@ -7,15 +7,23 @@ import contextlib
 import copy
 import dataclasses
 import sys
-from typing import Callable, Iterator, Tuple, Union
+from typing import Callable, Iterator, Optional, Tuple, Union
 
 import torch
 from torch import Tensor, nn
 
+from mmdbb.blocks.equivalent import equivalent
 from mmdbb.blocks.offers import TakesPlainWeights
 from mmdbb.branches.base import leaf_dtype, take_geometry, zero_bias
-from mmdbb.geometry import ConvSpec, IntPair
-from mmdbb.modules import cast, fresh_weights, tensors_of
+from mmdbb.geometry import ConvSpec, IntPair, convolve
+from mmdbb.modules import (
+    cast,
+    fresh_weights,
+    reset_children_,
+    shadow,
+    tensors_of,
+)
+from mmdbb.plain_conv import AdaptiveConv2d, plain_conv
 from mmdbb.ports import PORTS
 from mmdbb.recompute import without_autocast
 from mmdbb.transforms import KernelBias
@@ -36,7 +44,16 @@ def _geometry(name: str, fixed: bool = False) -> property:
         return getattr(self.spec, name)
 
     def put(self: ReparamConv2d, value) -> None:
-        spec = dataclasses.replace(self.spec, **{name: value})
+        changes = {name: value}
+        if self.adaptive_padding and not fixed:
+            if name == 'padding':
+                raise ValueError(
+                    f'padding of a {type(self).__name__} with '
+                    f'adaptive_padding=True follows from the image, got '
+                    f'{value!r}'
+                )
+            changes['padding'] = 'adaptive'
+        spec = dataclasses.replace(self.spec, **changes)
         if fixed and spec != self.spec:
             raise ValueError(
                 f'{name} of a {type(self).__name__} is fixed when it is '
@@ -71,6 +88,10 @@ class ReparamConv2d(TakesPlainWeights):
         deploy: Whether to build the merged convolution at once, into which
             merged weights can be loaded.
         init_cfg: mmengine's initialisation rules for this block.
+        adaptive_padding: Whether to pad each image as mmcv's
+            ``Conv2dAdaptivePadding`` does, whatever ``padding`` says.
+        device: Device of the block's tensors, as in ``nn.Conv2d``.
+        dtype: Precision of the block's parameters and statistics.
     """
 
     #: Smallest and largest kernel (longer side, in taps) that a config turns
@@ -98,17 +119,23 @@ class ReparamConv2d(TakesPlainWeights):
         padding_mode: str = 'zeros',
         deploy: bool = False,
         init_cfg: Union[dict, list, None] = None,
+        adaptive_padding: bool = False,
+        device: Union[str, torch.device, None] = None,
+        dtype: Optional[torch.dtype] = None,
     ) -> None:
         super().__init__()
         self.init_cfg = copy.deepcopy(init_cfg)
         #: Whether ``init_weights`` was called; mmengine reads this.
         self.is_init = False
+        #: Whether the pads follow from the image, also where a stride of 1
+        #: makes them the same for all images.
+        self.adaptive_padding = adaptive_padding or padding == 'adaptive'
         self.spec = ConvSpec(
             in_channels,
             out_channels,
             kernel_size,
             stride,
-            padding,
+            'adaptive' if self.adaptive_padding else padding,
             dilation,
             groups,
             padding_mode,
@@ -116,9 +143,10 @@ class ReparamConv2d(TakesPlainWeights):
         self._initializing = False
         self._cached_kernel = None
         self._wants_bias = bias
+        self._factory = dict(device=device, dtype=dtype)
         if deploy:
-            self.reparam_conv = nn.Conv2d(
-                **self.spec.conv_args, bias=bias or self._has_shift
+            self.reparam_conv = plain_conv(
+                self.spec, bias=bias or self._has_shift, **self._factory
             )
 
     in_channels = _geometry('in_channels', fixed=True)
@@ -144,8 +172,34 @@ class ReparamConv2d(TakesPlainWeights):
             ValueError: If a branch does not support this geometry.
         """
         self.spec = spec
-        if self.deploy:
-            take_geometry(self.reparam_conv, spec.conv_args)
+        if not self.deploy:
+            return
+        conv = self.reparam_conv
+        take_geometry(conv, spec.conv_args)
+        if spec.padding == 'adaptive' and not isinstance(conv, AdaptiveConv2d):
+            conv.__class__ = AdaptiveConv2d
+
+    def at_size_of(self, x: Tensor) -> ReparamConv2d:
+        """The block with the geometry that it has for images of one size.
+
+        Args:
+            x: The images.
+
+        Returns:
+            ReparamConv2d: The block itself, unless its padding is adaptive.
+            Then a twin that shares all tensors, see
+            :func:`mmdbb.modules.shadow`.
+        """
+        spec = self.spec.at_size(tuple(map(int, x.shape[-2:])))
+        if spec is self.spec:
+            return self
+        twin = shadow(self, lambda owner, name, tensor: tensor)
+        twin.spec = spec
+        twin._take_size(spec)
+        return twin
+
+    def _take_size(self, spec: ConvSpec) -> None:
+        """Hand on the geometry for images of one size to what is inside."""
 
     @property
     def deploy(self) -> bool:
@@ -168,20 +222,79 @@ class ReparamConv2d(TakesPlainWeights):
         if self.deploy:
             return self.reparam_conv(x)
         if isinstance(x, torch.fx.Proxy):
-            raise TypeError(
-                f'torch.fx cannot trace through a {type(self).__name__}, '
-                'because its computation depends on its input: merge first, '
-                'by mmdbb.reparameterize(model), or make '
-                'mmdbb.ReparamConv2d a leaf of the tracer'
-            )
-        if x.dim() == 3:
-            return self.forward_train(x[None])[0]
-        if x.dim() != 4:
+            return self._as_leaf(x)
+        spec, shape = self.spec, tuple(x.shape)
+        if len(shape) not in (3, 4) or shape[-3] != spec.in_channels:
             raise ValueError(
                 f'{type(self).__name__} takes images of shape (N, C, H, W) '
-                f'or (C, H, W), got {tuple(x.shape)}'
+                f'or (C, H, W) with C={spec.in_channels}, got {shape}. '
+                'Blocks are two-dimensional: they stand for an nn.Conv2d, '
+                'and not in a network of nn.Conv1d or nn.Conv3d'
             )
+        if len(shape) == 3:
+            return self.forward_train(x[None])[0]
         return self.forward_train(x)
+
+    def _as_leaf(self, x: torch.fx.Proxy) -> torch.fx.Proxy:
+        """Be a leaf of a graph that torch.fx traces, as an nn.Conv2d is.
+
+        What a block computes depends on its mode and on the batch, so no
+        graph of it would be right; the graph calls the block itself.
+
+        Raises:
+            TypeError: If the block is all that is traced.
+        """
+        name = x.tracer.path_of_module(self)
+        if not name:
+            raise TypeError(
+                f'torch.fx would trace through a {type(self).__name__}, but '
+                'a block can only be a leaf of the graph: trace a module '
+                'that holds it, such as nn.Sequential(block)'
+            )
+        return x.tracer.create_proxy('call_module', name, (x,), {})
+
+    def _conv_forward(
+        self, x: Tensor, weight: Tensor, bias: Optional[Tensor]
+    ) -> Tensor:
+        """Convolve with other weights, as OpenMMLab's hosts ask nn.Conv2d."""
+        return convolve(x, weight, bias, self.spec.at_size(x.shape[-2:]))
+
+    def __getattr__(self, name: str):
+        if name in ('weight', 'bias'):
+            return equivalent(self, name)
+        return super().__getattr__(name)
+
+    @property
+    def own_bias(self) -> Optional[Tensor]:
+        """The parameter ``bias``, (out,); None without one, and once merged.
+
+        It is not the equivalent bias where norms add theirs.
+        """
+        return vars(self).get('bias', self._parameters.get('bias'))
+
+    @property
+    def merges_with_bias(self) -> bool:
+        """Whether the merged convolution has a bias."""
+        own = self.reparam_conv.bias if self.deploy else self.own_bias
+        return self._has_shift or own is not None
+
+    def _add_own_bias(self, wanted: bool) -> None:
+        bias = nn.Parameter(torch.zeros(self.out_channels)) if wanted else None
+        self._parameters['bias'] = bias
+
+    def register_parameter(self, name: str, param) -> None:
+        """Register a parameter, but none that would be without effect.
+
+        Raises:
+            ValueError: If the name is ``weight`` or ``bias``.
+        """
+        if name in ('weight', 'bias'):
+            raise ValueError(
+                f'{name} of a {type(self).__name__} is computed from its '
+                'branches and cannot be set: set their parameters, or merge '
+                'first: mmdbb.reparameterize(model)'
+            )
+        super().register_parameter(name, param)
 
     def forward_train(self, x: Tensor) -> Tensor:
         """Compute the block before merging, in training and in eval mode.
@@ -267,9 +380,9 @@ class ReparamConv2d(TakesPlainWeights):
         # Apple's GPUs have no float64.
         work = 'cpu' if device.type == 'mps' else device
         composed = cast(self, work, dtype).get_equivalent_kernel_bias()
-        owner = self.reparam_conv if self.deploy else self
-        has_bias = self._has_shift or owner.bias is not None
-        conv = nn.Conv2d(**self.spec.conv_args, bias=has_bias, device='meta')
+        has_bias = self.merges_with_bias
+        conv = plain_conv(self.spec, bias=has_bias, device='meta')
+        layout = memory_format_of(self)
         names = ('weight', 'bias') if has_bias else ('weight',)
         if not has_bias and not composed.bias.is_meta and composed.bias.any():
             raise ValueError(
@@ -282,7 +395,9 @@ class ReparamConv2d(TakesPlainWeights):
                 device,
                 own_dtype,
                 copy=True,
-                memory_format=torch.contiguous_format,
+                memory_format=(
+                    layout if value.dim() == 4 else torch.contiguous_format
+                ),
             )
             # The sum is finite exactly if all terms are: in double precision
             # it cannot overflow. Testing each number would cost far more.
@@ -309,6 +424,31 @@ class ReparamConv2d(TakesPlainWeights):
             delattr(self, name)
         self.reparam_conv = conv
 
+    def convert_to_deploy(self) -> None:
+        """:meth:`switch_to_deploy`, by another name of the field."""
+        self.switch_to_deploy()
+
+    def fuse(self) -> nn.Conv2d:
+        """Merge in place, and return the convolution.
+
+        As in timm, whose ``reparameterize_model`` puts what ``fuse()``
+        returns in the module's place.
+        """
+        self.switch_to_deploy()
+        return self.reparam_conv
+
+    def reset_parameters(self) -> None:
+        """Give all tensors the start that they had when the block was built.
+
+        For blocks that were built on the device ``meta`` and moved by
+        ``to_empty``. Where all modules of a network are reset one by one,
+        reset a block after the layers inside it, as ``model.apply`` does.
+        """
+        reset_children_(self)
+        if self.own_bias is not None:
+            nn.init.zeros_(self.own_bias)
+        self._apply_init_cfg()
+
     def init_weights(self) -> None:
         """Apply the block's own ``init_cfg`` again, if it has one.
 
@@ -319,6 +459,18 @@ class ReparamConv2d(TakesPlainWeights):
             if hasattr(child, 'init_weights'):
                 child.init_weights()
         self.is_init = True
+
+    @contextlib.contextmanager
+    def _building(self) -> Iterator[None]:
+        """Within it, a constructor makes tensors as its arguments say."""
+        device = self._factory['device']
+        with (
+            contextlib.nullcontext()
+            if device is None
+            else torch.device(device)
+        ):
+            yield
+        self.to(self._factory['dtype'])
 
     def _apply_init_cfg(self) -> None:
         # Called by constructors: many containers never call init_weights.
@@ -377,6 +529,23 @@ class ReparamConv2d(TakesPlainWeights):
             if getattr(spec, name) != default:
                 text += f', {name}={getattr(spec, name)}'
         return text
+
+
+def memory_format_of(block: nn.Module) -> torch.memory_format:
+    """The layout of a block's kernels: channels last, or contiguous.
+
+    Args:
+        block: The block.
+    """
+    last = torch.channels_last
+    for tensor in tensors_of(block):
+        if tensor.dim() == 4 and not tensor.is_contiguous():
+            return (
+                last
+                if tensor.is_contiguous(memory_format=last)
+                else (torch.contiguous_format)
+            )
+    return torch.contiguous_format
 
 
 def refuse_merged(block: nn.Module, missing: str) -> None:

@@ -10,10 +10,12 @@ from torch import nn
 
 from mmdbb.blocks.base import ReparamConv2d
 from mmdbb.geometry import ConvSpec
+from mmdbb.plain_conv import plain_conv
 from mmdbb.ports import PORTS
 from mmdbb.registry import BLOCKS
 
-_CONV_ARGS = tuple(inspect.signature(ConvSpec).parameters) + ('bias',)
+_NOT_GEOMETRY = ('bias', 'device', 'dtype')
+_CONV_ARGS = (*inspect.signature(ConvSpec).parameters, *_NOT_GEOMETRY)
 
 
 def register_conv_layer(
@@ -150,7 +152,9 @@ def build_conv(
     refuse_unknown_keys(block, kwargs)
     conv_args = dict(zip(inspect.signature(nn.Conv2d).parameters, args))
     conv_args.update({k: kwargs[k] for k in _CONV_ARGS if k in kwargs})
-    bias = conv_args.pop('bias', True)
+    plain = {k: conv_args.pop(k) for k in _NOT_GEOMETRY if k in conv_args}
+    if kwargs.get('adaptive_padding'):
+        conv_args['padding'] = 'adaptive'
     spec = ConvSpec(**conv_args)
     low, high = kernel_sizes
     for name, size in (('min_kernel_size', low), ('max_kernel_size', high)):
@@ -158,7 +162,7 @@ def build_conv(
             raise TypeError(f'{name} must be a number of taps, got {size!r}')
     if low <= max(spec.kernel_size) <= high:
         return block(*args, **kwargs)
-    return nn.Conv2d(**spec.conv_args, bias=bias)
+    return plain_conv(spec, **dict(dict(bias=True), **plain))
 
 
 def block_arguments(block: Type[ReparamConv2d]) -> Tuple[str, ...]:

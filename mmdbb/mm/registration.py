@@ -12,6 +12,7 @@ from mmdbb.blocks.build import layer_of
 from mmdbb.mm import host_internals
 from mmdbb.mm.data_flow import run_on_image
 from mmdbb.mm.engine import (  # noqa: F401
+    blocks_hook,
     optim,
     reparam_hook,
     repeatable,

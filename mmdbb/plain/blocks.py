@@ -36,6 +36,7 @@ from mmdbb.plain.branch_sums import (
 )
 from mmdbb.plain.kernels import start_as_
 from mmdbb.ports import PORTS
+from mmdbb.scale_norm import ScaleNorm2d
 from mmdbb.transforms import KernelBias, bn_scale_shift, fuse_conv_bn
 
 #: Default of ``branch_scale`` in :func:`plain_start`.
@@ -77,6 +78,11 @@ def plain_start(
             or the result is not finite.
     """
     _check(block, plain, branch_scale)
+    if absorbed and norm is not None and _only_scales(block):
+        raise ValueError(
+            'a block with shift=False has no place for the mean and bias of '
+            'the norm that it would take the place of'
+        )
     work = copy.deepcopy(block).cpu()
     plain = KernelBias(*(t.detach().cpu().double() for t in plain))
     wanted = _with_norm(plain, norm if absorbed else None)
@@ -173,12 +179,16 @@ def _start_composed(
     """Start a block with a composed kernel, in float64, and return it."""
     dtype = leaf_dtype(work)
     exact = work.double()
-    if exact.bias is not None:
-        exact.bias.copy_(wanted.bias)
+    if exact.own_bias is not None:
+        exact.own_bias.copy_(wanted.bias)
     elif wanted.bias.any():
         raise ValueError('the plain convolution has a bias, the block none')
     start_as_(exact.generator, wanted.kernel, branch_scale, dtype)
     return exact
+
+
+def _only_scales(block: nn.Module) -> bool:
+    return any(isinstance(m, ScaleNorm2d) for m in block.modules())
 
 
 def _check(block: nn.Module, plain: KernelBias, branch_scale: float) -> None:

@@ -12,7 +12,6 @@ import copy
 from typing import Dict
 
 import torch
-from mmcv.cnn import fuse_conv_bn
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
@@ -86,7 +85,8 @@ def network_of(config: str, checkpoint: dict) -> nn.Module:
 def give_structure_(model: nn.Module, checkpoint: dict) -> nn.Module:
     """Give a network the structure noted in a checkpoint, in place.
 
-    Norms are folded or layers made narrower, if the checkpoint asks for it.
+    If the checkpoint asks for it, folded norms are removed and convolutions
+    get biases, or layers are made narrower.
 
     Args:
         model: The network that the config builds.
@@ -98,10 +98,32 @@ def give_structure_(model: nn.Module, checkpoint: dict) -> nn.Module:
     """
     structure = written_structure(checkpoint)
     if structure is Structure.FUSED:
-        fuse_conv_bn(model)
+        _give_fused_(model, checkpoint['state_dict'])
     elif structure is Structure.PRUNED:
         _resize_(model, checkpoint['state_dict'])
     return model
+
+
+def _give_fused_(model: nn.Module, state: Dict[str, Tensor]) -> None:
+    """Remove the norms that weights lack, and add the biases they have.
+
+    The new biases are uninitialised; the caller loads the weights.
+
+    Args:
+        model: The stock network, changed in place.
+        state: Entries of the fused network.
+    """
+    present = {name.rpartition('.')[0] for name in state}
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(module, nn.Conv2d):
+            bias = state.get(f'{name}.bias')
+            if module.bias is None and bias is not None:
+                empty = torch.empty_like(bias, device=module.weight.device)
+                module.bias = nn.Parameter(empty)
+        elif isinstance(module, _BatchNorm) and name not in present:
+            if module.state_dict():  # a norm without entries is in no file
+                parent, _, attribute = name.rpartition('.')
+                setattr(model.get_submodule(parent), attribute, nn.Identity())
 
 
 def _resize_(model: nn.Module, state: Dict[str, Tensor]) -> None:

@@ -6,7 +6,6 @@ from __future__ import annotations
 from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
-from mmcv.cnn import fuse_conv_bn
 from mmengine.config import Config
 from torch import Tensor, nn
 
@@ -17,7 +16,9 @@ from mmdbb.files.checkpoints import load_strictly
 from mmdbb.files.sources import some
 from mmdbb.found_norms import absorbed_norms
 from mmdbb.mm.data_flow import norms_of
+from mmdbb.mm.deploy.fused import fold_norms_, give_biases_
 from mmdbb.mm.deploy.load import build_model
+from mmdbb.mm.deploy.parts import refuse_no_block
 from mmdbb.mm.outputs import Contents, Source
 from mmdbb.mm.stock.config import stock_config
 from mmdbb.mm.stock.partial import (
@@ -116,13 +117,14 @@ def merge_checkpoint(
             f'{some(sorted({*first.values()} - {*merged}))}'
         )
     make = _partly_merged if partial else _stock
+    if options.fuse:
+        make = _fused
     try:
         network, new_cfg, norms = make(cfg, trained, merged, options.dtype)
     except ValueError as error:
         raise UserError(f'{checkpoint}: {error}') from error
     structure = Structure.PARTIAL if partial else Structure.STOCK
     if options.fuse:
-        network = fuse_conv_bn(network)
         structure = Structure.FUSED
     renamed = names_in(network, trained)
     own_dtypes = {renamed(name): own for name, own in own_dtype.items()}
@@ -169,6 +171,7 @@ def trained_network(
     """
     trained = build_model(cfg)
     if not find_blocks(trained):
+        refuse_no_block(cfg, trained)
         raise UserError(
             'the network of the config has no block to merge: no conv_cfg '
             'and no backbone of mmdbb'
@@ -256,6 +259,20 @@ def _in_names_of(trained: nn.Module, stock: nn.Module, pairs: Pairs) -> Pairs:
         for conv, norms in pairs.items()
         if conv in own
     }
+
+
+def _fused(
+    cfg: Config, trained: nn.Module, merged: List[str], dtype: torch.dtype
+) -> Tuple[nn.Module, Config, Pairs]:
+    stock_cfg = stock_config(whole_config(cfg))
+    network = build_model(stock_cfg)
+    norms = norms_of(network)
+    give_biases_(network, trained)
+    state = stock_state(trained, network, norms, dtype)
+    load_strictly(network, state, 'the merged network', keep_dtype=True)
+    pairs = _in_names_of(trained, network, norms.pairs)
+    fold_norms_(network, norms.pairs)
+    return network, stock_cfg, pairs
 
 
 def _partly_merged(
