@@ -53,9 +53,7 @@ def _maps(model: nn.Module, size: Size) -> Dict[str, Any]:
     for _ in range(2):
         labels = torch.zeros(1, *size, dtype=torch.long)
         labels[:, : size[0] // 2] = 1
-        info = dict(
-            img_shape=size, ori_shape=size, pad_shape=size, flip=False
-        )
+        info = dict(img_shape=size, ori_shape=size, pad_shape=size, flip=False)
         sample = package.SegDataSample(metainfo=info)
         sample.gt_sem_seg = pixels(data=labels)
         samples.append(sample)

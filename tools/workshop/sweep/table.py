@@ -51,25 +51,32 @@ def verdict_of(row: Dict[str, Any]) -> Verdict:
         return Verdict.NOT_BUILT
     if all(steps.get(name, {}).get('ok') for name in _MUST):
         return Verdict.WORKS
-    said = steps.get('says', {}).get('said')
-    refused = steps['builds'].get('kind') == 'refused'
-    return Verdict.SAID if said or refused else Verdict.FAILS
+    # What the user can put right, before the first step of training.
+    refused = [steps.get(n, {}).get('kind') for n in ('builds', 'says')]
+    if 'refused' in refused:
+        return Verdict.SAID
+    warned = any(_NO_PLACE in line for line in steps.get('says', {})['said'])
+    others = [name for name in _MUST if name != 'merges']
+    works = all(steps.get(name, {}).get('ok') for name in others)
+    fuses = steps.get('fuses', {}).get('ok')
+    return Verdict.SAID if warned and works and fuses else Verdict.FAILS
 
 
-_MUST = ('builds', 'trains', 'starts', 'merges')
+#: The steps that make an architecture work.
+_MUST = ('builds', 'says', 'trains', 'starts', 'merges')
+#: In the warning that a stock network cannot hold what blocks learn.
+_NO_PLACE = 'have no place in the stock network'
 
 
 def reason_of(row: Dict[str, Any]) -> str:
     """Why an architecture does not work, in a line; empty if it does."""
     if 'ended' in row:
         return row['ended']
-    for name in ('alone', *_MUST):
+    for name in ('alone', *_MUST, 'fuses'):
         step = row['steps'].get(name)
         if step is not None and not step['ok']:
             where = f' ({step["where"]})' if 'where' in step else ''
             return f'{name}: {step.get("reason", "")}{where}'
-    if row['takes'] and not row['blocks']:
-        return 'no layer of it is built through conv_cfg'
     return ''
 
 
@@ -94,7 +101,9 @@ def sweep_packages(
             found, notes = find_architectures(package, limits)
         except UserError as error:
             results.add(
-                dict(key=_PACKAGE + package, package=package, absent=str(error))
+                dict(
+                    key=_PACKAGE + package, package=package, absent=str(error)
+                )
             )
             yield str(error)
             continue

@@ -11,16 +11,23 @@ import contextlib
 import os
 import tempfile
 import traceback
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+from types import SimpleNamespace
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import torch
 from mmengine.config import Config
 from torch import Tensor, nn
 
-from mmdbb import load_plain_weights_
+from mmdbb import BlocksHook, load_plain_weights_
 from mmdbb.blocks import ReparamConv2d
 from mmdbb.compare import network_outputs, prove_equal
-from mmdbb.deploy import Proof, Source, deploy_checkpoint, stock_config
+from mmdbb.deploy import (
+    MergeOptions,
+    Proof,
+    Source,
+    deploy_checkpoint,
+    stock_config,
+)
 from mmdbb.errors import UserError
 from mmdbb.modules import count_parameters
 from mmdbb.reparam import find_blocks
@@ -38,8 +45,6 @@ from .networks import (
 #: Heights and widths of the images to try, in pixels: the first that the
 #: network runs on is taken.
 SIZES = ((64, 64), (128, 128), (224, 224), (32, 96), (32, 32))
-#: The steps, in their order.
-STEPS = ('builds', 'says', 'trains', 'starts', 'merges')
 
 
 class Trial:
@@ -90,6 +95,8 @@ class Trial:
             self.cfg = self._with_all_blocks(cfg)
             model = build(self.cfg)
             self._count_blocks(model)
+        with self._step('says') as step:
+            step['said'] = _said(self.cfg, model)
         if not self.row['blocks']:
             return self.row
         self.row['parameters'] = count_parameters(model)
@@ -98,7 +105,11 @@ class Trial:
         with self._step('starts') as step:
             step['how'] = self._start()
         with self._step('merges') as step:
-            step.update(self._merge())
+            step.update(self._merge(MergeOptions()))
+        if not step['ok']:
+            # A way out that every trained network has to have.
+            with self._step('fuses') as step:
+                step.update(self._merge(MergeOptions(fuse=True)))
         return self.row
 
     @contextlib.contextmanager
@@ -164,7 +175,7 @@ class Trial:
         difference = prove_equal(model, plain, self._batches(model))
         return f'{difference.largest:.0e} in {difference.output}'
 
-    def _merge(self) -> dict:
+    def _merge(self, options: MergeOptions) -> dict:
         """Deploy a checkpoint, as ``tools/reparam.py`` does."""
         with tempfile.TemporaryDirectory() as folder:
             checkpoint = os.path.join(folder, 'trained.pth')
@@ -173,17 +184,30 @@ class Trial:
             result = deploy_checkpoint(
                 Source(self.cfg, checkpoint),
                 os.path.join(folder, 'merged.pth'),
+                options,
                 proof=Proof(image_size=tuple(self.size or SIZES[0])),
             )
-        outputs = [n for n in result.difference.compared if '.' in n]
         return dict(
             how=f'{result.difference.largest:.0e}',
             merged=result.blocks,
-            compared=len(outputs),
+            compared=len(result.difference.compared),
         )
 
     def _batches(self, model: nn.Module) -> List[Tensor]:
         return Proof(image_size=tuple(self.size or SIZES[0])).batches(model)
+
+
+def _said(cfg: Config, model: nn.Module) -> List[str]:
+    """What the start of a training warns of: the lines of ``BlocksHook``.
+
+    Raises:
+        UserError: If it refuses the network.
+    """
+    lines: List[str] = []
+    logger = SimpleNamespace(info=lambda _: None, warning=lines.append)
+    runner = SimpleNamespace(cfg=cfg, model=model, logger=logger)
+    BlocksHook().say(runner)
+    return lines
 
 
 def _size_for(model: nn.Module) -> Optional[list]:
