@@ -72,7 +72,7 @@ def parts_taking_blocks(cfg: Config) -> Dict[str, str]:
         dict: Where a part stands -> the name of its class.
     """
     found = {}
-    for where, node, kind in _built(cfg.to_dict()['model'], cfg.default_scope):
+    for where, _, kind in _built(cfg.to_dict()['model'], cfg.default_scope):
         if takes(kind, 'conv_cfg'):
             found[where] = kind.__name__
     return found
