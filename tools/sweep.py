@@ -38,6 +38,13 @@ def parse_args():
         help='only architectures whose config or classes have this text',
     )
     parser.add_argument(
+        '--every',
+        type=int,
+        default=1,
+        metavar='N',
+        help='only each N-th architecture, for a quick look',
+    )
+    parser.add_argument(
         '--docs', action='store_true', help='write docs/hosts.md'
     )
     parser.add_argument(
@@ -63,7 +70,7 @@ def main():
     rows = Path(args.rows)
     limits = Limits(args.jobs, args.seconds, args.gigabytes)
     packages = args.packages or installed()
-    for line in sweep_packages(packages, rows, limits, args.only):
+    for line in sweep_packages(packages, rows, limits, args.only, args.every):
         print(line, flush=True)
     if args.docs:
         print(write_page(ROOT, rows))

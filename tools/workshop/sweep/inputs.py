@@ -27,9 +27,18 @@ def losses_of(model: nn.Module, size: Size) -> Tensor:
     """
     package = type(model).__module__.partition('.')[0]
     data = _INPUTS[package](model, size)
+    _pad_no_further(model.data_preprocessor, size)
     data = model.data_preprocessor(data, True)
     total, _ = model.parse_losses(model(**data, mode='loss'))
     return total
+
+
+def _pad_no_further(preprocessor: nn.Module, size: Size) -> None:
+    """Keep images as small as they are; configs pad them to 512 and more."""
+    if getattr(preprocessor, 'size', None) is not None:
+        preprocessor.size = size
+    if hasattr(preprocessor, 'batch_augments'):
+        preprocessor.batch_augments = None
 
 
 def _images(size: Size) -> list:

@@ -169,8 +169,8 @@ class Trial:
 
     def _start(self) -> str:
         """Start from the stock network's weights, and compare the two."""
-        plain = build(stock_config(self.cfg))
-        model = build(self.cfg)
+        plain = build(stock_config(self.cfg)).double()
+        model = build(self.cfg).double()
         load_plain_weights_(model, plain.state_dict())
         difference = prove_equal(model, plain, self._batches(model))
         return f'{difference.largest:.0e} in {difference.output}'
