@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import collections
+import collections.abc
 import contextlib
 import importlib
 import importlib.abc
@@ -29,9 +31,18 @@ PACKAGES = (
     'mmrotate',
 )
 
-#: Modules that only the data sets and the pictures of these packages need;
-#: the largest has 400 MB.
-DATA_ONLY = ('open3d', 'nuscenes', 'lyft_dataset_sdk', 'decord')
+#: Modules that are imported with the networks, but that no network with
+#: convolutions of torch's needs -> what needs them.
+STAND_INS = {
+    'decord': 'data sets',
+    'e2cnn': "ReDet's layers, which are none of torch's",
+    'imgaug': 'data sets',
+    'lyft_dataset_sdk': 'data sets',
+    'mmaction.models.localizers.drn': 'DRN, which the wheel leaves out',
+    'nuscenes': 'data sets',
+    'open3d': 'pictures',
+    'xtcocotools': 'evaluation',
+}
 
 
 class Imported(NamedTuple):
@@ -69,18 +80,18 @@ def import_package(name: str) -> Imported:
         UserError: If the package is not installed, or lacks another one.
     """
     lifted = ''
-    stand_in_for_data()
+    _stand_in()
     try:
         try:
-            package = importlib.import_module(name)
+            importlib.import_module(f'{name}.models')
         except AssertionError as error:
             lifted = ' '.join(str(error).split())
-            with _last_versions():
-                package = importlib.import_module(name)
-        importlib.import_module(f'{name}.models')
-    except ImportError as error:
-        raise UserError(f'cannot import {name}: {error}') from error
-    return Imported(name, package.__version__, lifted)
+            with _as_when_released():
+                importlib.import_module(f'{name}.models')
+    except Exception as error:  # imports of any package may fail in any way
+        kind = type(error).__name__
+        raise UserError(f'cannot import {name}: {kind}: {error}') from error
+    return Imported(name, sys.modules[name].__version__, lifted)
 
 
 def config_files(name: str) -> List[Path]:
@@ -102,18 +113,37 @@ def config_files(name: str) -> List[Path]:
 
 
 @contextlib.contextmanager
-def _last_versions() -> Iterator[None]:
-    """Within the context, mmcv and mmdet have versions that all accept."""
+def _as_when_released() -> Iterator[None]:
+    """Within the context, mmcv and mmdet have versions that all accept.
+
+    And ``collections`` has the names that Python 3.10 took from it.
+    """
     versions = {'mmcv': '2.0.1', 'mmdet': '3.0.0'}
     modules = [sys.modules[name] for name in versions if name in sys.modules]
     before = [(module, module.__version__) for module in modules]
     for module in modules:
         module.__version__ = versions[module.__name__]
+    collections.Sequence = collections.abc.Sequence
     try:
         yield
     finally:
+        del collections.Sequence
         for module, version in before:
             module.__version__ = version
+
+
+class _AnyName(type):
+    """A class whose attributes are classes like it, whatever their names."""
+
+    def __getattr__(cls, name: str) -> Any:
+        if name.startswith('__'):
+            raise AttributeError(name)
+        return _AnyName(name, (_Anything,), {})
+
+
+class _Anything(metaclass=_AnyName):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
 
 
 class _Stand(ModuleType):
@@ -122,16 +152,14 @@ class _Stand(ModuleType):
     __path__ = ()
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith('__'):
-            raise AttributeError(name)
-        return type(name, (), {})
+        return getattr(_Anything, name)
 
 
 class _Absent(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Imports the modules of :data:`DATA_ONLY` that are not installed."""
+    """Imports the modules of :data:`STAND_INS` that are not installed."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None):
-        if name.partition('.')[0] in DATA_ONLY:
+        if f'{name}.'.startswith(tuple(f'{each}.' for each in STAND_INS)):
             return importlib.machinery.ModuleSpec(name, self, is_package=True)
         return None
 
@@ -142,7 +170,7 @@ class _Absent(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         pass
 
 
-def stand_in_for_data() -> None:
-    """Let packages import what only their data sets and pictures need."""
+def _stand_in() -> None:
+    """Let packages import what their networks do not need."""
     if not any(isinstance(finder, _Absent) for finder in sys.meta_path):
         sys.meta_path.append(_Absent())
