@@ -79,19 +79,29 @@ def import_package(name: str) -> Imported:
     Raises:
         UserError: If the package is not installed, or lacks another one.
     """
-    lifted = ''
     _stand_in()
     try:
-        try:
+        lifted = _complaint(name)
+        with _as_when_released() if lifted else contextlib.nullcontext():
             importlib.import_module(f'{name}.models')
-        except AssertionError as error:
-            lifted = ' '.join(str(error).split())
-            with _as_when_released():
-                importlib.import_module(f'{name}.models')
     except Exception as error:  # imports of any package may fail in any way
         kind = type(error).__name__
         raise UserError(f'cannot import {name}: {kind}: {error}') from error
     return Imported(name, sys.modules[name].__version__, lifted)
+
+
+def _complaint(name: str) -> str:
+    """What a package's own check of versions says; empty if nothing.
+
+    Its ``__init__.py`` runs once more for that, because another package may
+    have imported it already.
+    """
+    spec = importlib.util.find_spec(name)
+    try:
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    except AssertionError as error:
+        return ' '.join(str(error).split())
+    return ''
 
 
 def config_files(name: str) -> List[Path]:

@@ -59,12 +59,17 @@ class Results:
                 with contextlib.suppress(json.JSONDecodeError):  # cut
                     row = json.loads(line)
                     self.rows[row['key']] = row
+            path.write_text(''.join(map(_line, self.rows.values())))
 
     def add(self, row: dict) -> None:
         """Keep a row, in the file too."""
         self.rows[row['key']] = row
         with self.path.open('a') as file:
-            file.write(json.dumps(row) + '\n')
+            file.write(_line(row))
+
+
+def _line(row: dict) -> str:
+    return json.dumps(row) + '\n'
 
 
 def find_architectures(

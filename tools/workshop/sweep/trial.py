@@ -255,7 +255,9 @@ def _train(model: nn.Module, size: Optional[list]) -> str:
     for hook in hooks:
         hook.remove()
     for block in blocks - ran if how != 'blocks alone' else blocks:
-        block(_input_of(block)).square().sum().backward()
+        output = block(_input_of(block)).square().sum()
+        if output.requires_grad:  # not in a frozen stage
+            output.backward()
     for name, block in find_blocks(model).items():
         if not any(_has_gradient(p) for p in block.parameters()):
             if all(not p.requires_grad for p in block.parameters()):
