@@ -25,6 +25,8 @@ BLOCK = dict(type='DBB')
 
 #: Keys whose numbers are divided by four, if they are multiples of 32.
 _WIDTHS = re.compile(r'channels|^num_groups$|^width$')
+#: The same of transformers, whose numbers of heads do not always divide them.
+_EMBEDDINGS = re.compile(r'channels|^num_groups$|^width$|dims$|^num_feats$')
 _SMALLEST = 32
 
 
@@ -92,7 +94,7 @@ def with_blocks(cfg: Config, places: List[str]) -> Config:
     return Config(fields)
 
 
-def narrow(cfg: Config) -> Config:
+def narrow(cfg: Config, embeddings: bool = False) -> Config:
     """Divide the widths of a network by four, written ones and defaults.
 
     The result may not fit together, as where a backbone's widths are no
@@ -100,26 +102,28 @@ def narrow(cfg: Config) -> Config:
 
     Args:
         cfg: A config from :func:`model_config`; unchanged.
+        embeddings: Whether to divide those of transformers too.
     """
+    widths = _EMBEDDINGS if embeddings else _WIDTHS
     fields = copy.deepcopy(cfg.to_dict())
     built = list(_built(fields['model'], cfg.default_scope))
-    _divide(fields['model'])
+    _divide(fields['model'], widths)
     for _, node, kind in built:
         for key, default in _arguments(kind).items():
-            if _WIDTHS.search(key) and key not in node:
+            if widths.search(key) and key not in node:
                 divided = _quarter(default)
                 if divided != default:
                     node[key] = divided
     return Config(fields)
 
 
-def _divide(node: Any) -> None:
+def _divide(node: Any, widths: re.Pattern) -> None:
     values = node.items() if isinstance(node, dict) else enumerate(node)
     for key, value in list(values):
-        if isinstance(key, str) and _WIDTHS.search(key):
+        if isinstance(key, str) and widths.search(key):
             node[key] = _quarter(value)
         elif isinstance(value, (dict, list)):
-            _divide(value)
+            _divide(value, widths)
 
 
 def _quarter(value: Any) -> Any:
