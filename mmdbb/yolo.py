@@ -17,6 +17,8 @@ from torch import nn
 from mmdbb.insert import insert_blocks_
 from mmdbb.reparam import find_blocks
 
+__all__ = ['TrainerWithBlocks']
+
 #: Height and width in pixels of the image that the inserting runs on: a
 #: multiple of the largest stride of all models (64).
 _SIZE = 128

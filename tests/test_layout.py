@@ -32,6 +32,7 @@ LOWER = (
     ('plain', 'untouched'),
     ('official', 'merge_back'),
     ('insert', 'compare'),
+    ('yolo',),
 )
 #: The upper storey: folders and files of `mmdbb.mm`, on top of the lower.
 UPPER = (

@@ -54,7 +54,9 @@ def row_of(package, config):
 
 
 def test_a_network_that_works():
-    row = row_of('mmseg', 'fastscnn/fast_scnn_8xb4-160k_cityscapes-512x1024.py')
+    row = row_of(
+        'mmseg', 'fastscnn/fast_scnn_8xb4-160k_cityscapes-512x1024.py'
+    )
     assert verdict_of(row) is Verdict.WORKS, line_of(row)
     assert row['blocks'] == dict(backbone=3, auxiliary_head=2)
     assert row['steps']['trains']['how'] == 'loss'
