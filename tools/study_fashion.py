@@ -70,6 +70,11 @@ def parse_args():
     )
     parser.add_argument('--device', default='cpu')
     parser.add_argument(
+        '--graphs',
+        action='store_true',
+        help='replay each step as a CUDA graph: the time of the GPU alone',
+    )
+    parser.add_argument(
         '--jobs',
         type=at_least_one,
         default=1,
@@ -86,6 +91,8 @@ def parse_args():
 
 def main():
     args = parse_args()
+    import logging
+
     import torch
     from workshop.fashion.report import print_results
     from workshop.fashion.study import Plan, Recipe, read_results, run_study
@@ -102,12 +109,14 @@ def main():
             batch=args.batch,
             precision=args.precision,
             width=args.width,
+            captured=args.graphs,
         ),
         search_epochs=args.search_epochs,
         device=torch.device(args.device),
         jobs=args.jobs,
     )
     out = Path(args.out)
+    logging.disable(logging.INFO)  # mmengine lists all weights at the start
     for result in run_study(plan, out):
         what = 'search' if result.searched else f'seed {result.seed}'
         print(

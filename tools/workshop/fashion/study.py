@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Dict, Iterator, List, NamedTuple, Sequence
+from typing import Callable, Dict, Iterator, List, NamedTuple, Sequence
 
 import torch
 
@@ -94,17 +95,29 @@ def _run(
     left = [task for task in tasks if task not in known]
     if not left:
         return
-    read_fashion_mnist(plan.data_root)  # one process downloads
+    _read(plan.data_root)  # one process downloads
+    train_one = functools.partial(_train, plan.data_root, plan.device)
+    if jobs == 1:
+        results = map(train_one, left)
+    else:
+        results = _in_processes(train_one, left, jobs)
+    for result in results:
+        done.append(result)
+        _write(out, done)
+        yield result
+
+
+def _in_processes(
+    train_one: Callable[[_Task], Result], tasks: List[_Task], jobs: int
+) -> Iterator[Result]:
+    """Train several networks at a time; each result comes when it is there."""
     context = get_context('spawn')  # CUDA cannot be used in a forked process
-    with ProcessPoolExecutor(jobs, context) as pool:
-        futures = [
-            pool.submit(_train, plan.data_root, plan.device, task)
-            for task in left
-        ]
+    with ProcessPoolExecutor(
+        jobs, context, logging.disable, (logging.INFO,)
+    ) as pool:
+        futures = [pool.submit(train_one, task) for task in tasks]
         for future in as_completed(futures):
-            done.append(future.result())
-            _write(out, done)
-            yield done[-1]
+            yield future.result()
 
 
 def _train(data_root: str, device: torch.device, task: _Task) -> Result:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import mmdbb
 from mmdbb.mm.backbones import ResNetDBB
 from mmdbb.modules import in_eval_mode
+from workshop.benchmark.measure import captured
 from workshop.fashion.images import FashionMNIST, Images, augmented
 
 #: Name in tables -> the block of one and the same network.
@@ -37,6 +38,8 @@ class Recipe(NamedTuple):
         batch: Images in a step.
         precision: One of :data:`PRECISIONS`, by autocast.
         width: Channels of the first stage, 64 in ResNet-18.
+        captured: Whether forward and backward pass are replayed as a CUDA
+            graph, so that times are the GPU's, not those of launching.
     """
 
     lr: float
@@ -44,6 +47,7 @@ class Recipe(NamedTuple):
     batch: int = 512
     precision: str = 'float16'
     width: int = 64
+    captured: bool = False
 
 
 class Result(NamedTuple):
@@ -148,13 +152,16 @@ def train(
         nesterov=True,
     )
     steps = len(data.train.labels) // recipe.batch
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
+    total = steps * recipe.epochs
+    schedule = torch.optim.lr_scheduler.SequentialLR(
         optimizer,
-        recipe.lr,
-        total_steps=steps * recipe.epochs,
-        pct_start=1 / recipe.epochs,
-        cycle_momentum=False,
-        final_div_factor=1e6,
+        [
+            torch.optim.lr_scheduler.LinearLR(optimizer, 0.01, 1.0, steps),
+            torch.optim.lr_scheduler.CosineAnnealingLR(
+                optimizer, max(1, total - steps)
+            ),
+        ],
+        [steps],
     )
     half = recipe.precision == 'float16'
     scaler = torch.amp.GradScaler(device.type, enabled=half)
@@ -164,6 +171,22 @@ def train(
         torch.cuda.reset_peak_memory_stats(device)
         torch.cuda.synchronize(device)
     network.train()
+
+    def forward_and_backward(images: Tensor, labels: Tensor) -> None:
+        with torch.autocast(
+            device.type,
+            PRECISIONS[recipe.precision],
+            enabled=recipe.precision != 'float32',
+            cache_enabled=not recipe.captured,
+        ):
+            loss = F.cross_entropy(network(images), labels)
+        for parameter in network.parameters():
+            parameter.grad = None
+        scaler.scale(loss).backward()
+
+    if recipe.captured:
+        first = data.train.take(torch.arange(recipe.batch, device=device))
+        forward_and_backward = captured(forward_and_backward, *first)
     begin = time.perf_counter()
     for _ in range(recipe.epochs):
         order = torch.randperm(
@@ -171,11 +194,7 @@ def train(
         )
         for places in order.split(recipe.batch)[:steps]:
             images, labels = data.train.take(places)
-            images = augmented(images, generator)
-            with _autocast(device, recipe.precision):
-                loss = F.cross_entropy(network(images), labels)
-            optimizer.zero_grad(set_to_none=True)
-            scaler.scale(loss).backward()
+            forward_and_backward(augmented(images, generator), labels)
             scaler.step(optimizer)
             scaler.update()
             schedule.step()
@@ -211,9 +230,3 @@ def top1(network: nn.Module, images: Images) -> float:
             for x, y in zip(*(part.split(_TEST_BATCH) for part in images))
         ]
     return 100 * torch.stack(right).sum().item() / len(images.labels)
-
-
-def _autocast(device: torch.device, precision: str):
-    return torch.autocast(
-        device.type, PRECISIONS[precision], enabled=precision != 'float32'
-    )
