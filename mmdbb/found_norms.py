@@ -9,7 +9,15 @@ each block with the norm behind it. All of them ask here.
 from __future__ import annotations
 
 import logging
-from typing import Any, Callable, Dict, NamedTuple, Optional, Tuple
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    FrozenSet,
+    NamedTuple,
+    Optional,
+    Tuple,
+)
 
 from torch import nn
 
@@ -19,7 +27,12 @@ from mmdbb.conv_norms import norm_names
 from mmdbb.files.sources import some
 from mmdbb.modules import names_of
 from mmdbb.ports import PORTS
-from mmdbb.tracing import Norms, norms_behind, norms_in_run
+from mmdbb.tracing import (
+    Norms,
+    norms_behind,
+    norms_in_run,
+    outside_blocks,
+)
 
 
 class FoundNorms(NamedTuple):
@@ -34,11 +47,14 @@ class FoundNorms(NamedTuple):
             attributes had to tell.
         reason: Why not by data, or for which convolutions not; empty if all
             was found by data.
+        unreached: Full names of the convolutions of which the data tells
+            nothing.
     """
 
     pairs: Dict[str, Tuple[str, ...]]
     by: str
     reason: str
+    unreached: FrozenSet[str] = frozenset()
 
 
 def find_norms(
@@ -64,27 +80,29 @@ def find_norms(
     names = names_of(model)
     by_name = norm_names(model)
     pairs: Dict[str, Tuple[str, ...]] = {}
-    unseen = []
+    unseen, named, outside = {}, [], {*outside_blocks(model)}
     for module, own in names.items():
-        if not isinstance(module, (nn.Conv2d, ReparamConv2d)):
+        is_conv = isinstance(module, (nn.Conv2d, ReparamConv2d))
+        if not is_conv or module not in outside:
             continue
         if module in seen:
             norms = tuple(names[norm][0] for norm in seen[module])
         else:
             norms = by_name.get(own[0], ())
-            if norms:
-                unseen.append(own[0])
+            unseen.update(dict.fromkeys(own))
+            named += own[:1] if norms else []
         if norms:
             pairs.update(dict.fromkeys(own, norms))
     if seen and unseen:
-        reason = f'a run does not reach {some(unseen)}'
-    if unseen:
+        reason = f'a run does not reach {some([*unseen])}'
+    if named:
         PORTS.log(
             'the norms behind these convolutions are found by the names of '
-            f'attributes, not by the data: {some(unseen)} ({reason})',
+            f'attributes, not by the data: {some(named)} ({reason})',
             logging.INFO if seen else logging.WARNING,
         )
-    return FoundNorms(pairs, 'data' if seen else 'names', reason)
+    by = 'data' if seen else 'names'
+    return FoundNorms(pairs, by, reason, frozenset(unseen))
 
 
 def norms_shown(model: nn.Module, example: Any = None) -> FoundNorms:

@@ -141,8 +141,13 @@ class ConvSpec:
     def pads(self) -> Pads:
         """Pixels added at the top, bottom, left and right.
 
-        If they depend on the image, the most that any image gets.
+        If they depend on the image, as in :attr:`largest_pads`.
         """
+        return self.largest_pads
+
+    @property
+    def largest_pads(self) -> Pads:
+        """The most pixels that any image gets at its four sides."""
         if not isinstance(self.padding, str):
             high, wide = self.padding
             return (high, high, wide, wide)
@@ -184,7 +189,7 @@ class ConvSpec:
         that reads the pixel nearer to the output's own position.
         """
         # Not that of a single image: one kernel serves all sizes.
-        top, _, left, _ = ConvSpec.pads.fget(self)
+        top, _, left, _ = self.largest_pads
         return tuple(
             min((k // 2, (k - 1) // 2), key=lambda tap: abs(tap * d - before))
             for k, d, before in zip(
@@ -316,7 +321,7 @@ def convolve(
     Returns:
         Tensor: Shape (N, out, H', W'), with the images' dtype.
     """
-    padding = spec.padding
+    padding, spec = spec.padding, spec.at_size(x.shape[-2:])
     if isinstance(padding, str) or spec.padding_mode != 'zeros':
         x, padding = pad2d(x, spec.pads, spec.padding_mode), 0
     geometry = spec.stride, padding, spec.dilation, spec.groups
@@ -404,9 +409,9 @@ def _pair(name: str, value, lowest: int) -> IntPair:
         )
     if len(pair) == 3:
         raise ValueError(
-            f'blocks are two-dimensional and stand for an nn.Conv2d, got '
-            f'{name}={value!r} of a three-dimensional convolution: leave '
-            'them out of a network of nn.Conv3d'
+            f'{name} must be one or two numbers, got {value!r}: blocks are '
+            'two-dimensional, they stand for an nn.Conv2d, and not in a '
+            'network of nn.Conv3d'
         )
     # torch takes one number in a sequence for both directions, but a kernel
     # of one number makes an nn.Conv2d that cannot run.

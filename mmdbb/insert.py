@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from mmdbb.blocks.base import memory_format_of
 from mmdbb.blocks.branch_sum import BranchSumConv2d
 from mmdbb.blocks.build import block_of, refuse_unknown_keys
 from mmdbb.blocks.offers import AbsorbedNorm
@@ -251,7 +252,7 @@ def _block_for(
         bias=absorbed or conv.bias is not None,
         padding_mode=conv.padding_mode,
         **args,
-    ).to(conv.weight)
+    ).to(conv.weight, memory_format=memory_format_of(conv))
     bias = conv.bias
     if bias is None:
         bias = torch.zeros_like(conv.weight[:, 0, 0, 0])

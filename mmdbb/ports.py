@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from types import FrameType
-from typing import Callable, Dict, Optional
+from typing import Callable, Dict, NamedTuple, Optional
 
 from torch import Tensor, nn
 
@@ -38,6 +38,21 @@ def _read_address(address: str) -> dict:
     )
 
 
+class ReplacedLayer(NamedTuple):
+    """What the config of a block replaces in a network of a host.
+
+    Attributes:
+        owner: Name of the host's class that was given the block's config.
+        type: Type of the layer that this class has by default.
+        spectral: Whether the block would stand in a module that normalises
+            the weight of its convolution.
+    """
+
+    owner: str = ''
+    type: str = 'Conv2d'
+    spectral: bool = False
+
+
 class Ports:
     """Functions that OpenMMLab's packages provide, and their defaults.
 
@@ -51,6 +66,12 @@ class Ports:
             the block's children; raises if the caller is mmcv's
             ``fuse_conv_bn``, which would fuse the norm behind the block into
             a convolution before it.
+        builder_of: Gets a block's class and the frame of whoever calls it.
+            If that is mmcv's ``build_conv_layer``, which got the class as the
+            type of a layer's config, returns the function that builds from
+            such a config; else None.
+        replaced_layer: Gets a block's class. While an OpenMMLab package
+            builds a network, returns what the block's config replaces there.
         log: Writes a message to the log.
         read_address: Reads a checkpoint from an address such as
             ``torchvision://resnet50``.
@@ -71,6 +92,12 @@ class Ports:
         self.is_host_rule: Callable[[Callable], bool] = lambda rule: False
         self.refuse_fusion: Callable[[nn.Module, FrameType], None] = (
             lambda block, caller: None
+        )
+        self.builder_of: Callable[[type, FrameType], Optional[Callable]] = (
+            lambda block, caller: None
+        )
+        self.replaced_layer: Callable[[type], ReplacedLayer] = lambda block: (
+            ReplacedLayer()
         )
         self.log: Callable[..., None] = _log
         self.read_address: Callable[[str], dict] = _read_address

@@ -81,7 +81,7 @@ def stock_state(
         else:
             del state[f'{name}.bias']
             if not behind and bias.any():
-                raise UserError(_no_place(name, _why(norms)))
+                raise UserError(_no_place(name, _why(norms, name)))
         for norm in behind:
             for alias in names[modules[norm]]:
                 changed.update(
@@ -128,12 +128,14 @@ def _norm_with_bias(
 def _no_place(name: str, why: str) -> str:
     return (
         f'the bias of the merged {name} has no place in the stock network: '
-        f'its convolution has none, and {why}'
+        f'its convolution has none, and {why}. Merge into another form, by '
+        '--format fused or onnx, or leave the block by --skip; before a '
+        'training there are more ways, see docs/any_config.md'
     )
 
 
-def _why(norms: FoundNorms) -> str:
-    if norms.by == 'data' and not norms.reason:
+def _why(norms: FoundNorms, name: str) -> str:
+    if name not in norms.unreached:
         return (
             'no norm alone reads its output (a norm that reads something '
             'else too cannot take it)'

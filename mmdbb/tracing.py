@@ -130,7 +130,7 @@ def norms_in_run(
     """
     watch = _Watch()
     hooks = []
-    for module in _outside_blocks(model):
+    for module in outside_blocks(model):
         hooks.append(module.register_forward_pre_hook(watch.enter))
         hooks.append(
             module.register_forward_hook(watch.leave, always_call=True)
@@ -267,7 +267,7 @@ def _name_of(func: Callable) -> str:
     return name
 
 
-def _outside_blocks(model: nn.Module) -> List[nn.Module]:
+def outside_blocks(model: nn.Module) -> List[nn.Module]:
     """All modules but those inside of blocks, each once."""
     found, waiting = {}, [model]
     while waiting:

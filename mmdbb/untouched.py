@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmdbb.blocks.base import ReparamConv2d
+from mmdbb.blocks.offers import AbsorbedNorm
 from mmdbb.errors import UserError
 from mmdbb.files.sources import some
 from mmdbb.found_norms import absorbed_norms, find_norms
@@ -59,8 +60,28 @@ def changed_layers(
     modules = dict(merged.named_modules(remove_duplicate=False))
     renamed = names_in(merged, model)
     blocks = find_blocks(model)
-    for name in {block: name for name, block in blocks.items()}.values():
+    first = {block: name for name, block in reversed(blocks.items())}
+    for name in reversed(first.values()):
         yield from [[name, norm] for norm in norms.get(name, ())] or [[name]]
+    for conv, norm in folded_by_order(model):
+        # mmcv folds each norm into the convolution before it.
+        folded = isinstance(modules.get(renamed(norm)), nn.Identity)
+        behind = norms.get(conv, ()) if conv in blocks else ()
+        if folded and norm not in behind:
+            yield [conv, norm]
+
+
+def folded_by_order(model: nn.Module) -> Iterator[Tuple[str, str]]:
+    """The pairs that mmcv's ``fuse_conv_bn`` makes of a network.
+
+    It folds each batch norm into the convolution registered before it.
+
+    Args:
+        model: The network, with blocks or without.
+
+    Yields:
+        tuple: Full names of a convolution, or of a block, and of a norm.
+    """
     for name, parent in model.named_modules():
         if isinstance(parent, ReparamConv2d):
             continue
@@ -70,11 +91,7 @@ def changed_layers(
             if isinstance(module, (nn.Conv2d, ReparamConv2d)):
                 last = path
             elif isinstance(module, _BatchNorm) and last is not None:
-                # mmcv folds each norm into the convolution before it.
-                folded = isinstance(modules.get(renamed(path)), nn.Identity)
-                behind = norms.get(last, ()) if last in blocks else ()
-                if folded and path not in behind:
-                    yield [last, path]
+                yield last, path
                 last = None
 
 
@@ -131,6 +148,8 @@ def prove_untouched(
             _is_under(name, changed)
             and not (has_values and name in changed and is_norm(other))
         ):
+            continue
+        if isinstance(module, AbsorbedNorm) and type(other) is nn.Identity:
             continue
         if is_function and other is None:
             continue  # such layers may have other names in the stock network

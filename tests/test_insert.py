@@ -9,14 +9,15 @@ import torch.nn.functional as F
 import torchvision
 from helpers import EXACT, SINGLE, blocks_of, distance, image, randomize
 from torch import nn
-from torchvision.models.resnet import Bottleneck
+from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision.ops import FrozenBatchNorm2d
 
 from mmdbb import DBB, insert_blocks_, merge_into_, reparameterize
 from mmdbb.blocks import OREPAConv
 from mmdbb.blocks.offers import AbsorbedNorm
 from mmdbb.errors import UserError
 from mmdbb.reparam import literal_forward
-from mmdbb.tracing import sole_readers
+from mmdbb.tracing import norms_behind, sole_readers
 
 MODELS = {
     'torchvision resnet': lambda: torchvision.models.ResNet(
@@ -272,6 +273,78 @@ def test_as_many_calls_are_not_the_same_calls(watched):
     assert sole_readers(model, example) == readers
     insert_blocks_(model, example=example)
     assert distance(model(x), plain(x)) < EXACT
+
+
+@pytest.mark.parametrize('watched', [False, True])
+def test_a_bias_goes_into_each_of_several_norms(watched):
+    plain = randomize(SharedConv()).double().eval()
+    model, x = copy.deepcopy(plain), image(2, 3, 9, 8)
+    example = x if watched else None
+    norms = norms_behind(plain, example)
+    assert norms == {
+        plain.conv1: (plain.norm1,),
+        plain.conv2: (plain.norm2, plain.norm_of_nothing),
+    }
+    insert_blocks_(model, example=example)
+    randomize(model, 1)
+    expected = model(x)
+    assert distance(plain(x), expected) > 1e-3
+    assert distance(merge_into_(plain, model, example)(x), expected) < EXACT
+
+
+@pytest.mark.parametrize('model_type', [SharedNorm, TwoByTwo])
+def test_a_norm_of_others_takes_no_bias(model_type):
+    plain = randomize(model_type()).double().eval()
+    model = copy.deepcopy(plain)
+    insert_blocks_(model)
+    randomize(model, 1)
+    with pytest.raises(
+        UserError, match='no norm alone reads its output .a norm that reads so'
+    ):
+        merge_into_(plain, model)
+
+
+class Looks(Misleading):
+    """Asks for a shape, which tells nothing of the values."""
+
+    def forward(self, x):
+        y = self.conv1(x)
+        height, width = y.shape[-2:]
+        count = y.size(0)
+        y = self.norm1(y)
+        return self.norm2(self.conv2(y)).reshape(count, -1, height - 2)
+
+
+@pytest.mark.parametrize('watched', [False, True])
+def test_a_shape_is_no_reader(watched):
+    model = Looks()
+    readers = sole_readers(model, torch.rand(1, 3, 9, 9) if watched else None)
+    assert readers == {model.conv1: model.norm1, model.conv2: model.norm2}
+
+
+@pytest.mark.parametrize('watched', [False, True])
+def test_frozen_norms_stay_and_take_the_bias(watched):
+    def norm(channels):
+        norm = FrozenBatchNorm2d(channels, eps=0.1)
+        for buffer in norm.buffers():
+            nn.init.uniform_(buffer, 0.3, 2)
+        return norm
+
+    plain = torchvision.models.ResNet(
+        BasicBlock, [1, 1, 1, 1], norm_layer=norm
+    )
+    plain.layer3, plain.layer4, plain.fc = (nn.Identity() for _ in range(3))
+    plain.double().eval()
+    model, x = copy.deepcopy(plain), image(1, 3, 32, 24)
+    example = x if watched else None
+    insert_blocks_(model, example=example)
+    with torch.no_grad():
+        assert distance(model(x), plain(x)) < EXACT
+        randomize(model, 1)
+        expected = model(x)
+        merge_into_(plain, model, example)
+        assert distance(plain(x), expected) < EXACT
+    assert type(model.layer1[0].bn1) is FrozenBatchNorm2d
 
 
 @pytest.mark.parametrize('example', ['tuple', 'keywords'])

@@ -66,7 +66,27 @@ def _geometry(name: str, fixed: bool = False) -> property:
     return property(get, put)
 
 
-class ReparamConv2d(TakesPlainWeights):
+class BlockType(type):
+    """The type of blocks' classes.
+
+    In new configs a layer's type is the class itself. mmcv then calls the
+    class, so the rule on the sizes of kernels has to apply there, and the
+    config's keys for it. ``device`` and ``dtype`` are obeyed here, whatever
+    a subclass builds.
+    """
+
+    def __call__(cls, *args, **kwargs):
+        build = PORTS.builder_of(cls, sys._getframe(1))
+        if build is not None:
+            return build(*args, **kwargs)
+        device = kwargs.get('device')
+        with torch.device(device) if device else contextlib.nullcontext():
+            block = super().__call__(*args, **kwargs)
+        block._is_built = True
+        return block.to(kwargs.get('dtype'))
+
+
+class ReparamConv2d(TakesPlainWeights, metaclass=BlockType):
     """A convolution that is trained as several branches, and can be merged.
 
     From outside it looks like an ``nn.Conv2d``: same arguments, attributes and
@@ -143,10 +163,9 @@ class ReparamConv2d(TakesPlainWeights):
         self._initializing = False
         self._cached_kernel = None
         self._wants_bias = bias
-        self._factory = dict(device=device, dtype=dtype)
         if deploy:
             self.reparam_conv = plain_conv(
-                self.spec, bias=bias or self._has_shift, **self._factory
+                self.spec, bias=bias or self._has_shift
             )
 
     in_channels = _geometry('in_channels', fixed=True)
@@ -216,24 +235,27 @@ class ReparamConv2d(TakesPlainWeights):
             Tensor: Shape (N, out, H', W') or (out, H', W').
 
         Raises:
-            TypeError: If torch.fx traces through the block.
+            TypeError: If torch.fx traces the block alone.
             ValueError: If ``x`` has another number of dimensions.
         """
         if self.deploy:
             return self.reparam_conv(x)
         if isinstance(x, torch.fx.Proxy):
             return self._as_leaf(x)
-        spec, shape = self.spec, tuple(x.shape)
-        if len(shape) not in (3, 4) or shape[-3] != spec.in_channels:
+        shape, channels = tuple(x.shape), self.spec.in_channels
+        is_image = len(shape) == 3 and shape[0] == channels
+        if not (is_image or len(shape) == 4):
             raise ValueError(
                 f'{type(self).__name__} takes images of shape (N, C, H, W) '
-                f'or (C, H, W) with C={spec.in_channels}, got {shape}. '
-                'Blocks are two-dimensional: they stand for an nn.Conv2d, '
-                'and not in a network of nn.Conv1d or nn.Conv3d'
+                f'or (C, H, W) with C={channels}, got {shape}. Blocks are '
+                'two-dimensional: they stand for an nn.Conv2d, and not in a '
+                'network of nn.Conv1d or nn.Conv3d'
             )
-        if len(shape) == 3:
-            return self.forward_train(x[None])[0]
-        return self.forward_train(x)
+        block = self.at_size_of(x)
+        y = block.forward_train(x[None] if is_image else x)
+        if block is not self:
+            self._cached_kernel = block._cached_kernel
+        return y[0] if is_image else y
 
     def _as_leaf(self, x: torch.fx.Proxy) -> torch.fx.Proxy:
         """Be a leaf of a graph that torch.fx traces, as an nn.Conv2d is.
@@ -257,10 +279,11 @@ class ReparamConv2d(TakesPlainWeights):
         self, x: Tensor, weight: Tensor, bias: Optional[Tensor]
     ) -> Tensor:
         """Convolve with other weights, as OpenMMLab's hosts ask nn.Conv2d."""
-        return convolve(x, weight, bias, self.spec.at_size(x.shape[-2:]))
+        return convolve(x, weight, bias, self.spec)
 
     def __getattr__(self, name: str):
-        if name in ('weight', 'bias'):
+        own = vars(self).get('_parameters', {})
+        if name in ('weight', 'bias') and own.get(name) is None:
             return equivalent(self, name)
         return super().__getattr__(name)
 
@@ -278,6 +301,11 @@ class ReparamConv2d(TakesPlainWeights):
         own = self.reparam_conv.bias if self.deploy else self.own_bias
         return self._has_shift or own is not None
 
+    @property
+    def adds_bias(self) -> bool:
+        """Whether merging gives a bias to a convolution built without one."""
+        return self.merges_with_bias and not self._wants_bias
+
     def _add_own_bias(self, wanted: bool) -> None:
         bias = nn.Parameter(torch.zeros(self.out_channels)) if wanted else None
         self._parameters['bias'] = bias
@@ -288,7 +316,7 @@ class ReparamConv2d(TakesPlainWeights):
         Raises:
             ValueError: If the name is ``weight`` or ``bias``.
         """
-        if name in ('weight', 'bias'):
+        if name in ('weight', 'bias') and vars(self).get('_is_built'):
             raise ValueError(
                 f'{name} of a {type(self).__name__} is computed from its '
                 'branches and cannot be set: set their parameters, or merge '
@@ -319,7 +347,7 @@ class ReparamConv2d(TakesPlainWeights):
             Tensor: The output of :meth:`forward_train`, up to rounding.
         """
         # The class's own: `literal_forward` puts this method in its place.
-        return type(self).forward_train(self, x)
+        return type(self).forward_train(self.at_size_of(x), x)
 
     def get_equivalent_kernel_bias(self) -> KernelBias:
         """Merge the block, as it is in eval mode, into kernel and bias.
@@ -447,7 +475,8 @@ class ReparamConv2d(TakesPlainWeights):
         reset_children_(self)
         if self.own_bias is not None:
             nn.init.zeros_(self.own_bias)
-        self._apply_init_cfg()
+        if not self.deploy:
+            self._apply_init_cfg()
 
     def init_weights(self) -> None:
         """Apply the block's own ``init_cfg`` again, if it has one.
@@ -459,18 +488,6 @@ class ReparamConv2d(TakesPlainWeights):
             if hasattr(child, 'init_weights'):
                 child.init_weights()
         self.is_init = True
-
-    @contextlib.contextmanager
-    def _building(self) -> Iterator[None]:
-        """Within it, a constructor makes tensors as its arguments say."""
-        device = self._factory['device']
-        with (
-            contextlib.nullcontext()
-            if device is None
-            else torch.device(device)
-        ):
-            yield
-        self.to(self._factory['dtype'])
 
     def _apply_init_cfg(self) -> None:
         # Called by constructors: many containers never call init_weights.

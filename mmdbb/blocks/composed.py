@@ -64,9 +64,8 @@ class ComposedKernelConv2d(ReparamConv2d):
         if self.deploy:
             return
         self._starts_single = single_init
-        with self._building():
-            self.generator = build_kernel(self.spec)
-            self._add_own_bias(self._wants_bias)
+        self.generator = build_kernel(self.spec)
+        self._add_own_bias(self._wants_bias)
         self._apply_init_cfg()
 
     def _apply_init_cfg(self) -> None:
@@ -106,12 +105,11 @@ class ComposedKernelConv2d(ReparamConv2d):
         else:
             compose = self.get_equivalent_kernel_bias
             kernel, bias = cached_kernel(self, compose)
-        spec = self.spec.at_size(x.shape[-2:])
         half = autocast_dtype(x.device.type)
         if half is None or torch.float64 in (x.dtype, kernel.dtype):
-            return convolve(x, kernel, bias, spec)
+            return convolve(x, kernel, bias, self.spec)
         with without_autocast(x.device):
-            return convolve(x.to(half), kernel, bias, spec)
+            return convolve(x.to(half), kernel, bias, self.spec)
 
     def forward_branches(self, x: Tensor) -> Tensor:
         """Run each branch of the kernel on the images, and sum the outputs.

@@ -79,8 +79,8 @@ def equivalent(block: nn.Module, name: str) -> Optional[Tensor]:
     if next(tensors_of(block), None) is None:
         raise AttributeError(f'this {kind} is not built yet: it has no {name}')
     own, shifted = block.own_bias, block._has_shift
-    if name == 'bias' and (own is not None or not block._wants_bias):
-        return own
+    if name == 'bias' and not block._wants_bias:
+        return None
     if any(_uses_batch(module) for module in block.modules()):
         raise AttributeError(
             f'a {kind} in training mode has no {name}: its norms use the '

@@ -15,6 +15,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 from torch import Tensor, nn
 
+from mmdbb.blocks.equivalent import MERGE_FIRST
 from mmdbb.errors import UserError
 from mmdbb.ports import PORTS
 from mmdbb.transforms import KernelBias
@@ -66,10 +67,15 @@ class AbsorbedNorm(nn.Identity):
     Args:
         block: The block that does what the norm did.
         norm: The norm that was here.
+        returns: Whether the plain network has that norm. The merged network
+            of some backbones has none there, but a convolution with a bias.
     """
 
-    def __init__(self, block: nn.Module, norm: nn.Module) -> None:
+    def __init__(
+        self, block: nn.Module, norm: nn.Module, returns: bool = True
+    ) -> None:
         super().__init__()
+        self.returns = returns
         self.kind = type(norm).__name__
         #: Added to the variance by the norm that was here.
         self.eps = getattr(norm, 'eps', 0.0)
@@ -86,24 +92,32 @@ class AbsorbedNorm(nn.Identity):
     def extra_repr(self) -> str:
         return f'{self.kind}, eps={self.eps}'
 
+    def __getattr__(self, name: str):
+        if name in NORM_ENTRIES:
+            raise AttributeError(
+                f'the {self.kind} that was here is part of a '
+                f'{type(self.block).__name__}, so it has no {name}: '
+                f'{MERGE_FIRST}'
+            )
+        return super().__getattr__(name)
+
     def __getstate__(self) -> dict:
         return dict(self.__dict__, _offers={})
 
     def _load_from_state_dict(self, state, prefix, *args) -> None:
         super()._load_from_state_dict(state, prefix, *args)
-        missing, unexpected, errors = args[-3:]
+        missing = args[-3]
         entries = {
             name: state[prefix + name]
             for name in NORM_ENTRIES
             if prefix + name in state
         }
+        norm = _Offer(missing, prefix, entries)
         plain = self._taken('plain', missing)
-        if plain is not None:
-            names = [prefix + n for n in NORM_ENTRIES[:4] if n not in entries]
-            missing.extend(names)
-            self._start(plain, _Offer(missing, prefix, entries), args)
-        elif entries:  # perhaps for a block that comes later
-            self._offers['norm'] = _Offer(missing, prefix, entries)
+        if plain is None:
+            self._offers['norm'] = norm  # the block may come later
+        else:
+            self._start(plain, norm, args)
 
     def norm_for(self, args: tuple) -> Optional[NormEntries]:
         """The norm's entries, if this load found them before the block.
@@ -131,7 +145,7 @@ class AbsorbedNorm(nn.Identity):
 
     def _start(self, plain: _Offer, norm: _Offer, args: tuple) -> None:
         found = self._used(norm, args)
-        if found is None or not found.entries:
+        if found is None:
             return
         block, name = self.block, plain.prefix[:-1]
         entries = _started(block, name, plain.found, found)
@@ -140,10 +154,17 @@ class AbsorbedNorm(nn.Identity):
             own[entry].data.copy_(value)
 
     def _used(self, offer: _Offer, args: tuple) -> Optional[NormEntries]:
-        """Tell the load that a norm's entries are used; None if misshapen."""
+        """Tell the load that it used a norm's entries; None if it did not."""
+        if not (offer.found or self.returns):
+            return None
         missing, unexpected, errors = args[-3:]
         channels = (self.block.out_channels,)
         names = {offer.prefix + name for name in offer.found}
+        missing.extend(
+            offer.prefix + name
+            for name in NORM_ENTRIES[:4]
+            if name not in offer.found
+        )
         unexpected[:] = [name for name in unexpected if name not in names]
         found = len(errors)
         for name, value in offer.found.items():

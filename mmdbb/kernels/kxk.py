@@ -79,9 +79,7 @@ class KxKKernel(ComposedKernel):
         self.depthwise = empty_kernel(
             spec.in_channels * SEPARABLE_EXPANSION, 1, *size
         )
-        self.separable = empty_kernel(
-            out, inside * SEPARABLE_EXPANSION, 1, 1
-        )
+        self.separable = empty_kernel(out, inside * SEPARABLE_EXPANSION, 1, 1)
         rows = len(self.scales) - (not with_1x1)
         self.scale = nn.Parameter(torch.empty(rows, out))
         # Constants. They are buffers because the paper's checkpoints hold

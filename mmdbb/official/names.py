@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from typing import Dict, NamedTuple, Optional, Tuple
 
-import torch
 from torch import Tensor
 
 #: Starts of names -> starts of names.
@@ -73,13 +72,12 @@ def translate(name: str, starts: Names) -> Optional[str]:
 def settle_entries_(entries: Dict[str, Tensor], prefix: str = '') -> None:
     """Give a block's entries the form that the table describes, in place.
 
-    A start of a name tells most entries of any revision. These need more:
+    Most entries of any revision are known by the start of their names.
+    These need more:
 
     - RepVGG-OREPA's code makes six rows of scales where a block has an
       identity. It never reads the last row, which is left as memory happened
       to be.
-    - In a depthwise block, RepVGG-OREPA's code has a 1x1 without an identity
-      before the KxK. Here it is an identity of zeros plus a weight.
     - RepVGG's code of February 2021 (commit 656c29b) stores the merged kernel
       beside the branches that it comes from.
 
@@ -90,10 +88,6 @@ def settle_entries_(entries: Dict[str, Tensor], prefix: str = '') -> None:
     dense = f'{prefix}rbr_dense.'
     if f'{dense}vector' in entries:
         entries[f'{dense}vector'] = entries[f'{dense}vector'][:5]
-    first = entries.pop(f'{dense}weight_rbr_1x1_kxk_conv1', None)
-    if first is not None:
-        entries[f'{dense}weight_rbr_1x1_kxk_idconv1'] = first
-        entries[f'{dense}id_tensor'] = torch.zeros_like(first)
     if f'{dense}conv.weight' in entries:
         for name in ('fused_weight', 'fused_bias'):
             entries.pop(prefix + name, None)

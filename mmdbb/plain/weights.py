@@ -238,7 +238,7 @@ class _Places:
                     norms = (m for m in block.modules() if is_norm(m))
                     eps = next((norm.eps for norm in norms), 0.0)
                 values = NormValues(mean, var, weight, shift, eps, count)
-            elif absorbed:
+            elif absorbed and getattr(module, 'returns', True):
                 missing += _under(norm, ('running_mean', 'running_var'))
         if missing:
             raise ValueError(f'missing: {some(missing)}')

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from mmdbb import ACB, DBB, reparameterize
+from mmdbb import ACB, DBB, insert_blocks_, merge_into_, reparameterize
 from mmdbb.blocks.fast import fast_forward
 from mmdbb.plain.blocks import copy_entries_, plain_start
 from mmdbb.plain.branch_sums import NormValues
@@ -145,8 +145,8 @@ def test_a_bias_of_its_own_stays():
 def test_its_weight_is_read_in_eval_mode_only():
     block = built()
     with pytest.raises(AttributeError, match='in training mode has no wei'):
-        block.weight
-    x, conv = image(2, 4, 7, 6), reparameterize(block.eval())
+        _ = block.weight
+    conv = reparameterize(block.eval())
     assert block.bias is None
     assert distance(block.weight, conv.weight) < EXACT
 
@@ -162,6 +162,20 @@ def test_merges_where_no_bias_has_a_place():
     with torch.no_grad():
         expected = model[1](model[0].forward_branches(x))
         assert distance(stock(x), expected) < EXACT
+
+
+def test_goes_into_any_model_and_back():
+    plain = nn.Sequential(
+        nn.Conv2d(4, 6, 3, padding=1, bias=False), nn.GroupNorm(2, 6)
+    ).double()
+    model, x = copy.deepcopy(plain), image(2, 4, 7, 6)
+    insert_blocks_(model, dict(type='DBB', shift=False))
+    with torch.no_grad():
+        assert distance(model.eval()(x), plain(x)) < EXACT
+        expected = randomize(model)(x)
+        merge_into_(plain, model)
+        assert distance(plain(x), expected) < EXACT
+    assert plain[0].bias is None
 
 
 def test_settings_of_the_norm_stay():

@@ -38,7 +38,13 @@ STOCK_BACKBONES = {
     'ReparamRepVGG': 'RepVGG',
 }
 #: Hooks with nothing to do where no block is left.
-OWN_HOOKS = ('KernelPenaltyHook', 'QATHook', 'ReparamHook', 'RepeatableHook')
+OWN_HOOKS = (
+    'BlocksHook',
+    'KernelPenaltyHook',
+    'QATHook',
+    'ReparamHook',
+    'RepeatableHook',
+)
 #: Hooks in the place of another one.
 HOOKS_IN_PLACE = dict(WholeCheckpointHook='CheckpointHook')
 

@@ -49,6 +49,10 @@ class BlocksForConvNorm:
     #: Config of the block to build if ``block`` is not given.
     default_block = dict(type='DBB')
 
+    #: Whether the plain network has the norms that its blocks absorb. If not,
+    #: its convolutions have a bias instead.
+    norms_return = True
+
     def __init__(
         self,
         *args,
@@ -137,5 +141,7 @@ class BlocksForConvNorm:
         for parent, conv, norm in list(conv_norm_pairs(self)):
             block = getattr(parent, conv)
             if isinstance(block, BranchSumConv2d):
-                place = AbsorbedNorm(block, getattr(parent, norm))
+                place = AbsorbedNorm(
+                    block, getattr(parent, norm), self.norms_return
+                )
                 setattr(parent, norm, place)

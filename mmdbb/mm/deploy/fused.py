@@ -9,18 +9,15 @@ say so, but the names in the checkpoint do, and
 
 from __future__ import annotations
 
-from typing import Iterator, Tuple
-
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmdbb.branches.norm import norm_scale_shift
 from mmdbb.modules import is_known
 from mmdbb.reparam import find_blocks
 from mmdbb.stock_weights import names_in
 from mmdbb.transforms import KernelBias, fuse_conv_bn
-from mmdbb.untouched import Pairs
+from mmdbb.untouched import Pairs, folded_by_order
 
 
 def give_biases_(stock: nn.Module, model: nn.Module) -> None:
@@ -43,17 +40,21 @@ def fold_norms_(model: nn.Module, pairs: Pairs) -> None:
 
     As in mmcv's ``fuse_conv_bn``, ``nn.Identity`` takes the place of a folded
     norm. But mmcv goes by the order in which a module registered its layers,
-    which may be another than the order of the data. Here a norm is folded
-    only if it also is the one that alone reads the convolution's output.
+    which may be another than the order of the data. Here such a norm is folded
+    only if it alone reads the convolution's output, too. (No others are, so
+    that mmcv's function gives the structure to whoever has no mmdbb.)
 
     Args:
         model: A network without blocks, in eval mode.
         pairs: Name of a convolution -> names of the norms that alone read its
             output.
     """
-    readers = [norm for norms in pairs.values() for norm in set(norms)]
     modules = dict(model.named_modules())
-    for conv_name, norm_name in list(_in_order(model)):
+    # A convolution that stands in several places counts once.
+    readers = [
+        n for conv, norms in pairs.items() if conv in modules for n in norms
+    ]
+    for conv_name, norm_name in list(folded_by_order(model)):
         conv, norm = modules[conv_name], modules[norm_name]
         if (
             pairs.get(conv_name) != (norm_name,)
@@ -70,21 +71,4 @@ def fold_norms_(model: nn.Module, pairs: Pairs) -> None:
         )
         conv.weight, conv.bias = nn.Parameter(kernel), nn.Parameter(bias)
         parent, _, name = norm_name.rpartition('.')
-        setattr(model.get_submodule(parent), name, nn.Identity())
-
-
-def _in_order(model: nn.Module) -> Iterator[Tuple[str, str]]:
-    """Names of a convolution and of the norm registered next, by mmcv's rule.
-
-    Only these may be folded: whoever builds a folded network without mmdbb
-    calls mmcv's function.
-    """
-    for prefix, parent in model.named_modules():
-        last = None
-        for name, child in parent.named_children():
-            path = f'{prefix}.{name}' if prefix else name
-            if isinstance(child, nn.Conv2d):
-                last = path
-            elif isinstance(child, _BatchNorm) and last is not None:
-                yield last, path
-                last = None
+        model.get_submodule(parent).add_module(name, nn.Identity())

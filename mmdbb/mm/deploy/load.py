@@ -123,7 +123,9 @@ def _give_fused_(model: nn.Module, state: Dict[str, Tensor]) -> None:
         elif isinstance(module, _BatchNorm) and name not in present:
             if module.state_dict():  # a norm without entries is in no file
                 parent, _, attribute = name.rpartition('.')
-                setattr(model.get_submodule(parent), attribute, nn.Identity())
+                model.get_submodule(parent).add_module(
+                    attribute, nn.Identity()
+                )
 
 
 def _resize_(model: nn.Module, state: Dict[str, Tensor]) -> None:

@@ -13,7 +13,7 @@ from mmdbb.blocks.base import ReparamConv2d
 from mmdbb.branches.base import leaf_dtype
 from mmdbb.errors import UserError
 from mmdbb.files.checkpoints import load_strictly
-from mmdbb.files.sources import some
+from mmdbb.files.sources import some, with_versions_of
 from mmdbb.found_norms import absorbed_norms
 from mmdbb.mm.data_flow import norms_of
 from mmdbb.mm.deploy.fused import fold_norms_, give_biases_
@@ -28,7 +28,7 @@ from mmdbb.mm.stock.partial import (
     whole_config,
 )
 from mmdbb.mm.structure import Structure, written_structure
-from mmdbb.modules import names_of
+from mmdbb.modules import is_norm, names_of
 from mmdbb.reparam import find_blocks, holds_blocks
 from mmdbb.stock_weights import names_in, stock_state
 from mmdbb.untouched import Pairs
@@ -245,7 +245,7 @@ def _stock(
     stock_cfg = stock_config(whole_config(cfg))
     stock = build_model(stock_cfg)
     norms = norms_of(stock)
-    state = stock_state(trained, stock, norms, dtype)
+    state = stock_state(trained, stock, norms=norms, dtype=dtype)
     load_strictly(stock, state, 'the merged network', keep_dtype=True)
     return stock, stock_cfg, _in_names_of(trained, stock, norms.pairs)
 
@@ -253,7 +253,14 @@ def _stock(
 def _in_names_of(trained: nn.Module, stock: nn.Module, pairs: Pairs) -> Pairs:
     """Translate pairs of the stock network for the one that was trained."""
     renamed = names_in(stock, trained)
-    own = {renamed(n): n for own in names_of(trained).values() for n in own}
+    # The name of a container may be that of a layer in the other network.
+    layers = (ReparamConv2d, nn.Conv2d, nn.Identity)
+    own = {
+        renamed(name): name
+        for module, names in names_of(trained).items()
+        if isinstance(module, layers) or is_norm(module)
+        for name in names
+    }
     return {
         own[conv]: tuple(own[norm] for norm in norms if norm in own)
         for conv, norms in pairs.items()
@@ -268,7 +275,7 @@ def _fused(
     network = build_model(stock_cfg)
     norms = norms_of(network)
     give_biases_(network, trained)
-    state = stock_state(trained, network, norms, dtype)
+    state = stock_state(trained, network, norms=norms, dtype=dtype)
     load_strictly(network, state, 'the merged network', keep_dtype=True)
     pairs = _in_names_of(trained, network, norms.pairs)
     fold_norms_(network, norms.pairs)
@@ -291,7 +298,7 @@ def _partly_merged(
     new_cfg = partial_config(cfg, [*before, *merged])
     network = build_model(cfg)
     merge_some_(network, merged)
-    state._metadata = network.state_dict()._metadata
+    state = with_versions_of(network.state_dict(), state)
     load_strictly(network, state, 'the merged network', keep_dtype=True)
     # A block that stays a block keeps its bias; no norm behind it changes.
     return network, new_cfg, {}

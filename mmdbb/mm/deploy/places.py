@@ -47,12 +47,7 @@ def without_place(model: nn.Module) -> NoPlace:
     absorbed = absorbed_norms(model)
     doubtful = {}
     for name, block in find_blocks(model).items():
-        if (
-            block.merges_with_bias
-            and not block._wants_bias
-            and name not in absorbed
-            and block not in doubtful
-        ):
+        if block.adds_bias and name not in absorbed and block not in doubtful:
             doubtful[block] = name
     if not doubtful:
         return NoPlace({}, '')

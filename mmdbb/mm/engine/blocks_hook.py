@@ -96,7 +96,8 @@ def _counts(model: nn.Module, parts: Sequence[Part]) -> str:
             f'{place} {len(names)}'
             + (f' (and {plain} plain of such a size)' if plain else '')
         )
-    return f'{len(blocks)} blocks of mmdbb: {", ".join(text)}'
+    count = len(blocks)
+    return f'{count} block{"s"[: count > 1]} of mmdbb: {", ".join(text)}'
 
 
 def _by_part(
@@ -135,11 +136,11 @@ def _warning(parts: Sequence[Part], homeless: NoPlace) -> Iterator[str]:
     by_place = {part.asked.place: part.asked for part in parts}
     for place in by_part:
         asked = by_place.get(place)
-        key = f'model.{place}.{asked.key}' if asked else f'{place}: conv_cfg'
+        key = f'model.{place}.{asked.key}.' if asked else f'{place}: '
         if asked and _takes(asked.kind, 'conv_bias'):
             yield f'  - model.{place}.conv_bias=True: its convolutions get one'
-        yield f'  - {key}.shift=False: norms that scale, no bias'
-        yield f'  - {key}.type=OREPA: a block without norms'
+        yield f'  - {key}shift=False: norms that scale, no bias'
+        yield f'  - {key}type=OREPA: a block without norms'
     yield '  - deploy with --format fused or onnx, whose files hold any bias'
     yield '  - deploy with --skip, which leaves these blocks as they are'
     yield _LINE
