@@ -191,6 +191,24 @@ def test_without_a_norm_the_convolution_gets_a_bias():
     assert distance(model(x), expected) < EXACT
 
 
+def test_a_norm_that_stays_takes_the_bias():
+    class BatchNormAct(nn.BatchNorm2d):  # timm's: a block cannot absorb it
+        def forward(self, x):
+            return super().forward(x).relu()
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), BatchNormAct(4))
+    plain = copy.deepcopy(model)
+    x = torch.rand(2, 3, 6, 5).double()
+    mmdbb.insert_blocks_(model, example=x.float())
+    randomize(model).double().eval()
+    with literal_forward(model):
+        expected = model(x)
+    mmdbb.merge_back_(model)
+    assert model[0].bias is None
+    assert distance(model(x), expected) < EXACT
+    plain.double().eval().load_state_dict(model.state_dict())
+
+
 def test_modes_and_frozen_weights_are_kept():
     _, model = with_blocks()
     model.train()
@@ -243,6 +261,8 @@ class DetectionTrainer:
     def get_model(self, cfg=None, weights=None, verbose=True):
         model = YOLO()
         if weights is not None:
+            # ultralytics takes layers of another width over as they are.
+            assert not find_blocks(weights)
             model.load(weights)
         return model
 
