@@ -169,6 +169,7 @@ def test_configs_are_found():
         names = [path.name for path in config_files(package)]
         assert len(names) > 500
         assert '__init__.py' not in names
+        assert not [name for name in names if name.startswith('_base_')]
 
 
 def hang():

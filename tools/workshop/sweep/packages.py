@@ -118,7 +118,8 @@ def config_files(name: str) -> List[Path]:
     return sorted(
         path
         for path in found
-        if '_base_' not in path.parts and path.name != '__init__.py'
+        if not any(part.startswith('_base_') for part in path.parts)
+        and path.name != '__init__.py'
     )
 
 
