@@ -1037,8 +1037,8 @@ TABLE = (
     ),
     Mutation(
         'tools/workshop/sweep/run.py',
-        "            path.write_text(''.join(map(_line, self.rows.values())))\n",
-        '',
+        "path.write_text(''.join(map(_line, self.rows.values())))",
+        'pass',
         'a line that was cut',
         (f'{SWEEP}::test_a_run_goes_on_where_it_was_cut',),
     ),

@@ -47,7 +47,7 @@ from .networks import (
 TOLERANCE = 1e-6
 #: Heights and widths of the images to try, in pixels: the first that the
 #: network runs on is taken.
-SIZES = ((64, 64), (128, 128), (224, 224), (32, 96), (32, 32))
+SIZES = ((64, 64), (128, 128), (224, 224), (32, 96), (32, 32), (448, 448))
 
 
 class Trial:
