@@ -202,8 +202,7 @@ class Trial:
         )
 
     def _batches(self, model: nn.Module) -> List[Tensor]:
-        batches = Proof(image_size=tuple(self.size or SIZES[0])).batches(model)
-        return [batch.double() for batch in batches]
+        return [_images(model, tuple(self.size or SIZES[0])).double()]
 
 
 def _said(cfg: Config, model: nn.Module) -> List[str]:
@@ -223,7 +222,7 @@ def _size_for(model: nn.Module) -> Optional[list]:
     """The first size of images on which a network runs, None if on none."""
     for size in SIZES:
         with contextlib.suppress(Exception), torch.no_grad():
-            network_outputs(model, Proof(image_size=size).batches(model)[0])
+            network_outputs(model, _images(model, size))
             return list(size)
     return None
 
@@ -280,12 +279,25 @@ def _train(model: nn.Module, size: Optional[list]) -> str:
     return how
 
 
+def _images(model: nn.Module, size: Tuple[int, int]) -> Tensor:
+    """Random images, preprocessed if the model's preprocessor takes images.
+
+    Those of mmpose, mmaction and mmdet3d want more than images.
+    """
+    with contextlib.suppress(Exception):
+        images = Proof(image_size=size).batches(model)[0]
+        if images.dim() == 4:
+            return images
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(2, 3, *size, generator=generator)
+
+
 def _has_gradient(parameter: nn.Parameter) -> bool:
     return parameter.grad is not None and bool(parameter.grad.any())
 
 
 def _features(model: nn.Module, size: Tuple[int, int]) -> Tensor:
-    outputs = network_outputs(model, Proof(image_size=size).batches(model)[0])
+    outputs = network_outputs(model, _images(model, size))
     return sum(each.square().mean() for each in outputs.values())
 
 
