@@ -30,8 +30,9 @@ LOWER = (
     ('found_norms',),
     ('stock_weights', 'own_forward'),
     ('plain', 'untouched'),
-    ('official',),
+    ('official', 'merge_back'),
     ('insert', 'compare'),
+    ('yolo',),
 )
 #: The upper storey: folders and files of `mmdbb.mm`, on top of the lower.
 UPPER = (
