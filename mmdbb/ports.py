@@ -14,7 +14,7 @@ import logging
 from types import FrameType
 from typing import Callable, Dict, Optional
 
-from torch import nn
+from torch import Tensor, nn
 
 from mmdbb.errors import UserError
 
@@ -54,6 +54,9 @@ class Ports:
         log: Writes a message to the log.
         read_address: Reads a checkpoint from an address such as
             ``torchvision://resnet50``.
+        data_samples: Makes what the packages' networks read beside a batch of
+            images (N, C, H, W) of equal sizes: a list of N data samples; None
+            without mmengine.
         history: Builds mmengine's ``HistoryBuffer`` from its largest length,
             its values and their counts; None without mmengine.
         classes: Full names -> classes of mmengine whose methods are pickled
@@ -69,6 +72,9 @@ class Ports:
         )
         self.log: Callable[..., None] = _log
         self.read_address: Callable[[str], dict] = _read_address
+        self.data_samples: Callable[[Tensor], Optional[list]] = (
+            lambda images: None
+        )
         self.history: Optional[Callable] = None
         self.classes: Dict[str, type] = {}
 

@@ -104,7 +104,7 @@ def parse_args():
         '--tolerance',
         type=at_least_zero,
         help='largest difference allowed: for stock and fused a share of a '
-        "channel's largest magnitude, 1e-5 by default; for the other formats "
+        "channel's largest magnitude, 1e-9 by default; for the other formats "
         "a share of an output's, 1e-4 by default",
     )
     parser.add_argument(
@@ -150,6 +150,11 @@ def deploy(args, source, proof):
     if result.left:
         print(f'{result.left} blocks are left: the result needs mmdbb')
     print_difference(result.difference, result.tolerance)
+    if result.rounding is not None:
+        print(
+            f"for comparison: float32 moves the network's own outputs by up to "
+            f'{result.rounding:.2e}'
+        )
     print(f'weights: {result.checkpoint}')
     print(f'config:  {result.config}')
 
@@ -185,6 +190,8 @@ def print_difference(difference, tolerance):
         f'magnitude (in {difference.output or "none"}; compared '
         f'{len(difference.compared)} outputs, tolerance {tolerance:.0e})'
     )
+    for name, reason in difference.left_out.items():
+        print(f'not compared: {name} ({reason})')
 
 
 if __name__ == '__main__':

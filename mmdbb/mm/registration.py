@@ -10,6 +10,7 @@ from mmengine.registry import MODELS
 
 from mmdbb.blocks.build import layer_of
 from mmdbb.mm import host_internals
+from mmdbb.mm.deploy.images import data_samples
 from mmdbb.mm.engine import (  # noqa: F401
     optim,
     reparam_hook,
@@ -45,6 +46,7 @@ def _find_layer(name: str) -> Optional[object]:
 
 PORTS.find_layer = _find_layer
 PORTS.read_address = read_address
+PORTS.data_samples = data_samples
 host_internals.plug_in(PORTS)
 BLOCKS.follow(_register_layer)
 host_internals.cure_config_bases()

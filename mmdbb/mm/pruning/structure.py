@@ -15,7 +15,6 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmdbb.compare import DENSE_HEADS
 from mmdbb.errors import UserError, require_packages
 from mmdbb.mm.export.modules import (
     FEATURE_READERS,
@@ -24,6 +23,7 @@ from mmdbb.mm.export.modules import (
 )
 from mmdbb.modules import count_parameters, in_eval_mode
 from mmdbb.reparam import find_blocks
+from mmdbb.running import DENSE_HEADS
 
 
 def require_torch_pruning():
