@@ -259,6 +259,8 @@ def _outputs_of_both(
             continue
         ran += 1
         left_out.update(outputs.left_out)
+        if WHOLE in outputs.left_out and takes_other_images(model, batch):
+            left_out[WHOLE] += '; another --image-size would do'
         found = _run_merged(merged, batch)
         nothing = batch.new_zeros(0)
         for name, value in outputs.tensors.items():

@@ -72,8 +72,8 @@ class Ports:
         )
         self.log: Callable[..., None] = _log
         self.read_address: Callable[[str], dict] = _read_address
-        self.data_samples: Callable[[Tensor], Optional[list]] = (
-            lambda images: None
+        self.data_samples: Callable[[Tensor], Optional[list]] = lambda images: (
+            None
         )
         self.history: Optional[Callable] = None
         self.classes: Dict[str, type] = {}

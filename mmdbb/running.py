@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from mmdbb.errors import UserError
 from mmdbb.modules import named_values
 from mmdbb.ports import PORTS
+from mmdbb.reparam import find_blocks
 
 #: Attributes under which OpenMMLab's networks keep heads that read features.
 DENSE_HEADS = (
@@ -30,6 +31,9 @@ DENSE_HEADS = (
 )
 #: Name of the outputs of a network that ran as a whole.
 WHOLE = 'network'
+#: Parts that a network without ``extract_feat`` is run by.
+_BEFORE_HEADS = ('backbone', 'neck')
+_MISSED = 'it reads more than features'
 
 
 class CannotRun(UserError):
@@ -62,14 +66,14 @@ def run_network(model: nn.Module, images: Tensor) -> Outputs:
     Raises:
         CannotRun: If not even the features can be computed.
     """
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _watched(model) as reached:
         torch.manual_seed(0)
         if hasattr(model, 'extract_feat'):
             try:
                 features = model.extract_feat(images)
             except Exception as error:  # networks raise all kinds of errors
                 return _parts(model, images, error)
-            return _heads(model, images, features)
+            return _heads(model, images, features, reached)
         try:
             return Outputs(_tensors('output', model(images)), {})
         except Exception as error:
@@ -89,37 +93,57 @@ def reason_of(error: Exception) -> str:
 
 
 def takes_other_images(model: nn.Module, images: Tensor) -> bool:
-    """Whether a network runs on images of another size.
+    """Whether a network runs as a whole on images of another size.
 
     Args:
-        model: A network that cannot be run on ``images``.
+        model: A network that cannot be run as a whole on ``images``.
         images: Images of shape (N, C, H, W).
     """
     for size in (224, 64, 512):
-        try:
-            run_network(model, images.new_zeros(2, images.shape[1], size, size))
-        except CannotRun:
-            continue
-        return True
+        other = images.new_zeros(2, images.shape[1], size, size)
+        with contextlib.suppress(CannotRun):
+            if WHOLE not in run_network(model, other).left_out:
+                return True
     return False
 
 
-def _heads(model: nn.Module, images: Tensor, features: Any) -> Outputs:
-    tensors, failed = _tensors('features', features), {}
-    for label, head in _named_heads(model):
+def _heads(
+    model: nn.Module, images: Tensor, features: Any, reached: Set[nn.Module]
+) -> Outputs:
+    tensors, left_out = _tensors('features', features), {}
+    heads = dict(_named_heads(model))
+    for label, head in heads.items():
         try:
             tensors.update(_tensors(label, head(features)))
         except Exception as error:
-            failed[label] = (head, reason_of(error))
-    if failed:
-        whole, reached = _run_whole(model, images)
-        tensors.update(whole)
-        failed = {
-            label: (head, reason)
-            for label, (head, reason) in failed.items()
-            if reached.isdisjoint(head.modules())
+            left_out[label] = reason_of(error)
+            reached.difference_update(head.modules())
+    for name, child in model.named_children():
+        known = any(label.split('.')[0] == name for label in left_out)
+        if not known and _is_missed(child, reached):
+            heads[name], left_out[name] = child, _MISSED
+    # Two-stage detectors sort what their RoI heads read.
+    if left_out.keys() - {'roi_head'}:
+        whole, reached, reason = _run_whole(model, images)
+        missed = {
+            label: f'{own}{reason}'
+            for label, own in left_out.items()
+            if reached.isdisjoint(heads[label].modules())
         }
-    return Outputs(tensors, {n: reason for n, (_, reason) in failed.items()})
+        if len(missed) < len(left_out):
+            tensors.update(whole)
+        left_out = missed
+    for label in left_out.keys() - dict(_named_heads(model)).keys():
+        # Where no block is, layers are copies.
+        if not find_blocks(heads[label]):
+            del left_out[label]
+    return Outputs(tensors, left_out)
+
+
+def _is_missed(part: nn.Module, reached: Set[nn.Module]) -> bool:
+    """Whether a run did not reach a part that computes with parameters."""
+    has_parameters = next(part.parameters(), None) is not None
+    return has_parameters and reached.isdisjoint(part.modules())
 
 
 def _named_heads(model: nn.Module) -> Iterator[Tuple[str, nn.Module]]:
@@ -134,20 +158,27 @@ def _named_heads(model: nn.Module) -> Iterator[Tuple[str, nn.Module]]:
 
 def _run_whole(
     model: nn.Module, images: Tensor
-) -> Tuple[Dict[str, Tensor], Set[nn.Module]]:
+) -> Tuple[Dict[str, Tensor], Set[nn.Module], str]:
     """Run a network in the first of the packages' ways that works.
 
     Returns:
-        tuple: The outputs by name, and the modules that ran; both empty if
-        no way works.
+        tuple: The outputs by name, and the modules that ran, both empty if no
+        way works; and the reason why the last way does not.
     """
-    for way in (_in_tensor_mode, _encode_decode):
+    ways = [_in_tensor_mode]
+    if hasattr(model, 'encode_decode'):
+        ways.append(_encode_decode)
+    reason = ''
+    for way in ways:
         with _watched(model) as reached:
             try:
-                return _tensors(WHOLE, way(model, images)), reached
-            except Exception:  # the reason is the head's own
+                tensors = _tensors(WHOLE, way(model, images))
+            except Exception as error:
+                reason = f'; as a whole: {reason_of(error)}'
                 continue
-    return {}, set()
+        if tensors:
+            return tensors, reached, ''
+    return {}, set(), reason
 
 
 def _in_tensor_mode(model: nn.Module, images: Tensor) -> Any:
@@ -181,9 +212,11 @@ def _parts(model: nn.Module, images: Tensor, error: Exception) -> Outputs:
     A tracker holds a detector; a recogniser of videos has a backbone that
     takes images.
     """
-    tensors, left_out = {}, {}
+    tensors, left_out = {}, {WHOLE: reason_of(error)}
     for name, part in model.named_children():
         if not hasattr(part, 'extract_feat'):
+            if name not in _BEFORE_HEADS and find_blocks(part):
+                left_out[name] = _MISSED
             continue
         try:
             found = run_network(part, images)
@@ -198,12 +231,12 @@ def _parts(model: nn.Module, images: Tensor, error: Exception) -> Outputs:
             f'the network cannot be run on images of shape '
             f'{tuple(images.shape)}: {reason_of(error)}'
         ) from error
-    return Outputs(tensors, {WHOLE: reason_of(error), **left_out})
+    return Outputs(tensors, left_out)
 
 
 def _backbone_and_neck(model: nn.Module, images: Tensor) -> Dict[str, Tensor]:
     found, features = {}, images
-    for name in ('backbone', 'neck'):
+    for name in _BEFORE_HEADS:
         part = getattr(model, name, None)
         if not isinstance(part, nn.Module):
             break

@@ -9,7 +9,7 @@ from typing import List, Tuple, Union
 import mmcv
 import numpy as np
 import torch
-from mmengine.structures import BaseDataElement
+from mmengine.structures import BaseDataElement, InstanceData
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 
@@ -129,12 +129,14 @@ def _channels(model: nn.Module) -> int:
 def data_samples(images: Tensor) -> List[BaseDataElement]:
     """Make the data samples that networks read beside a batch of images.
 
-    They say that the images are whole: neither padded nor scaled.
+    They say that the images are whole, neither padded nor scaled, and that
+    one object fills the middle of each.
 
     Args:
         images: Images (N, C, H, W).
     """
-    size = tuple(images.shape[-2:])
+    height, width = images.shape[-2:]
+    size = (height, width)
     whole = dict(
         img_shape=size,
         ori_shape=size,
@@ -143,4 +145,15 @@ def data_samples(images: Tensor) -> List[BaseDataElement]:
         scale_factor=(1.0, 1.0),
         flip=False,
     )
-    return [BaseDataElement(metainfo=whole) for _ in images]
+    box = [width / 4, height / 4, 3 * width / 4, 3 * height / 4]
+    samples = []
+    for _ in images:
+        instances = InstanceData(
+            bboxes=images.new_tensor([box]),
+            labels=torch.zeros(1, dtype=torch.int64, device=images.device),
+            scores=images.new_ones(1),
+        )
+        sample = BaseDataElement(metainfo=whole)
+        sample.gt_instances = sample.proposals = instances
+        samples.append(sample)
+    return samples
