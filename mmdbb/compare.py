@@ -147,7 +147,7 @@ def errors_of(
     errors = Errors({}, {}, {})
     outputs = _outputs_of_both(model, merged, batches, errors.left_out)
     layers = itertools.chain(
-        _layers_of_both(model, merged),
+        _layers_of_both(model, merged, own),
         _own_of_both(model, merged, own, batches),
     )
     with literal_forward(model):
@@ -277,10 +277,13 @@ def _run_merged(merged: nn.Module, batch: Tensor) -> Dict[str, Tensor]:
 
 
 def _layers_of_both(
-    model: nn.Module, merged: nn.Module
+    model: nn.Module, merged: nn.Module, own: Sequence[str]
 ) -> Iterator[Tuple[str, Tensor, Tensor]]:
     renamed = names_in(merged, model)
+    inside = tuple(f'{name}.' for name in own)
     for layers in changed_layers(model, merged):
+        if layers[0].startswith(inside):
+            continue  # it is merged with the block around it
         x = _input_for(model.get_submodule(layers[0]))
         found = _run(merged, map(renamed, layers), x)
         yield layers[0], _run(model, layers, x), found

@@ -38,6 +38,10 @@ def _read_address(address: str) -> dict:
     )
 
 
+def _no_data_samples(images: Tensor) -> None:
+    """Without mmengine there are none."""
+
+
 class Ports:
     """Functions that OpenMMLab's packages provide, and their defaults.
 
@@ -72,8 +76,8 @@ class Ports:
         )
         self.log: Callable[..., None] = _log
         self.read_address: Callable[[str], dict] = _read_address
-        self.data_samples: Callable[[Tensor], Optional[list]] = lambda images: (
-            None
+        self.data_samples: Callable[[Tensor], Optional[list]] = (
+            _no_data_samples
         )
         self.history: Optional[Callable] = None
         self.classes: Dict[str, type] = {}

@@ -47,7 +47,7 @@ def stock_state(
         UserError: If a merged bias has no place in the stock network.
         ValueError: If the model has no blocks.
     """
-    merged = reparameterize(model, dtype=dtype)
+    merged = reparameterize(model, dtype=dtype, also_own=False)
     expected = stock.state_dict()
     stock_modules = dict(stock.named_modules())
     pairs = norm_names(merged) if pairs is None else pairs

@@ -9,7 +9,7 @@ weights, rounded once.
 
 from __future__ import annotations
 
-from typing import Dict, Iterator, List
+from typing import Dict, Iterator, List, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -62,12 +62,15 @@ def changed_layers(model: nn.Module, merged: nn.Module) -> Iterator[List[str]]:
                 last = None
 
 
-def prove_untouched(model: nn.Module, merged: nn.Module) -> None:
+def prove_untouched(
+    model: nn.Module, merged: nn.Module, own: Sequence[str] = ()
+) -> None:
     """Raise unless all layers that merging does not replace are copies.
 
     Args:
         model: The network that was trained.
         merged: The network after merging, in the same precision.
+        own: Names of blocks of other packages that were merged too.
 
     Raises:
         UserError: If an entry or an argument differs, is missing or is new.
@@ -82,6 +85,7 @@ def prove_untouched(model: nn.Module, merged: nn.Module) -> None:
         for layer in layers
         if renamed(layers[0]) not in left
     }
+    changed.update(own)
     found, others = merged.state_dict(), []
     for name, value in model.state_dict().items():
         if _is_under(name, changed):

@@ -26,11 +26,13 @@ LOWER = (
     ('kernels',),
     ('branches',),
     ('blocks',),
+    ('own_blocks',),
     ('reparam', 'conv_norms', 'tracing', 'files'),
-    ('stock_weights',),
+    ('stock_weights', 'running'),
     ('plain', 'untouched'),
     ('official',),
     ('insert', 'compare'),
+    ('proof',),
 )
 #: The upper storey: folders and files of `mmdbb.mm`, on top of the lower.
 UPPER = (

@@ -82,6 +82,13 @@ def parse_args():
         help='do not merge the blocks whose whole names match a shell pattern',
     )
     parser.add_argument(
+        '--also-own',
+        action=argparse.BooleanOptionalAction,
+        help="merge the network's own re-parameterizable blocks too, such as "
+        "MobileOne's, by their own method; default: only if the network has "
+        'no blocks of mmdbb',
+    )
+    parser.add_argument(
         '--dtype',
         choices=['float64', 'float32'],
         default='float64',
@@ -140,6 +147,7 @@ def deploy(args, source, proof):
         only=args.only,
         skip=args.skip,
         dtype=getattr(torch, args.dtype),
+        also_own=args.also_own,
     )
     result = deploy_checkpoint(
         source, args.out, options, proof, overwrite=args.force
@@ -147,13 +155,20 @@ def deploy(args, source, proof):
     before, after = result.parameters
     print(f'took the weights: {result.weights}')
     print(f'merged {result.blocks} blocks: {before:,} -> {after:,} parameters')
+    if result.own:
+        print(f"merged {len(result.own)} blocks of the network's own kind")
+    if result.own_left:
+        print(
+            'the network has re-parameterizable blocks of its own kind; '
+            '--also-own merges them too'
+        )
     if result.left:
         print(f'{result.left} blocks are left: the result needs mmdbb')
     print_difference(result.difference, result.tolerance)
     if result.rounding is not None:
         print(
-            f"for comparison: float32 moves the network's own outputs by up to "
-            f'{result.rounding:.2e}'
+            'for comparison: float32 instead of float64 moves the '
+            f"network's own outputs by up to {result.rounding:.2e}"
         )
     print(f'weights: {result.checkpoint}')
     print(f'config:  {result.config}')

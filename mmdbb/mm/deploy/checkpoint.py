@@ -6,7 +6,7 @@ The proof compares the written network with the one that was trained.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional, Tuple
+from typing import List, NamedTuple, Optional, Tuple
 
 import torch
 from torch import nn
@@ -43,6 +43,8 @@ class Deployed(NamedTuple):
         rounding: How far the written network in float32 is from itself in
             float64, relative to an output's largest magnitude; None if it
             cannot be run.
+        own: Names of blocks of other packages that were merged too.
+        own_left: Whether such blocks are left.
     """
 
     checkpoint: str
@@ -55,6 +57,8 @@ class Deployed(NamedTuple):
     left: int
     weights: str
     rounding: Optional[float]
+    own: List[str]
+    own_left: bool
 
 
 def deploy_checkpoint(
@@ -108,8 +112,9 @@ def deploy_checkpoint(
             batches,
             proof.tolerance,
             exact=options.dtype is torch.float64,
+            own=merged.own,
         )
-        prove_untouched(trained, network)
+        prove_untouched(trained, network, merged.own)
         del trained
         rounding = own_rounding(network, batches[0])
         del network
@@ -132,6 +137,8 @@ def deploy_checkpoint(
         left=merged.left,
         weights=contents.weights,
         rounding=rounding,
+        own=merged.own,
+        own_left=merged.own_left,
     )
 
 

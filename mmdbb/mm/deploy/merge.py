@@ -18,7 +18,7 @@ from mmdbb.files.checkpoints import load_strictly
 from mmdbb.files.sources import some
 from mmdbb.mm.deploy.load import build_model, holds_blocks
 from mmdbb.mm.outputs import Contents, Source
-from mmdbb.mm.stock.config import stock_config
+from mmdbb.mm.stock.config import deployed_config, stock_config
 from mmdbb.mm.stock.partial import (
     merge_some_,
     partial_config,
@@ -26,6 +26,7 @@ from mmdbb.mm.stock.partial import (
     whole_config,
 )
 from mmdbb.mm.structure import Structure, written_structure
+from mmdbb.own_blocks import has_own_blocks, merge_own_blocks
 from mmdbb.reparam import find_blocks
 from mmdbb.stock_weights import names_in, stock_state
 
@@ -40,12 +41,16 @@ class MergeOptions(NamedTuple):
         skip: Shell patterns of the names of blocks not to merge.
         dtype: Precision in which kernels and norms are composed,
             ``torch.float64`` or ``torch.float32``.
+        also_own: Whether to merge blocks of other packages too, such as
+            mmpretrain's RepVGG, by their own methods; by default only if the
+            network has no blocks of mmdbb.
     """
 
     fuse: bool = False
     only: Sequence[str] = ()
     skip: Sequence[str] = ()
     dtype: torch.dtype = torch.float64
+    also_own: Optional[bool] = None
 
 
 class Merged(NamedTuple):
@@ -59,6 +64,8 @@ class Merged(NamedTuple):
             write into the files.
         merged: Names of the blocks that this call merged.
         left: Number of blocks that were not merged.
+        own: Names of blocks of other packages that were merged too.
+        own_left: Whether such blocks are left.
     """
 
     trained: nn.Module
@@ -66,6 +73,8 @@ class Merged(NamedTuple):
     contents: Contents
     merged: List[str]
     left: int
+    own: List[str]
+    own_left: bool
 
 
 def merge_checkpoint(
@@ -98,7 +107,10 @@ def merge_checkpoint(
     trained = trained.to(options.dtype)
     blocks = find_blocks(trained)
     left = {n: b for n, b in blocks.items() if not b.deploy}
-    merged = select_blocks(left, options.only, options.skip)
+    merged = left and select_blocks(left, options.only, options.skip)
+    also_own = options.also_own
+    if also_own is None:
+        also_own = not blocks
     partial = len(merged) < len(left)
     if partial and options.fuse:
         raise UserError(
@@ -106,8 +118,11 @@ def merge_checkpoint(
             f'blocks that are left: {some(sorted(left.keys() - merged))}'
         )
     make = _partly_merged if partial else _stock
+    own: List[str] = []
     try:
         network, new_cfg = make(cfg, trained, merged, options.dtype)
+        if also_own:
+            network, new_cfg, own = _own_merged(network, new_cfg)
     except ValueError as error:
         raise UserError(f'{checkpoint}: {error}') from error
     structure = Structure.PARTIAL if partial else Structure.STOCK
@@ -138,6 +153,8 @@ def merge_checkpoint(
         contents=contents,
         merged=merged,
         left=len(left) - len(merged),
+        own=own,
+        own_left=not also_own and has_own_blocks(network),
     )
 
 
@@ -157,12 +174,13 @@ def trained_network(
             merged already, or they do not fit the network.
     """
     trained = build_model(cfg)
-    if not find_blocks(trained):
+    if not find_blocks(trained) and not has_own_blocks(trained):
         raise UserError(
             'the network of the config has no block to merge: no conv_cfg '
             'and no backbone of mmdbb'
         )
-    _refuse_merged(trained, state, checkpoint)
+    if find_blocks(trained):
+        _refuse_merged(trained, state, checkpoint)
     load_strictly(trained, state, checkpoint, keep_dtype=True)
     return trained
 
@@ -210,6 +228,12 @@ def _dtype_of(name: str, own: Dict[str, torch.dtype]) -> torch.dtype:
     for known in (name, layer, f'{layer}.weight'):
         if known in own:
             return own[known]
+    # A block of another package has new names once it is merged.
+    while layer:
+        inside = [n for n in own if n.startswith(f'{layer}.')]
+        if inside:
+            return own[inside[0]]
+        layer = layer.rpartition('.')[0]
     raise AssertionError(f'{name} comes from nowhere')
 
 
@@ -229,9 +253,46 @@ def _stock(
 ) -> Tuple[nn.Module, Config]:
     stock_cfg = stock_config(whole_config(cfg))
     stock = build_model(stock_cfg)
-    state = stock_state(trained, stock, dtype=dtype)
+    state = trained.state_dict()
+    if find_blocks(trained):
+        state = stock_state(trained, stock, dtype=dtype)
     load_strictly(stock, state, 'the merged network', keep_dtype=True)
     return stock, stock_cfg
+
+
+def _own_merged(
+    network: nn.Module, cfg: Config
+) -> Tuple[nn.Module, Config, List[str]]:
+    """Merge blocks of other packages by their own methods.
+
+    Args:
+        network: The network of ``cfg``, without blocks of mmdbb to merge.
+        cfg: Its config.
+
+    Returns:
+        tuple: The merged network, its config, and the names of the blocks.
+
+    Raises:
+        ValueError: If the network has no such block, or one is merged wrongly.
+        UserError: If no config builds the merged network.
+    """
+    merged, blocks, _ = merge_own_blocks(network)
+    if not blocks:
+        raise ValueError(
+            'the network has no re-parameterizable blocks of its own kind'
+        )
+    new_cfg = deployed_config(cfg)
+    built = build_model(new_cfg)
+    if built.state_dict().keys() != merged.state_dict().keys():
+        raise UserError(
+            f'{type(network).__name__} merges {some(blocks)}, but no argument '
+            'in its config (deploy=True) builds the merged network; merge it '
+            'in Python by mmdbb.reparameterize'
+        )
+    load_strictly(
+        built, merged.state_dict(), 'the merged network', keep_dtype=True
+    )
+    return built, new_cfg, blocks
 
 
 def _partly_merged(
