@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdbb.errors import UserError
+from mmdbb.modules import named_values
 from mmdbb.reparam import literal_forward
 from mmdbb.running import (
     WHOLE,
@@ -315,8 +316,10 @@ def _own_of_both(
     renamed = names_in(merged, model)
     blocks = {name: model.get_submodule(name) for name in own}
     for name, x in inputs_of(model, blocks, batches[:1]).items():
-        found = merged.get_submodule(renamed(name))(x)
-        yield name, blocks[name](x), found
+        expected = named_values(name, blocks[name](x))
+        found = named_values(name, merged.get_submodule(renamed(name))(x))
+        for (output, value), (_, other) in zip(expected, found):
+            yield output, value, other
 
 
 def inputs_of(

@@ -46,6 +46,9 @@ OWN_MERGES = (
     OwnMerge('fuse_convs', 'forward_fuse'),
     # the code of RepVGG's paper, mmpretrain, mmyolo, timm's RepGhost
     OwnMerge('switch_to_deploy'),
+    # the large kernels of RepLKNet's paper, mmpretrain and UniRepLKNet
+    OwnMerge('merge_kernel'),
+    OwnMerge('merge_dilated_branches'),
     # timm's RepVGG, MobileOne and FastViT
     OwnMerge('reparameterize'),
     # ultralytics' RepVGGDW; timm's RepViT, which returns the new layer
@@ -149,7 +152,9 @@ def _merged(block: nn.Module, name: str) -> Optional[nn.Module]:
         twin.forward = getattr(twin, kind.forward)
     if twin.state_dict().keys() == block.state_dict().keys():
         return None  # merged already
-    return twin.train(block.training)
+    for module in twin.modules():  # hosts' train() does more than this
+        module.training = block.training
+    return twin
 
 
 def _methods(module: nn.Module) -> Iterator[OwnMerge]:

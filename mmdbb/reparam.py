@@ -116,11 +116,21 @@ def _with_own_merged(
     model: nn.Module, inplace: bool, dtype: torch.dtype
 ) -> nn.Module:
     """Merge mmdbb's blocks, then those of other packages around them."""
+    has_blocks = bool(find_blocks(model))
     merged = model
-    if find_blocks(model):
+    if has_blocks:
         merged = reparameterize(model, dtype=dtype, also_own=False)
-    found = merge_own_blocks(merged)
-    if merged is model and not found.blocks:
+    try:
+        found = merge_own_blocks(merged)
+    except ValueError as error:
+        if not has_blocks:
+            raise
+        raise ValueError(
+            f'{error}. Methods of other packages do not expect the biases of '
+            "merged blocks: where mmdbb's blocks stand inside others, merge "
+            'them first into the network without them, by merge_into_'
+        ) from error
+    if not has_blocks and not found.blocks:
         raise _no_block(model)
     if found.not_compared:
         PORTS.log(
