@@ -216,9 +216,7 @@ def mobileone(**options):
 
 
 def repvgg(**options):
-    return dict(
-        type='RepVGG', arch=dict(REPVGG, **options), out_indices=(3,)
-    )
+    return dict(type='RepVGG', arch=dict(REPVGG, **options), out_indices=(3,))
 
 
 def deploy(tmp_path, backbone, channels=64, **options):

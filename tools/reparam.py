@@ -188,6 +188,7 @@ def export(args, source, proof):
         dtype=getattr(torch, args.dtype),
         proof=proof,
         overwrite=args.force,
+        also_own=args.also_own,
     )
     notes = result.metadata
     print(f'took the weights: {notes["weights"]}')
