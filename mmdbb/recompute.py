@@ -144,6 +144,10 @@ def again(
     Returns:
         Tensor: The function's result.
     """
+    if is_compiling():
+        # The compiler decides by itself what to keep.
+        own = () if module is None else (module,)
+        return function(*own, *tensors)
     places = {} if module is None else dict(_places(module))
     count, read = len(tensors), list(places.values())
 
@@ -158,10 +162,8 @@ def again(
             )
         return function(like, *values[:count])
 
-    if (
-        is_compiling()
-        or not torch.is_grad_enabled()
-        or not any(t.requires_grad for t in (*tensors, *read))
+    if not torch.is_grad_enabled() or not any(
+        t.requires_grad for t in (*tensors, *read)
     ):
         return run(*tensors, *read)
     device = (*tensors, *read)[0].device.type

@@ -837,6 +837,24 @@ TABLE = (
     ),
     # ------------------------------------------------ found by earlier runs
     Mutation(
+        'mmdbb/mm/engine/resume.py',
+        '-1 <= state.get(key, 0)',
+        '0 <= state.get(key, 0)',
+        'a resumed training whose schedule has not begun',
+        (
+            'tests/test_engine/test_resume.py::test_a_demo_that_is_killed_and_resumed[segmentation]',
+        ),
+    ),
+    Mutation(
+        'mmdbb/files/second_reader.py',
+        '_MADE.get((module, name), _Nothing)',
+        '_MADE.get((module, name)) or super().find_class(module, name)',
+        'a second reader that runs what a file names',
+        (
+            'tests/test_files/test_checkpoints.py::test_the_second_reader_runs_nothing',
+        ),
+    ),
+    Mutation(
         'mmdbb/files/checkpoints.py',
         'else state[name].to(value.dtype)',
         'else state[name]',

@@ -70,6 +70,11 @@ def parse_args():
         '--compile', action='store_true', help='run under torch.compile'
     )
     parser.add_argument(
+        '--graphs',
+        action='store_true',
+        help='replay each step as a CUDA graph: the time of the GPU alone',
+    )
+    parser.add_argument(
         '--repeats',
         type=at_least_one,
         default=5,
@@ -105,6 +110,8 @@ def write_report(args):
         raise UserError(f'--device {args.device}: {error}') from error
     check_block(args.block)
     check_picture(args.plot)
+    if args.graphs and device.type != 'cuda':
+        raise UserError(f'--graphs is for GPUs, not for {args.device}')
     if args.threads:
         torch.set_num_threads(args.threads)
     files = report_files(args.out, args.plot, overwrite=args.force)
@@ -140,6 +147,7 @@ def measure(args, images):
                 args.repeats,
                 args.compile,
                 args.precision,
+                args.graphs,
             )
             rows += [dict(network=network, **as_dict(row)) for row in found]
             title = f'{network}, {args.block}, {phase}, {args.precision}'

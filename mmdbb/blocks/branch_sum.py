@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Optional, Sequence, Tuple, Union
 
 import torch
@@ -23,6 +24,7 @@ from mmdbb.branches.norm import (
 )
 from mmdbb.geometry import ConvSpec
 from mmdbb.modules import tensors_of
+from mmdbb.recompute import is_compiling
 from mmdbb.registry import BRANCHES
 from mmdbb.transforms import KernelBias, add_branches, fuse_conv_bn
 
@@ -247,12 +249,13 @@ class BranchSumConv2d(ReparamConv2d):
             KernelBias: Kernel (out, in / groups, kH, kW) and bias (out,), on
             the block's device and in its dtype.
         """
-        merged = branch.equivalent_kernel_bias()
         if next(tensors_of(branch), None) is not None:
-            return merged
+            return branch.equivalent_kernel_bias()
         # An identity without a norm has no tensor that says on which device
-        # the block is.
+        # the block is. Copying from the CPU would wait for a GPU.
         device, dtype = next(tensors_of(self)).device, leaf_dtype(self)
+        with contextlib.nullcontext() if is_compiling() else device:
+            merged = branch.equivalent_kernel_bias()
         return KernelBias(*(t.to(device, dtype) for t in merged))
 
     @torch.no_grad()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdbb.blocks.base import ReparamConv2d, refuse_merged
-from mmdbb.blocks.kernel_cache import cached_kernel
+from mmdbb.blocks.kernel_cache import cached_kernel, can_keep
 from mmdbb.branches.base import zero_bias
 from mmdbb.geometry import ConvSpec, convolve
 from mmdbb.kernels import ComposedKernel
@@ -94,10 +94,10 @@ class ComposedKernelConv2d(ReparamConv2d):
         )
         if (
             needs_grad
-            or x.device.type != 'cpu'
             or is_recording()
             or is_transformed()
             or is_watched(self)
+            or not can_keep(x.device)
         ):
             kernel, bias = self.generator(), self.bias
         else:

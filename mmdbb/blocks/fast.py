@@ -537,8 +537,9 @@ def pool_sum(
 ) -> Tensor:
     """Sum or average the pixels in each window of a geometry.
 
-    On a CPU this depthwise convolution is several times faster than torch's
-    own pooling. Its kernel of ones is exact in half precision too.
+    On a CPU a depthwise convolution with ones is several times faster than
+    torch's own pooling, and exact in half precision too. Elsewhere torch's
+    pooling reads the image once, in any precision.
 
     Args:
         x: Images of shape (N, C, H, W).
@@ -546,6 +547,15 @@ def pool_sum(
         padded: Whether ``x`` is padded already.
         mean: Whether to average instead of summing.
     """
+    if x.device.type == 'cpu' or spec.dilation != (1, 1):
+        return pool_by_convolution(x, spec, padded, mean)
+    return pool_by_torch(x, spec, padded, mean)
+
+
+def pool_by_convolution(
+    x: Tensor, spec: ConvSpec, padded: bool, mean: bool
+) -> Tensor:
+    """:func:`pool_sum` as a depthwise convolution with ones."""
     channels, padding = x.shape[1], spec.padding
     if padded:
         padding = 0
@@ -560,6 +570,18 @@ def pool_sum(
             x, ones, None, spec.stride, padding, spec.dilation, channels
         )
     return y.div_(area).to(dtype) if mean else y
+
+
+def pool_by_torch(
+    x: Tensor, spec: ConvSpec, padded: bool, mean: bool
+) -> Tensor:
+    """:func:`pool_sum` by torch's pooling, for windows without dilation."""
+    if not padded:
+        x = pad2d(x, spec.pads, spec.padding_mode)
+    divisor = None if mean else 1
+    return F.avg_pool2d(
+        x, spec.kernel_size, spec.stride, divisor_override=divisor
+    )
 
 
 def _scaled(kernel: Tensor, scale: Tensor) -> Tensor:

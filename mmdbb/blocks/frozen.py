@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmdbb.blocks.kernel_cache import cached_kernel
+from mmdbb.blocks.kernel_cache import cached_kernel, can_keep
 from mmdbb.branches.base import leaf_dtype
 from mmdbb.branches.moments import near_dtype, pixels_of
 from mmdbb.branches.norm import norm_scale_shift
@@ -52,7 +52,7 @@ def frozen_forward(
     near = near_dtype(leaf_dtype(block))
     alone = _without_convolution(block)
     out = torch.promote_types(x.dtype, dtype) if alone else dtype
-    if not needs_grad and x.device.type == 'cpu' and not is_compiling():
+    if not needs_grad and not is_compiling() and can_keep(x.device):
         kernel, bias = cached_kernel(block, lambda: composed(block, near))
         y = convolve(x.to(dtype), kernel, bias.to(dtype), block.spec)
         return y.to(out)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Callable, List, NamedTuple
+from typing import Callable, Dict, List, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +17,28 @@ class KeptKernel(NamedTuple):
 
     Attributes:
         structure: Modules, geometry and eps, see :func:`_structure_of`.
-        tensors: Copies of the block's parameters and buffers.
+        values: Copies of the block's parameters and buffers, see
+            :func:`_values_of`.
         merged: The kernel and bias.
     """
 
     structure: list
-    tensors: List[Tensor]
+    values: List[Tensor]
     merged: KernelBias
+
+
+def can_keep(device: torch.device) -> bool:
+    """Whether kernels are kept on a device.
+
+    To compare values the CPU has to wait for a GPU, which it cannot do while a
+    CUDA graph is captured.
+
+    Args:
+        device: The block's device.
+    """
+    if device.type == 'cuda':
+        return not torch.cuda.is_current_stream_capturing()
+    return device.type == 'cpu'
 
 
 def cached_kernel(
@@ -38,29 +53,48 @@ def cached_kernel(
         block: A ``ReparamConv2d`` that is not merged.
         compose: Composes the kernel and bias.
     """
-    tensors, structure = list(tensors_of(block)), _structure_of(block)
-    kept = block._cached_kernel
-    if (
-        kept is None
-        or kept.structure != structure
-        or len(kept.tensors) != len(tensors)
-        or not all(
-            a.dtype == b.dtype and torch.equal(a, b)
-            for a, b in zip(kept.tensors, tensors)
-        )
-    ):
-        # A tensor made in inference mode could not be used in a backward pass.
-        with torch.inference_mode(False), torch.no_grad():
-            copies = [t.detach().clone() for t in tensors]
+    # A tensor made in inference mode could not be used in a backward pass.
+    with torch.inference_mode(False), torch.no_grad():
+        values, structure = _values_of(block), _structure_of(block)
+        kept = block._cached_kernel
+        if (
+            kept is None
+            or kept.structure != structure
+            or len(kept.values) != len(values)
+            or not all(
+                a.dtype == b.dtype and torch.equal(a, b)
+                for a, b in zip(kept.values, values)
+            )
+        ):
+            copies = [value.detach().clone() for value in values]
             kept = KeptKernel(structure, copies, compose())
             block._cached_kernel = kept
     return kept.merged
 
 
+def _values_of(block: nn.Module) -> List[Tensor]:
+    """All that a kernel depends on and that may change in place.
+
+    On a GPU there is one tensor for each dtype, because each comparison waits
+    for the GPU. Whole numbers are left out: they only count batches.
+    """
+    tensors = [t for t in tensors_of(block) if t.is_floating_point()]
+    if not tensors or tensors[0].device.type == 'cpu':
+        return tensors
+    by_dtype: Dict[torch.dtype, List[Tensor]] = {}
+    for tensor in tensors:
+        by_dtype.setdefault(tensor.dtype, []).append(tensor.flatten())
+    return [torch.cat(group) for group in by_dtype.values()]
+
+
 def _structure_of(block: nn.Module) -> list:
-    """All that a kernel depends on besides tensors: modules, geometry, eps."""
+    """All that a kernel depends on besides tensors: modules, geometry, eps.
+
+    The shapes count as well, because tensors may be compared as one.
+    """
     modules = block.named_modules()
     return [
         block.spec,
         *((name, type(m), getattr(m, 'eps', None)) for name, m in modules),
+        *(tensor.shape for tensor in tensors_of(block)),
     ]

@@ -6,8 +6,6 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-import warnings
-import zipfile
 from typing import Dict, List, Optional
 
 import torch
@@ -20,6 +18,7 @@ from mmdbb.files.formats import (
     is_safetensors,
     read_safetensors,
 )
+from mmdbb.files.second_reader import read_by_torch
 from mmdbb.files.sources import (
     check_values,
     choose_weights,
@@ -28,9 +27,6 @@ from mmdbb.files.sources import (
 )
 from mmdbb.files.torch_files import read_torch
 from mmdbb.files.values import NotAllowed
-
-#: Version of torch since which ``weights_only=True`` is safe (CVE-2025-32434).
-_CAREFUL = '2.6'
 
 
 def read_checkpoint(
@@ -180,39 +176,32 @@ def in_mmengine_form(
 
 def compare_with_torch(
     state: Dict[str, Tensor], path: str, ema: Optional[bool] = None
-) -> bool:
+) -> None:
     """Read a file with torch too, and compare the weights.
 
     A second read by mmdbb's reader would repeat its mistakes, if it has any.
 
     Args:
         state: The weights, as :func:`read_checkpoint` returned them.
-        path: The file that they were read from.
+        path: The file that they were read from. Those of safetensors are read
+            by their own library the first time, so they are not read again.
         ema: True for the averaged weights, False for the weights that are
             trained; None for the averaged ones if the file has any.
 
-    Returns:
-        bool: Whether torch could read the file. With ``weights_only=True`` it
-        refuses other objects that mmengine writes beside weights. Before 2.6
-        it is not tried, because a file could make it run code.
-
     Raises:
-        UserError: If a name, a type, a shape or a number differs.
+        UserError: If torch cannot read the file, or a name, a type, a shape
+            or a number differs.
     """
-    if torch.__version__ < _CAREFUL or is_safetensors(path):
-        return False
+    if is_safetensors(path):
+        return
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # about old formats
-            content = torch.load(
-                path,
-                map_location='cpu',
-                weights_only=True,
-                mmap=_can_be_mapped(path),
-            )
-    except Exception:  # any error; it says nothing about the weights
-        return False
-    theirs = choose_weights(content, path, ema).state
+        theirs = choose_weights(read_by_torch(path), path, ema).state
+    except Exception as error:  # a reader may fail in any way
+        raise UserError(
+            f'{path} is read by mmdbb, but not by torch '
+            f'({type(error).__name__}: {error}); nothing written; please '
+            'report it'
+        ) from error
     different = [
         name
         for name in {**state, **theirs}
@@ -225,18 +214,6 @@ def compare_with_torch(
         raise UserError(
             f'{path} is read in two ways, by mmdbb and by torch, which differ '
             f'in {some(different)}; nothing written; please report it'
-        )
-    return True
-
-
-def _can_be_mapped(path: str) -> bool:
-    """Whether the file is an archive whose members are not compressed."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return all(
-            info.compress_type == zipfile.ZIP_STORED
-            for info in archive.infolist()
         )
 
 

@@ -332,7 +332,7 @@ def test_a_kernel_kept_in_inference_mode_serves_gradients(kind):
     with torch.inference_mode():
         block(x)
     kept = block._cached_kernel
-    assert not any(t.is_inference() for t in [*kept.tensors, *kept.merged])
+    assert not any(t.is_inference() for t in [*kept.values, *kept.merged])
     x.requires_grad_()
     block(x).square().sum().backward()
     other = x.detach().requires_grad_()

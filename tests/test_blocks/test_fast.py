@@ -17,6 +17,7 @@ from mmdbb.blocks import BranchSumConv2d, fast
 from mmdbb.blocks.fast import fast_forward
 from mmdbb.branches.moments import Maps, moments_of
 from mmdbb.branches.norm import batch_scale_shift
+from mmdbb.geometry import ConvSpec
 
 #: Sums that no preset has.
 OTHERS = dict(
@@ -412,3 +413,28 @@ def test_own_init_cfg_applies_inside_a_host_that_never_asks():
     assert (layer.branches['kxk'].conv.weight == 0.5).all()
     assert (layer.branches['kxk'].norm.weight == 0.25).all()
     assert not layer.branches['1x1_kxk'].conv1.weight.any()
+
+
+@pytest.mark.parametrize('padded', [True, False])
+@pytest.mark.parametrize('mean', [True, False])
+@pytest.mark.parametrize(
+    'geometry',
+    [
+        dict(padding=1),
+        dict(padding=(0, 2), stride=2),
+        dict(padding='same'),
+        dict(padding=1, padding_mode='reflect'),
+    ],
+    ids=str,
+)
+def test_two_ways_to_pool(geometry, mean, padded):
+    """GPUs take the one, CPUs the other."""
+    spec = ConvSpec(4, 4, (2, 3), **geometry)
+    x = image(2, 4, 9, 8).requires_grad_()
+    expected = fast.pool_by_convolution(x, spec, padded, mean)
+    found = fast.pool_by_torch(x, spec, padded, mean)
+    assert distance(found, expected) < EXACT
+    grads = [
+        torch.autograd.grad(y.square().sum(), x)[0] for y in (found, expected)
+    ]
+    assert distance(*grads) < EXACT

@@ -3,11 +3,13 @@
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
 from helpers import run_tool
 from runs import run_config, train
+from tiny_demo import tiny_config
 
 from mmdbb.errors import UserError
 from mmdbb.files.checkpoints import read_content
@@ -530,6 +532,67 @@ def test_killed_and_resumed_is_the_uninterrupted_run(tmp_path, workers):
     for key in ('state_dict', 'ema_state_dict', 'optimizer'):
         assert equal(whole[key], parts[key]), key
     assert equal(whole['param_schedulers'], parts['param_schedulers'])
+
+
+#: Task of the demo -> how its config is cut short, and the iteration in which
+#: the training is killed: between two checkpoints.
+SHORT = dict(
+    classification=(
+        {
+            'train_cfg.max_epochs': 3,
+            'train_cfg.val_interval': 2,
+            'default_hooks.checkpoint.interval': 1,
+        },
+        14,
+    ),
+    detection=(
+        {
+            'train_cfg.max_epochs': 3,
+            'train_cfg.val_interval': 2,
+            'default_hooks.checkpoint.interval': 1,
+        },
+        3,
+    ),
+    segmentation=(
+        {
+            'train_cfg.max_iters': 5,
+            'train_cfg.val_interval': 2,
+            'default_hooks.checkpoint.interval': 2,
+        },
+        4,
+    ),
+)
+
+
+@pytest.mark.parametrize('task', SHORT)
+def test_a_demo_that_is_killed_and_resumed(tmp_path, task):
+    """With augmentation and workers; the last one counts iterations."""
+    changes, killed_in = SHORT[task]
+    cfg = tiny_config(task, tmp_path)
+    cfg.train_dataloader.update(num_workers=1, persistent_workers=True)
+    cfg.merge_from_dict(changes)
+    configs = {}
+    for name, after in (('whole', None), ('killed', killed_in)):
+        cfg.custom_hooks = [dict(type='KilledOfTests', after=after)]
+        configs[name] = tmp_path / f'{name}.py'
+        cfg.dump(configs[name])
+
+    def run(name, folder, *more):
+        work_dir = tmp_path / folder
+        return in_a_child(
+            configs[name], '--work-dir', work_dir, '--repeatable', *more
+        )
+
+    assert run('whole', 'whole') == 0
+    assert run('killed', 'parts') == -signal.SIGKILL
+    assert run('whole', 'parts', '--resume') == 0
+    last = Path((tmp_path / 'whole' / 'last_checkpoint').read_text()).name
+    whole, parts = (
+        read_content(str(tmp_path / folder / last))
+        for folder in ('whole', 'parts')
+    )
+    for key in ('state_dict', 'optimizer', 'param_schedulers'):
+        assert equal(whole[key], parts[key]), key
 
 
 def equal(found, expected):

@@ -4,10 +4,10 @@ import os
 import pickle
 import zipfile
 
+import numpy as np
 import pytest
 import torch
 from mmengine.logging import HistoryBuffer
-from mmengine.utils import digit_version
 from torch import nn
 
 from mmdbb.errors import UserError
@@ -17,11 +17,11 @@ from mmdbb.files.checkpoints import (
     load_strictly,
     read_checkpoint,
 )
+from mmdbb.files.second_reader import read_by_torch
 from mmdbb.files.sources import some
 
 STATE = dict(weight=torch.ones(2, 3), count=torch.tensor(3))
 ONES = dict(weight=torch.ones(2))
-CAREFUL = digit_version(torch.__version__) >= digit_version('2.6.0')
 
 
 class Harmful:
@@ -392,7 +392,7 @@ def test_torch_reads_the_same(tmp_path, form):
                 archive.writestr(name, member)
     for ema in (True, False):
         found = read_checkpoint(str(path), ema)['state_dict']
-        assert compare_with_torch(found, str(path), ema) is CAREFUL
+        compare_with_torch(found, str(path), ema)
 
 
 @pytest.mark.parametrize(
@@ -405,7 +405,6 @@ def test_torch_reads_the_same(tmp_path, form):
         None,
     ],
 )
-@pytest.mark.skipif(not CAREFUL, reason='this torch is not asked')
 def test_torch_reads_another_thing(tmp_path, change):
     path = write(tmp_path / 'a.pth', STATE)
     state = dict(STATE, **change) if change else dict(count=STATE['count'])
@@ -413,8 +412,38 @@ def test_torch_reads_another_thing(tmp_path, change):
         compare_with_torch(state, path)
 
 
-def test_torch_refuses_what_mmdbb_reads(tmp_path):
+def test_torch_reads_what_mmengine_notes(tmp_path):
+    """Beside the weights of an ordinary training, too."""
     content = dict(state_dict=STATE, message_hub=HistoryBuffer([1.0], [1]))
     path = write(tmp_path / 'a.pth', content)
-    found = read_checkpoint(path)['state_dict']
-    assert compare_with_torch(found, path) is False
+    compare_with_torch(read_checkpoint(path)['state_dict'], path)
+    with pytest.raises(UserError, match='differ in weight'):
+        compare_with_torch(dict(STATE, weight=STATE['weight'] + 1), path)
+
+
+def test_the_second_reader_runs_nothing(tmp_path):
+    """Though only files that the first one takes are given to it."""
+    ran = tmp_path / 'ran'
+    content = dict(state_dict=STATE, meta=Touch(ran), array=np.arange(3.0))
+    path = write(tmp_path / 'a.pth', content)
+    found = read_by_torch(path)
+    assert not ran.exists()
+    assert vars(found['meta']) == {}
+    assert torch.equal(found['state_dict']['weight'], STATE['weight'])
+    torch.load(path, weights_only=False)
+    assert ran.exists()  # it would
+
+
+class Touch:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), 'w')
+
+
+def test_what_torch_cannot_read_is_said(tmp_path):
+    path = tmp_path / 'a.pth'
+    path.write_bytes(b'not a checkpoint')
+    with pytest.raises(UserError, match='read by mmdbb, but not by torch'):
+        compare_with_torch(STATE, str(path))

@@ -367,7 +367,8 @@ def _are_schedulers(states: Any) -> bool:
         isinstance(state, dict)
         and all(isinstance(key, str) for key in state)
         and all(
-            type(state.get(key, 0)) is int and 0 <= state.get(key, 0)
+            # The step is -1 until the scheduler begins.
+            type(state.get(key, 0)) is int and -1 <= state.get(key, 0)
             for key in SCHEDULER_COUNTS
         )
         and isinstance(state.get('base_values', []), list)

@@ -27,6 +27,7 @@ from mmdbb.mm.backbones import (
 from mmdbb.reparam import find_blocks, reparameterize
 from workshop.benchmark.measure import (
     Spread,
+    captured,
     interleaved,
     kept_megabytes,
     peak_megabytes,
@@ -91,6 +92,7 @@ def run_phase(
     repeats: int,
     compiled: bool = False,
     precision: str = 'float32',
+    graphs: bool = False,
 ) -> List[Row]:
     """Measure one phase of one network.
 
@@ -105,6 +107,7 @@ def run_phase(
         repeats: How many interleaved runs.
         compiled: Whether plain and default run under ``torch.compile``.
         precision: One of :data:`PRECISIONS`; in half precision by autocast.
+        graphs: Whether to replay runs as CUDA graphs.
 
     Returns:
         list: A row for each variant.
@@ -124,13 +127,18 @@ def run_phase(
         images.device.type,
         PRECISIONS[precision],
         enabled=precision != 'float32',
+        cache_enabled=not graphs,
     )
     variants = {
         name: tuple(_within(half, function) for function in pair)
         for name, pair in variants.items()
     }
     times = interleaved(
-        {name: run for name, (run, _) in variants.items()}, repeats
+        {
+            name: captured(run) if graphs else run
+            for name, (run, _) in variants.items()
+        },
+        repeats,
     )
     with_backward = phase in ('train', 'frozen')
     return [

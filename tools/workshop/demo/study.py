@@ -226,13 +226,13 @@ def summarize(results: List[Result]) -> List[Summary]:
         gain = gain_half = None
         gains = [top - plain[s] for s, top in tops.items() if s in plain]
         if block != 'plain' and gains:
-            gain, gain_half = _mean_and_half(gains)
-        mean, half = _mean_and_half(list(tops.values()))
+            gain, gain_half = mean_and_half(gains)
+        mean, half = mean_and_half(list(tops.values()))
         summaries.append(Summary(block, mean, half, gain, gain_half))
     return summaries
 
 
-def _mean_and_half(values: List[float]) -> Tuple[float, float]:
+def mean_and_half(values: List[float]) -> Tuple[float, float]:
     """Mean, and half of its confidence interval by Student's t."""
     from scipy.stats import t
 
