@@ -87,9 +87,10 @@ def is_of_head(name: str) -> bool:
 
 
 def reason_of(error: Exception) -> str:
-    """An error's type and the first line of its message."""
-    lines = str(error).strip().splitlines()
-    return ': '.join([type(error).__name__, *lines[:1]])
+    """An error's type and the start of its message."""
+    line = (str(error).strip().splitlines() or [''])[0]
+    message = line if len(line) <= 160 else f'{line[:157]}...'
+    return f'{type(error).__name__}: {message}'.rstrip(': ')
 
 
 def takes_other_images(model: nn.Module, images: Tensor) -> bool:
