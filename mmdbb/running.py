@@ -118,7 +118,6 @@ def _heads(
             tensors.update(_tensors(label, head(features)))
         except Exception as error:
             left_out[label] = reason_of(error)
-            reached.difference_update(head.modules())
     for name, child in model.named_children():
         known = any(label.split('.')[0] == name for label in left_out)
         if not known and _is_missed(child, reached):

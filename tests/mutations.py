@@ -720,13 +720,6 @@ TABLE = (
     ),
     Mutation(
         'mmdbb/running.py',
-        'reached.difference_update(head.modules())',
-        'pass',
-        'a head that failed half-way counts as run',
-        (RUNNING,),
-    ),
-    Mutation(
-        'mmdbb/running.py',
         'if reached.isdisjoint(heads[label].modules())',
         'if False',
         'heads that the whole network did not reach, named',
