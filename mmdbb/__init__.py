@@ -37,6 +37,7 @@ from mmdbb.version import __version__
 #: Names that need mmengine and mmcv -> the modules that define them.
 _OF_HOSTS = {
     'BackbonePretrainedInit': 'mmdbb.mm.starts.backbone',
+    'BlocksHook': 'mmdbb.mm.engine.blocks_hook',
     'OfficialPretrainedInit': 'mmdbb.mm.starts.official',
     'PlainPretrainedInit': 'mmdbb.mm.starts.plain',
     'ReparamHook': 'mmdbb.mm.engine.reparam_hook',

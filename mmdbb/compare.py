@@ -38,7 +38,7 @@ from mmdbb.running import (
     takes_other_images,
 )
 from mmdbb.stock_weights import names_in
-from mmdbb.untouched import changed_layers
+from mmdbb.untouched import Pairs, changed_layers
 
 #: A channel whose share of the largest channel is smaller than this is
 #: measured by this share, because rounding errors of the large channels reach
@@ -106,6 +106,7 @@ def compare_networks(
     merged: nn.Module,
     batches: Sequence[Tensor],
     smallest: float = SMALLEST_CHANNEL,
+    norms: Optional[Pairs] = None,
 ) -> Difference:
     """Compare a network with blocks, each branch by itself, with a merged one.
 
@@ -115,6 +116,8 @@ def compare_networks(
         batches: Normalised images, each of shape (N, C, H, W).
         smallest: Channels smaller than this share of the largest channel are
             measured by this share of it, see :func:`relative_error`.
+        norms: Name of a block -> names of the norms behind it, see
+            :func:`~mmdbb.untouched.changed_layers`.
 
     Returns:
         Difference: The largest difference found. If the network cannot be
@@ -124,7 +127,9 @@ def compare_networks(
         UserError: If the network runs on other images, but not on these, or
             gives values that are not finite.
     """
-    return errors_of(model, merged, batches, smallest).difference()
+    return errors_of(
+        model, merged, batches, smallest, norms=norms
+    ).difference()
 
 
 @torch.no_grad()
@@ -134,6 +139,7 @@ def errors_of(
     batches: Sequence[Tensor],
     smallest: float = SMALLEST_CHANNEL,
     own: Sequence[str] = (),
+    norms: Optional[Pairs] = None,
 ) -> Errors:
     """Like :func:`compare_networks`, with the error of each output.
 
@@ -144,11 +150,12 @@ def errors_of(
         smallest: See :func:`compare_networks`.
         own: Names of blocks of other packages, which both networks have. They
             are compared by themselves if images reach them.
+        norms: See :func:`compare_networks`.
     """
     errors = Errors({}, {}, {})
     outputs = _outputs_of_both(model, merged, batches, errors.left_out)
     layers = itertools.chain(
-        _layers_of_both(model, merged, own),
+        _layers_of_both(model, merged, own, norms),
         _own_of_both(model, merged, own, batches),
     )
     with literal_forward(model):
@@ -278,11 +285,14 @@ def _run_merged(merged: nn.Module, batch: Tensor) -> Dict[str, Tensor]:
 
 
 def _layers_of_both(
-    model: nn.Module, merged: nn.Module, own: Sequence[str]
+    model: nn.Module,
+    merged: nn.Module,
+    own: Sequence[str],
+    norms: Optional[Pairs],
 ) -> Iterator[Tuple[str, Tensor, Tensor]]:
     renamed = names_in(merged, model)
     inside = tuple(f'{name}.' for name in own)
-    for layers in changed_layers(model, merged):
+    for layers in changed_layers(model, merged, norms):
         if layers[0].startswith(inside):
             continue  # it is merged with the block around it
         x = _input_for(model.get_submodule(layers[0]))

@@ -1,16 +1,18 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
 """Pairs of a convolution and the norm behind it, by OpenMMLab's conventions.
 
-Two things need these pairs. A block with norms of its own takes the place of
-both, convolution and norm. And when a block is merged, its bias folds into the
-norm that follows.
+The ready backbones, which are known, put blocks in the place of such pairs.
+For any other network names are a guess, and the data tells more:
+:mod:`mmdbb.norms_behind`.
 """
 
 from __future__ import annotations
 
-from typing import Dict, Iterator, NamedTuple
+from typing import Dict, Iterator, List, NamedTuple, Tuple
 
 from torch import nn
+
+from mmdbb.modules import is_norm, names_of
 
 
 class ConvNorm(NamedTuple):
@@ -49,7 +51,7 @@ def conv_norm_pairs(model: nn.Module) -> Iterator[ConvNorm]:
         elif isinstance(parent, nn.Sequential):
             names = list(parent._modules)
             for first, second in zip(names, names[1:]):
-                if _is_norm(parent._modules[second]):
+                if is_norm(parent._modules[second]):
                     yield ConvNorm(parent, first, second)
         else:
             for name in parent._modules:
@@ -59,21 +61,33 @@ def conv_norm_pairs(model: nn.Module) -> Iterator[ConvNorm]:
                     yield ConvNorm(parent, name, norm)
 
 
-def norm_names(model: nn.Module) -> Dict[str, str]:
-    """Full name of a convolution -> full name of the norm behind it."""
-    names = {module: name for name, module in model.named_modules()}
-    pairs = {}
-    for parent, conv, norm in conv_norm_pairs(model):
-        prefix = f'{names[parent]}.' if names[parent] else ''
-        pairs[prefix + conv] = prefix + norm
-    return pairs
+def norm_names(model: nn.Module) -> Dict[str, Tuple[str, ...]]:
+    """Find the norms behind convolutions by the names of their attributes.
+
+    Returns:
+        dict: Full name of a convolution -> full names of the norms behind it:
+        several if one convolution stands in several places, as detectors'
+        heads share theirs among the levels, each with a norm of its own. All
+        names of the convolution are listed.
+    """
+    names = names_of(model)
+    norms: Dict[nn.Module, List[nn.Module]] = {}
+    for parent, conv_name, norm_name in conv_norm_pairs(model):
+        conv = getattr(parent, conv_name, None)
+        norm = getattr(parent, norm_name, None)
+        if conv not in names or norm not in names:
+            continue
+        found = norms.setdefault(conv, [])
+        if norm not in found:
+            found.append(norm)
+    return {
+        name: tuple(names[norm][0] for norm in found)
+        for conv, found in norms.items()
+        for name in names[conv]
+    }
 
 
 def _is_conv_module(module: nn.Module) -> bool:
     """Whether a module has the attributes of mmcv's ``ConvModule``."""
     names = ('conv', 'order', 'with_norm', 'norm_name')
     return all(hasattr(module, name) for name in names)
-
-
-def _is_norm(module: nn.Module) -> bool:
-    return isinstance(module, (nn.modules.batchnorm._NormBase, nn.GroupNorm))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from numbers import Integral
-from typing import Optional, Tuple, Union
+from typing import Iterable, Optional, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -36,9 +36,12 @@ class ConvSpec:
         out_channels: Channels of the output.
         kernel_size: Height and width of the kernel, or one number for both.
         stride: Step in pixels.
-        padding: Pixels on each side, ``'same'`` or ``'valid'``. Stored as
-            (rows, columns) where both sides get equally many pixels; stays
-            ``'same'`` where they do not (an even kernel).
+        padding: Pixels on each side, ``'same'``, ``'valid'``, or
+            ``'adaptive'``: as many zeros as each image needs so that the
+            output has one pixel for each ``stride`` pixels, rounded up.
+            Stored as (rows, columns) where both sides of any image get
+            equally many pixels; stays ``'same'`` where they do not (an even
+            kernel), ``'adaptive'`` where it depends on the image (a stride).
         dilation: Distance between two neighbouring taps in pixels.
         groups: Number of groups that channels are split into.
         padding_mode: One of ``zeros``, ``reflect``, ``replicate`` and
@@ -97,11 +100,21 @@ class ConvSpec:
             return _pair('padding', self.padding, 0)
         if self.padding == 'valid':
             return (0, 0)
-        if self.padding != 'same':
+        if self.padding not in ('same', 'adaptive'):
             raise ValueError(
-                "padding must be numbers of pixels, 'same' or 'valid', got "
-                f'{self.padding!r}'
+                "padding must be numbers of pixels, 'same', 'valid' or "
+                f"'adaptive', got {self.padding!r}"
             )
+        if self.padding == 'adaptive':
+            if self.padding_mode != 'zeros':
+                raise ValueError(
+                    "padding='adaptive' pads with zeros, got padding_mode="
+                    f'{self.padding_mode!r}'
+                )
+            if self.is_pointwise:
+                return (0, 0)
+        if self.padding == 'adaptive' and self.stride != (1, 1):
+            return 'adaptive'
         if self.stride != (1, 1):
             raise ValueError(
                 f"padding='same' needs stride 1, got stride={self.stride}"
@@ -111,10 +124,31 @@ class ConvSpec:
             return 'same'
         return (total[0] // 2, total[1] // 2)
 
+    def at_size(self, size: IntPair) -> ConvSpec:
+        """The geometry for images of one size, whose pads are known.
+
+        Args:
+            size: Height and width of the images in pixels.
+        """
+        if self.padding != 'adaptive':
+            return self
+        pads = adaptive_pads(
+            size, self.kernel_size, self.stride, self.dilation
+        )
+        return _SizedSpec(**asdict(self), sized_pads=pads)
+
     @property
     def pads(self) -> Pads:
-        """Pixels added at the top, bottom, left and right."""
-        if self.padding != 'same':
+        """Pixels added at the top, bottom, left and right.
+
+        If they depend on the image, as in :attr:`largest_pads`.
+        """
+        return self.largest_pads
+
+    @property
+    def largest_pads(self) -> Pads:
+        """The most pixels that any image gets at its four sides."""
+        if not isinstance(self.padding, str):
             high, wide = self.padding
             return (high, high, wide, wide)
         pads = []
@@ -154,7 +188,8 @@ class ConvSpec:
         That is the middle tap. An even kernel has two; of these it is the one
         that reads the pixel nearer to the output's own position.
         """
-        top, _, left, _ = self.pads
+        # Not that of a single image: one kernel serves all sizes.
+        top, _, left, _ = self.largest_pads
         return tuple(
             min((k // 2, (k - 1) // 2), key=lambda tap: abs(tap * d - before))
             for k, d, before in zip(
@@ -195,8 +230,59 @@ class ConvSpec:
 
     @property
     def conv_args(self) -> dict:
-        """Keyword arguments that build this ``nn.Conv2d``, but ``bias``."""
-        return asdict(self)
+        """Keyword arguments that build this ``nn.Conv2d``, but ``bias``.
+
+        If the padding is adaptive, the convolution itself pads nothing.
+        """
+        args = asdict(self)
+        return dict(args, padding=0) if self.padding == 'adaptive' else args
+
+
+@dataclass(frozen=True)
+class _SizedSpec(ConvSpec):
+    """An adaptive geometry for images of one size.
+
+    Args:
+        sized_pads: Pixels at the top, bottom, left and right.
+    """
+
+    sized_pads: Pads = (0, 0, 0, 0)
+
+    def at_size(self, size: IntPair) -> ConvSpec:
+        return self
+
+    @property
+    def pads(self) -> Pads:
+        return self.sized_pads
+
+
+def adaptive_pads(
+    size: IntPair, kernel_size: IntPair, stride: IntPair, dilation: IntPair
+) -> Pads:
+    """Pads with which there is an output pixel for each stride, rounded up.
+
+    The rule of TensorFlow's ``SAME`` and of mmcv's
+    ``Conv2dAdaptivePadding``: an odd pixel goes to the bottom and the right.
+
+    Args:
+        size: Height and width of the image in pixels.
+        kernel_size: Height and width of the kernel in taps.
+        stride: Step in pixels.
+        dilation: Distance between two neighbouring taps in pixels.
+
+    Returns:
+        tuple: Pixels at the top, bottom, left and right.
+
+    Examples:
+        >>> adaptive_pads((8, 9), (3, 3), (2, 2), (1, 1))
+        (0, 1, 1, 1)
+    """
+    pads = []
+    for n, k, s, d in zip(size, kernel_size, stride, dilation):
+        last = ((n + s - 1) // s - 1) * s  # where the last window begins
+        total = max(last + (k - 1) * d + 1 - n, 0)
+        pads += [total // 2, total - total // 2]
+    return tuple(pads)
 
 
 def pad2d(x: Tensor, pads: Pads, mode: str = 'zeros') -> Tensor:
@@ -235,8 +321,8 @@ def convolve(
     Returns:
         Tensor: Shape (N, out, H', W'), with the images' dtype.
     """
-    padding = spec.padding
-    if padding == 'same' or spec.padding_mode != 'zeros':
+    padding, spec = spec.padding, spec.at_size(x.shape[-2:])
+    if isinstance(padding, str) or spec.padding_mode != 'zeros':
         x, padding = pad2d(x, spec.pads, spec.padding_mode), 0
     geometry = spec.stride, padding, spec.dilation, spec.groups
     kernel = kernel.to(x.dtype)
@@ -311,11 +397,26 @@ def _is_int(value) -> bool:
 
 
 def _pair(name: str, value, lowest: int) -> IntPair:
-    pair = (value, value) if _is_int(value) else value
-    if not isinstance(pair, (tuple, list)) or not all(map(_is_int, pair)):
+    if _is_int(value):
+        pair = (value, value)
+    elif isinstance(value, Iterable) and not isinstance(value, (str, dict)):
+        pair = tuple(value)
+    else:
+        pair = None
+    if pair is None or not all(map(_is_int, pair)):
         raise TypeError(
             f'{name} must be an int or a pair of ints, got {value!r}'
         )
+    if len(pair) == 3:
+        raise ValueError(
+            f'{name} must be one or two numbers, got {value!r}: blocks are '
+            'two-dimensional, they stand for an nn.Conv2d, and not in a '
+            'network of nn.Conv3d'
+        )
+    # torch takes one number in a sequence for both directions, but a kernel
+    # of one number makes an nn.Conv2d that cannot run.
+    if len(pair) == 1 and name != 'kernel_size':
+        pair *= 2
     if len(pair) != 2 or min(pair) < lowest:
         raise ValueError(
             f'{name} must be one or two numbers of at least {lowest}, got '

@@ -11,10 +11,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmdbb.blocks.branch_sum import BranchSumConv2d
 from mmdbb.blocks.build import block_of, refuse_unknown_keys
+from mmdbb.blocks.offers import AbsorbedNorm
 from mmdbb.errors import UserError
 from mmdbb.files.checkpoints import load_strictly
 from mmdbb.files.sources import some
-from mmdbb.modules import has_hooks
+from mmdbb.found_norms import norms_shown
+from mmdbb.modules import has_hooks, memory_format_of
 from mmdbb.plain.blocks import BRANCH_SCALE, copy_entries_, plain_start
 from mmdbb.plain.branch_sums import NormValues
 from mmdbb.reparam import find_blocks
@@ -42,8 +44,9 @@ def insert_blocks_(
 
     The outputs of the model in eval mode stay the same. If a batch norm alone
     reads the output of a convolution, the block absorbs it, and
-    ``nn.Identity`` takes the norm's place; all other layers stay. OREPA's
-    block has no norm of its own, so it absorbs none.
+    ``AbsorbedNorm`` takes the norm's place: an ``nn.Identity`` that remembers
+    the block; all other layers stay. OREPA's block has no norm of its own, so
+    it absorbs none.
 
     Args:
         model: Any model, with its weights.
@@ -75,7 +78,7 @@ def insert_blocks_(
         >>> insert_blocks_(model)
         ['0']
         >>> [type(layer).__name__ for layer in model]
-        ['DBB', 'Identity', 'ReLU']
+        ['DBB', 'AbsorbedNorm', 'ReLU']
     """
     block_type, args, sizes = _block_config(block)
     rule = 'where()'
@@ -115,7 +118,7 @@ def insert_blocks_(
         except ValueError as error:
             raise ValueError(f'{name}: {error}') from error
         if absorbed:
-            new[norm] = nn.Identity()
+            new[norm] = AbsorbedNorm(new[conv], norm)
         names.append(name)
     if not names:
         has = f'; it has blocks already: {some([*blocks])}' if blocks else ''
@@ -174,13 +177,7 @@ def merge_into_(
         ['Conv2d', 'BatchNorm2d']
     """
     _check_same_network(plain, model)
-    names = {module: name for name, module in plain.named_modules()}
-    pairs = {
-        names[conv]: names[norm]
-        for conv, norm in sole_readers(plain, example).items()
-        if norm is not None
-    }
-    state = stock_state(model, plain, pairs)
+    state = stock_state(model, plain, norms_shown(plain, example))
     load_strictly(plain, state, 'the merged network')
     return plain
 
@@ -249,7 +246,7 @@ def _block_for(
         bias=absorbed or conv.bias is not None,
         padding_mode=conv.padding_mode,
         **args,
-    ).to(conv.weight)
+    ).to(conv.weight, memory_format=memory_format_of(conv))
     bias = conv.bias
     if bias is None:
         bias = torch.zeros_like(conv.weight[:, 0, 0, 0])

@@ -4,23 +4,31 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any, Callable, Iterator, Tuple, Union
+from typing import Any, Callable, Dict, Iterator, List, Tuple, Union
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-#: The forward methods of torch's own convolutions and norms. A layer with one
-#: of these computes what its weights say; a subclass may override it.
+from mmdbb.scale_norm import ScaleNorm2d
+
+#: The forward methods of torch's own convolutions and norms, and of the norm
+#: in blocks without shift. A layer with one of these computes what its weights
+#: say; a subclass may override it.
 KNOWN_FORWARDS = (
     nn.Conv2d.forward,
     _BatchNorm.forward,
     nn.SyncBatchNorm.forward,
+    ScaleNorm2d.forward,
 )
+
+#: Layers that normalise their input. Some more are known by their class's
+#: name only, see :func:`is_frozen_norm`.
+_NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)
 
 # Every kind of hook that torch calls when a module's forward runs.
 _HOOKS = (
@@ -103,6 +111,47 @@ def in_eval_mode(*models: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+def is_norm(module: object) -> bool:
+    """Whether a module is a norm, of whatever kind."""
+    return isinstance(module, _NORMS) or is_frozen_norm(module)
+
+
+def is_frozen_norm(module: object) -> bool:
+    """Whether a module is a ``FrozenBatchNorm2d``.
+
+    torchvision, detectron2 and DETR have a class of this name each: a batch
+    norm of buffers only, which no common base class tells.
+    """
+    named = any(c.__name__ == 'FrozenBatchNorm2d' for c in type(module).mro())
+    return named and getattr(module, 'running_mean', None) is not None
+
+
+def takes_bias(norm: object) -> bool:
+    """Whether a norm subtracts a running mean, so that a bias folds into it.
+
+    In eval mode ``mean -= bias`` then does the same as adding the bias to the
+    norm's input.
+    """
+    tracks = isinstance(norm, _NormBase) and norm.running_mean is not None
+    return tracks or is_frozen_norm(norm)
+
+
+def drops_bias(norm: object) -> bool:
+    """Whether a norm subtracts the mean of its own input, channel by channel.
+
+    What was added to a channel of the input is then gone from the output.
+    """
+    return isinstance(norm, _NormBase) and norm.running_mean is None
+
+
+def names_of(model: nn.Module) -> Dict[nn.Module, List[str]]:
+    """All modules of a model, each with all names under which it stands."""
+    names: Dict[nn.Module, List[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    return names
 
 
 def is_replica(module: nn.Module) -> bool:
@@ -277,3 +326,34 @@ def unwrapped(model: nn.Module) -> nn.Module:
     while isinstance(getattr(model, 'module', None), nn.Module):
         model = model.module
     return model
+
+
+@torch.no_grad()
+def reset_children_(module: nn.Module) -> None:
+    """Reset all layers inside a module, in the order they were built in.
+
+    Args:
+        module: The module, whose own tensors stay.
+    """
+    for child in module.children():
+        if hasattr(child, 'reset_parameters'):
+            child.reset_parameters()
+        else:
+            reset_children_(child)
+
+
+def memory_format_of(module: nn.Module) -> torch.memory_format:
+    """The layout of a module's kernels: channels last, or contiguous.
+
+    Args:
+        module: A block or a convolution.
+    """
+    last = torch.channels_last
+    for tensor in tensors_of(module):
+        if tensor.dim() == 4 and not tensor.is_contiguous():
+            return (
+                last
+                if tensor.is_contiguous(memory_format=last)
+                else (torch.contiguous_format)
+            )
+    return torch.contiguous_format

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from types import FrameType
-from typing import Callable, Dict, Optional
+from typing import Callable, Dict, NamedTuple, Optional
 
 from torch import Tensor, nn
 
@@ -42,6 +42,21 @@ def _no_data_samples(images: Tensor) -> None:
     """Without mmengine there are none."""
 
 
+class ReplacedLayer(NamedTuple):
+    """What the config of a block replaces in a network of a host.
+
+    Attributes:
+        owner: Name of the host's class that was given the block's config.
+        type: Type of the layer that this class has by default.
+        spectral: Whether the block would stand in a module that normalises
+            the weight of its convolution.
+    """
+
+    owner: str = ''
+    type: str = 'Conv2d'
+    spectral: bool = False
+
+
 class Ports:
     """Functions that OpenMMLab's packages provide, and their defaults.
 
@@ -55,12 +70,23 @@ class Ports:
             the block's children; raises if the caller is mmcv's
             ``fuse_conv_bn``, which would fuse the norm behind the block into
             a convolution before it.
+        builder_of: Gets a block's class and the frame of whoever calls it.
+            If that is mmcv's ``build_conv_layer``, which got the class as the
+            type of a layer's config, returns the function that builds from
+            such a config; else None.
+        replaced_layer: Gets a block's class. While an OpenMMLab package
+            builds a network, returns what the block's config replaces there.
         log: Writes a message to the log.
         read_address: Reads a checkpoint from an address such as
             ``torchvision://resnet50``.
         data_samples: Makes what the packages' networks read beside a batch of
             images (N, C, H, W) of equal sizes: a list of N data samples; None
             without mmengine.
+        start_plain: Computes the entries with which a block equals a plain
+            convolution, and the norm behind it; :mod:`mmdbb.plain.blocks`,
+            which stands above the blocks, plugs it in.
+        run_network: Runs a network on a random image, whatever its inputs
+            are, and returns its outputs; None without mmengine.
         history: Builds mmengine's ``HistoryBuffer`` from its largest length,
             its values and their counts; None without mmengine.
         classes: Full names -> classes of mmengine whose methods are pickled
@@ -74,11 +100,19 @@ class Ports:
         self.refuse_fusion: Callable[[nn.Module, FrameType], None] = (
             lambda block, caller: None
         )
+        self.builder_of: Callable[[type, FrameType], Optional[Callable]] = (
+            lambda block, caller: None
+        )
+        self.replaced_layer: Callable[[type], ReplacedLayer] = lambda block: (
+            ReplacedLayer()
+        )
         self.log: Callable[..., None] = _log
         self.read_address: Callable[[str], dict] = _read_address
         self.data_samples: Callable[[Tensor], Optional[list]] = (
             _no_data_samples
         )
+        self.start_plain: Optional[Callable[..., Dict[str, Tensor]]] = None
+        self.run_network: Optional[Callable[[nn.Module], object]] = None
         self.history: Optional[Callable] = None
         self.classes: Dict[str, type] = {}
 

@@ -31,6 +31,7 @@ from mmdbb.compare import (
 from mmdbb.errors import UserError
 from mmdbb.reparam import find_blocks, literal_forward
 from mmdbb.running import CannotRun, is_of_head, run_network
+from mmdbb.untouched import Pairs
 
 
 class Bound(NamedTuple):
@@ -78,6 +79,7 @@ def prove_equal(
     tolerance: Optional[float] = None,
     exact: bool = True,
     own: Sequence[str] = (),
+    norms: Optional[Pairs] = None,
 ) -> Difference:
     """Raise unless a merged network equals the trained one.
 
@@ -93,6 +95,8 @@ def prove_equal(
             :data:`SINGLE`.
         exact: Whether kernels were composed in float64.
         own: Names of blocks of other packages, which both networks have.
+        norms: Name of a block -> names of the norms behind it, see
+            :func:`~mmdbb.untouched.changed_layers`.
 
     Returns:
         Difference: The largest difference found, and the bound that was
@@ -105,7 +109,7 @@ def prove_equal(
     bound = (DOUBLE if exact else SINGLE).within(tolerance)
     trained, network = trained.double(), network.double()
     images = [batch.double() for batch in batches]
-    errors = errors_of(trained, network, images, bound.smallest, own)
+    errors = errors_of(trained, network, images, bound.smallest, own, norms)
     found = _accepted(errors, trained, images, bound, own)
     if not any(map(_asks_for_float32, errors.left_out.values())):
         left_out = {**errors.left_out, **found.left_out}
@@ -115,7 +119,7 @@ def prove_equal(
     )
     images = [batch.float() for batch in batches]
     bound = SINGLE.within(tolerance)
-    errors = errors_of(trained, network, images, bound.smallest)
+    errors = errors_of(trained, network, images, bound.smallest, norms=norms)
     known = {*found.compared, *found.left_out}
     outputs = {n: e for n, e in errors.outputs.items() if n not in known}
     single = _accepted(Errors(outputs, {}, {}), trained, images, bound, own)

@@ -5,17 +5,25 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from typing import Dict, Iterator, Optional, Tuple
+import re
+from typing import Dict, Iterator, List, Optional, Tuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mmdbb.blocks.base import ReparamConv2d
+from mmdbb.blocks.offers import AbsorbedNorm
 from mmdbb.modules import computes_weight
 from mmdbb.own_blocks import merge_own_blocks
 from mmdbb.ports import PORTS
 
 __all__ = ['find_blocks', 'literal_forward', 'reparameterize']
+
+#: Matches names of entries that only a block has that is not merged.
+_OF_A_BLOCK = re.compile(
+    r'\bbranches\.(?!\d+\.)\w+\.'  # HRNet's branches have numbers
+    r'|\bgenerator\.(layers\.\d+\.)?(origin|scale)$'
+)
 
 # Where torch keeps hooks. Those on a block move to the convolution that takes
 # its place.
@@ -47,6 +55,34 @@ def find_blocks(model: nn.Module) -> Dict[str, ReparamConv2d]:
         for name, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, ReparamConv2d)
     }
+
+
+def holds_blocks(state: Dict[str, Tensor], model: nn.Module) -> bool:
+    """Whether weights come from a network with blocks that are not merged.
+
+    Args:
+        state: Names -> tensors.
+        model: The network to load them into. They may come from another
+            network with blocks, too: then the names of branches tell.
+    """
+    blocks = find_blocks(model)
+    inside = tuple(f'{name}.' for name in blocks)
+    outside = {n for n in model.state_dict() if not n.startswith(inside)}
+    own = {
+        f'{name}.{entry}' if name else entry
+        for name, block in blocks.items()
+        if not block.deploy
+        for entry in own_of(block)
+    }
+    return any(
+        name in own or (name not in outside and _OF_A_BLOCK.search(name))
+        for name in state
+    )
+
+
+def own_of(block: ReparamConv2d) -> List[str]:
+    """Names of a block's entries that a plain convolution does not have."""
+    return [n for n in block.state_dict() if n not in ('weight', 'bias')]
 
 
 def reparameterize(
@@ -104,11 +140,14 @@ def reparameterize(
             ) from error
     if model in convs:
         return convs[model]
+    new = {**convs, **dict(_empty_places(model))}
     if not inplace:
         # Blocks are replaced while copying, so that they are never copied.
-        return copy.deepcopy(model, {id(b): c for b, c in convs.items()})
-    for parent, attribute, block in list(_places(model)):
-        setattr(parent, attribute, convs[block])
+        return copy.deepcopy(model, {id(m): n for m, n in new.items()})
+    for parent in list(model.modules()):
+        for attribute, child in parent._modules.items():
+            if child in new:
+                setattr(parent, attribute, new[child])
     return model
 
 
@@ -177,10 +216,10 @@ def literal_forward(model: nn.Module) -> Iterator[nn.Module]:
             vars(block).pop('forward_train', None)
 
 
-def _places(
+def _empty_places(
     model: nn.Module,
-) -> Iterator[Tuple[nn.Module, str, ReparamConv2d]]:
-    for parent in model.modules():
-        for attribute, child in parent._modules.items():
-            if isinstance(child, ReparamConv2d):
-                yield parent, attribute, child
+) -> Iterator[Tuple[nn.Module, nn.Module]]:
+    """Places of absorbed norms, and what stays there: nothing of mmdbb."""
+    for module in model.modules():
+        if isinstance(module, AbsorbedNorm):
+            yield module, nn.Identity().train(module.training)

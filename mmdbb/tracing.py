@@ -1,5 +1,5 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""Find the norm that reads a convolution's output, by following the data.
+"""Find the norms that read a convolution's output, by following the data.
 
 The order in which a model registers its layers says nothing about the order
 in which ``forward`` calls them. So the model is traced with torch.fx, or run
@@ -10,29 +10,53 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter, defaultdict
-from typing import Any, Dict, List, Optional
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Set, Tuple
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
 
 from mmdbb.blocks.base import ReparamConv2d
-from mmdbb.modules import in_eval_mode
+from mmdbb.modules import in_eval_mode, is_norm
 
 _CONVS = (nn.Conv2d, ReparamConv2d)
-_NORMS = (_NormBase, nn.GroupNorm)
+#: Attributes and methods of a tensor that tell nothing of its values.
+_LOOKS = frozenset(
+    'shape size dim ndim numel dtype device layout stride is_contiguous '
+    'is_cuda is_floating_point requires_grad is_meta'.split()
+)
 
-# Convolution -> for each call of it, the norm that reads the result; None
-# unless one norm and nothing else does.
-Calls = Dict[nn.Module, List[Optional[nn.Module]]]
+Norms = Tuple[nn.Module, ...]
+
+
+class _Seen(NamedTuple):
+    """What was seen of a model's data flow.
+
+    Attributes:
+        readers: Convolution -> for each call of it, the norm that alone reads
+            the result; None where there is none.
+        reads: How often each norm was called.
+    """
+
+    readers: Dict[nn.Module, List[Optional[nn.Module]]]
+    reads: Dict[nn.Module, int]
+
+    def norms(self) -> Dict[nn.Module, Norms]:
+        """Each convolution -> the norms behind it, see `norms_behind`."""
+        found = {}
+        for conv, readers in self.readers.items():
+            norms = tuple(dict.fromkeys(readers))
+            read = [n for n in norms if n is not None]
+            alone = sum(self.reads[n] for n in read) == len(readers)
+            found[conv] = norms if alone and None not in norms else ()
+        return found
 
 
 def sole_readers(
     model: nn.Module, example: Any = None
 ) -> Dict[nn.Module, Optional[nn.Module]]:
-    """Find the norm that alone reads a convolution's output.
+    """Find the one norm that alone reads a convolution's output.
 
     Args:
         model: Any model; unchanged. It is traced or run in eval mode.
@@ -42,33 +66,93 @@ def sole_readers(
 
     Returns:
         dict: Each convolution and each block that is called -> the norm that
-        alone reads its output and reads nothing else; None where there is no
-        such norm.
+        alone reads its output, at every call, and reads nothing else; None
+        where there is no such norm.
 
     Raises:
         ValueError: If the model cannot be traced, and no example is given.
     """
-    with in_eval_mode(model):
-        if example is None:
-            calls, count = _traced(model)
-        else:
-            calls, count = _watched(model, example)
-    readers = {}
-    for conv, found in calls.items():
-        reader = found[0] if len(set(found)) == 1 else None
-        alone = reader is not None and count[reader] == len(found)
-        readers[conv] = reader if alone else None
-    return readers
+    return {
+        conv: norms[0] if len(norms) == 1 else None
+        for conv, norms in norms_behind(model, example).items()
+    }
+
+
+def norms_behind(
+    model: nn.Module, example: Any = None
+) -> Dict[nn.Module, Norms]:
+    """Find the norms that alone read a convolution's output.
+
+    They are several where the convolution is called more than once, as a
+    detector's head that shares it among the levels does, with a norm of its
+    own for each level.
+
+    Args:
+        model: Any model; unchanged. It is traced or run in eval mode.
+        example: Input to run the model on: a tensor, a tuple of arguments or
+            a dict of keywords. Without one, the model is traced with
+            torch.fx.
+
+    Returns:
+        dict: Each convolution and each block that is called -> the norms that
+        alone read its outputs, and read nothing else; none if the output of
+        one call has another reader.
+
+    Raises:
+        ValueError: If the model cannot be traced, and no example is given.
+    """
+    if example is None:
+        with in_eval_mode(model):
+            return _traced(model).norms()
+
+    def run() -> Any:
+        if isinstance(example, dict):
+            return model(**example)
+        if isinstance(example, (tuple, list)):
+            return model(*example)
+        return model(example)
+
+    return norms_in_run(model, run)
+
+
+def norms_in_run(
+    model: nn.Module, run: Callable[[], Any]
+) -> Dict[nn.Module, Norms]:
+    """Find the norms behind convolutions while something runs the model.
+
+    Args:
+        model: Any model; unchanged. It runs in eval mode.
+        run: Runs the model, or parts of it, and returns the outputs. A part
+            that raises does not count, even if ``run`` catches the error.
+
+    Returns:
+        dict: As from :func:`norms_behind`, of the convolutions that ran.
+    """
+    watch = _Watch()
+    hooks = []
+    for module in outside_blocks(model):
+        hooks.append(module.register_forward_pre_hook(watch.enter))
+        hooks.append(
+            module.register_forward_hook(watch.leave, always_call=True)
+        )
+    try:
+        with in_eval_mode(model), torch.no_grad(), watch:
+            watch.read(run())  # the caller reads what the model returns
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return watch.seen().norms()
 
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, _CONVS + _NORMS) or super().is_leaf_module(
-            m, module_qualified_name
-        )
+        if isinstance(m, nn.Identity):
+            return False  # who reads its output reads its input
+        known = isinstance(m, _CONVS) or is_norm(m)
+        return known or super().is_leaf_module(m, module_qualified_name)
 
 
-def _traced(model: nn.Module):
+def _traced(model: nn.Module) -> _Seen:
     parameters = inspect.signature(model.forward).parameters.values()
     # torch.fx would treat an optional argument as a tensor that is given.
     defaults = {
@@ -84,47 +168,50 @@ def _traced(model: nn.Module):
             f'{type(model).__name__} cannot be traced by torch.fx ({reason});'
             ' give an input to run it on: example=torch.rand(...)'
         ) from error
-    calls, count = defaultdict(list), Counter()
+    readers, reads = defaultdict(list), Counter()
     for node in graph.nodes:
         if node.op != 'call_module':
             continue
         module = model.get_submodule(node.target)
-        count[module] += 1
+        reads[module] += 1
         if isinstance(module, _CONVS):
-            users = list(node.users)
+            users = [user for user in node.users if not _looks(user)]
             reader = None
             if len(users) == 1 and users[0].op == 'call_module':
                 reader = model.get_submodule(users[0].target)
-            calls[module].append(reader if _is_norm(reader) else None)
-    return calls, count
+            readers[module].append(reader if is_norm(reader) else None)
+    return _Seen(readers, reads)
 
 
-def _watched(model: nn.Module, example: Any):
-    watch = _Watch()
-    hooks = []
-    for module in model.modules():
-        if isinstance(module, _CONVS):
-            hooks.append(module.register_forward_hook(watch.after_conv))
-        elif _is_norm(module):
-            hooks.append(module.register_forward_pre_hook(watch.enter))
-            hooks.append(module.register_forward_hook(watch.leave))
-    try:
-        with torch.no_grad(), watch:
-            if isinstance(example, dict):
-                output = model(**example)
-            elif isinstance(example, (tuple, list)):
-                output = model(*example)
-            else:
-                output = model(example)
-        watch.read(output)  # the caller reads what the model returns
-    finally:
-        for hook in hooks:
-            hook.remove()
-    calls = defaultdict(list)
-    for conv, _, readers in watch.outputs.values():
-        reader = next(iter(readers)) if len(readers) == 1 else None
-        calls[conv].append(reader)
-    return calls, watch.count
+def _looks(node: fx.Node) -> bool:
+    """Whether a node of a graph asks for a tensor's shape, type or place."""
+    if node.op == 'call_method':
+        return node.target in _LOOKS
+    return node.target is getattr and node.args[1] in _LOOKS
+
+
+class _Frame:
+    """One call of a module."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.failed = False
+
+
+class _Output(NamedTuple):
+    """What a call of a convolution gave.
+
+    Attributes:
+        conv: The convolution.
+        value: The output. It is kept, or another tensor could get its id.
+        frames: The calls within which the convolution was called.
+        readers: The norms that read the output; None for anything else.
+    """
+
+    conv: nn.Module
+    value: Tensor
+    frames: Tuple[_Frame, ...]
+    readers: Set[Optional[nn.Module]]
 
 
 class _Watch(TorchFunctionMode):
@@ -132,31 +219,62 @@ class _Watch(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        # By id of the output. The tensor is kept, or another could get its id.
-        self.outputs = {}
-        self.count = Counter()
-        self._inside = []
+        self.outputs: Dict[int, _Output] = {}  # by id of the output
+        self.reads = Counter()
+        self._frames: List[_Frame] = []
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        self.read((args, kwargs or {}))
+        if _name_of(func) not in _LOOKS:
+            self.read((args, kwargs or {}))
         return func(*args, **(kwargs or {}))
 
     def read(self, values: Any) -> None:
-        reader = self._inside[-1] if self._inside else None
+        within = [f.module for f in self._frames if is_norm(f.module)]
+        reader = within[-1] if within else None
         for value in tree_flatten(values)[0]:
             if isinstance(value, Tensor) and id(value) in self.outputs:
-                self.outputs[id(value)][2].add(reader)
+                self.outputs[id(value)].readers.add(reader)
 
-    def after_conv(self, conv: nn.Module, _, output: Tensor) -> None:
-        self.outputs[id(output)] = (conv, output, set())
+    def enter(self, module: nn.Module, _) -> None:
+        self._frames.append(_Frame(module))
+        if is_norm(module):
+            self.reads[module] += 1
 
-    def enter(self, norm: nn.Module, _) -> None:
-        self.count[norm] += 1
-        self._inside.append(norm)
+    def leave(self, module: nn.Module, _, output: Any) -> None:
+        if not self._frames or self._frames[-1].module is not module:
+            return  # another hook raised before this one was entered
+        frame = self._frames.pop()
+        frame.failed = output is None  # torch's sign of an error
+        if isinstance(module, _CONVS) and isinstance(output, Tensor):
+            self.outputs[id(output)] = _Output(
+                module, output, tuple(self._frames), set()
+            )
 
-    def leave(self, norm: nn.Module, *_) -> None:
-        self._inside.pop()
+    def seen(self) -> _Seen:
+        readers = defaultdict(list)
+        for conv, _, frames, found in self.outputs.values():
+            if any(frame.failed for frame in frames):
+                continue  # who else reads it is not known
+            readers[conv].append(found.pop() if len(found) == 1 else None)
+        return _Seen(readers, self.reads)
 
 
-def _is_norm(module: Optional[nn.Module]) -> bool:
-    return isinstance(module, _NORMS)
+def _name_of(func: Callable) -> str:
+    """Name of a function of torch; of a getter, that of its attribute."""
+    name = getattr(func, '__name__', '')
+    if name == '__get__':
+        return getattr(getattr(func, '__self__', None), '__name__', '')
+    return name
+
+
+def outside_blocks(model: nn.Module) -> List[nn.Module]:
+    """All modules but those inside of blocks, each once."""
+    found, waiting = {}, [model]
+    while waiting:
+        module = waiting.pop()
+        if module not in found:
+            found[module] = True
+            if not isinstance(module, ReparamConv2d):
+                waiting.extend(module._modules.values())
+                waiting = [m for m in waiting if m is not None]
+    return list(found)

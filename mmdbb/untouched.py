@@ -9,39 +9,79 @@ weights, rounded once.
 
 from __future__ import annotations
 
-from typing import Dict, Iterator, List, Sequence
+from typing import Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmdbb.blocks.base import ReparamConv2d
-from mmdbb.conv_norms import norm_names
+from mmdbb.blocks.offers import AbsorbedNorm
 from mmdbb.errors import UserError
 from mmdbb.files.sources import some
+from mmdbb.found_norms import absorbed_norms, find_norms
+from mmdbb.modules import is_norm, names_of
 from mmdbb.reparam import find_blocks
 from mmdbb.stock_weights import names_in
 
+#: Full name of a block -> full names of the norms that may hold its bias.
+Pairs = Mapping[str, Tuple[str, ...]]
 
-def changed_layers(model: nn.Module, merged: nn.Module) -> Iterator[List[str]]:
+
+def norms_of_blocks(model: nn.Module) -> Pairs:
+    """The norms behind the blocks of a network, absorbed or not.
+
+    Args:
+        model: The network with blocks.
+    """
+    absorbed = {n: (place,) for n, place in absorbed_norms(model).items()}
+    return {**find_norms(model).pairs, **absorbed}
+
+
+def changed_layers(
+    model: nn.Module, merged: nn.Module, norms: Optional[Pairs] = None
+) -> Iterator[List[str]]:
     """Find the layers that merging replaces, each with the norm behind it.
 
     Args:
         model: The network with blocks.
         merged: The merged network. Norms may have been folded into
             convolutions too.
+        norms: Name of a block -> names of the norms behind it; by default
+            :func:`norms_of_blocks`.
 
     Yields:
-        list: Names in ``model``: a block and, if there is one, the norm
-        behind it, which may hold the merged bias; or a convolution and the
-        norm that was folded into it.
+        list: Names in ``model``: a block and, if there is one, a norm behind
+        it, which may hold the merged bias; or a convolution and the norm that
+        was folded into it. A block comes once for each norm behind it, under
+        one of its names.
     """
-    norms = norm_names(model)
+    norms = norms_of_blocks(model) if norms is None else norms
     modules = dict(merged.named_modules(remove_duplicate=False))
     renamed = names_in(merged, model)
     blocks = find_blocks(model)
-    for name in blocks:
-        yield [name, norms[name]] if name in norms else [name]
+    first = {block: name for name, block in reversed(blocks.items())}
+    for name in reversed(first.values()):
+        yield from [[name, norm] for norm in norms.get(name, ())] or [[name]]
+    for conv, norm in folded_by_order(model):
+        # mmcv folds each norm into the convolution before it.
+        folded = isinstance(modules.get(renamed(norm)), nn.Identity)
+        behind = norms.get(conv, ()) if conv in blocks else ()
+        if folded and norm not in behind:
+            yield [conv, norm]
+
+
+def folded_by_order(model: nn.Module) -> Iterator[Tuple[str, str]]:
+    """The pairs that mmcv's ``fuse_conv_bn`` makes of a network.
+
+    It folds each batch norm into the convolution registered before it.
+
+    Args:
+        model: The network, with blocks or without.
+
+    Yields:
+        tuple: Full names of a convolution, or of a block, and of a norm.
+    """
     for name, parent in model.named_modules():
         if isinstance(parent, ReparamConv2d):
             continue
@@ -51,25 +91,23 @@ def changed_layers(model: nn.Module, merged: nn.Module) -> Iterator[List[str]]:
             if isinstance(module, (nn.Conv2d, ReparamConv2d)):
                 last = path
             elif isinstance(module, _BatchNorm) and last is not None:
-                # mmcv folds each norm into the convolution before it.
-                folded = isinstance(modules.get(renamed(path)), nn.Identity)
-                if (
-                    folded
-                    and norms.get(last) != path
-                    or (folded and last not in blocks)
-                ):
-                    yield [last, path]
+                yield last, path
                 last = None
 
 
 def prove_untouched(
-    model: nn.Module, merged: nn.Module, own: Sequence[str] = ()
+    model: nn.Module,
+    merged: nn.Module,
+    norms: Optional[Pairs] = None,
+    own: Sequence[str] = (),
 ) -> None:
     """Raise unless all layers that merging does not replace are copies.
 
     Args:
         model: The network that was trained.
         merged: The network after merging, in the same precision.
+        norms: Name of a block -> names of the norms behind it; by default
+            :func:`norms_of_blocks`.
         own: Names of blocks of other packages that were merged too.
 
     Raises:
@@ -79,11 +117,13 @@ def prove_untouched(
     left = {
         name for name, block in find_blocks(merged).items() if not block.deploy
     }
+    names = names_of(model)
     changed = {
-        layer
-        for layers in changed_layers(model, merged)
+        alias
+        for layers in changed_layers(model, merged, norms)
         for layer in layers
         if renamed(layers[0]) not in left
+        for alias in names[model.get_submodule(layer)]
     }
     changed.update(own)
     found, others = merged.state_dict(), []
@@ -111,12 +151,10 @@ def prove_untouched(
         if isinstance(module, ReparamConv2d) or (
             # A norm behind a block must still be a norm with its arguments.
             _is_under(name, changed)
-            and not (
-                has_values
-                and name in changed
-                and isinstance(other, _BatchNorm)
-            )
+            and not (has_values and name in changed and is_norm(other))
         ):
+            continue
+        if isinstance(module, AbsorbedNorm) and type(other) is nn.Identity:
             continue
         if is_function and other is None:
             continue  # such layers may have other names in the stock network

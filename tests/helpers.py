@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmdbb.blocks import ReparamConv2d, fast
 from mmdbb.geometry import PADDING_MODES
+from mmdbb.scale_norm import ScaleNorm2d
 
 EXACT = 1e-10  # float64, relative to the largest magnitude
 SINGLE = 2e-5  # float32
@@ -38,10 +39,12 @@ def randomize(model, seed=0):
         if isinstance(module, _BatchNorm):
             norms.update(id(p) for p in module.parameters())
             if module.running_mean is not None:
-                uniform(module.running_mean, -1, 1)
+                if not isinstance(module, ScaleNorm2d):
+                    uniform(module.running_mean, -1, 1)
                 uniform(module.running_var, 0.3, 2)
             if module.affine:
                 uniform(module.weight, -1.5, 1.5)
+            if module.bias is not None:
                 uniform(module.bias, -1, 1)
     for block in model.modules():
         if isinstance(block, ReparamConv2d):

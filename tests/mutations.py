@@ -85,6 +85,15 @@ INSERT = 'tests/test_insert.py'
 RUNNING = 'tests/test_mm/test_running.py'
 PROOF = 'tests/test_proof.py'
 OWN_BLOCKS = 'tests/test_own_blocks.py'
+WITHOUT_SHIFT = 'tests/test_blocks/test_without_shift.py'
+BLOCKS_HOOK = 'tests/test_engine/test_blocks_hook.py'
+FUSED = 'tests/test_mm/test_fused.py'
+OFFERS = 'tests/test_plain/test_offers.py'
+FLOW = 'tests/test_mm/test_data_flow.py'
+CONTRACT = 'tests/test_blocks/test_contract.py'
+ADAPTIVE = 'tests/test_blocks/test_adaptive.py'
+REPLACED = 'tests/test_mm/test_replaced.py'
+OFFICIAL = 'tests/test_blocks/test_official.py'
 
 TABLE = (
     # ------------------------------------------------------------- geometry
@@ -267,9 +276,8 @@ TABLE = (
     # -------------------------------------------------------------- kernels
     Mutation(
         'mmdbb/kernels/kxk.py',
-        'torch.eye(inside).repeat(-(-internal_channels // inside), 1)',
-        'torch.eye(inside).repeat_interleave('
-        '-(-internal_channels // inside), 0)',
+        'torch.eye(inside).repeat(-(-internal // inside), 1)',
+        'torch.eye(inside).repeat_interleave(-(-internal // inside), 0)',
         'the identity inside of groups',
         (KERNELS, REFERENCE),
     ),
@@ -296,8 +304,8 @@ TABLE = (
     ),
     Mutation(
         'mmdbb/kernels/pointwise.py',
-        'if each > inside:',
-        'if inside > each:',
+        'grows = out // self.spec.groups > inside',
+        'grows = out // self.spec.groups >= inside',
         'which 1x1 starts as the identity',
         (KERNELS,),
     ),
@@ -525,7 +533,7 @@ TABLE = (
     ),
     Mutation(
         'mmdbb/blocks/branch_sum.py',
-        'bias = bias + self.bias',
+        'bias = bias + self.own_bias',
         'bias = bias * 1',
         "a block's own bias, merged",
         (SUM,),
@@ -635,20 +643,143 @@ TABLE = (
         'the sign of the gammas that branches start with',
         (f'{PLAIN}::test_branches_start_on_the_positive_side',),
     ),
+    # ------------------------------------------------------ nn.Conv2d's part
+    Mutation(
+        'mmdbb/blocks/equivalent.py',
+        '    if shifted and not block._wants_bias:\n',
+        '    if False:\n',
+        'a weight without the shift of the norms',
+        (CONTRACT,),
+    ),
+    Mutation(
+        'mmdbb/blocks/equivalent.py',
+        'isinstance(module, _BatchNorm) and module.training',
+        'False',
+        "a weight in training mode, where norms use the batch's statistics",
+        (CONTRACT,),
+    ),
+    Mutation(
+        'mmdbb/blocks/equivalent.py',
+        '_storage(result) == _storage(source)',
+        'False',
+        'writing into a view of the weight',
+        (CONTRACT,),
+    ),
+    Mutation(
+        'mmdbb/blocks/equivalent.py',
+        "name.endswith(('.init', '.weight_init'))",
+        'False',
+        "the hosts' initialisation passes a block by",
+        (CONTRACT,),
+    ),
+    Mutation(
+        'mmdbb/blocks/base.py',
+        'if isinstance(x, torch.fx.Proxy):',
+        'if False:',
+        'a block is a leaf of a trace',
+        (CONTRACT,),
+    ),
+    Mutation(
+        'mmdbb/blocks/base.py',
+        'layout if value.dim() == 4 else torch.contiguous_format',
+        'torch.contiguous_format',
+        'the memory format of a merged kernel',
+        (CONTRACT,),
+    ),
+    Mutation(
+        'mmdbb/blocks/block_type.py',
+        "return block.to(kwargs.get('dtype'))",
+        'return block',
+        'the argument dtype',
+        (CONTRACT,),
+    ),
+    Mutation(
+        'mmdbb/kernels/kxk.py',
+        'self.prior_pattern.copy_(frequency_prior(out, size))',
+        'pass',
+        'constants when parameters are reset',
+        (CONTRACT,),
+    ),
+    Mutation(
+        'mmdbb/geometry.py',
+        'pads += [total // 2, total - total // 2]',
+        'pads += [total - total // 2, total // 2]',
+        'the side that gets the odd pixel of an adaptive padding',
+        (ADAPTIVE,),
+    ),
+    Mutation(
+        'mmdbb/branches/base.py',
+        'self.explicit_pads = spec.pads_of(self.size(spec))',
+        'pass',
+        "a branch's own pads at the size of an image",
+        (ADAPTIVE,),
+    ),
+    Mutation(
+        'mmdbb/geometry.py',
+        'top, _, left, _ = self.largest_pads',
+        'top, _, left, _ = self.pads',
+        'one centre tap for images of all sizes',
+        (ADAPTIVE,),
+    ),
+    Mutation(
+        'mmdbb/blocks/base.py',
+        "changes['padding'] = 'adaptive'",
+        'pass',
+        'a stride that is set later stays adaptive',
+        (ADAPTIVE,),
+    ),
+    Mutation(
+        'mmdbb/blocks/build.py',
+        'if keeps_adaptive(block, replaced):',
+        'if False:',
+        "EfficientNet's padding under conv_cfg",
+        (REPLACED,),
+    ),
+    Mutation(
+        'mmdbb/mm/stock/config.py',
+        'if layer.get(',
+        'if False and layer.get(',
+        "EfficientNet's padding in the stock config",
+        (REPLACED,),
+    ),
+    Mutation(
+        'mmdbb/mm/registration.py',
+        'return layer_of(block) if is_layer else None',
+        'return None',
+        'the rule of sizes for a type that is a class',
+        (REPLACED,),
+    ),
+    Mutation(
+        'mmdbb/official/names.py',
+        "('dbb_avg.bn.', 'branches.1x1_avg.norm1.')",
+        "('dbb_avg.bn.', 'branches.1x1_avg.norm2.')",
+        'the names of the first revision',
+        (OFFICIAL,),
+    ),
     # -------------------------------------------------------------- tracing
     Mutation(
         'mmdbb/tracing.py',
-        'reader is not None and count[reader] == len(found)',
-        'reader is not None',
+        'alone = sum(self.reads[n] for n in read) == len(readers)',
+        'alone = True',
         'a norm that reads two convolutions',
-        (f'{INSERT}::test_follows_the_data',),
+        (
+            f'{INSERT}::test_follows_the_data',
+            f'{INSERT}::test_a_norm_of_others_takes_no_bias',
+        ),
     ),
     Mutation(
         'mmdbb/tracing.py',
-        'reader = found[0] if len(set(found)) == 1 else None',
-        'reader = found[0]',
-        'a convolution before two norms',
+        'found[conv] = norms if alone and None not in norms else ()',
+        'found[conv] = tuple(read) if alone else ()',
+        'a convolution of which one call has no norm',
         (f'{INSERT}::test_as_many_calls_are_not_the_same_calls',),
+    ),
+    Mutation(
+        'mmdbb/tracing.py',
+        'conv: norms[0] if len(norms) == 1 else None',
+        'conv: norms[0] if norms else None',
+        'a convolution before two norms',
+        (f'{INSERT}::test_follows_the_data',),
     ),
     Mutation(
         'mmdbb/tracing.py',
@@ -659,17 +790,118 @@ TABLE = (
     ),
     Mutation(
         'mmdbb/tracing.py',
-        'watch.read(output)  #',
-        'pass  #',
+        'watch.read(run())  #',
+        'run()  #',
         'a convolution that the caller reads too',
         (f'{INSERT}::test_follows_the_data',),
     ),
     Mutation(
         'mmdbb/tracing.py',
-        'reader = next(iter(readers)) if len(readers) == 1 else None',
-        'reader = max(readers, key=bool, default=None)',
+        'readers[conv].append(found.pop() if len(found) == 1 else None)',
+        'readers[conv].append(max(found, key=bool, default=None))',
         'several readers in a run that is watched',
         (f'{INSERT}::test_follows_the_data',),
+    ),
+    Mutation(
+        'mmdbb/tracing.py',
+        'if _name_of(func) not in _LOOKS:',
+        'if True:',
+        'a shape is no reader',
+        (f'{INSERT}::test_a_shape_is_no_reader',),
+    ),
+    Mutation(
+        'mmdbb/tracing.py',
+        'frame.failed = output is None',
+        'frame.failed = False',
+        'a run that broke off tells nothing',
+        (f'{FLOW}::test_what_a_run_does_not_reach_is_found_by_names',),
+    ),
+    # ------------------------------------------------- weights of others
+    Mutation(
+        'mmdbb/blocks/offers.py',
+        'offer is not None and offer.missing is missing',
+        'offer is not None',
+        'what another load left',
+        (f'{OFFERS}::test_one_after_the_other',),
+    ),
+    Mutation(
+        'mmdbb/blocks/offers.py',
+        "self.eps = getattr(norm, 'eps', 0.0)",
+        'self.eps = 1e-5',
+        'the eps of an absorbed norm',
+        (f'{OFFERS}::test_each_kind_of_block',),
+    ),
+    Mutation(
+        'mmdbb/blocks/offers.py',
+        'unexpected[:] = [name for name in unexpected if name not in names]',
+        'pass',
+        'entries of absorbed norms are used',
+        (f'{OFFERS}::test_absorbed_norms_come_in',),
+    ),
+    Mutation(
+        'mmdbb/blocks/offers.py',
+        "self._offers['norm'] = norm  #",
+        'pass  #',
+        'a norm that stands before its convolution',
+        (f'{OFFERS}::test_absorbed_norms_come_in',),
+    ),
+    Mutation(
+        'mmdbb/blocks/offers.py',
+        'if branches & offered:',
+        'if False:',
+        'plain entries and some of the branches',
+        (f'{OFFERS}::test_refuses_with_the_reason',),
+    ),
+    Mutation(
+        'mmdbb/plain/weights.py',
+        '    if forgotten:\n',
+        '    if False:\n',
+        'norms that nobody remembers',
+        (f'{OFFERS}::test_a_forgotten_norm_is_refused',),
+    ),
+    Mutation(
+        'mmdbb/stock_weights.py',
+        'state._metadata = expected._metadata',
+        'pass',
+        'versions of layers',
+        (f'{OFFERS}::test_versions_of_layers_are_kept',),
+    ),
+    Mutation(
+        'mmdbb/stock_weights.py',
+        'for alias in names[modules[norm]]:',
+        'for alias in names[modules[norm]][:1]:',
+        'a norm under two names',
+        (f'{FLOW}::test_a_norm_a_level_takes_the_bias',),
+    ),
+    Mutation(
+        'mmdbb/stock_weights.py',
+        '        for norm in behind:\n',
+        '        for norm in behind[:1]:\n',
+        'a norm for each level',
+        (f'{INSERT}::test_a_bias_goes_into_each_of_several_norms',),
+    ),
+    Mutation(
+        'mmdbb/untouched.py',
+        '[[name, norm] for norm in norms.get(name, ())]',
+        '[[name, norm] for norm in norms.get(name, ())[:1]]',
+        'the proof with each norm',
+        (f'{FLOW}::test_a_norm_a_level_takes_the_bias',),
+    ),
+    Mutation(
+        'mmdbb/modules.py',
+        "c.__name__ == 'FrozenBatchNorm2d'",
+        "c.__name__ == 'Frozen'",
+        'frozen norms',
+        (f'{INSERT}::test_frozen_norms_stay_and_take_the_bias',),
+    ),
+    Mutation(
+        'mmdbb/reparam.py',
+        'branches\\.(?!\\d+\\.)\\w+\\.',
+        'branches\\.\\w+\\.',
+        "HRNet's own branches",
+        (
+            'tests/test_engine/test_fitting.py::test_hrnets_branches_are_no_blocks',
+        ),
     ),
     Mutation(
         'mmdbb/modules.py',
@@ -954,6 +1186,119 @@ TABLE = (
         (
             'tests/test_quantization/test_fake.py::test_a_scale_is_raised_where_the_bias_would_not_fit',
         ),
+    ),
+    # -------------------------------------- no shift, and no place for one
+    Mutation(
+        'mmdbb/scale_norm.py',
+        'square = root.square() / max(',
+        'square = root / max(',
+        'the mean square of a batch',
+        (WITHOUT_SHIFT,),
+    ),
+    Mutation(
+        'mmdbb/scale_norm.py',
+        'momentum = 1 / self.num_batches_tracked.item()',
+        'momentum = 0.1',
+        'the cumulative average of mean squares',
+        (WITHOUT_SHIFT,),
+    ),
+    Mutation(
+        'mmdbb/scale_norm.py',
+        'zero, persistent=False',
+        'zero',
+        'a mean of zero in files, which takes that of a norm with a shift',
+        (WITHOUT_SHIFT,),
+    ),
+    Mutation(
+        'mmdbb/branches/norm.py',
+        'stats = stats.about_zero()',
+        'pass',
+        'the fast way of a norm without shift',
+        (WITHOUT_SHIFT,),
+    ),
+    Mutation(
+        'mmdbb/branches/moments.py',
+        'square = self.var + self.mean.square()',
+        'square = self.var',
+        'the mean square from mean and variance',
+        (WITHOUT_SHIFT,),
+    ),
+    Mutation(
+        'mmdbb/branches/norm.py',
+        'isinstance(place, ScaleNorm2d) and is_sync_norm(norm)',
+        'False',
+        "a trainer's SyncBN in the place of a norm without shift",
+        (WITHOUT_SHIFT,),
+    ),
+    Mutation(
+        'mmdbb/plain/branch_sums.py',
+        'square = values.var + mean.square()',
+        'square = values.var',
+        'the mean square that a block without shift starts with',
+        (WITHOUT_SHIFT,),
+    ),
+    Mutation(
+        'mmdbb/mm/deploy/places.py',
+        'takes_bias(norm) or drops_bias(norm) for',
+        'True for',
+        'group norms, which take no bias',
+        (BLOCKS_HOOK,),
+    ),
+    Mutation(
+        'mmdbb/blocks/base.py',
+        'return self.merges_with_bias and not self._wants_bias',
+        'return self.merges_with_bias',
+        'convolutions with a bias of their own',
+        (BLOCKS_HOOK,),
+    ),
+    Mutation(
+        'mmdbb/mm/deploy/parts.py',
+        'and m not in own',
+        '',
+        "branches' convolutions counted as plain ones",
+        (BLOCKS_HOOK,),
+    ),
+    Mutation(
+        'mmdbb/mm/deploy/parts.py',
+        'if type(module) is asked.kind and',
+        'if False and',
+        'parts that a wrapper builds under other names',
+        (BLOCKS_HOOK,),
+    ),
+    Mutation(
+        'mmdbb/mm/engine/blocks_hook.py',
+        'with random_numbers_kept():',
+        'if True:',
+        "the training's random numbers, when a network draws some",
+        (BLOCKS_HOOK,),
+    ),
+    Mutation(
+        'mmdbb/mm/engine/blocks_hook.py',
+        'refuse_no_block(runner.cfg, model)',
+        'pass',
+        'a training without any block that the config asks for',
+        (BLOCKS_HOOK,),
+    ),
+    Mutation(
+        'mmdbb/mm/deploy/fused.py',
+        'or readers.count(norm_name) > 1',
+        '',
+        'a norm folded into one convolution that another one has too',
+        (FUSED,),
+    ),
+    Mutation(
+        'mmdbb/mm/deploy/fused.py',
+        'pairs.get(conv_name) != (norm_name,)',
+        'False',
+        'a norm folded by the order of registration',
+        (FUSED,),
+    ),
+    Mutation(
+        'mmdbb/mm/deploy/fused.py',
+        'block.merges_with_bias and conv.bias is None',
+        'False',
+        'the place of a merged bias in a fused network',
+        (FUSED,),
     ),
 )
 

@@ -13,11 +13,11 @@ BN = dict(type='BN')
 
 def test_conv_module():
     module = ConvModule(4, 8, 3, norm_cfg=BN)
-    assert norm_names(module) == {'conv': 'bn'}
-    assert norm_names(nn.Sequential(module)) == {'0.conv': '0.bn'}
+    assert norm_names(module) == {'conv': ('bn',)}
+    assert norm_names(nn.Sequential(module)) == {'0.conv': ('0.bn',)}
     assert norm_names(ConvModule(4, 8, 3)) == {}
     grouped = ConvModule(4, 8, 3, norm_cfg=dict(type='GN', num_groups=2))
-    assert norm_names(grouped) == {'conv': 'gn'}
+    assert norm_names(grouped) == {'conv': ('gn',)}
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def test_sequential():
     model = nn.Sequential(
         nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3)
     )
-    assert norm_names(model) == {'0': '1'}
+    assert norm_names(model) == {'0': ('1',)}
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.BatchNorm2d(4))
     assert '0' not in norm_names(model)
 
@@ -56,11 +56,11 @@ def test_residual_networks(kind, depth):
     convs = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)]
     assert set(pairs) == set(convs)
     norms = dict(model.named_modules())
-    for conv, norm in pairs.items():
+    for conv, (norm,) in pairs.items():
         assert isinstance(norms[norm], nn.BatchNorm2d), norm
         channels = norms[conv].out_channels
         assert norms[norm].num_features == channels
-    assert pairs['layer1.0.conv2'] == 'layer1.0.bn2'
+    assert pairs['layer1.0.conv2'] == ('layer1.0.bn2',)
 
 
 def test_pairs_name_the_attributes():

@@ -108,7 +108,11 @@ def test_kinds():
         (ValueError, dict(dilation=(1, 0)), 'dilation must be .* got .1, 0'),
         (ValueError, dict(padding=-1), 'padding must be .* at least 0'),
         (TypeError, dict(padding=1.5), 'padding must be an int or'),
-        (ValueError, dict(padding='full'), "'same' or 'valid', got 'full'"),
+        (
+            ValueError,
+            dict(padding='full'),
+            "'valid' or 'adaptive', got 'full'",
+        ),
         (
             ValueError,
             dict(padding='same', stride=2),

@@ -9,13 +9,21 @@ import torch.nn.functional as F
 import torchvision
 from helpers import EXACT, SINGLE, blocks_of, distance, image, randomize
 from torch import nn
-from torchvision.models.resnet import Bottleneck
+from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision.ops import FrozenBatchNorm2d
 
-from mmdbb import DBB, insert_blocks_, merge_into_, reparameterize
+from mmdbb import (
+    DBB,
+    insert_blocks_,
+    load_plain_weights_,
+    merge_into_,
+    reparameterize,
+)
 from mmdbb.blocks import OREPAConv
+from mmdbb.blocks.offers import AbsorbedNorm
 from mmdbb.errors import UserError
 from mmdbb.reparam import literal_forward
-from mmdbb.tracing import sole_readers
+from mmdbb.tracing import norms_behind, sole_readers
 
 MODELS = {
     'torchvision resnet': lambda: torchvision.models.ResNet(
@@ -61,7 +69,7 @@ def test_composed_kernels_there_and_back(block):
     # Of OREPA the 1x1 kernels too; the stem would be a stack of kernels.
     repvgg = block == 'OREPARepVGG'
     assert names == kernels_of(plain, 2 if repvgg else 1, 6)
-    assert (type(model.layer1[0].bn1) is nn.Identity) == repvgg
+    assert isinstance(model.layer1[0].bn1, AbsorbedNorm) == repvgg
     x = image(1, 3, 48, 40)
     with torch.no_grad():
         with literal_forward(model):
@@ -112,6 +120,22 @@ def test_there_and_back(name, watched):
         assert entries(plain) == before
         assert [type(m) for m in plain.modules()] == types
         assert distance(plain(x), expected) < EXACT
+
+
+@pytest.mark.parametrize('name', ['torchvision resnet', 'timm resnet26d'])
+def test_another_start_after_inserting(name):
+    """Names that are not OpenMMLab's, by both ways of loading."""
+    plain, other = build(name), randomize(build(name), 5).eval()
+    insert_blocks_(plain)
+    x = image(1, 3, 48, 40)
+    for load in (
+        load_plain_weights_,
+        lambda model, state: model.load_state_dict(state, strict=True),
+    ):
+        model = copy.deepcopy(plain)
+        load(model, other.state_dict())
+        with torch.no_grad(), literal_forward(model):
+            assert distance(model(x), other(x)) < EXACT
 
 
 def test_convolutions_with_biases_there_and_back():
@@ -244,7 +268,7 @@ def test_follows_the_data(model_type, absorbed, watched):
         return
     names = insert_blocks_(model, example=x if watched else None)
     assert names == ['conv1', 'conv2']
-    gone = [n for n, m in model.named_modules() if type(m) is nn.Identity]
+    gone = [n for n, m in model.named_modules() if isinstance(m, AbsorbedNorm)]
     assert gone == absorbed
     with literal_forward(model):
         for found, expected in zip(tensors(model(x)), tensors(plain(x))):
@@ -262,15 +286,96 @@ class TwoByTwo(Misleading):
         return self.norm2(self.norm_of_nothing(self.conv2(y)))
 
 
+class OnceThroughRelu(Misleading):
+    """A convolution and a norm run twice, once with something between."""
+
+    def forward(self, x):
+        y = self.norm2(self.conv2(self.norm1(self.conv1(x))))
+        return self.norm2(F.relu(self.conv2(y)))
+
+
+@pytest.mark.parametrize('model_type', [TwoByTwo, OnceThroughRelu])
 @pytest.mark.parametrize('watched', [False, True])
-def test_as_many_calls_are_not_the_same_calls(watched):
-    model = randomize(TwoByTwo()).double().eval()
+def test_as_many_calls_are_not_the_same_calls(watched, model_type):
+    model = randomize(model_type()).double().eval()
     plain, x = copy.deepcopy(model), image(2, 3, 9, 8)
     example = x if watched else None
     readers = {model.conv1: model.norm1, model.conv2: None}
     assert sole_readers(model, example) == readers
     insert_blocks_(model, example=example)
     assert distance(model(x), plain(x)) < EXACT
+
+
+@pytest.mark.parametrize('watched', [False, True])
+def test_a_bias_goes_into_each_of_several_norms(watched):
+    plain = randomize(SharedConv()).double().eval()
+    model, x = copy.deepcopy(plain), image(2, 3, 9, 8)
+    example = x if watched else None
+    norms = norms_behind(plain, example)
+    assert norms == {
+        plain.conv1: (plain.norm1,),
+        plain.conv2: (plain.norm2, plain.norm_of_nothing),
+    }
+    insert_blocks_(model, example=example)
+    randomize(model, 1)
+    expected = model(x)
+    assert distance(plain(x), expected) > 1e-3
+    assert distance(merge_into_(plain, model, example)(x), expected) < EXACT
+
+
+@pytest.mark.parametrize('model_type', [SharedNorm, TwoByTwo])
+def test_a_norm_of_others_takes_no_bias(model_type):
+    plain = randomize(model_type()).double().eval()
+    model = copy.deepcopy(plain)
+    insert_blocks_(model)
+    randomize(model, 1)
+    with pytest.raises(
+        UserError, match='no norm alone reads its output .a norm that reads so'
+    ):
+        merge_into_(plain, model)
+
+
+class Looks(Misleading):
+    """Asks for a shape, which tells nothing of the values."""
+
+    def forward(self, x):
+        y = self.conv1(x)
+        height, width = y.shape[-2:]
+        count = y.size(0)
+        y = self.norm1(y)
+        return self.norm2(self.conv2(y)).reshape(count, -1, height - 2)
+
+
+@pytest.mark.parametrize('watched', [False, True])
+def test_a_shape_is_no_reader(watched):
+    model = Looks()
+    readers = sole_readers(model, torch.rand(1, 3, 9, 9) if watched else None)
+    assert readers == {model.conv1: model.norm1, model.conv2: model.norm2}
+
+
+@pytest.mark.parametrize('watched', [False, True])
+def test_frozen_norms_stay_and_take_the_bias(watched):
+    def norm(channels):
+        norm = FrozenBatchNorm2d(channels, eps=0.1)
+        for buffer in norm.buffers():
+            nn.init.uniform_(buffer, 0.3, 2)
+        return norm
+
+    plain = torchvision.models.ResNet(
+        BasicBlock, [1, 1, 1, 1], norm_layer=norm
+    )
+    plain.layer3, plain.layer4, plain.fc = (nn.Identity() for _ in range(3))
+    plain.double().eval()
+    model, x = copy.deepcopy(plain), image(1, 3, 32, 24)
+    example = x if watched else None
+    insert_blocks_(model, example=example)
+    with torch.no_grad():
+        assert distance(model(x), plain(x)) < EXACT
+        randomize(model, 1)
+        expected = model(x)
+        merge_into_(plain, model, example)
+        assert distance(plain(x), expected) < EXACT
+    assert type(model.layer1[0].bn1) is FrozenBatchNorm2d
 
 
 @pytest.mark.parametrize('example', ['tuple', 'keywords'])

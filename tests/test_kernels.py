@@ -156,6 +156,15 @@ def test_what_is_no_stack(size):
         StackedKernel(ConvSpec(3, 4, size))
 
 
+@pytest.mark.parametrize('groups', [1, 2])
+@pytest.mark.parametrize('out', [2, 4, 8])
+def test_the_smaller_1x1_starts_as_the_identity(out, groups):
+    kernel = PointwiseKernel(ConvSpec(4, out, 1, groups=groups))
+    smaller = kernel.inner1 if out > 4 else kernel.inner2
+    eye = torch.eye(min(4, out) // groups).repeat(groups, 1)
+    assert torch.equal(smaller.flatten(1), eye)
+
+
 @pytest.mark.parametrize(
     'kernel',
     [

@@ -18,17 +18,18 @@ FACES = ('backbones', 'deploy', 'export', 'prune', 'quantize')
 #: The lower storey, which needs torch only. Each part may import from those
 #: above it, and from itself. What is new belongs somewhere here.
 LOWER = (
-    ('version', 'errors', 'registry'),
+    ('version', 'errors', 'registry', 'scale_norm'),
     ('ports', 'modules'),
     ('recompute',),
     ('geometry',),
-    ('transforms',),
+    ('transforms', 'plain_conv'),
     ('kernels',),
     ('branches',),
     ('blocks',),
     ('own_blocks',),
     ('reparam', 'conv_norms', 'tracing', 'files'),
-    ('stock_weights', 'running'),
+    ('found_norms', 'running'),
+    ('stock_weights',),
     ('plain', 'untouched'),
     ('official',),
     ('insert', 'compare'),
@@ -39,7 +40,7 @@ UPPER = (
     ('mm.hosts',),
     ('mm',),
     ('mm.host_internals',),
-    ('mm.host_loading', 'mm.config_files', 'mm.config_types'),
+    ('mm.host_loading', 'mm.config_files', 'mm.config_types', 'mm.data_flow'),
     ('mm.backbones', 'mm.stock', 'mm.structure'),
     # What outputs are read again by.
     ('mm.deploy.load', 'mm.deploy.images'),

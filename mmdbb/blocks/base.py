@@ -7,14 +7,25 @@ import contextlib
 import copy
 import dataclasses
 import sys
-from typing import Callable, Iterator, Tuple, Union
+from typing import Callable, Iterator, Optional, Tuple, Union
 
 import torch
 from torch import Tensor, nn
 
+from mmdbb.blocks.block_type import BlockType
+from mmdbb.blocks.equivalent import equivalent
+from mmdbb.blocks.offers import TakesPlainWeights
 from mmdbb.branches.base import leaf_dtype, take_geometry, zero_bias
-from mmdbb.geometry import ConvSpec, IntPair
-from mmdbb.modules import cast, fresh_weights, tensors_of
+from mmdbb.geometry import ConvSpec, IntPair, convolve
+from mmdbb.modules import (
+    cast,
+    fresh_weights,
+    memory_format_of,
+    reset_children_,
+    shadow,
+    tensors_of,
+)
+from mmdbb.plain_conv import AdaptiveConv2d, plain_conv
 from mmdbb.ports import PORTS
 from mmdbb.recompute import without_autocast
 from mmdbb.transforms import KernelBias
@@ -35,7 +46,16 @@ def _geometry(name: str, fixed: bool = False) -> property:
         return getattr(self.spec, name)
 
     def put(self: ReparamConv2d, value) -> None:
-        spec = dataclasses.replace(self.spec, **{name: value})
+        changes = {name: value}
+        if self.adaptive_padding and not fixed:
+            if name == 'padding':
+                raise ValueError(
+                    f'padding of a {type(self).__name__} with '
+                    f'adaptive_padding=True follows from the image, got '
+                    f'{value!r}'
+                )
+            changes['padding'] = 'adaptive'
+        spec = dataclasses.replace(self.spec, **changes)
         if fixed and spec != self.spec:
             raise ValueError(
                 f'{name} of a {type(self).__name__} is fixed when it is '
@@ -48,7 +68,7 @@ def _geometry(name: str, fixed: bool = False) -> property:
     return property(get, put)
 
 
-class ReparamConv2d(nn.Module):
+class ReparamConv2d(TakesPlainWeights, metaclass=BlockType):
     """A convolution that is trained as several branches, and can be merged.
 
     From outside it looks like an ``nn.Conv2d``: same arguments, attributes and
@@ -70,6 +90,10 @@ class ReparamConv2d(nn.Module):
         deploy: Whether to build the merged convolution at once, into which
             merged weights can be loaded.
         init_cfg: mmengine's initialisation rules for this block.
+        adaptive_padding: Whether to pad each image as mmcv's
+            ``Conv2dAdaptivePadding`` does, whatever ``padding`` says.
+        device: Device of the block's tensors, as in ``nn.Conv2d``.
+        dtype: Precision of the block's parameters and statistics.
     """
 
     #: Smallest and largest kernel (longer side, in taps) that a config turns
@@ -97,17 +121,23 @@ class ReparamConv2d(nn.Module):
         padding_mode: str = 'zeros',
         deploy: bool = False,
         init_cfg: Union[dict, list, None] = None,
+        adaptive_padding: bool = False,
+        device: Union[str, torch.device, None] = None,
+        dtype: Optional[torch.dtype] = None,
     ) -> None:
         super().__init__()
         self.init_cfg = copy.deepcopy(init_cfg)
         #: Whether ``init_weights`` was called; mmengine reads this.
         self.is_init = False
+        #: Whether the pads follow from the image, also where a stride of 1
+        #: makes them the same for all images.
+        self.adaptive_padding = adaptive_padding or padding == 'adaptive'
         self.spec = ConvSpec(
             in_channels,
             out_channels,
             kernel_size,
             stride,
-            padding,
+            'adaptive' if self.adaptive_padding else padding,
             dilation,
             groups,
             padding_mode,
@@ -116,8 +146,8 @@ class ReparamConv2d(nn.Module):
         self._cached_kernel = None
         self._wants_bias = bias
         if deploy:
-            self.reparam_conv = nn.Conv2d(
-                **self.spec.conv_args, bias=bias or self._has_shift
+            self.reparam_conv = plain_conv(
+                self.spec, bias=bias or self._has_shift
             )
 
     in_channels = _geometry('in_channels', fixed=True)
@@ -143,8 +173,34 @@ class ReparamConv2d(nn.Module):
             ValueError: If a branch does not support this geometry.
         """
         self.spec = spec
-        if self.deploy:
-            take_geometry(self.reparam_conv, spec.conv_args)
+        if not self.deploy:
+            return
+        conv = self.reparam_conv
+        take_geometry(conv, spec.conv_args)
+        if spec.padding == 'adaptive' and not isinstance(conv, AdaptiveConv2d):
+            conv.__class__ = AdaptiveConv2d
+
+    def at_size_of(self, x: Tensor) -> ReparamConv2d:
+        """The block with the geometry that it has for images of one size.
+
+        Args:
+            x: The images.
+
+        Returns:
+            ReparamConv2d: The block itself, unless its padding is adaptive.
+            Then a twin that shares all tensors, see
+            :func:`mmdbb.modules.shadow`.
+        """
+        spec = self.spec.at_size(tuple(map(int, x.shape[-2:])))
+        if spec is self.spec:
+            return self
+        twin = shadow(self, lambda owner, name, tensor: tensor)
+        twin.spec = spec
+        twin._take_size(spec)
+        return twin
+
+    def _take_size(self, spec: ConvSpec) -> None:
+        """Hand on the geometry for images of one size to what is inside."""
 
     @property
     def deploy(self) -> bool:
@@ -161,26 +217,94 @@ class ReparamConv2d(nn.Module):
             Tensor: Shape (N, out, H', W') or (out, H', W').
 
         Raises:
-            TypeError: If torch.fx traces through the block.
+            TypeError: If torch.fx traces the block alone.
             ValueError: If ``x`` has another number of dimensions.
         """
         if self.deploy:
             return self.reparam_conv(x)
         if isinstance(x, torch.fx.Proxy):
-            raise TypeError(
-                f'torch.fx cannot trace through a {type(self).__name__}, '
-                'because its computation depends on its input: merge first, '
-                'by mmdbb.reparameterize(model), or make '
-                'mmdbb.ReparamConv2d a leaf of the tracer'
-            )
-        if x.dim() == 3:
-            return self.forward_train(x[None])[0]
-        if x.dim() != 4:
+            return self._as_leaf(x)
+        shape, channels = tuple(x.shape), self.spec.in_channels
+        is_image = len(shape) == 3 and shape[0] == channels
+        if not (is_image or len(shape) == 4):
             raise ValueError(
                 f'{type(self).__name__} takes images of shape (N, C, H, W) '
-                f'or (C, H, W), got {tuple(x.shape)}'
+                f'or (C, H, W) with C={channels}, got {shape}. Blocks are '
+                'two-dimensional: they stand for an nn.Conv2d, and not in a '
+                'network of nn.Conv1d or nn.Conv3d'
             )
-        return self.forward_train(x)
+        block = self.at_size_of(x)
+        y = block.forward_train(x[None] if is_image else x)
+        if block is not self:
+            self._cached_kernel = block._cached_kernel
+        return y[0] if is_image else y
+
+    def _as_leaf(self, x: torch.fx.Proxy) -> torch.fx.Proxy:
+        """Be a leaf of a graph that torch.fx traces, as an nn.Conv2d is.
+
+        What a block computes depends on its mode and on the batch, so no
+        graph of it would be right; the graph calls the block itself.
+
+        Raises:
+            TypeError: If the block is all that is traced.
+        """
+        name = x.tracer.path_of_module(self)
+        if not name:
+            raise TypeError(
+                f'torch.fx would trace through a {type(self).__name__}, but '
+                'a block can only be a leaf of the graph: trace a module '
+                'that holds it, such as nn.Sequential(block)'
+            )
+        return x.tracer.create_proxy('call_module', name, (x,), {})
+
+    def _conv_forward(
+        self, x: Tensor, weight: Tensor, bias: Optional[Tensor]
+    ) -> Tensor:
+        """Convolve with other weights, as OpenMMLab's hosts ask nn.Conv2d."""
+        return convolve(x, weight, bias, self.spec)
+
+    def __getattr__(self, name: str):
+        own = vars(self).get('_parameters', {})
+        if name in ('weight', 'bias') and own.get(name) is None:
+            return equivalent(self, name)
+        return super().__getattr__(name)
+
+    @property
+    def own_bias(self) -> Optional[Tensor]:
+        """The parameter ``bias``, (out,); None without one, and once merged.
+
+        It is not the equivalent bias where norms add theirs.
+        """
+        return vars(self).get('bias', self._parameters.get('bias'))
+
+    @property
+    def merges_with_bias(self) -> bool:
+        """Whether the merged convolution has a bias."""
+        own = self.reparam_conv.bias if self.deploy else self.own_bias
+        return self._has_shift or own is not None
+
+    @property
+    def adds_bias(self) -> bool:
+        """Whether merging gives a bias to a convolution built without one."""
+        return self.merges_with_bias and not self._wants_bias
+
+    def _add_own_bias(self, wanted: bool) -> None:
+        bias = nn.Parameter(torch.zeros(self.out_channels)) if wanted else None
+        self._parameters['bias'] = bias
+
+    def register_parameter(self, name: str, param) -> None:
+        """Register a parameter, but none that would be without effect.
+
+        Raises:
+            ValueError: If the name is ``weight`` or ``bias``.
+        """
+        if name in ('weight', 'bias') and vars(self).get('_is_built'):
+            raise ValueError(
+                f'{name} of a {type(self).__name__} is computed from its '
+                'branches and cannot be set: set their parameters, or merge '
+                'first: mmdbb.reparameterize(model)'
+            )
+        super().register_parameter(name, param)
 
     def forward_train(self, x: Tensor) -> Tensor:
         """Compute the block before merging, in training and in eval mode.
@@ -205,7 +329,7 @@ class ReparamConv2d(nn.Module):
             Tensor: The output of :meth:`forward_train`, up to rounding.
         """
         # The class's own: `literal_forward` puts this method in its place.
-        return type(self).forward_train(self, x)
+        return type(self).forward_train(self.at_size_of(x), x)
 
     def get_equivalent_kernel_bias(self) -> KernelBias:
         """Merge the block, as it is in eval mode, into kernel and bias.
@@ -266,9 +390,9 @@ class ReparamConv2d(nn.Module):
         # Apple's GPUs have no float64.
         work = 'cpu' if device.type == 'mps' else device
         composed = cast(self, work, dtype).get_equivalent_kernel_bias()
-        owner = self.reparam_conv if self.deploy else self
-        has_bias = self._has_shift or owner.bias is not None
-        conv = nn.Conv2d(**self.spec.conv_args, bias=has_bias, device='meta')
+        has_bias = self.merges_with_bias
+        conv = plain_conv(self.spec, bias=has_bias, device='meta')
+        layout = memory_format_of(self)
         names = ('weight', 'bias') if has_bias else ('weight',)
         if not has_bias and not composed.bias.is_meta and composed.bias.any():
             raise ValueError(
@@ -281,7 +405,9 @@ class ReparamConv2d(nn.Module):
                 device,
                 own_dtype,
                 copy=True,
-                memory_format=torch.contiguous_format,
+                memory_format=(
+                    layout if value.dim() == 4 else torch.contiguous_format
+                ),
             )
             # The sum is finite exactly if all terms are: in double precision
             # it cannot overflow. Testing each number would cost far more.
@@ -307,6 +433,32 @@ class ReparamConv2d(nn.Module):
         for name in list(self._parameters):
             delattr(self, name)
         self.reparam_conv = conv
+
+    def convert_to_deploy(self) -> None:
+        """:meth:`switch_to_deploy`, by another name of the field."""
+        self.switch_to_deploy()
+
+    def fuse(self) -> nn.Conv2d:
+        """Merge in place, and return the convolution.
+
+        As in timm, whose ``reparameterize_model`` puts what ``fuse()``
+        returns in the module's place.
+        """
+        self.switch_to_deploy()
+        return self.reparam_conv
+
+    def reset_parameters(self) -> None:
+        """Give all tensors the start that they had when the block was built.
+
+        For blocks that were built on the device ``meta`` and moved by
+        ``to_empty``. Where all modules of a network are reset one by one,
+        reset a block after the layers inside it, as ``model.apply`` does.
+        """
+        reset_children_(self)
+        if self.own_bias is not None:
+            nn.init.zeros_(self.own_bias)
+        if not self.deploy:
+            self._apply_init_cfg()
 
     def init_weights(self) -> None:
         """Apply the block's own ``init_cfg`` again, if it has one.

@@ -19,6 +19,7 @@ from mmdbb.branches.base import (
 )
 from mmdbb.branches.norm import (
     build_branch_norm,
+    norm_for,
     norm_scale_shift,
     run_norm,
 )
@@ -49,6 +50,9 @@ class BranchSumConv2d(ReparamConv2d):
             preset. A name may occur more than once (the paper's "duplicate"
             block).
         norm_cfg: Config of the norms, ``dict(type='BN')`` if None.
+        shift: Whether norms subtract a mean and add a bias. If not, they only
+            scale (:class:`~mmdbb.scale_norm.ScaleNorm2d`), and the merged
+            convolution has a bias only with ``bias=True``.
         sum_norm: Whether a norm follows the sum; by default the preset
             decides.
         gamma_init: Start value of the gamma of the norm behind the sum. If
@@ -86,12 +90,18 @@ class BranchSumConv2d(ReparamConv2d):
         *args,
         branches: Optional[Sequence[BranchCfg]] = None,
         norm_cfg: Optional[dict] = None,
+        shift: bool = True,
         sum_norm: Optional[bool] = None,
         gamma_init: Optional[float] = None,
         single_init: bool = False,
         **kwargs,
     ) -> None:
+        if not isinstance(shift, bool):
+            raise TypeError(f'shift must be True or False, got {shift!r}')
+        self._has_shift = shift  # which the base's constructor reads
         super().__init__(*args, **kwargs)
+        if not shift and isinstance(norm_cfg or {}, dict):
+            norm_cfg = dict(norm_cfg or dict(type='BN'), shift=False)
         self.left_out = []
         if branches is None:
             branches = self._served_preset()
@@ -110,6 +120,17 @@ class BranchSumConv2d(ReparamConv2d):
         if self.deploy:
             return
 
+        self._start = dict(gamma_init=gamma_init, single_init=single_init)
+        wants_norm = self.preset_sum_norm if sum_norm is None else sum_norm
+        self._build(branches, norm_cfg, wants_norm)
+        self._apply_init_cfg()
+
+    def _build(
+        self,
+        branches: Sequence[BranchCfg],
+        norm_cfg: Optional[dict],
+        sum_norm: bool,
+    ) -> None:
         self.branches = nn.ModuleDict()
         for cfg in branches:
             name = key = split_branch_cfg(cfg)[0]
@@ -118,11 +139,9 @@ class BranchSumConv2d(ReparamConv2d):
                 count += 1
                 key = f'{name}_{count}'
             self.branches[key] = build_branch(cfg, self.spec, norm_cfg)
-
-        wants_norm = self.preset_sum_norm if sum_norm is None else sum_norm
         self.norm = (
             build_branch_norm(norm_cfg, self.out_channels)
-            if wants_norm
+            if sum_norm
             else None
         )
         if next(self.parameters(), None) is None:
@@ -131,18 +150,14 @@ class BranchSumConv2d(ReparamConv2d):
                 'parameter; give it a norm or a branch with a kernel'
             )
         norms = [self.norm, *(b.last_norm for b in self.branches.values())]
-        has_shift = any(n is not None and n.affine for n in norms)
-        wants_bias = self._wants_bias and not has_shift
-        self.register_parameter(
-            'bias',
-            nn.Parameter(torch.zeros(self.out_channels))
-            if wants_bias
-            else None,
-        )
-        self._apply_init_cfg()
-        if gamma_init is not None:
-            self.init_gamma(gamma_init)
-        if single_init:
+        has_shift = any(n is not None and n.bias is not None for n in norms)
+        self._add_own_bias(self._wants_bias and not has_shift)
+
+    def _apply_init_cfg(self) -> None:
+        super()._apply_init_cfg()
+        if self._start['gamma_init'] is not None:
+            self.init_gamma(self._start['gamma_init'])
+        if self._start['single_init']:
             self.single_init()
 
     @property
@@ -175,6 +190,11 @@ class BranchSumConv2d(ReparamConv2d):
                 self.left_out.append(name)
         return served
 
+    def add_module(self, name: str, module: Optional[nn.Module]) -> None:
+        """Add a module; a SyncBN gives way to a norm without shift."""
+        place = self._modules.get(name)
+        super().add_module(name, norm_for(place, module))
+
     def set_spec(self, spec: ConvSpec) -> None:
         """See :meth:`ReparamConv2d.set_spec`."""
         if not self.deploy:
@@ -202,6 +222,10 @@ class BranchSumConv2d(ReparamConv2d):
             branch.refuse_changed_geometry()
         return fast_forward(self, x)
 
+    def _take_size(self, spec: ConvSpec) -> None:
+        for branch in self.branches.values():
+            branch.take_size(spec)
+
     def forward_branches(self, x: Tensor) -> Tensor:
         """Run each branch by itself, sum the outputs, and run the norm.
 
@@ -214,12 +238,13 @@ class BranchSumConv2d(ReparamConv2d):
         Returns:
             Tensor: Shape (N, out, H', W').
         """
-        outputs = [branch(x) for branch in self.branches.values()]
+        branches = self.at_size_of(x).branches
+        outputs = [branch(x) for branch in branches.values()]
         y = outputs[0]
         for output in outputs[1:]:
             y = y + output
-        if self.bias is not None:
-            y = y + self.bias.to(y.dtype).reshape(-1, 1, 1)
+        if self.own_bias is not None:
+            y = y + self.own_bias.to(y.dtype).reshape(-1, 1, 1)
         return y if self.norm is None else run_norm(self.norm, y)
 
     def _compose(self, without: Sequence[Branch] = ()) -> KernelBias:
@@ -232,8 +257,8 @@ class BranchSumConv2d(ReparamConv2d):
                 if branch not in without
             ]
         )
-        if self.bias is not None:
-            bias = bias + self.bias
+        if self.own_bias is not None:
+            bias = bias + self.own_bias
         merged = KernelBias(kernel, bias)
         if self.norm is None:
             return merged

@@ -4,16 +4,24 @@
 from __future__ import annotations
 
 import inspect
+import re
 from typing import Callable, Dict, Iterable, Optional, Tuple, Type
 
 from torch import nn
 
 from mmdbb.blocks.base import ReparamConv2d
 from mmdbb.geometry import ConvSpec
-from mmdbb.ports import PORTS
+from mmdbb.plain_conv import plain_conv
+from mmdbb.ports import PORTS, ReplacedLayer
 from mmdbb.registry import BLOCKS
 
-_CONV_ARGS = tuple(inspect.signature(ConvSpec).parameters) + ('bias',)
+#: Types of layers that are plain convolutions, and of those whose pads follow
+#: from the image's size.
+PLAIN_TYPES = ('Conv', 'Conv2d')
+ADAPTIVE_TYPES = ('Conv2dAdaptivePadding',)
+
+_NOT_GEOMETRY = ('bias', 'device', 'dtype')
+_CONV_ARGS = (*inspect.signature(ConvSpec).parameters, *_NOT_GEOMETRY)
 
 
 def register_conv_layer(
@@ -148,17 +156,56 @@ def build_conv(
         ValueError: If a value is not allowed.
     """
     refuse_unknown_keys(block, kwargs)
+    replaced = PORTS.replaced_layer(block)
+    if keeps_adaptive(block, replaced):
+        kwargs = dict(dict(adaptive_padding=True), **kwargs)
     conv_args = dict(zip(inspect.signature(nn.Conv2d).parameters, args))
     conv_args.update({k: kwargs[k] for k in _CONV_ARGS if k in kwargs})
-    bias = conv_args.pop('bias', True)
+    plain = {k: conv_args.pop(k) for k in _NOT_GEOMETRY if k in conv_args}
+    if kwargs.get('adaptive_padding'):
+        conv_args['padding'] = 'adaptive'
     spec = ConvSpec(**conv_args)
     low, high = kernel_sizes
     for name, size in (('min_kernel_size', low), ('max_kernel_size', high)):
         if not isinstance(size, (int, float)) or isinstance(size, bool):
             raise TypeError(f'{name} must be a number of taps, got {size!r}')
     if low <= max(spec.kernel_size) <= high:
+        if replaced.spectral:
+            raise ValueError(
+                f'with_spectral_norm=True of {replaced.owner} normalises the '
+                f'weight of its convolution, which a {block.__name__} does '
+                'not hold: leave it out of conv_cfg there, or train without '
+                'the spectral norm'
+            )
         return block(*args, **kwargs)
-    return nn.Conv2d(**spec.conv_args, bias=bias)
+    return plain_conv(spec, **dict(dict(bias=True), **plain))
+
+
+def keeps_adaptive(
+    block: Type[ReparamConv2d], replaced: ReplacedLayer
+) -> bool:
+    """Whether a block has to pad by the image, as the layer it replaces does.
+
+    Args:
+        block: Class of the block.
+        replaced: The layer that the network has by default.
+
+    Raises:
+        ValueError: If a block cannot stand in for that layer.
+    """
+    kind = replaced.type.rpartition('.')[2]
+    if kind in ADAPTIVE_TYPES or kind in PLAIN_TYPES:
+        return kind in ADAPTIVE_TYPES
+    reason = (
+        'blocks are two-dimensional: they stand for an nn.Conv2d'
+        if re.search(r'[13][dD]', kind)
+        else 'a block computes an nn.Conv2d, and no other layer'
+    )
+    raise ValueError(
+        f'{replaced.owner} has convolutions of type {replaced.type!r} by '
+        f'default, for which a {block.__name__} cannot stand: {reason}. '
+        'Leave conv_cfg out there'
+    )
 
 
 def block_arguments(block: Type[ReparamConv2d]) -> Tuple[str, ...]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmdbb.blocks.base import ReparamConv2d, refuse_merged
 from mmdbb.blocks.kernel_cache import cached_kernel, can_keep
@@ -63,15 +63,14 @@ class ComposedKernelConv2d(ReparamConv2d):
         super().__init__(*args, **kwargs)
         if self.deploy:
             return
+        self._starts_single = single_init
         self.generator = build_kernel(self.spec)
-        self.register_parameter(
-            'bias',
-            nn.Parameter(torch.zeros(self.out_channels))
-            if self._wants_bias
-            else None,
-        )
+        self._add_own_bias(self._wants_bias)
         self._apply_init_cfg()
-        if single_init:
+
+    def _apply_init_cfg(self) -> None:
+        super()._apply_init_cfg()
+        if self._starts_single:
             self.single_init()
 
     def set_spec(self, spec: ConvSpec) -> None:
@@ -79,6 +78,9 @@ class ComposedKernelConv2d(ReparamConv2d):
         super().set_spec(spec)
         if not self.deploy:
             self.generator.spec = spec
+
+    def _take_size(self, spec: ConvSpec) -> None:
+        self.generator.spec = spec
 
     def forward_train(self, x: Tensor) -> Tensor:
         """Run one convolution, with a kernel composed now or cached.
@@ -99,7 +101,7 @@ class ComposedKernelConv2d(ReparamConv2d):
             or is_watched(self)
             or not can_keep(x.device)
         ):
-            kernel, bias = self.generator(), self.bias
+            kernel, bias = self.generator(), self.own_bias
         else:
             compose = self.get_equivalent_kernel_bias
             kernel, bias = cached_kernel(self, compose)
@@ -120,14 +122,15 @@ class ComposedKernelConv2d(ReparamConv2d):
         Returns:
             Tensor: Shape (N, out, H', W').
         """
-        with fresh_weights(self, refuse=False):
-            y = self.generator.forward_branches(x)
-        if self.bias is not None:
-            y = y + self.bias.to(y.dtype).reshape(-1, 1, 1)
+        generator = self.at_size_of(x).generator
+        with fresh_weights(generator, refuse=False):
+            y = generator.forward_branches(x)
+        if self.own_bias is not None:
+            y = y + self.own_bias.to(y.dtype).reshape(-1, 1, 1)
         return y
 
     def _compose(self) -> KernelBias:
-        kernel, bias = self.generator(), self.bias
+        kernel, bias = self.generator(), self.own_bias
         if bias is None:
             bias = zero_bias(kernel)
         return KernelBias(kernel, bias)

@@ -280,8 +280,8 @@ def _training_forward(
         y = again(branches, x, module=block.branches)
     else:
         return None  # an unknown branch may read state that has changed
-    if block.bias is not None:
-        y = y + block.bias.to(y.dtype).reshape(-1, 1, 1)
+    if block.own_bias is not None:
+        y = y + block.own_bias.to(y.dtype).reshape(-1, 1, 1)
     return y if block.norm is None else run_norm(block.norm, y)
 
 
@@ -559,7 +559,7 @@ def pool_by_convolution(
     channels, padding = x.shape[1], spec.padding
     if padded:
         padding = 0
-    elif padding == 'same' or spec.padding_mode != 'zeros':
+    elif isinstance(padding, str) or spec.padding_mode != 'zeros':
         x, padding = pad2d(x, spec.pads, spec.padding_mode), 0
     dtype, area = x.dtype, spec.kernel_size[0] * spec.kernel_size[1]
     if mean:  # so that the result is rounded once, as torch's pooling is

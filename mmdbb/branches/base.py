@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmdbb.branches.norm import (
     build_branch_norm,
+    norm_for,
     norm_scale_shift,
     run_norm,
 )
@@ -44,6 +45,11 @@ class Branch(nn.Module):
         self.norm_cfg = norm_cfg
         self._built_with = None
 
+    def add_module(self, name: str, module: Optional[nn.Module]) -> None:
+        """Add a module; a SyncBN gives way to a norm without shift."""
+        place = self._modules.get(name)
+        super().add_module(name, norm_for(place, module))
+
     def set_spec(self, spec: ConvSpec) -> None:
         """Take another stride, padding, dilation or padding mode.
 
@@ -53,6 +59,14 @@ class Branch(nn.Module):
         """
         self.spec = spec
         self._built_with = None
+
+    def take_size(self, spec: ConvSpec) -> None:
+        """Take the geometry for images of one size; only the pads differ.
+
+        Args:
+            spec: The branch's geometry at this size.
+        """
+        self.spec = spec
 
     def refuse_changed_geometry(self) -> None:
         """Raise a ValueError if someone changed a convolution inside.
@@ -142,7 +156,8 @@ class ConvNormBranch(Branch):
     def _own_geometry(self, spec: ConvSpec) -> Tuple[Optional[Pads], dict]:
         top, bottom, left, right = pads = spec.pads_of(self.size(spec))
         own_padding = top == bottom >= 0 and left == right >= 0
-        # nn.Conv2d cannot pad unevenly, nor crop.
+        own_padding = own_padding and spec.padding != 'adaptive'
+        # nn.Conv2d cannot pad unevenly, nor crop, nor look at the image.
         explicit_pads = None if own_padding else pads
         return explicit_pads, dict(
             stride=spec.stride,
@@ -150,6 +165,11 @@ class ConvNormBranch(Branch):
             dilation=spec.dilation,
             padding_mode=spec.padding_mode if own_padding else 'zeros',
         )
+
+    def take_size(self, spec: ConvSpec) -> None:
+        """See :meth:`Branch.take_size`."""
+        super().take_size(spec)
+        self.explicit_pads = spec.pads_of(self.size(spec))
 
     def set_spec(self, spec: ConvSpec) -> None:
         """See :meth:`Branch.set_spec`."""

@@ -54,6 +54,11 @@ class ComposedKxK(Branch):
         super().set_spec(spec)
         self.generator.spec = spec
 
+    def take_size(self, spec: ConvSpec) -> None:
+        """See :meth:`Branch.take_size`."""
+        super().take_size(spec)
+        self.generator.spec = spec
+
     @property
     def last_norm(self) -> _BatchNorm:
         return self.norm

@@ -53,6 +53,11 @@ class BatchStats(NamedTuple):
     var: Tensor
     count: Union[int, Tensor]
 
+    def about_zero(self) -> BatchStats:
+        """The same with the mean taken as zero: ``var`` is the mean square."""
+        square = self.var + self.mean.square()
+        return self._replace(mean=torch.zeros_like(self.mean), var=square)
+
 
 class Moments(NamedTuple):
     """Mean and covariance of a batch's pixels, group by group.
@@ -249,7 +254,10 @@ def _in_rows(x: Tensor, groups: int) -> Tensor:
 def synchronizes(norm: Optional[nn.Module]) -> bool:
     """Whether a norm now shares its batch with other processes (SyncBN)."""
     return (
-        isinstance(norm, nn.SyncBatchNorm)
+        (
+            isinstance(norm, nn.SyncBatchNorm)
+            or getattr(norm, 'synchronized', False)
+        )
         and norm.training
         and dist.is_available()
         and dist.is_initialized()

@@ -27,6 +27,7 @@ from mmdbb.modules import is_known
 from mmdbb.ports import PORTS
 from mmdbb.recompute import from_forward, is_recomputing
 from mmdbb.registry import NORMS
+from mmdbb.scale_norm import ScaleNorm2d, is_sync_norm
 from mmdbb.transforms import ScaleShift, bn_scale_shift
 
 
@@ -34,7 +35,8 @@ def build_branch_norm(norm_cfg: Optional[dict], channels: int) -> _BatchNorm:
     """Build a norm that can be merged into the convolution before it.
 
     Args:
-        norm_cfg: Config of the norm, ``dict(type='BN')`` if None.
+        norm_cfg: Config of the norm, ``dict(type='BN')`` if None. With
+            ``shift=False`` it becomes a :class:`ScaleNorm2d`.
         channels: Number of channels.
 
     Raises:
@@ -62,7 +64,7 @@ def build_branch_norm(norm_cfg: Optional[dict], channels: int) -> _BatchNorm:
             f"{reason}. Allowed: 'BN', 'SyncBN' and subclasses that keep "
             'their forward(), with track_running_stats=True'
         )
-    return norm
+    return norm if norm_cfg.get('shift', True) else ScaleNorm2d.like(norm)
 
 
 def _build(norm_cfg: dict, channels: int) -> Optional[_BatchNorm]:
@@ -75,6 +77,7 @@ def _build(norm_cfg: dict, channels: int) -> Optional[_BatchNorm]:
     args = dict(dict(eps=1e-5), **norm_cfg)
     requires_grad = args.pop('requires_grad', True)
     layer = args.pop('type')
+    args.pop('shift', None)
     if not isinstance(layer, type):
         # OpenMMLab's registry comes first: a user may have put another norm
         # under this name.
@@ -90,6 +93,23 @@ def _build(norm_cfg: dict, channels: int) -> Optional[_BatchNorm]:
     return norm.requires_grad_(requires_grad)
 
 
+def norm_for(place: Optional[nn.Module], norm: nn.Module) -> nn.Module:
+    """The norm to put where another one stands.
+
+    Trainers replace all batch norms by SyncBN (``sync_bn='torch'``). A SyncBN
+    in the place of a ScaleNorm2d would shift again, so that one stays, and
+    shares its statistics with the same processes.
+
+    Args:
+        place: The module that stands there.
+        norm: The module that someone puts there.
+    """
+    if isinstance(place, ScaleNorm2d) and is_sync_norm(norm):
+        place.synchronize_like(norm)
+        return place
+    return norm
+
+
 def run_norm(norm: _BatchNorm, x: Tensor) -> Tensor:
     """Run a norm, and update its running statistics once per batch.
 
@@ -98,7 +118,8 @@ def run_norm(norm: _BatchNorm, x: Tensor) -> Tensor:
     the border of the sequential branches, which is padded from the running
     statistics.
 
-    torch's SyncBatchNorm refuses images on a CPU; this function runs it.
+    torch's SyncBatchNorm refuses images on a CPU, and a ScaleNorm2d alone
+    knows no other processes; this function runs both.
 
     Args:
         norm: The norm.
@@ -107,7 +128,8 @@ def run_norm(norm: _BatchNorm, x: Tensor) -> Tensor:
     Returns:
         Tensor: The norm's output, of the same shape.
     """
-    if x.device.type == 'cpu' and synchronizes(norm):
+    own = x.device.type == 'cpu' or isinstance(norm, ScaleNorm2d)
+    if own and synchronizes(norm):
         return _run_synchronized(norm, x)
     if norm.training and is_recomputing():
         buffers = dict(norm._buffers)
@@ -137,6 +159,8 @@ def batch_scale_shift(norm: _BatchNorm, stats: BatchStats) -> ScaleShift:
     Returns:
         ScaleShift: Both of shape (channels,), in the statistics' precision.
     """
+    if isinstance(norm, ScaleNorm2d):
+        stats = stats.about_zero()
     update_running_stats(norm, stats)
     weight, bias = (
         None if t is None else t.to(stats.var.dtype)
@@ -151,9 +175,13 @@ def update_running_stats(norm: _BatchNorm, stats: BatchStats) -> None:
 
     Args:
         norm: A norm in training mode.
-        stats: Statistics of the batch that the norm reads.
+        stats: Statistics of the batch that the norm reads; of a ScaleNorm2d
+            those about zero.
     """
     if is_recomputing() or not norm.track_running_stats:
+        return
+    if isinstance(norm, ScaleNorm2d):
+        norm.update_(stats.var)
         return
     norm.num_batches_tracked.add_(1)
     momentum = norm.momentum

@@ -144,8 +144,13 @@ class IdentityConv1x1(nn.Module):
         self.channels = channels
         self.groups = groups
         self.weight = nn.Parameter(
-            torch.zeros(channels, channels // groups, 1, 1)
+            torch.empty(channels, channels // groups, 1, 1)
         )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Give the weight its start, zero."""
+        nn.init.zeros_(self.weight)
 
     @property
     def kernel(self) -> Tensor:

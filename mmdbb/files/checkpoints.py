@@ -24,6 +24,7 @@ from mmdbb.files.sources import (
     choose_weights,
     shown,
     some,
+    with_versions_of,
 )
 from mmdbb.files.torch_files import read_torch
 from mmdbb.files.values import NotAllowed
@@ -287,12 +288,15 @@ def load_strictly(
             f'{path} does not fit the network of the config; {misfit}'
         )
     if keep_dtype:
-        state = {
-            name: state[name]
-            if value.is_floating_point()
-            else state[name].to(value.dtype)
-            for name, value in expected.items()
-        }
+        state = with_versions_of(
+            state,
+            {
+                name: state[name]
+                if value.is_floating_point()
+                else state[name].to(value.dtype)
+                for name, value in expected.items()
+            },
+        )
     model.load_state_dict(state, assign=keep_dtype)
 
 

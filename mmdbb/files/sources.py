@@ -10,7 +10,17 @@ all names.
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple, Union
+from collections import OrderedDict
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    List,
+    NamedTuple,
+    Optional,
+    Tuple,
+    Union,
+)
 
 import torch
 from torch import Tensor, nn
@@ -146,6 +156,7 @@ def without_prefixes(state: State) -> State:
     Args:
         state: Names -> tensors. An averaged model's counter is removed too.
     """
+    whole = state
     if _is_averaged(state):
         state = {k: v for k, v in state.items() if k not in COUNTERS}
     names = list(state)
@@ -156,7 +167,47 @@ def without_prefixes(state: State) -> State:
                 start += len(prefix)
                 break
         else:
-            return {k[start:]: v for k, v in state.items()} if start else state
+            break
+    if not start:
+        return state
+    return with_versions_of(
+        whole,
+        {name[start:]: value for name, value in state.items()},
+        lambda name: name[start:],
+    )
+
+
+def with_versions_of(
+    source: State,
+    state: State,
+    renamed: Callable[[str], Optional[str]] = lambda name: name,
+) -> State:
+    """Give a state dict the versions of layers that another one has.
+
+    torch keeps them in the attribute ``_metadata``, which an ordinary dict
+    cannot have. A layer that finds no version takes its entries for those of
+    its oldest version, and converts or refuses them.
+
+    Args:
+        source: The state dict with the versions, if it has any.
+        state: The entries.
+        renamed: Translates names of layers in ``source``; None leaves one
+            out.
+
+    Returns:
+        dict: The entries, with the versions.
+    """
+    versions = getattr(source, '_metadata', None)
+    if versions is None:
+        return state
+    state = OrderedDict(state)
+    # Copies, because loading by assignment leaves a note in each.
+    state._metadata = OrderedDict(
+        (renamed(name), dict(values))
+        for name, values in versions.items()
+        if renamed(name) is not None
+    )
+    return state
 
 
 def _all_start(names: List[Any], prefix: str, start: int = 0) -> bool:

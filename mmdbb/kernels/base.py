@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+from numbers import Integral
+
 import torch
 from torch import Tensor, nn
 
 from mmdbb.geometry import ConvSpec
-from mmdbb.modules import is_watched, tensors_of
+from mmdbb.modules import is_watched, reset_children_, tensors_of
 from mmdbb.recompute import again, is_transformed, without_autocast
 
 
@@ -74,10 +76,18 @@ class ComposedKernel(nn.Module):
         self.init_gamma(0.0)
         self.scale[0].fill_(1.0)
 
-    def _kernel(self, *shape: int, a: float = 0.0) -> nn.Parameter:
-        kernel = nn.Parameter(torch.empty(*shape))
-        nn.init.kaiming_uniform_(kernel, a=a)
-        return kernel
+    def reset_parameters(self) -> None:
+        """Give all tensors their start values, constants too."""
+        reset_children_(self)
+
+
+def empty_kernel(*shape: int) -> nn.Parameter:
+    """A parameter without values, for ``reset_parameters`` to fill.
+
+    Args:
+        shape: Its shape, (out, in / groups, kH, kW).
+    """
+    return nn.Parameter(torch.empty(*shape))
 
 
 def check_internal_channels(internal_channels: int, spec: ConvSpec) -> None:
@@ -91,7 +101,7 @@ def check_internal_channels(internal_channels: int, spec: ConvSpec) -> None:
         ValueError: If it is not a positive multiple of the groups.
     """
     if (
-        not isinstance(internal_channels, int)
+        not isinstance(internal_channels, Integral)
         or isinstance(internal_channels, bool)
         or internal_channels < 1
         or internal_channels % spec.groups

@@ -11,7 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmdbb.geometry import ConvSpec, pad2d
-from mmdbb.kernels.base import ComposedKernel, check_internal_channels
+from mmdbb.kernels.base import (
+    ComposedKernel,
+    check_internal_channels,
+    empty_kernel,
+)
 from mmdbb.transforms import (
     add_patterns,
     compose_1x1_kxk,
@@ -62,52 +66,53 @@ class KxKKernel(ComposedKernel):
             internal_channels = spec.in_channels * (1 + (spec.groups > 4))
         check_internal_channels(internal_channels, spec)
         out, inside, *size = spec.kernel_shape
-        # RepVGG's blocks start with smaller kernels in the paper's code.
-        a = 0.0 if with_1x1 else 1.0
-        self.origin = self._kernel(out, inside, *size, a=a)
-        self.avg = self._kernel(out, inside, 1, 1, a=a)
-        self.prior = self._kernel(out, inside, 1, 1, a=a)
-        self.pointwise = None
-        if with_1x1:
-            self.pointwise = self._kernel(out, inside, 1, 1, a=a)
+        self.weight_init, self.scale_init = weight_init, scale_init
+        self.origin = empty_kernel(out, inside, *size)
+        self.avg = empty_kernel(out, inside, 1, 1)
+        self.prior = empty_kernel(out, inside, 1, 1)
+        self.pointwise = empty_kernel(out, inside, 1, 1) if with_1x1 else None
         # The kernel is the identity plus inner1, as in DBB's 1x1_kxk branch.
-        self.inner1 = nn.Parameter(
-            torch.zeros(internal_channels, inside, 1, 1)
+        self.inner1 = empty_kernel(internal_channels, inside, 1, 1)
+        self.inner2 = empty_kernel(
+            out, internal_channels // spec.groups, *size
         )
-        self.inner2 = self._kernel(
-            out, internal_channels // spec.groups, *size, a=a
+        self.depthwise = empty_kernel(
+            spec.in_channels * SEPARABLE_EXPANSION, 1, *size
         )
-        self.depthwise = self._kernel(
-            spec.in_channels * SEPARABLE_EXPANSION, 1, *size, a=a
-        )
-        self.separable = self._kernel(
-            out, inside * SEPARABLE_EXPANSION, 1, 1, a=a
-        )
-        scales = [s for i, s in enumerate(self.scales) if with_1x1 or i != 4]
-        self.scale = nn.Parameter(
-            torch.tensor(scales)[:, None].repeat(1, out)
-            * math.sqrt(scale_init)
-        )
-        self._scale_kernels(weight_init)
+        self.separable = empty_kernel(out, inside * SEPARABLE_EXPANSION, 1, 1)
+        rows = len(self.scales) - (not with_1x1)
+        self.scale = nn.Parameter(torch.empty(rows, out))
         # Constants. They are buffers because the paper's checkpoints hold
         # them, and a prior in a file may differ from the one made here.
-        self.register_buffer(
-            'avg_pattern', torch.full(size, 1 / (size[0] * size[1]))
-        )
-        self.register_buffer(
-            'prior_pattern', frequency_prior(out, size).float()
-        )
-        eye = torch.eye(inside).repeat(-(-internal_channels // inside), 1)
-        self.register_buffer(
-            'identity', eye[:internal_channels].reshape_as(self.inner1)
-        )
+        self.register_buffer('avg_pattern', torch.empty(*size))
+        self.register_buffer('prior_pattern', torch.empty(out, *size))
+        self.register_buffer('identity', torch.empty_like(self.inner1))
+        self.reset_parameters()
 
     @torch.no_grad()
-    def _scale_kernels(self, factor: float) -> None:
+    def reset_parameters(self) -> None:
+        """Give all tensors their start values, constants too."""
+        with_1x1 = self.pointwise is not None
+        # RepVGG's blocks start with smaller kernels in the paper's code.
+        a = 0.0 if with_1x1 else 1.0
         for name, kernel in self.named_parameters():
-            if name not in ('inner1', 'scale'):
-                both = name in ('depthwise', 'separable')
-                kernel.mul_(math.sqrt(factor) if both else factor)
+            if name in ('inner1', 'scale'):
+                continue
+            nn.init.kaiming_uniform_(kernel, a=a)
+            both = name in ('depthwise', 'separable')
+            factor = self.weight_init
+            kernel.mul_(math.sqrt(factor) if both else factor)
+        self.inner1.zero_()
+        scales = [s for i, s in enumerate(self.scales) if with_1x1 or i != 4]
+        self.scale.copy_(
+            torch.tensor(scales)[:, None] * math.sqrt(self.scale_init)
+        )
+        out, inside, *size = self.spec.kernel_shape
+        self.avg_pattern.fill_(1 / (size[0] * size[1]))
+        self.prior_pattern.copy_(frequency_prior(out, size))
+        internal = len(self.identity)
+        eye = torch.eye(inside).repeat(-(-internal // inside), 1)
+        self.identity.copy_(eye[:internal].reshape_as(self.identity))
 
     def compose(self) -> Tensor:
         """Compose the kernel, (out, in / groups, kH, kW)."""

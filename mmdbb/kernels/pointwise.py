@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmdbb.geometry import ConvSpec, pad2d
-from mmdbb.kernels.base import ComposedKernel
+from mmdbb.kernels.base import ComposedKernel, empty_kernel
 from mmdbb.transforms import compose_1x1_kxk, identity_kernel
 
 
@@ -27,21 +27,25 @@ class PointwiseKernel(ComposedKernel):
     def __init__(self, spec: ConvSpec) -> None:
         super().__init__(spec)
         out, inside = spec.kernel_shape[:2]
-        each = out // spec.groups
-        self.origin = self._kernel(out, inside, 1, 1, a=1.0)
-        if each > inside:
-            self.inner1 = nn.Parameter(
-                identity_kernel(spec.in_channels, spec.groups)
-            )
-            self.inner2 = self._kernel(out, inside, 1, 1, a=1.0)
-        else:
-            self.inner1 = self._kernel(out, inside, 1, 1, a=1.0)
-            self.inner2 = nn.Parameter(
-                identity_kernel(spec.out_channels, spec.groups)
-            )
-        self.scale = nn.Parameter(
-            torch.tensor(self.scales)[:, None].repeat(1, out)
-        )
+        grows = out // spec.groups > inside
+        self.origin = empty_kernel(out, inside, 1, 1)
+        size = spec.in_channels if grows else out
+        self.inner1 = empty_kernel(size, inside, 1, 1)
+        self.inner2 = empty_kernel(out, size // spec.groups, 1, 1)
+        self.scale = nn.Parameter(torch.empty(len(self.scales), out))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Give all tensors their start values."""
+        out, inside = self.spec.kernel_shape[:2]
+        pair = self.inner1, self.inner2
+        grows = out // self.spec.groups > inside
+        eye, drawn = pair if grows else pair[::-1]
+        for kernel in (self.origin, drawn):
+            nn.init.kaiming_uniform_(kernel, a=1.0)
+        eye.copy_(identity_kernel(len(eye), self.spec.groups))
+        self.scale.copy_(torch.tensor(self.scales)[:, None])
 
     def compose(self) -> Tensor:
         """Compose the kernel, (out, in / groups, 1, 1)."""

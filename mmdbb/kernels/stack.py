@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmdbb.geometry import ConvSpec, pad2d
-from mmdbb.kernels.base import ComposedKernel
+from mmdbb.kernels.base import ComposedKernel, empty_kernel
 from mmdbb.kernels.kxk import KxKKernel
 from mmdbb.transforms import compose_stack
 
@@ -121,7 +121,12 @@ class PlainKernel(ComposedKernel):
 
     def __init__(self, spec: ConvSpec) -> None:
         super().__init__(spec)
-        self.weight = self._kernel(*spec.kernel_shape, a=math.sqrt(5))
+        self.weight = empty_kernel(*spec.kernel_shape)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the parameter as an ``nn.Conv2d`` draws its kernel."""
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
 
     def compose(self) -> Tensor:
         """Return the parameter, (out, in / groups, kH, kW)."""

@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import logging
 import os
 import re
+import sys
 import traceback
 from types import FrameType
 from typing import (
@@ -32,6 +34,7 @@ from typing import (
 )
 
 import numpy as np
+from mmcv.cnn import build_conv_layer
 from mmengine.config import Config
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.hooks import CheckpointHook
@@ -45,7 +48,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, Dataset
 
 from mmdbb.mm.hosts import is_installed
-from mmdbb.ports import Ports
+from mmdbb.ports import Ports, ReplacedLayer
 
 #: Launcher -> the environment variable that it sets in each process, by which
 #: mmengine knows the launcher.
@@ -173,6 +176,65 @@ def refuse_wrong_fusion(block: nn.Module, caller: FrameType) -> None:
                 'fuse_conv_bn(mmdbb.reparameterize(model))'
             )
         child, outer = parent, outer.f_back
+
+
+def builds_conv_layer(caller: FrameType) -> bool:
+    """Whether a frame is one of mmcv's ``build_conv_layer`` (mmcv 2.1.0).
+
+    It calls a class that is the ``type`` of a layer's config directly.
+
+    Args:
+        caller: The frame.
+    """
+    return caller.f_code is build_conv_layer.__code__
+
+
+def replaced_layer(is_block: Callable[[dict], bool]) -> ReplacedLayer:
+    """The layer that the config of a block replaces in a host's network.
+
+    ``conv_cfg`` replaces a class's default, and nothing tells the block. But
+    while the network is being built, the constructor that got this
+    ``conv_cfg`` is running, so its frame holds it.
+
+    Args:
+        is_block: Whether a layer's config names the block.
+    """
+    found, spectral, frame = None, False, sys._getframe(1)
+    while frame is not None and found is None:
+        if frame.f_code.co_name == '__init__':
+            values = frame.f_locals
+            owner, layer = type(values.get('self')), values.get('conv_cfg')
+            if isinstance(layer, dict) and is_block(layer):
+                found = default_conv_type(owner)
+                spectral = spectral or values.get('with_spectral_norm') is True
+                if spectral and found is None:
+                    found = 'Conv2d'
+        frame = frame.f_back
+    if found is None:
+        return ReplacedLayer()
+    return ReplacedLayer(owner.__name__, found, spectral)
+
+
+def default_conv_type(owner: type) -> Optional[str]:
+    """The type of the convolutions that a class of a host has by default.
+
+    Args:
+        owner: The class.
+
+    Returns:
+        str: The type in the default of its argument ``conv_cfg``; None if
+        the default is None, or there is no such argument.
+    """
+    for cls in owner.__mro__:
+        init = vars(cls).get('__init__')
+        if not inspect.isfunction(init):
+            continue
+        argument = inspect.signature(init).parameters.get('conv_cfg')
+        if argument is not None:
+            default = argument.default
+            kind = default.get('type') if isinstance(default, dict) else None
+            return getattr(kind, '__name__', kind)
+    return None
 
 
 def _is_fusing(frame: Optional[FrameType]) -> bool:

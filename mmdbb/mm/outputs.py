@@ -34,6 +34,7 @@ from mmdbb.errors import UserError
 from mmdbb.files.atomic import all_or_nothing
 from mmdbb.files.checkpoints import load_strictly, read_checkpoint, sha256
 from mmdbb.files.formats import OWN, SUFFIXES, write_checkpoint
+from mmdbb.files.sources import with_versions_of
 from mmdbb.mm.config_files import files_of
 from mmdbb.mm.deploy.images import given_batch, random_batch
 from mmdbb.mm.deploy.load import network_of
@@ -212,10 +213,13 @@ class Contents(NamedTuple):
     def rounded(self) -> Dict[str, Tensor]:
         """The weights to write: each number rounded once."""
         dtypes = self.dtypes or {}
-        return {
-            name: value.to(dtypes.get(name, value.dtype))
-            for name, value in self.state.items()
-        }
+        return with_versions_of(
+            self.state,
+            {
+                name: value.to(dtypes.get(name, value.dtype))
+                for name, value in self.state.items()
+            },
+        )
 
 
 class Drafts(NamedTuple):

@@ -3,15 +3,18 @@
 
 from __future__ import annotations
 
-from typing import Optional
+from types import FrameType
+from typing import Callable, Optional
 
 import mmcv.cnn  # noqa: F401  (registers the norms)
 from mmengine.registry import MODELS
 
 from mmdbb.blocks.build import layer_of
 from mmdbb.mm import host_internals
+from mmdbb.mm.data_flow import run_on_image
 from mmdbb.mm.deploy.images import data_samples
 from mmdbb.mm.engine import (  # noqa: F401
+    blocks_hook,
     optim,
     reparam_hook,
     repeatable,
@@ -24,7 +27,8 @@ from mmdbb.mm.starts import (  # noqa: F401
     plain,
     torch_default,
 )
-from mmdbb.ports import PORTS
+from mmdbb.mm.stock.config import named_block
+from mmdbb.ports import PORTS, ReplacedLayer
 from mmdbb.registry import BLOCKS
 
 
@@ -44,9 +48,25 @@ def _find_layer(name: str) -> Optional[object]:
     return getattr(layer, 'block', layer)
 
 
+def _builder_of(block: type, caller: FrameType) -> Optional[Callable]:
+    """The function that builds a block from ``conv_cfg``, if mmcv asks."""
+    is_layer = host_internals.builds_conv_layer(caller)
+    return layer_of(block) if is_layer else None
+
+
+def _replaced_layer(block: type) -> ReplacedLayer:
+    """What the config of a block replaces in the network being built."""
+    return host_internals.replaced_layer(
+        lambda layer: named_block(layer) is block
+    )
+
+
+PORTS.builder_of = _builder_of
+PORTS.replaced_layer = _replaced_layer
 PORTS.find_layer = _find_layer
 PORTS.read_address = read_address
 PORTS.data_samples = data_samples
+PORTS.run_network = run_on_image
 host_internals.plug_in(PORTS)
 BLOCKS.follow(_register_layer)
 host_internals.cure_config_bases()

@@ -3,7 +3,8 @@
 
 They serve models in plain PyTorch that were written for the papers'
 repositories (DiverseBranchBlock, ACNet, RepVGG): change the import and keep
-the rest. State dicts of the original classes load as they are.
+the rest. State dicts of the original classes, of all their revisions, load as
+they are.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from mmdbb.blocks.dbb import DBB
 from mmdbb.blocks.repvgg import RepVGGConv
 from mmdbb.geometry import ConvSpec
 from mmdbb.official import names
-from mmdbb.official.names import Names, translate
+from mmdbb.official.names import Names, settle_entries_, translate
 from mmdbb.transforms import KernelBias
 
 
@@ -86,6 +87,7 @@ class OfficialBlock(nn.Module):
         nn.init.ones_(dense.last_norm.weight)
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        settle_entries_(state_dict, prefix)
         for key in [k for k in state_dict if k.startswith(prefix)]:
             name = translate(key[len(prefix) :], self.names)
             if name is not None:

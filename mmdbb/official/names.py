@@ -2,9 +2,11 @@
 """The names in the papers' code: one table, for classes and for files.
 
 For the repositories of DBB (https://github.com/DingXiaoH/DiverseBranchBlock),
-ACNet, RepVGG and OREPA (https://github.com/JUGGHM/OREPA_CVPR2022). The papers'
-classes (:mod:`mmdbb.official.blocks`) load state dicts by it, and the layers
-in whole files (:mod:`mmdbb.mm.official.recognise`) are known by it.
+ACNet (https://github.com/DingXiaoH/ACNet), RepVGG
+(https://github.com/DingXiaoH/RepVGG) and OREPA
+(https://github.com/JUGGHM/OREPA_CVPR2022), in all of their revisions. The
+papers' classes (:mod:`mmdbb.official.blocks`) load state dicts by it, and the
+layers in whole files (:mod:`mmdbb.mm.official.recognise`) are known by it.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ class BlockNames(NamedTuple):
         kernel: The entry that holds a kernel of the block's whole size while
             it is trained. A block in a file is known by it.
         merged: Start of the merged convolution's names.
-        inside: Starts of their names -> starts of the names in our block.
+        inside: Starts of their names -> starts of the names in our block;
+            of two revisions the newer one first.
         block: Our block's name in configs; None for a block that no network
             of the papers has.
         norm: Whether a norm ``bn`` follows the block, which is not in it.
@@ -66,19 +69,28 @@ def translate(name: str, starts: Names) -> Optional[str]:
     return None
 
 
-def drop_unread_rows_(entries: Dict[str, Tensor], prefix: str = '') -> None:
-    """Cut what RepVGG-OREPA's code stores and never reads, in place.
+def settle_entries_(entries: Dict[str, Tensor], prefix: str = '') -> None:
+    """Give a block's entries the form that the table describes, in place.
 
-    Where a block has an identity, the paper's code makes six rows of scales,
-    of which the last is left as memory happened to be.
+    Most entries of any revision are known by the start of their names.
+    These need more:
+
+    - RepVGG-OREPA's code makes six rows of scales where a block has an
+      identity. It never reads the last row, which is left as memory happened
+      to be.
+    - RepVGG's code of February 2021 (commit 656c29b) stores the merged kernel
+      beside the branches that it comes from.
 
     Args:
-        entries: Their names -> tensors, those of the scales (5 or 6, out).
+        entries: Their names -> tensors.
         prefix: Start of the block's names.
     """
-    name = f'{prefix}rbr_dense.vector'
-    if name in entries:
-        entries[name] = entries[name][:5]
+    dense = f'{prefix}rbr_dense.'
+    if f'{dense}vector' in entries:
+        entries[f'{dense}vector'] = entries[f'{dense}vector'][:5]
+    if f'{dense}conv.weight' in entries:
+        for name in ('fused_weight', 'fused_bias'):
+            entries.pop(prefix + name, None)
 
 
 #: Entries of OREPA's KxK kernels; ``{}`` is ``orepa`` or ``rbr``.
@@ -115,10 +127,13 @@ DBB = BlockNames(
         ('dbb_1x1.bn.', 'branches.1x1.norm.'),
         ('dbb_avg.conv.', 'branches.1x1_avg.conv1.'),
         ('dbb_avg.bn.bn.', 'branches.1x1_avg.norm1.'),
+        # Before 2021-04-06 (commit 8a6909a) the padded norm was one itself.
+        ('dbb_avg.bn.', 'branches.1x1_avg.norm1.'),
         ('dbb_avg.avgbn.', 'branches.1x1_avg.norm2.'),
         ('dbb_1x1_kxk.idconv1.', 'branches.1x1_kxk.conv1.'),
         ('dbb_1x1_kxk.conv1.', 'branches.1x1_kxk.conv1.'),
         ('dbb_1x1_kxk.bn1.bn.', 'branches.1x1_kxk.norm1.'),
+        ('dbb_1x1_kxk.bn1.', 'branches.1x1_kxk.norm1.'),
         ('dbb_1x1_kxk.conv2.', 'branches.1x1_kxk.conv2.'),
         ('dbb_1x1_kxk.bn2.', 'branches.1x1_kxk.norm2.'),
     ),
@@ -134,6 +149,13 @@ ACB = BlockNames(
         ('ver_bn.', 'branches.kx1.norm.'),
         ('hor_conv.', 'branches.1xk.conv.'),
         ('hor_bn.', 'branches.1xk.norm.'),
+        # ACNet's code before 2019-11-09 (commit 335ac25).
+        ('square_layer.', 'branches.kxk.conv.'),
+        ('square_BN.', 'branches.kxk.norm.'),
+        ('vertical_layer.', 'branches.kx1.conv.'),
+        ('vertical_BN.', 'branches.kx1.norm.'),
+        ('horizontal_layer.', 'branches.1xk.conv.'),
+        ('horizontal_BN.', 'branches.1xk.norm.'),
     ),
     'ACB',
 )

@@ -29,7 +29,6 @@ from mmdbb.kernels import (
 )
 from mmdbb.official import names
 from mmdbb.official.blocks import OfficialBlock, RepVGGBlock
-from mmdbb.official.names import drop_unread_rows_
 from mmdbb.transforms import KernelBias, fuse_conv_bn
 
 #: A default that means "a new ReLU for each block", because None means none.
@@ -363,10 +362,6 @@ class RepVGGBlock_OREPA(RepVGGBlock):
         )
         if nonlinear is not _RELU:
             self.nonlinear = nn.Identity() if nonlinear is None else nonlinear
-
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
-        drop_unread_rows_(state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 @torch.no_grad()

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from mmdbb.blocks.branch_sum import BranchSumConv2d
 from mmdbb.blocks.composed import ComposedKernelConv2d
+from mmdbb.blocks.offers import NormEntries
 from mmdbb.branches.base import leaf_dtype
 from mmdbb.plain.branch_sums import (
     NormValues,
@@ -34,6 +35,8 @@ from mmdbb.plain.branch_sums import (
     start_sum,
 )
 from mmdbb.plain.kernels import start_as_
+from mmdbb.ports import PORTS
+from mmdbb.scale_norm import ScaleNorm2d
 from mmdbb.transforms import KernelBias, bn_scale_shift, fuse_conv_bn
 
 #: Default of ``branch_scale`` in :func:`plain_start`.
@@ -75,14 +78,14 @@ def plain_start(
             or the result is not finite.
     """
     _check(block, plain, branch_scale)
+    if absorbed and norm is not None and _only_scales(block):
+        raise ValueError(
+            'a block with shift=False has no place for the mean and bias of '
+            'the norm that it would take the place of'
+        )
     work = copy.deepcopy(block).cpu()
     plain = KernelBias(*(t.detach().cpu().double() for t in plain))
-    wanted = plain
-    if absorbed and norm is not None:
-        scale_shift = bn_scale_shift(
-            *(exactly(value) for value in norm[:4]), norm.eps
-        )
-        wanted = fuse_conv_bn(plain, scale_shift)
+    wanted = _with_norm(plain, norm if absorbed else None)
     if isinstance(work, ComposedKernelConv2d):
         exact = _start_composed(work, wanted, branch_scale)
     else:
@@ -100,6 +103,58 @@ def plain_start(
             'norm has a value that is NaN or infinite, or a negative variance'
         )
     return entries
+
+
+@torch.no_grad()
+def start_offered(
+    block: nn.Module, plain: KernelBias, norm: Optional[NormEntries]
+) -> Dict[str, Tensor]:
+    """Compute the start of a block to which a state dict offers plain weights.
+
+    Args:
+        block: The block, merged or not; unchanged.
+        plain: The plain convolution.
+        norm: The norm that the block absorbed, if its entries are known. What
+            is missing of them is as in a new norm.
+
+    Raises:
+        ValueError: If the block cannot start so.
+    """
+    values = None
+    if norm is not None:
+        one = torch.ones_like(plain.bias)
+        found = norm.entries
+        values = NormValues(
+            found.get('running_mean', 0 * one),
+            found.get('running_var', one),
+            found.get('weight'),
+            found.get('bias'),
+            norm.eps,
+            found.get('num_batches_tracked'),
+        )
+    if any(t.is_meta for t in (*block.parameters(), *block.buffers())):
+        raise ValueError('it is on the meta device, where it has no values')
+    if not block.deploy:
+        return plain_start(block, plain, values, values is not None)
+    wanted = _with_norm(KernelBias(*map(exactly, plain)), values)
+    if block.reparam_conv.bias is None:
+        if wanted.bias.any():
+            raise ValueError('the plain convolution has a bias, it has none')
+        return {'reparam_conv.weight': wanted.kernel}
+    return {f'reparam_conv.{n}': v for n, v in zip(('weight', 'bias'), wanted)}
+
+
+PORTS.start_plain = start_offered
+
+
+def _with_norm(plain: KernelBias, norm: Optional[NormValues]) -> KernelBias:
+    """A plain convolution, in float64, and the norm behind it as one."""
+    if norm is None:
+        return plain
+    scale_shift = bn_scale_shift(
+        *(exactly(value) for value in norm[:4]), norm.eps
+    )
+    return fuse_conv_bn(plain, scale_shift)
 
 
 @torch.no_grad()
@@ -124,12 +179,16 @@ def _start_composed(
     """Start a block with a composed kernel, in float64, and return it."""
     dtype = leaf_dtype(work)
     exact = work.double()
-    if exact.bias is not None:
-        exact.bias.copy_(wanted.bias)
+    if exact.own_bias is not None:
+        exact.own_bias.copy_(wanted.bias)
     elif wanted.bias.any():
         raise ValueError('the plain convolution has a bias, the block none')
     start_as_(exact.generator, wanted.kernel, branch_scale, dtype)
     return exact
+
+
+def _only_scales(block: nn.Module) -> bool:
+    return any(isinstance(m, ScaleNorm2d) for m in block.modules())
 
 
 def _check(block: nn.Module, plain: KernelBias, branch_scale: float) -> None:

@@ -16,6 +16,7 @@ from mmdbb.blocks.branch_sum import BranchSumConv2d
 from mmdbb.branches.base import leaf_dtype
 from mmdbb.branches.norm import norm_scale_shift
 from mmdbb.plain.kernels import start_as_
+from mmdbb.scale_norm import ScaleNorm2d
 from mmdbb.transforms import KernelBias, add_branches, unfuse_conv_bn
 
 # The least gamma of a channel that the plain network switched off, so that the
@@ -79,14 +80,21 @@ def start_sum(
 
     Returns:
         nn.Module: The block.
+
+    Raises:
+        ValueError: If the block has no place for a bias.
     """
     dtype = leaf_dtype(work)
     dense = work.branches[work.dense_branch]
     others = [b for b in work.branches.values() if b is not dense]
-    values = _start_of_norm(plain, norm, absorbed, dense.norm.eps)
     start = dense.norm
+    values = _start_of_norm(plain, norm, absorbed, start.eps)
     # The plain bias is missing in the mean of the branch's convolution.
-    start.running_mean.copy_(values.mean - plain.bias)
+    mean = values.mean - plain.bias
+    if isinstance(start, ScaleNorm2d):
+        values = _about_zero(values, mean, start.eps)
+        mean = 0 * mean
+    start.running_mean.copy_(mean)
     start.running_var.copy_(values.var)
     if values.count is not None:
         start.num_batches_tracked.copy_(values.count)
@@ -94,6 +102,7 @@ def start_sum(
     if start.affine:
         gamma = _alive(values.weight)
         start.weight.copy_(gamma)
+    if start.bias is not None:
         start.bias.zero_()
     for other in others:
         if other.last_norm is not None and other.last_norm.affine:
@@ -111,10 +120,16 @@ def start_sum(
     else:
         dense.conv.weight.copy_(kernel)
     shift = rest.bias - scale_shift.shift
-    if start.affine:
+    if start.bias is not None:
         start.bias.copy_(shift)
-    elif exact.bias is not None:
-        exact.bias.copy_(shift)
+    elif exact.own_bias is not None:
+        exact.own_bias.copy_(shift)
+    elif isinstance(start, ScaleNorm2d):
+        if shift.any():
+            raise ValueError(
+                'the plain convolution has a bias, the block with shift=False '
+                'none'
+            )
     else:
         start.running_mean.copy_(-rest.bias / scale_shift.scale)
     return exact
@@ -152,6 +167,19 @@ def _start_of_norm(
     # This norm undoes itself, in training mode too, so that the norm behind
     # the block gets the same input as in the plain network.
     return values._replace(weight=(var + eps).sqrt(), bias=mean)
+
+
+def _about_zero(values: NormValues, mean: Tensor, eps: float) -> NormValues:
+    """Start values of a norm without shift, which divides by the mean square.
+
+    Args:
+        values: Those of the norm that would undo itself with a shift. Without
+            a norm behind the plain convolution nothing is known of its output.
+        mean: Mean of the branch's convolution.
+        eps: Added to the mean square by the branch's norm.
+    """
+    square = values.var + mean.square()
+    return values._replace(var=square, weight=(square + eps).sqrt())
 
 
 def _alive(gamma: Tensor) -> Tensor:

@@ -19,14 +19,16 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmdbb.blocks.base import ReparamConv2d
-from mmdbb.conv_norms import norm_names
+from mmdbb.blocks.offers import NORM_ENTRIES, AbsorbedNorm
 from mmdbb.errors import UserError
 from mmdbb.files.checkpoints import read_checkpoint
-from mmdbb.files.sources import some
+from mmdbb.files.sources import some, with_versions_of
+from mmdbb.found_norms import absorbed_norms, find_norms
+from mmdbb.modules import is_frozen_norm, is_norm
 from mmdbb.plain.blocks import BRANCH_SCALE, copy_entries_, plain_start
 from mmdbb.plain.branch_sums import NormValues
 from mmdbb.ports import PORTS
-from mmdbb.reparam import find_blocks
+from mmdbb.reparam import find_blocks, holds_blocks
 from mmdbb.stock_weights import stem_in_sequence
 from mmdbb.transforms import KernelBias
 
@@ -99,7 +101,7 @@ def load_plain_weights_(
             "plain weights by init_cfg of type 'Pretrained'"
         )
     state = state_under(weights, prefix)
-    if any('.branches.' in name for name in state):
+    if holds_blocks(state, model):
         raise UserError(
             f'{source} is of a network with blocks, not of a plain one; load '
             "it by init_cfg of type 'Pretrained'"
@@ -107,6 +109,14 @@ def load_plain_weights_(
     places = _Places(model, blocks)
     state = _fitting_names(state, places.expected)
     starts, complaints = {}, []
+    forgotten = places.forgotten(state)
+    if forgotten:
+        raise UserError(
+            f'{source} has norms where the network has an nn.Identity: '
+            f'{some(forgotten)}. Which block absorbed them is not known; '
+            'insert_blocks_ and the backbones of mmdbb leave an AbsorbedNorm '
+            'there, which tells'
+        )
     for name, block in blocks.items():
         if block in starts:
             continue
@@ -155,10 +165,15 @@ class _Places:
     ) -> None:
         modules = dict(model.named_modules(remove_duplicate=False))
         self.blocks = blocks
+        absorbed = absorbed_norms(model)
+        behind = {
+            conv: norms[0]
+            for conv, norms in find_norms(model).pairs.items()
+            if conv in blocks and len(norms) == 1
+        }
         self.norms = {
             conv: (norm, modules[norm])
-            for conv, norm in norm_names(model).items()
-            if conv in blocks and norm in modules
+            for conv, norm in {**behind, **absorbed}.items()
         }
         inside = tuple(f'{name}.' if name else '' for name in blocks)
         #: Entries outside of blocks, which are loaded as they are.
@@ -172,7 +187,22 @@ class _Places:
             self.expected.update(_under(name, ('weight', 'bias')))
             norm, module = self.norms.get(name, (None, None))
             if isinstance(module, nn.Identity):
-                self.expected.update(_under(norm, _NORM_ENTRIES))
+                self.expected.update(_under(norm, NORM_ENTRIES))
+        #: Places where there may have been a norm that nobody remembers.
+        self.empty = [
+            name
+            for name, module in modules.items()
+            if isinstance(module, nn.Identity)
+            and not isinstance(module, AbsorbedNorm)
+            and name not in {norm for norm, _ in self.norms.values()}
+        ]
+
+    def forgotten(self, state: State) -> List[str]:
+        """Norms in the weights for which the network has no more than a place.
+
+        One of the blocks may have absorbed them, or none.
+        """
+        return [n for n in self.empty if f'{n}.running_mean' in state]
 
     def start_of(self, name: str, state: State, branch_scale: float) -> State:
         """Compute the entries that a block starts with.
@@ -198,23 +228,23 @@ class _Places:
         values = None
         if absorbed or _is_tracking(module):
             mean, var, weight, shift, count = (
-                state.get(n) for n in _under(norm, _NORM_ENTRIES)
+                state.get(n) for n in _under(norm, NORM_ENTRIES)
             )
             if mean is not None and var is not None:
-                # No file holds the eps of the plain network's norms. The
-                # config gives all norms the same, so take the block's.
-                norms = [*block.modules()] if absorbed else [module]
-                eps = next(
-                    (n.eps for n in norms if isinstance(n, _BatchNorm)), 0.0
-                )
+                # No file holds the eps of the plain network's norms.
+                eps = getattr(module, 'eps', None)
+                if eps is None:
+                    # Of the norms in a config, all have the same.
+                    norms = (m for m in block.modules() if is_norm(m))
+                    eps = next((norm.eps for norm in norms), 0.0)
                 values = NormValues(mean, var, weight, shift, eps, count)
-            elif absorbed:
+            elif absorbed and getattr(module, 'returns', True):
                 missing += _under(norm, ('running_mean', 'running_var'))
         if missing:
             raise ValueError(f'missing: {some(missing)}')
         if values is not None:
             channels = (kernel.shape[0],)
-            for entry, value in zip(_NORM_ENTRIES[:4], values[:4]):
+            for entry, value in zip(NORM_ENTRIES[:4], values[:4]):
                 if value is not None and tuple(value.shape) != channels:
                     raise ValueError(
                         f'{norm}.{entry} has shape {tuple(value.shape)}, the '
@@ -225,21 +255,13 @@ class _Places:
         )
 
 
-_NORM_ENTRIES = (
-    'running_mean',
-    'running_var',
-    'weight',
-    'bias',
-    'num_batches_tracked',
-)
-
-
 def _under(name: Optional[str], entries) -> List[str]:
     return [f'{name}.{entry}' if name else entry for entry in entries]
 
 
 def _is_tracking(norm: Optional[nn.Module]) -> bool:
-    return isinstance(norm, _BatchNorm) and norm.track_running_stats
+    tracks = isinstance(norm, _BatchNorm) and norm.track_running_stats
+    return tracks or is_frozen_norm(norm)
 
 
 def _source_of(weights: Union[str, os.PathLike, State]) -> str:
@@ -273,17 +295,19 @@ def state_under(
         isinstance(value, Tensor) for value in state.values()
     ):
         raise UserError(f'{source} is no state dict: not all are tensors')
-    state = {re.sub(r'^module\.', '', n): v for n, v in state.items()}
-    if prefix:
-        start = prefix if prefix.endswith('.') else f'{prefix}.'
-        state = {
-            name[len(start) :]: value
-            for name, value in state.items()
-            if name.startswith(start)
-        }
-        if not state:
-            raise UserError(f'{source} has nothing under {start}')
-    return state
+    start = prefix or ''
+    start += '.' if start and not start.endswith('.') else ''
+
+    def renamed(name: str) -> Optional[str]:
+        name = re.sub(r'^module(\.|$)', '', name)
+        within = f'{name}.'.startswith(start)
+        return name[len(start) :] if within else None
+
+    found = {renamed(name): value for name, value in state.items()}
+    found.pop(None, None)
+    if start and not found:
+        raise UserError(f'{source} has nothing under {start}')
+    return with_versions_of(state, found, renamed)
 
 
 def _read(path: str) -> State:

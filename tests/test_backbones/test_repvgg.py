@@ -9,6 +9,7 @@ from mmpretrain.models.utils import SELayer
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from mmdbb import load_plain_weights_
 from mmdbb.blocks import DBB, RepVGGConv
 from mmdbb.blocks.build import registered_blocks
 from mmdbb.mm.backbones import PlainRepVGG, ReparamRepVGG
@@ -258,3 +259,20 @@ def test_dilated_stages():
 def test_conv_cfg_is_refused():
     with pytest.raises(TypeError, match='takes block='):
         small(conv_cfg=dict(type='DBB'))
+
+
+@pytest.mark.parametrize('by_function', [False, True])
+@pytest.mark.parametrize('norms', [False, True])
+def test_starts_from_plain_weights_with_and_without_norms(norms, by_function):
+    """The merged network has biases, the plain one to train has norms."""
+    plain = randomize(small(PlainRepVGG, deploy=not norms)).double()
+    model = small().double()
+    plain.train(False), model.train(False)
+    if by_function:
+        loaded = load_plain_weights_(model, plain.state_dict())
+        assert loaded[1:] == ([], [], [])
+    else:
+        model.load_state_dict(plain.state_dict(), strict=True)
+    x = image(2, 3, 40, 56)
+    with torch.no_grad():
+        assert distance(model(x)[-1], plain(x)[-1]) < EXACT

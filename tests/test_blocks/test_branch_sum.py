@@ -203,7 +203,7 @@ def test_sum_norm_in_a_config_of_branches():
     assert distance(block(x), expected) < EXACT
     assert distance(block.to_conv()(x), expected) < EXACT
     without = QARepVGGConv(4, 8, 3, sum_norm=False)
-    assert without.norm is None and without.bias is None
+    assert without.norm is None and without.own_bias is None
 
 
 def test_gamma_of_the_norm_after_the_sum():
@@ -230,7 +230,7 @@ def test_bare_identity_has_the_blocks_dtype(dtype):
 
 def test_no_bias_where_norms_shift():
     block = DBB(4, 8, 3, bias=True)
-    assert block.bias is None
+    assert block.own_bias is None
     assert 'bias' not in block.state_dict()
 
 
@@ -253,7 +253,7 @@ def test_own_bias_where_no_norm_shifts():
 
 def test_no_bias_when_none_is_wanted():
     block = DBB(4, 8, 3, bias=False, norm_cfg=dict(type='BN', affine=False))
-    assert block.bias is None
+    assert block.own_bias is None
 
 
 def test_forward_branches_is_the_sum():

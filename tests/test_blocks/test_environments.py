@@ -113,11 +113,12 @@ def test_two_processes(tmp_path):
 
 
 SYNCHRONIZED = """
-import copy, json, sys, torch
+import copy, functools, json, sys, torch
 import torch.distributed as dist
 from torch import nn
 from helpers import every_batch_is_large, image, randomize
 from workshop.benchmark import kept_megabytes
+from mmdbb import DBB
 from mmdbb.blocks.build import registered_blocks
 from mmdbb.reparam import literal_forward
 
@@ -155,7 +156,8 @@ def note(what, found, expected, scale=None):
     worst[what] = max(worst[what], apart)
 
 
-for kind in registered_blocks().values():
+without_shift = functools.partial(DBB, shift=False)
+for kind in (*registered_blocks().values(), without_shift):
     for geometry in GEOMETRIES:
         block = randomize(kind(kernel_size=3, padding=1, **geometry)).double()
         for levels in (range(1), range(2)):  # alone, and a shared head

@@ -185,6 +185,63 @@ def test_official_names_load_at_any_depth(block, prefix):
     assert all((v == 3).all() for v in found.state_dict().values())
 
 
+#: Names of older revisions of the papers' code, as they differ from today's.
+OLDER = {
+    DiverseBranchBlock: (
+        ('dbb_avg.bn.bn.', 'dbb_avg.bn.'),
+        ('dbb_1x1_kxk.bn1.bn.', 'dbb_1x1_kxk.bn1.'),
+    ),
+    ACBlock: (
+        ('square_conv.', 'square_layer.'),
+        ('square_bn.', 'square_BN.'),
+        ('ver_conv.', 'vertical_layer.'),
+        ('ver_bn.', 'vertical_BN.'),
+        ('hor_conv.', 'horizontal_layer.'),
+        ('hor_bn.', 'horizontal_BN.'),
+    ),
+}
+
+
+def official_state(block, module):
+    """The state of a class of ours under today's names of the papers."""
+    found = {}
+    for name, value in module.state_dict().items():
+        theirs, ours = next(n for n in block.names if name.startswith(n[1]))
+        found[theirs + name[len(ours) :]] = value
+    return found
+
+
+@pytest.mark.parametrize('prefix', ['', 'stages.2.'])
+@pytest.mark.parametrize('block', OLDER)
+def test_names_of_older_revisions_load(block, prefix):
+    source = randomize(block(4, 8, 3, 2, 1))
+    older = {}
+    for name, value in official_state(block, source).items():
+        for new, old in OLDER[block]:
+            if name.startswith(new):
+                name = old + name[len(new) :]
+                break
+        older[prefix + name] = value
+    assert any(old in name for _, old in OLDER[block] for name in older)
+    found = block(4, 8, 3, 2, 1)
+    model = found
+    for name in reversed(prefix.split('.')[:-1]):
+        model = nn.ModuleDict({name: model})
+    model.load_state_dict(older)
+    for name, value in source.state_dict().items():
+        assert torch.equal(found.state_dict()[name], value), name
+
+
+def test_merged_kernels_beside_the_branches_are_left_out():
+    """As RepVGG's code of February 2021 saves them."""
+    source, found = randomize(RepVGGBlock(4, 4, 3)), RepVGGBlock(4, 4, 3)
+    state = official_state(RepVGGBlock, source)
+    kernel, bias = source.get_equivalent_kernel_bias()
+    found.load_state_dict(dict(state, fused_weight=kernel, fused_bias=bias))
+    for name, value in source.state_dict().items():
+        assert torch.equal(found.state_dict()[name], value), name
+
+
 # What each class has of its own
 
 

@@ -488,17 +488,40 @@ def test_other_dimensions_are_refused(shape):
         DBB(4, 4, 3)(torch.rand(shape))
 
 
-def test_symbolic_tracing_is_refused_with_the_reason():
-    net = nn.Sequential(DBB(4, 4, 3), nn.ReLU())
-    with pytest.raises(TypeError, match='trace through a DBB.*merge first'):
-        torch.fx.symbolic_trace(net)
-    torch.fx.symbolic_trace(reparameterize(net))
-
-
 def test_integers_of_numpy_are_integers():
-    block = DBB(np.int64(4), np.int32(6), (np.int64(3), 3), padding=np.int8(1))
+    size, channels = (np.int64(3), 3), dict(internal_channels=np.int64(8))
+    block = DBB(
+        np.int64(4),
+        np.int32(6),
+        size,
+        padding=np.int8(1),
+        branches=['kxk', dict(type='1x1_kxk', **channels)],
+    )
     assert block(torch.rand(2, 4, 5, 6)).shape == (2, 6, 5, 6)
     assert type(block.in_channels) is int
+
+
+def test_sequences_are_as_torch_takes_them():
+    arguments = dict(stride=[2], padding=(1,), dilation=np.array([1, 1]))
+    block = DBB(4, 6, 3, **arguments)
+    conv = nn.Conv2d(4, 6, 3, **arguments)
+    x = torch.rand(2, 4, 5, 6)
+    assert block(x).shape == conv(x).shape
+    # torch builds this one, but cannot run it.
+    with pytest.raises(ValueError, match='kernel_size must be one or two'):
+        DBB(4, 6, (3,))
+    for wrong in (None, {}, '3', 1.0):
+        with pytest.raises(TypeError, match='kernel_size must be an int or'):
+            DBB(4, 6, wrong)
+    with pytest.raises(TypeError, match='padding must be an int.*got None'):
+        DBB(4, 6, 3, padding=None)
+    with pytest.raises(ValueError, match='blocks are two-dimensional'):
+        DBB(4, 6, (1, 7, 7))
+
+
+def test_maps_of_a_conv1d_are_refused():
+    with pytest.raises(ValueError, match='Blocks are two-dimensional'):
+        DBB(4, 4, 3, padding=1)(torch.rand(2, 4, 30))
 
 
 @pytest.mark.parametrize('kind', ['BN1d', 'BN3d'])

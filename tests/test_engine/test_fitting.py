@@ -4,18 +4,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 from registered import each_block, name_of
 from torch import nn
 
 from mmdbb import DiverseBranchBlock
 from mmdbb.errors import UserError
-from mmdbb.mm.deploy.load import holds_blocks
-from mmdbb.mm.engine.fitting import (
-    FittingCheckpointHook,
-    StartingCheckpointHook,
-)
+from mmdbb.mm.engine.fitting import FittingCheckpointHook
+from mmdbb.reparam import holds_blocks
 
 pytestmark = pytest.mark.usefixtures('quiet')
 
@@ -27,12 +23,6 @@ def build(**config):
 
 def runner(model):
     return SimpleNamespace(model=model)
-
-
-def start(model, state, config=None):
-    config = Config(dict(load_from='a.pth', model=config or dict()))
-    hook = StartingCheckpointHook(config)
-    hook.after_load_checkpoint(runner(model), dict(state_dict=state))
 
 
 def fit(model, state):
@@ -82,11 +72,6 @@ def test_hrnets_branches_are_no_blocks():
     for model in (plain, blocks):
         assert not holds_blocks(plain.state_dict(), model)
         assert holds_blocks(blocks.state_dict(), model)
-    with pytest.raises(
-        UserError, match='plain weights for conv1, conv2, transition1.0.0'
-    ):
-        start(blocks, plain.state_dict())
-    start(blocks, blocks.state_dict())
 
 
 @each_block()
@@ -96,34 +81,7 @@ def test_other_networks_blocks_are_blocks(kind):
     assert holds_blocks(model.state_dict(), nn.Conv2d(3, 4, 1))
 
 
-def test_a_start_without_weights_for_blocks():
-    """They have none to lose: those of the rest come in."""
-    model = nn.ModuleDict(
-        dict(backbone=nn.Conv2d(3, 4, 3), neck=build(type='DBB', **CONV))
-    )
-    plain = dict(model, neck=nn.Conv2d(**CONV))
-    state = nn.ModuleDict(plain).state_dict()
-    with pytest.raises(UserError, match='plain weights for neck, which are'):
-        start(model, state)
-    del state['neck.weight'], state['neck.bias']
-    start(model, state)
-
-
 CONV = dict(in_channels=4, out_channels=4, kernel_size=3)
-
-
-@pytest.mark.parametrize('kind', ['Pretrained', 'PlainPretrained'])
-def test_a_start_of_the_blocks_own(kind):
-    model = build(type='DBB', **CONV)
-    wrapped = nn.ModuleDict(dict(neck=model))
-    state = {'neck.weight': torch.ones(4, 4, 3, 3)}
-    rule = dict(type=kind, checkpoint='plain.pth')
-    config = dict(neck=dict(init_cfg=rule))
-    if kind == 'PlainPretrained':  # mmengine's gives blocks nothing
-        start(wrapped, state, config)
-    else:
-        with pytest.raises(UserError, match='PlainPretrained'):
-            start(wrapped, state, config)
 
 
 def test_layers_that_load_in_their_own_way():

@@ -72,6 +72,7 @@ def of_the_papers(cfg, folder):
 #: Name -> arguments; those that are functions are told config and folder.
 ROWS = {
     'BackbonePretrained': dict(checkpoint=of_the_network),
+    'BlocksHook': dict(),
     'KernelPenaltyHook': dict(weight=1e-4),
     'OfficialPretrained': dict(checkpoint=of_the_papers),
     'PlainPretrained': dict(

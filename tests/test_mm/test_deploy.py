@@ -310,6 +310,14 @@ BAD_CONFIGS = {
         "backbone=dict(type='ResNet', depth=18))",
         'has no block to merge: no conv_cfg and no backbone of mmdbb',
     ),
+    'a part that ignores conv_cfg': (
+        "default_scope = 'mmseg'\n"
+        "model = dict(type='EncoderDecoder', "
+        "backbone=dict(type='ResNet', depth=18), decode_head=dict("
+        "type='DDRHead', in_channels=8, channels=8, num_classes=2, "
+        "norm_cfg=dict(type='BN'), conv_cfg=dict(type='DBB')))",
+        'conv_cfg is set in decode_head, but DDRHead builds no layer of it',
+    ),
     'unknown type': (
         "model = dict(type='mmpretrain.NoSuchNet')",
         'cannot build the model of the config: .*NoSuchNet',

@@ -11,6 +11,7 @@ import logging
 import os
 import pickle
 import re
+import sys
 
 import mmdet.models  # noqa: F401  (registers)
 import mmengine.dist.utils
@@ -18,7 +19,7 @@ import mmpretrain.models
 import numpy as np
 import pytest
 import torch
-from mmcv.cnn import fuse_conv_bn
+from mmcv.cnn import ConvModule, build_conv_layer, fuse_conv_bn
 from mmengine.config import Config
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.evaluator import Evaluator
@@ -39,6 +40,8 @@ from mmengine.registry import MODELS
 from mmengine.runner import CheckpointLoader, Runner
 from mmengine.runner import checkpoint as host_checkpoint
 from mmengine.visualization import Visualizer
+from mmpretrain.models import EfficientNet, ResNet
+from mmseg.models.decode_heads import PointHead
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -157,6 +160,55 @@ def test_refuse_wrong_fusion():
     assert names <= set(fuse_conv_bn.__code__.co_varnames)
     fused = fuse_conv_bn(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)))
     assert isinstance(fused[1], nn.Identity)
+
+
+def test_builds_conv_layer():
+    callers = []
+
+    class Seen(nn.Module):
+        def __init__(self):
+            super().__init__()
+            callers.append(host_internals.builds_conv_layer(sys._getframe(1)))
+
+    build_conv_layer(dict(type=Seen))
+    Seen()
+    assert callers == [True, False]
+
+
+def test_default_conv_type():
+    class Own(EfficientNet):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+
+    for kind, expected in (
+        (EfficientNet, 'Conv2dAdaptivePadding'),
+        (Own, 'Conv2dAdaptivePadding'),
+        (PointHead, 'Conv1d'),
+        (ResNet, None),
+        (nn.Conv2d, None),
+    ):
+        assert host_internals.default_conv_type(kind) == expected
+
+
+def test_replaced_layer():
+    seen = []
+
+    class Layer(nn.Conv2d):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            seen.append(
+                host_internals.replaced_layer(
+                    lambda layer: layer.get('type') is Layer
+                )
+            )
+
+    owned = dict(type=Layer)
+    EfficientNet('b0', conv_cfg=owned)
+    assert set(seen) == {('EfficientNet', 'Conv2dAdaptivePadding', False)}
+    seen.clear()
+    ConvModule(4, 4, 3, conv_cfg=owned)
+    ConvModule(4, 4, 3, conv_cfg=owned, with_spectral_norm=True)
+    assert seen == [('', 'Conv2d', False), ('ConvModule', 'Conv2d', True)]
 
 
 def test_log():

@@ -132,6 +132,20 @@ def test_reference_file_gives_the_recorded_output(name, tmp_path):
     assert_gives_the_recorded(str(folder / name), name, out, folder)
 
 
+def test_a_file_of_the_first_revision_gives_the_recorded_output(tmp_path):
+    """Before 2021-04-06 the padded norms had other names."""
+    name = 'resnet_bottleneck_dbb_train.pth.tar'
+    path = Path(unpack(name, tmp_path))
+    loaded = torch.load(path, weights_only=True)
+    state = {
+        re.sub(r'(dbb_avg\.bn|dbb_1x1_kxk\.bn1)\.bn\.', r'\1.', old): value
+        for old, value in loaded['state_dict'].items()
+    }
+    assert len(set(state) - set(loaded['state_dict'])) > 20
+    torch.save(dict(loaded, state_dict=state), path)
+    assert_gives_the_recorded(str(path), name, str(tmp_path / 'out.pth'))
+
+
 # Full-size names
 
 

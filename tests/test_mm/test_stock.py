@@ -38,7 +38,13 @@ STOCK_BACKBONES = {
     'ReparamRepVGG': 'RepVGG',
 }
 #: Hooks with nothing to do where no block is left.
-OWN_HOOKS = ('KernelPenaltyHook', 'QATHook', 'ReparamHook', 'RepeatableHook')
+OWN_HOOKS = (
+    'BlocksHook',
+    'KernelPenaltyHook',
+    'QATHook',
+    'ReparamHook',
+    'RepeatableHook',
+)
 #: Hooks in the place of another one.
 HOOKS_IN_PLACE = dict(WholeCheckpointHook='CheckpointHook')
 
@@ -319,19 +325,33 @@ def test_merged_bias_folds_into_the_mean():
     assert set(state) == set(stock.state_dict())
 
 
+def test_bias_without_a_place():
+    model, stock = pair(dict(type='GN', num_groups=2), bias=False)
+    with pytest.raises(
+        UserError,
+        match='bias of the merged conv has no place in the stock network: its '
+        'convolution has none, and gn behind it is of type GroupNorm, which '
+        'keeps no running mean',
+    ):
+        stock_state(model, stock)
+
+
 @pytest.mark.parametrize(
     'norm_cfg',
-    [dict(type='GN', num_groups=2), dict(type='IN')],
+    [dict(type='IN'), dict(type='BN', track_running_stats=False)],
 )
-def test_bias_without_a_place(norm_cfg):
+def test_bias_that_the_norm_removes(norm_cfg):
+    """It subtracts the mean of each channel, and with it the bias."""
     model, stock = pair(norm_cfg, bias=False)
-    with pytest.raises(UserError, match='bias of the merged conv has no pla'):
-        stock_state(model, stock)
+    stock.load_state_dict(stock_state(model, stock), strict=True)
+    bias = model.conv.get_equivalent_kernel_bias().bias
+    assert bias.abs().min() > 1e-3
+    assert distance(stock(X), model(X)) < EXACT
 
 
 def test_bias_without_a_norm():
     model, stock = pair(None, bias=False)
-    with pytest.raises(UserError, match='no batch norm .* known to follow'):
+    with pytest.raises(UserError, match='no norm alone reads its output'):
         stock_state(model, stock)
 
 

@@ -129,8 +129,8 @@ def test_trained_blocks_start_anew(case, affine):
         norm_cfg=dict(type='BN', affine=affine),
     )
     randomize(block)
-    if block.bias is not None:
-        nn.init.constant_(block.bias, 3.0)
+    if block.own_bias is not None:
+        nn.init.constant_(block.own_bias, 3.0)
     conv = plain[0] if case == 'absorbed' else plain
     given = None if case == 'no norm' else norm
     start(block, conv, given, case == 'absorbed')

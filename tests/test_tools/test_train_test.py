@@ -84,6 +84,32 @@ def trained(folder):
     return work_dir
 
 
+def test_blocks_are_said_before_the_training(folder, trained):
+    text = logs(trained)
+    said = text.index('16 blocks of mmdbb: backbone 16')
+    assert said < text.index('Epoch(train)')
+
+
+def test_no_block_is_refused_before_the_data_are_read(folder, capsys):
+    with pytest.raises(SystemExit) as error:
+        tool(
+            'train',
+            folder / 'config.py',
+            '--work-dir',
+            folder / 'none',
+            '--cfg-options',
+            'model.backbone.block.type=DBB',
+            'model.backbone.block.min_kernel_size=6',
+            'train_dataloader.dataset.data_root=/nowhere',
+        )
+    assert error.value.code == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line == (
+        'train.py: the network has no block: block is set in backbone, but '
+        'ResNetDBB has no convolution of 6 to 6 taps'
+    )
+
+
 def logs(work_dir):
     return '\n'.join(path.read_text() for path in work_dir.rglob('*.log'))
 
@@ -155,34 +181,36 @@ def test_a_first_start_resumes_nothing_and_loads_weights(
     assert 'resumed epoch' not in text
 
 
-@pytest.mark.parametrize('resume', [True, False])
-def test_a_training_cannot_start_from_a_merged_file(
-    folder, trained, tmp_path, resume, capfd
+def test_a_training_cannot_resume_from_a_merged_file(
+    folder, trained, tmp_path, capfd
 ):
     merged = tmp_path / 'merged.pth'
     cfg = Config.fromfile(folder / 'config.py')
     deploy(cfg, str(trained / 'epoch_1.pth'), str(merged))
-    options = ('--resume', merged)
-    if not resume:
-        options = ('--cfg-options', f'load_from={merged}')
     with pytest.raises(SystemExit) as end:
         tool(
             'train',
             folder / 'config.py',
             '--work-dir',
             tmp_path / 'work',
-            *options,
+            '--resume',
+            merged,
         )
     assert end.value.code == 2
     line = capfd.readouterr().err.strip().splitlines()[-1]
-    reason = 'weights and no state' if resume else 'PlainPretrained'
-    assert str(merged) in line and reason in line
+    assert str(merged) in line and 'weights and no state' in line
 
 
-def test_weights_of_the_rest_come_beside_a_start_of_the_blocks(
-    folder, trained, tmp_path
+@pytest.mark.parametrize('by_rule', [True, False])
+def test_a_training_starts_from_a_merged_file(
+    folder, trained, tmp_path, by_rule
 ):
     merged = tmp_path / 'merged.pth'
+    rule = (
+        'model.backbone.init_cfg.type=PlainPretrained',
+        f'model.backbone.init_cfg.checkpoint={merged}',
+        'model.backbone.init_cfg.prefix=backbone.',
+    )
     cfg = Config.fromfile(folder / 'config.py')
     deploy(cfg, str(trained / 'epoch_1.pth'), str(merged))
     tool(
@@ -194,9 +222,7 @@ def test_weights_of_the_rest_come_beside_a_start_of_the_blocks(
         '--cfg-options',
         f'load_from={merged}',
         'optim_wrapper.optimizer.lr=0.0',
-        'model.backbone.init_cfg.type=PlainPretrained',
-        f'model.backbone.init_cfg.checkpoint={merged}',
-        'model.backbone.init_cfg.prefix=backbone.',
+        *(rule if by_rule else ()),
     )
     found = torch.load(tmp_path / 'work/epoch_1.pth', weights_only=False)
     head = 'head.fc.weight'

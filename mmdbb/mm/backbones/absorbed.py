@@ -3,7 +3,7 @@
 
 In the papers' networks a DBB takes the place of convolution *and* norm. The
 backbones of OpenMMLab's packages build a norm after each convolution; here
-``nn.Identity`` replaces those that follow a DBB.
+``AbsorbedNorm`` replaces those that follow a DBB.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import nn
 
 from mmdbb.blocks import BranchSumConv2d
 from mmdbb.blocks.build import block_of
+from mmdbb.blocks.offers import AbsorbedNorm
 from mmdbb.conv_norms import conv_norm_pairs
 from mmdbb.errors import UserError
 from mmdbb.mm.config_types import type_of
@@ -31,7 +32,7 @@ class BlocksForConvNorm:
         args: Positional arguments of the stock backbone, which also gets all
             keywords that are not listed here.
         block: Config of the block, :attr:`default_block` by default. If its
-            branches have norms of their own, ``nn.Identity`` replaces the
+            branches have norms of their own, ``AbsorbedNorm`` replaces the
             norm that follows the block; otherwise (OREPA) that norm stays.
             ``dict(type='Conv2d')`` builds the stock network.
         norm_cfg: Config of all norms, those inside blocks too unless
@@ -47,6 +48,10 @@ class BlocksForConvNorm:
 
     #: Config of the block to build if ``block`` is not given.
     default_block = dict(type='DBB')
+
+    #: Whether the plain network has the norms that its blocks absorb. If not,
+    #: its convolutions have a bias instead.
+    norms_return = True
 
     def __init__(
         self,
@@ -133,14 +138,10 @@ class BlocksForConvNorm:
 
     def _absorb_norms(self) -> None:
         """Remove the norms that follow blocks with norms of their own."""
-        pairs = list(conv_norm_pairs(self))
-        for parent, conv, norm in pairs:
-            if not isinstance(getattr(parent, conv), BranchSumConv2d):
-                continue
-            setattr(parent, norm, nn.Identity())
-            if isinstance(parent, nn.Sequential):
-                # conv_norm_pairs finds norms in a Sequential by their class,
-                # and this one is gone. Merging asks again where it was.
-                parent.conv_norm_names = tuple(
-                    (c, n) for p, c, n in pairs if p is parent
+        for parent, conv, norm in list(conv_norm_pairs(self)):
+            block = getattr(parent, conv)
+            if isinstance(block, BranchSumConv2d):
+                place = AbsorbedNorm(
+                    block, getattr(parent, norm), self.norms_return
                 )
+                setattr(parent, norm, place)

@@ -215,6 +215,7 @@ class ReparamRepVGG(BlocksForConvNorm, PlainRepVGG):
     """
 
     default_block = dict(type='RepVGGConv')
+    norms_return = False
 
     @classmethod
     def plain_cfg(cls, cfg: dict) -> dict:

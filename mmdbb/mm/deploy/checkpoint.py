@@ -113,8 +113,9 @@ def deploy_checkpoint(
             proof.tolerance,
             exact=options.dtype is torch.float64,
             own=merged.own,
+            norms=merged.norms,
         )
-        prove_untouched(trained, network, merged.own)
+        prove_untouched(trained, network, merged.norms, merged.own)
         del trained
         rounding = own_rounding(network, batches[0])
         del network

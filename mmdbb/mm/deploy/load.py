@@ -9,27 +9,17 @@ weights tell the numbers of filters.
 from __future__ import annotations
 
 import copy
-import re
-from typing import Dict, List
+from typing import Dict
 
 import torch
-from mmcv.cnn import fuse_conv_bn
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmdbb.blocks.base import ReparamConv2d
 from mmdbb.errors import UserError
 from mmdbb.files.checkpoints import load_strictly, read_checkpoint
 from mmdbb.mm.structure import Structure, written_structure
-from mmdbb.reparam import find_blocks
-
-#: Matches names of entries that only a block has that is not merged.
-_OF_A_BLOCK = re.compile(
-    r'\bbranches\.(?!\d+\.)\w+\.'  # HRNet's branches have numbers
-    r'|\bgenerator\.(layers\.\d+\.)?(origin|scale)$'
-)
 
 
 def build_model(cfg: Config) -> nn.Module:
@@ -95,7 +85,8 @@ def network_of(config: str, checkpoint: dict) -> nn.Module:
 def give_structure_(model: nn.Module, checkpoint: dict) -> nn.Module:
     """Give a network the structure noted in a checkpoint, in place.
 
-    Norms are folded or layers made narrower, if the checkpoint asks for it.
+    If the checkpoint asks for it, folded norms are removed and convolutions
+    get biases, or layers are made narrower.
 
     Args:
         model: The network that the config builds.
@@ -107,32 +98,34 @@ def give_structure_(model: nn.Module, checkpoint: dict) -> nn.Module:
     """
     structure = written_structure(checkpoint)
     if structure is Structure.FUSED:
-        fuse_conv_bn(model)
+        _give_fused_(model, checkpoint['state_dict'])
     elif structure is Structure.PRUNED:
         _resize_(model, checkpoint['state_dict'])
     return model
 
 
-def holds_blocks(state: Dict[str, Tensor], model: nn.Module) -> bool:
-    """Whether weights come from a network with blocks that are not merged.
+def _give_fused_(model: nn.Module, state: Dict[str, Tensor]) -> None:
+    """Remove the norms that weights lack, and add the biases they have.
+
+    The new biases are uninitialised; the caller loads the weights.
 
     Args:
-        state: Names -> tensors.
-        model: The network to load them into. They may come from another
-            network with blocks, too: then the names of branches tell.
+        model: The stock network, changed in place.
+        state: Entries of the fused network.
     """
-    own = {
-        f'{name}.{entry}'
-        for name, block in find_blocks(model).items()
-        if not block.deploy
-        for entry in own_of(block)
-    }
-    return any(name in own or _OF_A_BLOCK.search(name) for name in state)
-
-
-def own_of(block: ReparamConv2d) -> List[str]:
-    """Names of a block's entries that a plain convolution does not have."""
-    return [n for n in block.state_dict() if n not in ('weight', 'bias')]
+    present = {name.rpartition('.')[0] for name in state}
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(module, nn.Conv2d):
+            bias = state.get(f'{name}.bias')
+            if module.bias is None and bias is not None:
+                empty = torch.empty_like(bias, device=module.weight.device)
+                module.bias = nn.Parameter(empty)
+        elif isinstance(module, _BatchNorm) and name not in present:
+            if module.state_dict():  # a norm without entries is in no file
+                parent, _, attribute = name.rpartition('.')
+                model.get_submodule(parent).add_module(
+                    attribute, nn.Identity()
+                )
 
 
 def _resize_(model: nn.Module, state: Dict[str, Tensor]) -> None:

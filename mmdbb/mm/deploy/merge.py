@@ -6,17 +6,19 @@ from __future__ import annotations
 from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
-from mmcv.cnn import fuse_conv_bn
 from mmengine.config import Config
 from torch import Tensor, nn
 
 from mmdbb.blocks.base import ReparamConv2d
 from mmdbb.branches.base import leaf_dtype
-from mmdbb.conv_norms import norm_names
 from mmdbb.errors import UserError
 from mmdbb.files.checkpoints import load_strictly
-from mmdbb.files.sources import some
-from mmdbb.mm.deploy.load import build_model, holds_blocks
+from mmdbb.files.sources import some, with_versions_of
+from mmdbb.found_norms import absorbed_norms
+from mmdbb.mm.data_flow import norms_of
+from mmdbb.mm.deploy.fused import fold_norms_, give_biases_
+from mmdbb.mm.deploy.load import build_model
+from mmdbb.mm.deploy.parts import refuse_no_block
 from mmdbb.mm.outputs import Contents, Source
 from mmdbb.mm.stock.config import deployed_config, stock_config
 from mmdbb.mm.stock.partial import (
@@ -26,9 +28,11 @@ from mmdbb.mm.stock.partial import (
     whole_config,
 )
 from mmdbb.mm.structure import Structure, written_structure
+from mmdbb.modules import is_norm, names_of
 from mmdbb.own_blocks import has_own_blocks, merge_own_blocks
-from mmdbb.reparam import find_blocks
+from mmdbb.reparam import find_blocks, holds_blocks
 from mmdbb.stock_weights import names_in, stock_state
+from mmdbb.untouched import Pairs
 
 
 class MergeOptions(NamedTuple):
@@ -62,10 +66,12 @@ class Merged(NamedTuple):
             rounded yet.
         contents: The config, the weights (not rounded yet) and the notes to
             write into the files.
-        merged: Names of the blocks that this call merged.
+        merged: Names of the blocks that this call merged, one of each.
         left: Number of blocks that were not merged.
         own: Names of blocks of other packages that were merged too.
         own_left: Whether such blocks are left.
+        norms: Name of a block in ``trained`` -> names of the norms behind it
+            that may hold its bias.
     """
 
     trained: nn.Module
@@ -75,6 +81,7 @@ class Merged(NamedTuple):
     left: int
     own: List[str]
     own_left: bool
+    norms: Pairs
 
 
 def merge_checkpoint(
@@ -111,23 +118,30 @@ def merge_checkpoint(
     also_own = options.also_own
     if also_own is None:
         also_own = not blocks
-    partial = len(merged) < len(left)
+    # A block that stands in several places is merged in all of them, once.
+    first = {block: name for name, block in reversed(left.items())}
+    merged = list(dict.fromkeys(first[left[name]] for name in merged))
+    partial = len(merged) < len(first)
     if partial and options.fuse:
         raise UserError(
             '--fuse folds norms into merged blocks; it does not go with '
-            f'blocks that are left: {some(sorted(left.keys() - merged))}'
+            'blocks that are left: '
+            f'{some(sorted({*first.values()} - {*merged}))}'
         )
     make = _partly_merged if partial else _stock
     own: List[str] = []
+    if options.fuse and not also_own:
+        make = _fused
     try:
-        network, new_cfg = make(cfg, trained, merged, options.dtype)
+        network, new_cfg, norms = make(cfg, trained, merged, options.dtype)
         if also_own:
             network, new_cfg, own = _own_merged(network, new_cfg)
+            if options.fuse:
+                fold_norms_(network, norms_of(network).pairs)
     except ValueError as error:
         raise UserError(f'{checkpoint}: {error}') from error
     structure = Structure.PARTIAL if partial else Structure.STOCK
     if options.fuse:
-        network = fuse_conv_bn(network)
         structure = Structure.FUSED
     renamed = names_in(network, trained)
     own_dtypes = {renamed(name): own for name, own in own_dtype.items()}
@@ -152,9 +166,10 @@ def merge_checkpoint(
         network=network,
         contents=contents,
         merged=merged,
-        left=len(left) - len(merged),
+        left=len(first) - len(merged),
         own=own,
         own_left=not also_own and has_own_blocks(network),
+        norms=norms,
     )
 
 
@@ -175,6 +190,7 @@ def trained_network(
     """
     trained = build_model(cfg)
     if not find_blocks(trained) and not has_own_blocks(trained):
+        refuse_no_block(cfg, trained)
         raise UserError(
             'the network of the config has no block to merge: no conv_cfg '
             'and no backbone of mmdbb'
@@ -205,10 +221,12 @@ def _own_dtypes(trained: nn.Module) -> Dict[str, torch.dtype]:
     A block's merged convolution has the precision of the block, and so has
     the norm after it if that comes back.
     """
-    norms = norm_names(trained)
+    norms, names = absorbed_norms(trained), names_of(trained)
     found = {}
     for name, block in find_blocks(trained).items():
-        found[norms.get(name)] = leaf_dtype(block)
+        if name in norms:
+            place = trained.get_submodule(norms[name])
+            found.update(dict.fromkeys(names[place], leaf_dtype(block)))
     for name, value in trained.state_dict().items():
         if value.is_floating_point():
             found[name] = value.dtype
@@ -217,7 +235,6 @@ def _own_dtypes(trained: nn.Module) -> Dict[str, torch.dtype]:
             found[layer] = leaf_dtype(block)
             for entry in ('weight', 'bias'):
                 found[f'{layer}.{entry}'] = found[layer]
-    found.pop(None, None)
     return found
 
 
@@ -250,14 +267,47 @@ def _refuse_merged(model: nn.Module, state: Dict, path: str) -> None:
 
 def _stock(
     cfg: Config, trained: nn.Module, merged: List[str], dtype: torch.dtype
-) -> Tuple[nn.Module, Config]:
+) -> Tuple[nn.Module, Config, Pairs]:
     stock_cfg = stock_config(whole_config(cfg))
     stock = build_model(stock_cfg)
+    norms = norms_of(stock)
     state = trained.state_dict()
     if find_blocks(trained):
-        state = stock_state(trained, stock, dtype=dtype)
+        state = stock_state(trained, stock, norms=norms, dtype=dtype)
     load_strictly(stock, state, 'the merged network', keep_dtype=True)
-    return stock, stock_cfg
+    return stock, stock_cfg, _in_names_of(trained, stock, norms.pairs)
+
+
+def _in_names_of(trained: nn.Module, stock: nn.Module, pairs: Pairs) -> Pairs:
+    """Translate pairs of the stock network for the one that was trained."""
+    renamed = names_in(stock, trained)
+    # The name of a container may be that of a layer in the other network.
+    layers = (ReparamConv2d, nn.Conv2d, nn.Identity)
+    own = {
+        renamed(name): name
+        for module, names in names_of(trained).items()
+        if isinstance(module, layers) or is_norm(module)
+        for name in names
+    }
+    return {
+        own[conv]: tuple(own[norm] for norm in norms if norm in own)
+        for conv, norms in pairs.items()
+        if conv in own
+    }
+
+
+def _fused(
+    cfg: Config, trained: nn.Module, merged: List[str], dtype: torch.dtype
+) -> Tuple[nn.Module, Config, Pairs]:
+    stock_cfg = stock_config(whole_config(cfg))
+    network = build_model(stock_cfg)
+    norms = norms_of(network)
+    give_biases_(network, trained)
+    state = stock_state(trained, network, norms=norms, dtype=dtype)
+    load_strictly(network, state, 'the merged network', keep_dtype=True)
+    pairs = _in_names_of(trained, network, norms.pairs)
+    fold_norms_(network, norms.pairs)
+    return network, stock_cfg, pairs
 
 
 def _own_merged(
@@ -297,22 +347,24 @@ def _own_merged(
 
 def _partly_merged(
     cfg: Config, trained: nn.Module, merged: List[str], dtype: torch.dtype
-) -> Tuple[nn.Module, Config]:
-    blocks = find_blocks(trained)
+) -> Tuple[nn.Module, Config, Pairs]:
+    blocks, names = find_blocks(trained), names_of(trained)
     before = [name for name, block in blocks.items() if block.deploy]
     state = trained.state_dict()
-    for name in merged:
-        inside = f'{name}.'
-        state = {k: v for k, v in state.items() if not k.startswith(inside)}
-    for name in merged:
-        conv = _converted(name, blocks[name], dtype)
-        for entry, value in conv.state_dict().items():
-            state[f'{name}.reparam_conv.{entry}'] = value
+    for first in merged:
+        conv = _converted(first, blocks[first], dtype)
+        for name in names[blocks[first]]:
+            for entry in [n for n in state if n.startswith(f'{name}.')]:
+                del state[entry]
+            for entry, value in conv.state_dict().items():
+                state[f'{name}.reparam_conv.{entry}'] = value
     new_cfg = partial_config(cfg, [*before, *merged])
     network = build_model(cfg)
     merge_some_(network, merged)
+    state = with_versions_of(network.state_dict(), state)
     load_strictly(network, state, 'the merged network', keep_dtype=True)
-    return network, new_cfg
+    # A block that stays a block keeps its bias; no norm behind it changes.
+    return network, new_cfg, {}
 
 
 def _converted(

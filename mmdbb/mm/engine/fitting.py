@@ -13,13 +13,9 @@ from mmengine.runner import Runner
 
 from mmdbb.errors import UserError
 from mmdbb.files.checkpoints import describe_misfit
-from mmdbb.files.sources import some
-from mmdbb.mm.deploy.load import own_of
 from mmdbb.mm.engine.resume import check_resumable, saves_optimizer
 from mmdbb.mm.host_internals import loaded_state
-from mmdbb.mm.stock.config import without_own_starts
 from mmdbb.modules import unwrapped
-from mmdbb.reparam import find_blocks
 
 
 class StartingCheckpointHook(Hook):
@@ -33,38 +29,19 @@ class StartingCheckpointHook(Hook):
     def __init__(self, config: Config) -> None:
         self.path, self.resume = config.load_from, config.get('resume')
         self.needs_optimizer = saves_optimizer(config)
-        model = config.model.to_dict()
-        self.starts_plain = without_own_starts(model) != model
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Check that the checkpoint holds everything the training needs.
 
+        Blocks look at their own entries while they load, see
+        :mod:`mmdbb.blocks.offers`.
+
         Raises:
             UserError: If a training is to resume, but the checkpoint lacks
-                its state; or if it holds weights of plain convolutions where
-                the network has blocks. The latter is allowed if the config's
-                ``init_cfg`` gives the blocks their start.
+                its state.
         """
         if self.resume:
             check_resumable(checkpoint, self.path, self.needs_optimizer)
-        if self.starts_plain:
-            return
-        state = loaded_state(checkpoint)
-        lost = [
-            name
-            for name, block in find_blocks(unwrapped(runner.model)).items()
-            if not block.deploy
-            and f'{name}.weight' in state
-            and not any(f'{name}.{entry}' in state for entry in own_of(block))
-        ]
-        if lost:
-            raise UserError(
-                f'{self.path} is of a plain or merged network: it has plain '
-                f'weights for {some(lost)}, which are blocks here and would '
-                'start at random; to start blocks from plain weights, use '
-                "init_cfg=dict(type='PlainPretrained', ...), see "
-                'docs/plain_weights.md'
-            )
 
 
 class FittingCheckpointHook(Hook):

@@ -25,6 +25,7 @@ from mmdbb.errors import UserError
 from mmdbb.files.checkpoints import read_checkpoint
 from mmdbb.mm.config_files import files_of
 from mmdbb.mm.deploy.load import give_structure_
+from mmdbb.mm.engine.blocks_hook import BlocksHook
 from mmdbb.mm.engine.command import check_file
 from mmdbb.mm.engine.fitting import (
     FittingCheckpointHook,
@@ -138,7 +139,18 @@ def train(config: Config, args: argparse.Namespace) -> None:
     if config.get('load_from'):
         runner.register_hook(StartingCheckpointHook(config), 'LOWEST')
     _explain_resume(runner)
+    _say_blocks(runner)
     runner.train()
+
+
+def _say_blocks(runner: Runner) -> None:
+    """Say what blocks the network has before the data sets are read."""
+    hooks = (h for h in runner.hooks if isinstance(h, BlocksHook))
+    hook = next(hooks, None)
+    if hook is None:
+        hook = BlocksHook()
+        runner.register_hook(hook)
+    hook.say(runner)
 
 
 def _explain_resume(runner: Runner) -> None:

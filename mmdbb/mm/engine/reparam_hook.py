@@ -5,11 +5,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-import random
-from typing import Dict, Iterator, Optional, Tuple
+from typing import Dict, Optional, Tuple
 
-import numpy as np
-import torch
 from mmengine.dist import master_only
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
@@ -18,6 +15,7 @@ from mmengine.runner import Runner
 from mmdbb.errors import interruption
 from mmdbb.mm.deploy.checkpoint import deploy_checkpoint
 from mmdbb.mm.deploy.merge import MergeOptions
+from mmdbb.mm.engine.random_numbers import random_numbers_kept
 from mmdbb.mm.host_internals import best_checkpoints
 from mmdbb.mm.outputs import Proof, Source, output_paths
 
@@ -94,7 +92,7 @@ class ReparamHook(Hook):
     @master_only
     def _deploy(self, runner: Runner, path: str, old: Optional[str]) -> None:
         try:
-            with _random_numbers_kept():
+            with random_numbers_kept():
                 result = deploy_checkpoint(
                     # None, not False: with False an error message advises
                     # --unsafe-load, which tools/train.py does not have.
@@ -127,16 +125,3 @@ class ReparamHook(Hook):
 def _of(kind: type, options: dict) -> tuple:
     """Build a NamedTuple from those options that are its fields."""
     return kind(**{n: options[n] for n in kind._fields if n in options})
-
-
-@contextlib.contextmanager
-def _random_numbers_kept() -> Iterator[None]:
-    """Restore the random state of Python, NumPy and torch on exit."""
-    of_python, of_numpy = random.getstate(), np.random.get_state()
-    try:
-        # Merging draws on the CPU only, where the networks are built.
-        with torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        random.setstate(of_python)
-        np.random.set_state(of_numpy)

@@ -20,7 +20,7 @@ from mmdbb.files.sources import some
 from mmdbb.mm.config_types import class_of, is_own
 from mmdbb.mm.official.networks import NETWORKS, Network, Place
 from mmdbb.official import names as official_names
-from mmdbb.official.names import BlockNames, drop_unread_rows_, translate
+from mmdbb.official.names import BlockNames, settle_entries_, translate
 
 
 class Form(NamedTuple):
@@ -237,7 +237,7 @@ def _layers_of(
         if form is None:
             unknown += [f'{name}.{rest}' for rest in entries]
             continue
-        drop_unread_rows_(entries)
+        settle_entries_(entries)
         layers[name] = layer = Layer(form, entries)
         known = layer.names(network.place(name), network)
         unknown += [f'{name}.{rest}' for rest in entries if rest not in known]

@@ -7,14 +7,14 @@ from torch import nn
 
 from mmdbb.errors import UserError
 from mmdbb.files.checkpoints import load_strictly, read_checkpoint
-from mmdbb.mm.deploy.load import give_structure_, holds_blocks
+from mmdbb.mm.deploy.load import give_structure_
 from mmdbb.mm.quantization.fake import (
     REDUCED_LIMIT,
     WEIGHT,
     set_quantizing_,
 )
 from mmdbb.mm.quantization.qat import is_qat_state, prepare_qat_
-from mmdbb.reparam import find_blocks
+from mmdbb.reparam import find_blocks, holds_blocks
 
 #: Buffers of a quantizer that may hold one value for each channel.
 _A_CHANNEL = ('scale', 'zero_point', 'min_val', 'max_val')

@@ -78,7 +78,8 @@ def kernel_ranges(model: nn.Module) -> List[KernelRange]:
     norms = norm_names(model)
     found = []
     for name, layer in quantizable_layers(model).items():
-        norm = model.get_submodule(norms[name]) if name in norms else None
+        behind = norms.get(name, ())
+        norm = model.get_submodule(behind[0]) if len(behind) == 1 else None
         if not isinstance(norm, nn.modules.batchnorm._BatchNorm):
             norm = None
         found.append(_kernel_range(name, layer, norm))

@@ -24,6 +24,7 @@ from mmengine.registry import (
 )
 
 from mmdbb.blocks.base import ReparamConv2d
+from mmdbb.blocks.build import ADAPTIVE_TYPES
 from mmdbb.mm.config_types import (
     class_of,
     dicts_of,
@@ -34,7 +35,11 @@ from mmdbb.mm.config_types import (
     rewrite,
     type_of,
 )
+from mmdbb.mm.host_internals import default_conv_type
 from mmdbb.mm.hosts import HOSTS
+
+#: Arguments of ``nn.Conv2d`` that the config of a block may have.
+CONV_KEYS = ('padding_mode', 'bias')
 
 #: Packages whose classes configs can name without ``custom_imports``.
 PACKAGES = (*HOSTS, 'torch', 'torchvision')
@@ -63,9 +68,9 @@ def stock_config(cfg: Config) -> Config:
     merged: Set[Any] = set()
 
     def without_blocks(node: dict, scope: Optional[str]) -> dict:
-        if named_block(node.get('conv_cfg'), scope):
-            node['conv_cfg'] = None
         kind = class_of(node.get('type'), scope)
+        if named_block(node.get('conv_cfg'), scope):
+            node['conv_cfg'] = _plain_layer(node['conv_cfg'], kind)
         if not hasattr(kind, 'plain_cfg'):
             return node
         merged.add(kind)
@@ -142,6 +147,24 @@ def named_block(
     if isinstance(kind, type) and issubclass(kind, ReparamConv2d):
         return kind
     return None
+
+
+def _plain_layer(layer: dict, owner: Any) -> Optional[dict]:
+    """The config of the plain convolution in the place of a block.
+
+    Args:
+        layer: The block's config.
+        owner: The class, or function, that takes it as ``conv_cfg``.
+
+    Returns:
+        dict: With those keys of the block that are ``nn.Conv2d``'s; None,
+        the usual default, where that means the same.
+    """
+    keys = {k: layer[k] for k in CONV_KEYS if k in layer}
+    default = default_conv_type(owner) if isinstance(owner, type) else None
+    if layer.get('adaptive_padding', default in ADAPTIVE_TYPES):
+        return dict(type=ADAPTIVE_TYPES[0], **keys)
+    return dict(type='Conv2d', **keys) if keys or default else None
 
 
 def without_own_starts(fields: dict) -> dict:

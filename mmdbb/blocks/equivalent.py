@@ -1,0 +1,137 @@
+# Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
+"""``weight`` and ``bias`` of a block, which a host reads as an nn.Conv2d's.
+
+They are computed from the block's parameters at each reading, and gradients
+flow back. Nothing is stored: they are in no state dict, and whoever writes
+into them would lose the values, so such writes are refused. Functions that
+initialise weights pass a block by: it has its own start.
+
+Reading raises an AttributeError where the two would not be the layer. Then
+``hasattr`` is False, so code that looks for weights to initialise, to
+optimise or to fuse leaves the block alone.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Optional
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from mmdbb.modules import tensors_of
+from mmdbb.recompute import is_compiling, is_transformed
+
+MERGE_FIRST = 'merge first: mmdbb.reparameterize(model)'
+
+
+class Equivalent(Tensor):
+    """A kernel or bias that was computed from a block's parameters.
+
+    It is read-only, and so are views of it. All else that is computed from
+    it is an ordinary tensor.
+    """
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if _writes(function, args, kwargs):
+            if _initialises(function):
+                return args[0]
+            raise ValueError(
+                "a block's weight and bias are computed from its branches "
+                'and cannot be changed: set the parameters of the branches, '
+                f'or {MERGE_FIRST}'
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            result = function(*args, **kwargs)
+            source = args[0] if args else None
+            if (
+                isinstance(result, Tensor)
+                and isinstance(source, cls)
+                and not isinstance(result, cls)
+                and _storage(result) == _storage(source)
+            ):
+                result = result.as_subclass(cls)
+        return result
+
+
+def equivalent(block: nn.Module, name: str) -> Optional[Tensor]:
+    """The ``weight`` or ``bias`` of the convolution that a block equals.
+
+    Args:
+        block: A ``ReparamConv2d``.
+        name: ``'weight'`` or ``'bias'``.
+
+    Returns:
+        Tensor: The weight (out, in / groups, kH, kW) or bias (out,),
+        differentiable. The bias is None where the convolution has none.
+
+    Raises:
+        AttributeError: If there is no such convolution, or its weight and
+            bias together would not be what the block computes.
+    """
+    modules = vars(block).get('_modules', {})
+    if 'reparam_conv' in modules:
+        return getattr(modules['reparam_conv'], name)
+    kind = type(block).__name__
+    if next(tensors_of(block), None) is None:
+        raise AttributeError(f'this {kind} is not built yet: it has no {name}')
+    own, shifted = block.own_bias, block._has_shift
+    if name == 'bias' and not block._wants_bias:
+        return None
+    if any(_uses_batch(module) for module in block.modules()):
+        raise AttributeError(
+            f'a {kind} in training mode has no {name}: its norms use the '
+            'statistics of each batch, so what it computes is no single '
+            f'convolution. Take OREPA, which is one, or {MERGE_FIRST}'
+        )
+    if shifted and not block._wants_bias:
+        raise AttributeError(
+            f'this {kind} has no weight to read: it was built with '
+            'bias=False, but its norms add a bias, and whoever reads the '
+            f'weight alone would lose it. {MERGE_FIRST.capitalize()}, or '
+            'take both from get_equivalent_kernel_bias()'
+        )
+    if shifted and own is not None:
+        raise AttributeError(
+            f'this {kind} has no weight to read: its norms add a bias to '
+            f'its parameter of that name. {MERGE_FIRST.capitalize()}'
+        )
+    merged = block.get_equivalent_kernel_bias()
+    found = merged.kernel if name == 'weight' else merged.bias
+    if is_compiling() or is_transformed():
+        return found
+    return found.as_subclass(Equivalent)
+
+
+def _uses_batch(module: nn.Module) -> bool:
+    return isinstance(module, _BatchNorm) and module.training
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _writes(function, args: tuple, kwargs: dict) -> bool:
+    """Whether a function of torch writes into an equivalent tensor."""
+    if isinstance(kwargs.get('out'), Equivalent):
+        return True
+    if not args or not isinstance(args[0], Equivalent):
+        return False
+    name = getattr(function, '__name__', '')
+    if name.startswith('__'):
+        in_place = name[2:3] == 'i' and name not in ('__invert__', '__index__')
+        return in_place or name in ('__set__', '__setitem__', '__delete__')
+    return name.endswith('_')
+
+
+def _initialises(function) -> bool:
+    """Whether a write comes from a module of initialisation.
+
+    Those are ``torch.nn.init``, and ``weight_init`` of mmengine and of timm.
+    """
+    callers = [getattr(function, '__module__', None) or '']
+    callers.append(sys._getframe(3).f_globals.get('__name__', ''))
+    return any(name.endswith(('.init', '.weight_init')) for name in callers)

@@ -1,0 +1,61 @@
+# Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
+"""Run a network of OpenMMLab's packages to see where its data flows."""
+
+from __future__ import annotations
+
+from typing import Any, Tuple
+
+import torch
+from torch import nn
+
+from mmdbb.blocks.base import ReparamConv2d
+from mmdbb.compare import network_outputs
+from mmdbb.found_norms import FoundNorms, find_norms
+from mmdbb.modules import tensors_of
+
+#: Height and width of the image in pixels, large enough for most networks.
+IMAGE_SIZE = (224, 224)
+
+
+def norms_of(
+    model: nn.Module, image_size: Tuple[int, int] = IMAGE_SIZE
+) -> FoundNorms:
+    """Find the norms behind all convolutions and blocks of a network.
+
+    Args:
+        model: A classifier, detector, segmentor, a part of one, or any module
+            that maps images to tensors; unchanged. It runs in eval mode.
+        image_size: Height and width of the random image in pixels.
+    """
+    return find_norms(model, lambda: run_on_image(model, image_size))
+
+
+def run_on_image(
+    model: nn.Module, image_size: Tuple[int, int] = IMAGE_SIZE
+) -> Any:
+    """Run a network on a random image, with the random state left alone.
+
+    Args:
+        model: The network. It runs in the mode that it is in.
+        image_size: Height and width of the image in pixels.
+
+    Returns:
+        Features and the outputs of dense heads. If a head cannot be run on
+        features, the features alone.
+    """
+    tensor = next(tensors_of(model), torch.empty(0))
+    first = (nn.Conv2d, ReparamConv2d)
+    channels = (m.in_channels for m in model.modules() if isinstance(m, first))
+    generator = torch.Generator().manual_seed(0)
+    shape = (1, next(channels, 3), *image_size)
+    image = torch.rand(shape, generator=generator).to(tensor.device)
+    if tensor.is_floating_point():
+        image = image.to(tensor.dtype)
+    devices = [tensor.device] if tensor.is_cuda else []
+    with torch.random.fork_rng(devices):
+        try:
+            return network_outputs(model, image)
+        except Exception:  # heads may fail in any way on features alone
+            if not hasattr(model, 'extract_feat'):
+                raise
+            return model.extract_feat(image)

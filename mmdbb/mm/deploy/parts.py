@@ -1,0 +1,172 @@
+# Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
+"""The parts of a network for which its config asks for blocks.
+
+A class of an OpenMMLab package may take ``conv_cfg`` and build no layer of it.
+Then the part trains as a plain one, and nothing else tells.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Iterator, List, NamedTuple, Optional, Set, Tuple
+
+from mmengine.config import Config
+from torch import nn
+
+from mmdbb.blocks.base import ReparamConv2d
+from mmdbb.errors import UserError
+from mmdbb.mm.config_types import class_of
+from mmdbb.mm.stock.config import named_block
+
+
+class Asked(NamedTuple):
+    """A dict in a config that asks for blocks.
+
+    Attributes:
+        place: Its dotted key in the model's config, such as
+            ``'roi_head.mask_head'``; empty for the model itself.
+        kind: The class or function that its ``type`` names; None if unknown.
+        key: The key that asks: ``conv_cfg``, or ``block`` of a ready backbone.
+        sizes: Smallest and largest kernel (longer side, in taps) that becomes
+            a block.
+    """
+
+    place: str
+    kind: Optional[Any]
+    key: str
+    sizes: Tuple[int, float]
+
+
+class Part(NamedTuple):
+    """A part of a network, and the blocks in it.
+
+    Attributes:
+        asked: The dict in the config that asks for them.
+        name: Name of the part's class.
+        blocks: Names of its blocks, without doubles.
+        plain: Number of its convolutions that stay plain although their
+            kernels are as large as a block's.
+    """
+
+    asked: Asked
+    name: str
+    blocks: List[str]
+    plain: int
+
+    @property
+    def why_none(self) -> str:
+        """Why the part has no block, as a clause."""
+        place, key = self.asked.place or 'model', self.asked.key
+        if self.plain:
+            reason = f'{self.name} builds no layer of it'
+        else:
+            low, high = self.asked.sizes
+            sizes = f'{low} to {high}' if math.isfinite(high) else f'{low} on'
+            reason = f'{self.name} has no convolution of {sizes} taps'
+        return f'{key} is set in {place}, but {reason}'
+
+
+def parts_of(cfg: Config, model: nn.Module) -> List[Part]:
+    """Find the parts for which a config asks for blocks.
+
+    Args:
+        cfg: The config, with ``custom_imports`` imported already.
+        model: The network that it builds, not wrapped.
+
+    Returns:
+        list: The parts in the config's order. A dict whose module is not
+        found in the network is left out.
+    """
+    names = {m: n for n, m in model.named_modules()}
+    found = []
+    for asked in _asked(cfg):
+        modules = _modules_of(asked, model)
+        if not modules:
+            continue
+        inside = [m for module in modules for m in module.modules()]
+        blocks = [m for m in inside if isinstance(m, ReparamConv2d)]
+        own = {m for block in blocks for m in block.modules()}
+        low, high = asked.sizes
+        plain = {
+            m
+            for m in inside
+            if isinstance(m, nn.Conv2d)
+            and m not in own
+            and low <= max(m.kernel_size) <= high
+        }
+        kind = getattr(asked.kind, '__name__', type(modules[0]).__name__)
+        listed = list(dict.fromkeys(names[block] for block in blocks))
+        found.append(Part(asked, kind, listed, len(plain)))
+    return found
+
+
+def refuse_no_block(cfg: Config, model: nn.Module) -> None:
+    """Raise if a config asks for blocks and its network has none.
+
+    Args:
+        cfg: The config. One that asks for no block is a plain baseline.
+        model: The network that it builds, not wrapped.
+
+    Raises:
+        UserError: If there is none. The message says which part ignores what.
+    """
+    if any(isinstance(m, ReparamConv2d) for m in model.modules()):
+        return
+    asked, parts = list(_asked(cfg)), parts_of(cfg, model)
+    if not asked:
+        return
+    reasons = [part.why_none for part in parts] or [
+        f'{each.key} is set in {each.place or "model"}, but the network has '
+        'no layer of it'
+        for each in asked
+    ]
+    raise UserError(f'the network has no block: {"; ".join(reasons)}')
+
+
+def _asked(cfg: Config) -> Iterator[Asked]:
+    """The dicts in a model's config that ask for blocks."""
+    fields = cfg.to_dict()
+    yield from _asked_in(fields.get('model'), '', fields.get('default_scope'))
+
+
+def _asked_in(node: Any, place: str, scope: Optional[str]) -> Iterator[Asked]:
+    if isinstance(node, dict):
+        scope = node.get('_scope_', scope)
+        kind = class_of(node.get('type'), scope)
+        for key, value in node.items():
+            block = named_block(value, scope)
+            if block and (key == 'block' or key.endswith('conv_cfg')):
+                low, high = block.kernel_sizes
+                low = value.get('min_kernel_size', low)
+                high = value.get('max_kernel_size', high)
+                yield Asked(place, kind, key, (low, high))
+        if hasattr(kind, 'default_block') and not node.get('block'):
+            block = named_block(kind.default_block, scope)
+            yield Asked(place, kind, 'block', block.kernel_sizes)
+        items = node.items()
+    elif isinstance(node, (list, tuple)):
+        items = enumerate(node)
+    else:
+        return
+    for key, value in items:
+        inner = f'{place}.{key}' if place else str(key)
+        yield from _asked_in(value, inner, scope)
+
+
+def _modules_of(asked: Asked, model: nn.Module) -> List[nn.Module]:
+    """The modules that a dict in the config has become.
+
+    A wrapper may build a part under another name, or more than once (teacher
+    and student), so the class tells where the name does not.
+    """
+    try:
+        return [model.get_submodule(asked.place)]
+    except AttributeError:
+        pass
+    found: List[nn.Module] = []
+    inside: Set[nn.Module] = set()
+    for module in model.modules():
+        if type(module) is asked.kind and module not in inside:
+            found.append(module)
+            inside.update(module.modules())
+    return found
