@@ -232,7 +232,7 @@ def relative_error(
 
 
 def network_outputs(model: nn.Module, images: Tensor) -> Dict[str, Tensor]:
-    """Run a network and collect features and outputs of all heads that run.
+    """Run a network once, for features and the heads that read them.
 
     Args:
         model: A classifier, detector or segmentor, or any module that maps
@@ -245,7 +245,7 @@ def network_outputs(model: nn.Module, images: Tensor) -> Dict[str, Tensor]:
     Raises:
         UserError: If not even the features can be computed.
     """
-    return run_network(model, images).tensors
+    return run_network(model, images, once=True).tensors
 
 
 def _outputs_of_both(

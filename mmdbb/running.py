@@ -10,7 +10,7 @@ the whole network in the package's own ways.
 from __future__ import annotations
 
 import contextlib
-from typing import Any, Dict, Iterator, NamedTuple, Set, Tuple
+from typing import Any, Dict, Iterator, NamedTuple, Optional, Set, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +52,9 @@ class Outputs(NamedTuple):
     left_out: Dict[str, str]
 
 
-def run_network(model: nn.Module, images: Tensor) -> Outputs:
+def run_network(
+    model: nn.Module, images: Tensor, once: bool = False
+) -> Outputs:
     """Run a network and collect features and outputs of all dense heads.
 
     Each run draws the same random numbers, and the caller's random state
@@ -62,6 +64,8 @@ def run_network(model: nn.Module, images: Tensor) -> Outputs:
         model: A classifier, detector, segmentor or tracker in eval mode, or
             any module that maps images to tensors.
         images: Normalised images of shape (N, C, H, W).
+        once: Whether to run each part at most once: a head that cannot be run
+            on features is left out, and a network without features refused.
 
     Raises:
         CannotRun: If not even the features can be computed.
@@ -72,12 +76,12 @@ def run_network(model: nn.Module, images: Tensor) -> Outputs:
             try:
                 features = model.extract_feat(images)
             except Exception as error:  # networks raise all kinds of errors
-                return _parts(model, images, error)
-            return _heads(model, images, features, reached)
+                return _parts(model, images, error, once)
+            return _heads(model, images, features, None if once else reached)
         try:
             return Outputs(_tensors('output', model(images)), {})
         except Exception as error:
-            return _parts(model, images, error)
+            return _parts(model, images, error, once)
 
 
 def is_of_head(name: str) -> bool:
@@ -109,7 +113,10 @@ def takes_other_images(model: nn.Module, images: Tensor) -> bool:
 
 
 def _heads(
-    model: nn.Module, images: Tensor, features: Any, reached: Set[nn.Module]
+    model: nn.Module,
+    images: Tensor,
+    features: Any,
+    reached: Optional[Set[nn.Module]],
 ) -> Outputs:
     tensors, left_out = _tensors('features', features), {}
     heads = dict(_named_heads(model))
@@ -118,6 +125,8 @@ def _heads(
             tensors.update(_tensors(label, head(features)))
         except Exception as error:
             left_out[label] = reason_of(error)
+    if reached is None:
+        return Outputs(tensors, left_out)
     for name, child in model.named_children():
         known = any(label.split('.')[0] == name for label in left_out)
         if not known and _is_missed(child, reached):
@@ -206,14 +215,16 @@ def _watched(model: nn.Module) -> Iterator[Set[nn.Module]]:
             hook.remove()
 
 
-def _parts(model: nn.Module, images: Tensor, error: Exception) -> Outputs:
+def _parts(
+    model: nn.Module, images: Tensor, error: Exception, once: bool
+) -> Outputs:
     """Run the parts of a network that cannot be run as a whole.
 
     A tracker holds a detector; a recogniser of videos has a backbone that
     takes images.
     """
     tensors, left_out = {}, {WHOLE: reason_of(error)}
-    for name, part in model.named_children():
+    for name, part in () if once else model.named_children():
         if not hasattr(part, 'extract_feat'):
             if name not in _BEFORE_HEADS and find_blocks(part):
                 left_out[name] = _MISSED
@@ -224,7 +235,7 @@ def _parts(model: nn.Module, images: Tensor, error: Exception) -> Outputs:
             continue
         tensors.update({f'{name}.{n}': y for n, y in found.tensors.items()})
         left_out.update({f'{name}.{n}': y for n, y in found.left_out.items()})
-    if not tensors:
+    if not tensors and not once:
         tensors = _backbone_and_neck(model, images)
     if not tensors:
         raise CannotRun(
