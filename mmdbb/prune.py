@@ -2,6 +2,7 @@
 """Pruning: penalties on merged kernels, and networks with fewer filters."""
 
 from mmdbb.mm.evaluation.images import Calibration
+from mmdbb.mm.evaluation.metric import Metric
 from mmdbb.mm.outputs import Source
 from mmdbb.mm.pruning.penalty import KernelPenaltyHook, kernel_penalty
 from mmdbb.mm.pruning.pipeline import (
@@ -14,6 +15,7 @@ from mmdbb.mm.pruning.structure import prune_
 __all__ = [
     'Calibration',
     'KernelPenaltyHook',
+    'Metric',
     'PruneOptions',
     'Pruned',
     'Source',

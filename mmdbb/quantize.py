@@ -2,6 +2,7 @@
 """Quantizing: INT8 files after training, and training for INT8."""
 
 from mmdbb.mm.evaluation.images import Calibration
+from mmdbb.mm.evaluation.metric import Metric
 from mmdbb.mm.outputs import Source
 from mmdbb.mm.quantization.fake import remove_quantizers_, set_quantizing_
 from mmdbb.mm.quantization.insert_bn import Inserted, insert_bn_checkpoint
@@ -17,6 +18,7 @@ __all__ = [
     'Calibration',
     'Inserted',
     'KernelRange',
+    'Metric',
     'QATHook',
     'QuantizeOptions',
     'Quantized',

@@ -1300,6 +1300,185 @@ TABLE = (
         'the place of a merged bias in a fused network',
         (FUSED,),
     ),
+    # --------------------------------------------- quantizing and pruning
+    Mutation(
+        'mmdbb/own_forward.py',
+        'and output._version == 0',
+        'and True',
+        'layers that change their result in place',
+        (
+            'tests/test_quantization/test_fake.py::test_training_and_file_are_one_function',
+        ),
+    ),
+    Mutation(
+        'mmdbb/own_forward.py',
+        "found[0].weight is layer._parameters['weight']",
+        'True',
+        'layers whose kernel is not their weight',
+        (
+            'tests/test_quantization/test_fake.py::test_training_and_file_are_one_function',
+        ),
+    ),
+    Mutation(
+        'mmdbb/own_forward.py',
+        "if 'forward' in vars(layer):",
+        'if False:',
+        'a forward of the object',
+        (
+            'tests/test_quantization/test_fake.py::test_a_weight_that_is_computed_is_left_in_float',
+        ),
+    ),
+    Mutation(
+        'mmdbb/mm/quantization/quantizers.py',
+        'average.copy_(torch.where(finite, new, average))',
+        'average.copy_(new)',
+        'ranges of a batch that overflows',
+        (
+            'tests/test_quantization/test_fake.py::test_a_batch_that_overflows_does_not_count',
+        ),
+    ),
+    Mutation(
+        'mmdbb/mm/quantization/qdq.py',
+        "axis = 0 if attributes.get('transB') else 1",
+        'axis = 0',
+        'scales of the columns of a matrix',
+        (
+            'tests/test_quantization/test_fake.py::test_products_of_matrices_are_written_as_they_were_trained',
+        ),
+    ),
+    Mutation(
+        'mmdbb/mm/quantization/qdq.py',
+        '    if left:\n',
+        '    if False:\n',
+        'layers that the file lacks',
+        (
+            'tests/test_quantization/test_fake.py::test_a_layer_that_the_file_lacks_is_not_left_in_float',
+        ),
+    ),
+    Mutation(
+        'mmdbb/mm/quantization/flow.py',
+        "name != 'batch_norm' or origins[0].layer in self._norms",
+        'True',
+        'a ReLU behind a norm that does not fold',
+        (
+            'tests/test_quantization/test_fake.py::test_a_norm_of_two_convolutions_is_not_folded',
+        ),
+    ),
+    Mutation(
+        'mmdbb/mm/quantization/fake.py',
+        'weight_quantizer(torch.zeros(_outputs(layer), 1))',
+        'pass',
+        'shapes of quantizers in averaged copies',
+        (
+            'tests/test_engine/test_resume.py::test_killed_and_resumed_is_the_uninterrupted_run',
+        ),
+    ),
+    Mutation(
+        'mmdbb/mm/quantization/insert_bn.py',
+        'if end is block:',
+        'if True:',
+        'norms that stand outside of blocks',
+        (
+            'tests/test_quantization/test_training.py::test_norms_are_inserted_behind_any_block',
+        ),
+    ),
+    Mutation(
+        'mmdbb/mm/quantization/insert_bn.py',
+        'rest(misfit.missing_keys) | set(misfit.unexpected_keys)',
+        'set()',
+        'entries that nobody loads',
+        (
+            'tests/test_quantization/test_training.py::test_no_entry_is_lost_when_norms_are_inserted',
+        ),
+    ),
+    Mutation(
+        'mmdbb/mm/quantization/ptq.py',
+        'remove_quantizers_(plain)',
+        'pass',
+        'the network that is timed',
+        (
+            'tests/test_quantization/test_ptq.py::test_the_float_network_is_timed_and_weighed',
+        ),
+    ),
+    Mutation(
+        'mmdbb/mm/evaluation/metric.py',
+        'lost = abs(lost)',
+        'lost = lost',
+        'figures whose direction nobody knows',
+        (
+            'tests/test_evaluation/test_metric.py::test_a_collapse_of_an_unknown_figure_passes_no_guard',
+        ),
+    ),
+    Mutation(
+        'mmdbb/mm/evaluation/metric.py',
+        'if 0 <= value <= 1:',
+        'if False:',
+        'shares under the name of per cents',
+        (
+            'tests/test_evaluation/test_metric.py::test_known_figures_are_compared_in_points',
+        ),
+    ),
+    Mutation(
+        'mmdbb/mm/evaluation/metric.py',
+        'lost *= 100 / abs(first.value) if first.value else math.inf',
+        'lost *= 1',
+        'figures without a unit',
+        (
+            'tests/test_evaluation/test_metric.py::test_a_collapse_of_an_unknown_figure_passes_no_guard',
+        ),
+    ),
+    Mutation(
+        'mmdbb/mm/evaluation/figures.py',
+        'stack.enter_context(in_eval_mode(runner.model))',
+        'pass',
+        'modes after an evaluation',
+        (
+            'tests/test_quantization/test_ptq.py::test_evaluator_sees_what_the_file_computes',
+        ),
+    ),
+    Mutation(
+        'mmdbb/mm/evaluation/figures.py',
+        'end_workers(runner)\n',
+        'pass\n',
+        'workers that outlive a runner',
+        ('tests/test_quantization/test_ptq.py::test_workers_have_ended',),
+    ),
+    Mutation(
+        'mmdbb/mm/pruning/structure.py',
+        'parameter.requires_grad_(required[name])',
+        'parameter.requires_grad_(True)',
+        'frozen parameters after pruning',
+        (
+            'tests/test_pruning/test_pruning.py::test_what_parameters_require_and_their_modes_stay',
+        ),
+    ),
+    Mutation(
+        'mmdbb/mm/pruning/structure.py',
+        'if touched & set(own.values()):',
+        'if False:',
+        'channels of layers with a forward of their own',
+        (
+            'tests/test_pruning/test_pruning.py::test_a_forward_of_its_own_is_pruned_right_or_left',
+        ),
+    ),
+    Mutation(
+        'mmdbb/mm/export/folding.py',
+        'if not is_foldable(norm) or not is_plain(conv):',
+        'if not is_foldable(norm):',
+        'norms behind layers with a forward of their own',
+        (
+            'tests/test_mm/test_export.py::test_norms_are_folded_where_that_is_right',
+        ),
+    ),
+    Mutation(
+        'mmdbb/folding.py',
+        'and is_known(norm)',
+        'and True',
+        'norms with a forward of their own',
+        (
+            'tests/test_mm/test_export.py::test_norms_are_folded_where_that_is_right',
+        ),
+    ),
 )
 
 

@@ -28,8 +28,11 @@ LOWER = (
     ('blocks',),
     ('own_blocks',),
     ('reparam', 'conv_norms', 'tracing', 'files'),
-    ('found_norms', 'running'),
-    ('stock_weights',),
+    (
+        'found_norms',
+        'running',
+    ),
+    ('stock_weights', 'own_forward'),
     ('plain', 'untouched'),
     ('official',),
     ('insert', 'compare'),

@@ -19,7 +19,13 @@ from mmdbb.mm.engine.command import (
     run_command,
 )
 from mmdbb.mm.pruning.pipeline import print_pruned
-from mmdbb.prune import Calibration, PruneOptions, Source, prune_checkpoint
+from mmdbb.prune import (
+    Calibration,
+    Metric,
+    PruneOptions,
+    Source,
+    prune_checkpoint,
+)
 
 
 def parse_args():
@@ -55,11 +61,12 @@ def parse_args():
     )
     parser.add_argument(
         '--length',
-        type=int,
+        type=at_least_zero,
         default=0,
         metavar='N',
         help='fine-tune for N epochs, or N iterations if the config counts '
-        'iterations; default: no fine-tuning',
+        "iterations; below 1, for this share of the config's schedule; "
+        'default: no fine-tuning',
     )
     parser.add_argument(
         '--lr-scale',
@@ -99,7 +106,7 @@ def main():
         options,
         onnx=args.onnx,
         image_size=tuple(args.image_size) if args.image_size else None,
-        metric=args.metric,
+        metric=Metric(args.metric, args.unit, args.lower_is_better),
         overwrite=args.force,
     )
     print_pruned(result)

@@ -30,6 +30,7 @@ from mmdbb.mm.quantization.onnx_static import METHODS
 from mmdbb.mm.quantization.tables import print_quantized
 from mmdbb.quantize import (
     Calibration,
+    Metric,
     QuantizeOptions,
     Source,
     insert_bn_checkpoint,
@@ -91,7 +92,8 @@ def parse_args():
         default=1.0,
         metavar='POINTS',
         help='largest fall of the metric that is accepted, in points '
-        '(hundredths); default: 1',
+        '(hundredths), or in per cent of its value if its unit is not known; '
+        'default: 1',
     )
     parser.add_argument(
         '--no-test', action='store_true', help='skip the evaluation'
@@ -136,7 +138,7 @@ def main():
         args.out,
         options,
         image_size=tuple(args.image_size) if args.image_size else None,
-        metric=args.metric,
+        metric=Metric(args.metric, args.unit, args.lower_is_better),
         max_drop=args.max_drop,
         evaluated=not args.no_test,
         overwrite=args.force,

@@ -44,10 +44,8 @@ def run_on_image(
         features, the features alone.
     """
     tensor = next(tensors_of(model), torch.empty(0))
-    first = (nn.Conv2d, ReparamConv2d)
-    channels = (m.in_channels for m in model.modules() if isinstance(m, first))
     generator = torch.Generator().manual_seed(0)
-    shape = (1, next(channels, 3), *image_size)
+    shape = (1, channels_of(model), *image_size)
     image = torch.rand(shape, generator=generator).to(tensor.device)
     if tensor.is_floating_point():
         image = image.to(tensor.dtype)
@@ -59,3 +57,15 @@ def run_on_image(
             if not hasattr(model, 'extract_feat'):
                 raise
             return model.extract_feat(image)
+
+
+def channels_of(model: nn.Module) -> int:
+    """Number of channels of the images that a network takes.
+
+    Args:
+        model: The network. Its first convolution or block reads the images;
+            without any, they have three channels.
+    """
+    first = (nn.Conv2d, ReparamConv2d)
+    channels = (m.in_channels for m in model.modules() if isinstance(m, first))
+    return next(channels, 3)

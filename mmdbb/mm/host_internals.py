@@ -522,6 +522,33 @@ def give_dataset(loader: DataLoader, dataset: Dataset) -> None:
     object.__setattr__(loader, 'dataset', dataset)
 
 
+def end_workers(runner: Runner) -> None:
+    """End the worker processes of a runner's dataloaders.
+
+    Persistent workers live as long as their loader. Where the interpreter
+    ends before, it kills them, and their temporary folders (``pymp-*``) stay.
+
+    Args:
+        runner: The runner. Its loaders start new workers when they are used
+            again.
+    """
+    for name in ('_train_loop', '_val_loop', '_test_loop'):
+        loader = getattr(getattr(runner, name, None), 'dataloader', None)
+        iterator = getattr(loader, '_iterator', None)
+        if iterator is not None:
+            shut_down(iterator)
+            loader._iterator = None
+
+
+def shut_down(iterator: object) -> None:
+    """End the worker processes of a dataloader's iterator, if it has any.
+
+    Args:
+        iterator: What ``iter(loader)`` returned.
+    """
+    getattr(iterator, '_shutdown_workers', lambda: None)()
+
+
 def is_building(error: BaseException) -> bool:
     """Whether an error was raised while a runner built a part of its config.
 

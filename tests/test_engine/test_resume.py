@@ -496,13 +496,20 @@ def in_a_child(*arguments):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-@pytest.mark.parametrize('workers', [0, 1])
-def test_killed_and_resumed_is_the_uninterrupted_run(tmp_path, workers):
+#: Quantization begins before the run is killed, and ranges freeze after it.
+QAT = dict(type='QATHook', begin=1, freeze=3, averaging_constant=0.5)
+
+
+@pytest.mark.parametrize(
+    'workers, hooks', [(0, []), (1, []), (0, [QAT])], ids=str
+)
+def test_killed_and_resumed_is_the_uninterrupted_run(tmp_path, workers, hooks):
     cfg = run_config(tmp_path / 'whole', (1.0, 2.0, 3.0, 4.0))
     cfg.train_dataloader.update(
         num_workers=workers, persistent_workers=bool(workers)
     )
-    cfg.custom_hooks.append(dict(type='KilledOfTests'))
+    cfg.custom_imports.imports.append('mmdbb.quantize')
+    cfg.custom_hooks += [*hooks, dict(type='KilledOfTests')]
     cfg.dump(tmp_path / 'config.py')
     killed = tmp_path / 'killed.py'
     cfg.custom_hooks[-1]['after'] = 5
@@ -531,6 +538,8 @@ def test_killed_and_resumed_is_the_uninterrupted_run(tmp_path, workers):
     )
     for key in ('state_dict', 'ema_state_dict', 'optimizer'):
         assert equal(whole[key], parts[key]), key
+    quantizers = [n for n in whole['state_dict'] if '_quantizer.' in n]
+    assert bool(quantizers) == bool(hooks)
     assert equal(whole['param_schedulers'], parts['param_schedulers'])
 
 

@@ -13,7 +13,16 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from helpers import SINGLE, blocks_of, distance, export, image, randomize
+from helpers import (
+    EXACT,
+    SINGLE,
+    blocks_of,
+    distance,
+    export,
+    image,
+    randomize,
+)
+from mmcv.cnn.bricks import Conv2dAdaptivePadding, ConvWS2d
 from mmengine.config import Config
 from networks import (
     BN,
@@ -32,6 +41,7 @@ from mmdbb.blocks.build import registered_blocks
 from mmdbb.errors import UserError
 from mmdbb.mm.deploy.load import build_model
 from mmdbb.mm.export.checkpoint import export_checkpoint
+from mmdbb.mm.export.folding import fold_norms_
 from mmdbb.mm.export.formats import (
     FORMATS,
     ONNX_OPSET,
@@ -39,7 +49,7 @@ from mmdbb.mm.export.formats import (
     silence,
 )
 from mmdbb.mm.export.modules import export_module, preprocessing
-from mmdbb.mm.export.network import export_network, exportable
+from mmdbb.mm.export.network import export_network
 from mmdbb.mm.outputs import Proof, Source
 
 pytestmark = [
@@ -367,12 +377,77 @@ def test_merged_network(tmp_path):
 
 
 @pytest.mark.parametrize('fold', [True, False])
-def test_norms_are_folded_if_asked(fold):
-    module, blocks = exportable(randomize(Backbone('tensor')), fold_norms=fold)
-    assert blocks == 2
-    norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
-    assert len(norms) == (not fold)
-    assert not module.training and not blocks_of(module)
+def test_norms_are_folded_if_asked(fold, tmp_path):
+    path = str(tmp_path / 'net.pt')
+    model = randomize(Backbone('tensor'))
+    assert export(model, path, 'torchscript', (6, 7), fold_norms=fold).blocks
+    graph = str(torch.jit.load(path).inlined_graph)
+    assert ('aten::batch_norm' in graph) == (not fold)
+
+
+class Both(nn.Module):
+    """A norm behind a layer, each in a place that says nothing of it."""
+
+    def __init__(self, conv, norm):
+        super().__init__()
+        self.norm, self.first = norm, conv
+        self.other, self.last = nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        return self.last(self.other(self.norm(self.first(x))).relu())
+
+
+class NormAndReLU(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+class Twice(nn.Conv2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize(
+    'conv, norm, folded',
+    [
+        (nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), True),
+        (nn.Conv2d(3, 4, 3, bias=False), nn.SyncBatchNorm(4), True),
+        (Conv2dAdaptivePadding(3, 4, 3), nn.BatchNorm2d(4, affine=False), 1),
+        (ConvWS2d(3, 4, 3), nn.BatchNorm2d(4), False),
+        (Twice(3, 4, 3), nn.BatchNorm2d(4), False),
+        (nn.Conv2d(3, 4, 3), NormAndReLU(4), False),
+        (nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), False),
+        (
+            nn.Conv2d(3, 4, 3),
+            nn.BatchNorm2d(4, track_running_stats=False),
+            False,
+        ),
+    ],
+    ids=str,
+)
+def test_norms_are_folded_where_that_is_right(conv, norm, folded):
+    model = randomize(Both(conv, norm)).double().eval()
+    x = image(2, 3, 8, 9)
+    expected = copy.deepcopy(model)(x)
+    found = fold_norms_(model, x)
+    assert found == (dict(first='norm') if folded else {})
+    assert isinstance(model.norm, nn.Identity) == bool(folded)
+    assert distance(model(x), expected) < EXACT
+    weight = model.first.weight
+    assert weight.dtype is torch.float64 and weight.requires_grad
+
+
+def test_a_norm_that_two_convolutions_share_is_not_folded():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+            self.b = nn.Conv2d(3, 4, 1)
+
+        def forward(self, x):
+            return self.norm(self.a(x)) + self.norm(self.b(x))
+
+    assert fold_norms_(Shared().eval(), image(2, 3, 4, 5).float()) == {}
 
 
 def test_says_that_it_merged(tmp_path, monkeypatch):
@@ -524,8 +599,8 @@ def test_difference_above_the_tolerance(net, tolerance, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_wrong_norm_fold_is_found(tmp_path):
-    """mmcv fuses by the order of attributes; verification does not."""
+def test_norms_before_convolutions_stay(tmp_path):
+    """The order of attributes says nothing about that of the data."""
 
     class Crossed(nn.Module):
         def __init__(self):
@@ -536,10 +611,9 @@ def test_wrong_norm_fold_is_found(tmp_path):
         def forward(self, x):
             return self.conv(self.norm(x))
 
-    model = randomize(Crossed())
     out = str(tmp_path / 'net.pt')
-    refused('differs by', model, out, 'torchscript', (6, 7))
-    export(model, out, 'torchscript', (6, 7), fold_norms=False)
+    result = export(randomize(Crossed()), out, 'torchscript', (6, 7))
+    assert result.difference.largest < SINGLE
 
 
 def test_head_of_what_is_no_detector(net, model_of, tmp_path):

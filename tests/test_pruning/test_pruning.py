@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import distance, image, randomize
+from mmcv.cnn.bricks import Conv2dAdaptivePadding, ConvWS2d
 from mmengine.config import Config
 from registered import each_block
 from runs import run_config, train
@@ -22,6 +23,7 @@ from mmdbb.errors import UserError
 from mmdbb.mm.engine import launch
 from mmdbb.mm.evaluation.images import Calibration
 from mmdbb.mm.outputs import Source
+from mmdbb.mm.pruning import pipeline
 from mmdbb.mm.pruning.penalty import (
     KernelPenaltyHook,
     filter_lengths,
@@ -146,13 +148,93 @@ def test_the_shortest_filters_go_and_nothing_else_changes():
         (1.5, small, 'the ratio must lie between 0 and 1, got 1.5'),
         (0.0, small, 'the ratio must lie between 0 and 1, got 0'),
         (0.5, lambda: nn.Sequential(DBB(3, 4, 3)), 'is not merged'),
-        (0.5, lambda: nn.Sequential(nn.Conv2d(3, 4, 1)), 'no filter was'),
+        (
+            0.5,
+            lambda: nn.Sequential(nn.Conv2d(3, 4, 1)),
+            'no filter was removed by ratio 0.5: all layers belong to heads',
+        ),
+        (
+            0.99,
+            lambda: small()[:5].append(nn.Conv2d(8, 2, 1)),
+            'by ratio 0.99: it is too large for the layers, which would have',
+        ),
     ],
 )
 def test_what_cannot_be_pruned(ratio, model, message):
     pytest.importorskip('torch_pruning')
     with pytest.raises(UserError, match=message):
         prune_(model(), ratio, (8, 8))
+
+
+@pytest.mark.parametrize('kind', [ConvWS2d, Conv2dAdaptivePadding])
+def test_a_forward_of_its_own_is_pruned_right_or_left(kind, quiet):
+    """A kernel that is not its weight changes with each channel it loses."""
+    pytest.importorskip('torch_pruning')
+    torch.manual_seed(1)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1, bias=False),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, padding=1, bias=False),
+        nn.ReLU(),
+        kind(8, 8, 3, padding=1, bias=False),
+        nn.ReLU(),
+        nn.Conv2d(8, 5, 1),
+    ).eval()
+    own = kind is ConvWS2d
+    removed = dict.fromkeys(['0'] if own else ['0', '2', '4'], (8, 4))
+    x = image(2, 3, 8, 9, dtype=torch.float32)
+    masked = copy.deepcopy(model)
+    assert prune_(model, 0.5, (8, 9), each_layer=True) == removed
+    # Only the first layer's filters lost no channel, so they can be compared.
+    kept = list(model[0].weight)
+    with torch.no_grad():
+        for weight in masked[0].weight:
+            if not any(torch.equal(weight, other) for other in kept):
+                weight.zero_()
+    if own:
+        assert distance(model(x), masked(x)) < 1e-6
+
+
+def test_what_parameters_require_and_their_modes_stay():
+    pytest.importorskip('torch_pruning')
+    model = small().train()
+    model[1].eval()
+    model[0].requires_grad_(False)
+    model[3].bias.requires_grad_(False)
+    required = [p.requires_grad for p in model.parameters()]
+    modes = [m.training for m in model.modules()]
+    hooks = [len(m._forward_hooks) for m in model.modules()]
+    with pytest.raises(UserError, match='too small to leave multiples of 8'):
+        prune_(model, 0.1, (8, 9), round_to=8)
+    assert [p.requires_grad for p in model.parameters()] == required
+    prune_(model, 0.5, (8, 9))
+    assert [p.requires_grad for p in model.parameters()] == required
+    assert all(p.grad is None for p in model.parameters())
+    assert [m.training for m in model.modules()] == modes
+    assert [len(m._forward_hooks) for m in model.modules()] == hooks
+
+
+@pytest.mark.parametrize(
+    'length, epochs', [(2, 2), (0.5, 4), (0.01, 1), (0.99, 8)]
+)
+def test_a_share_of_the_schedule(length, epochs, monkeypatch, trained):
+    cfg = copy.deepcopy(trained('classification')[0])
+    cfg.train_cfg.max_epochs = 8
+    built = []
+
+    def build(cfg):
+        built.append(cfg)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, 'build_runner', build)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.train_on_(nn.Identity(), cfg, cfg, length, 0.1)
+    assert built[0].train_cfg.max_epochs == epochs
+    assert built[0].param_scheduler[0].T_max == epochs
+    cfg.train_cfg = dict(by_epoch=False, max_iters=300)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.train_on_(nn.Identity(), cfg, cfg, 0.25, 0.1)
+    assert built[1].train_cfg.max_iters == 75
 
 
 @pytest.mark.parametrize(
@@ -212,7 +294,9 @@ def test_before_it_is_trained_on_the_network_is_the_merged_one(
 @pytest.mark.parametrize(
     'arguments, message',
     [
-        (dict(length=-1), 'the length must be at least 0, got -1'),
+        (dict(length=-1), 'whole number of epochs or iterations.*, got -1'),
+        (dict(length=1.5), 'or a share of the schedule below 1, got 1.5'),
+        (dict(length=float('nan')), 'below 1, got nan'),
         (dict(length=1, lr_scale=0), 'scaled by more than 0, got 0'),
         (dict(onnx='out.pt'), 'the export must end in .onnx, got out.pt'),
     ],

@@ -1,12 +1,16 @@
 """Layers that compute as in eight bits, and the file that really does."""
 
 import copy
+import functools
+import io
+import math
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import distance, export, image
+from mmcv.cnn.bricks import Conv2dAdaptivePadding, ConvAWS2d, ConvWS2d
 from mmengine.config import Config
 from networks import CONFIGS, SIZE
 from registered import each_block
@@ -18,10 +22,9 @@ from mmdbb.errors import UserError
 from mmdbb.mm.deploy.load import build_model
 from mmdbb.mm.export.modules import export_module
 from mmdbb.mm.quantization.fake import (
-    ActivationQuantizer,
-    WeightQuantizer,
     add_quantizers_,
     freeze_ranges_,
+    own_layers,
     quantizers,
     remove_quantizers_,
     set_quantizing_,
@@ -29,7 +32,12 @@ from mmdbb.mm.quantization.fake import (
 from mmdbb.mm.quantization.flow import layers_to_quantize
 from mmdbb.mm.quantization.qat import prepare_qat_
 from mmdbb.mm.quantization.qdq import weight_scales, write_qdq
+from mmdbb.mm.quantization.quantizers import (
+    ActivationQuantizer,
+    WeightQuantizer,
+)
 from mmdbb.mm.quantization.session import OnnxNetwork
+from mmdbb.own_forward import is_plain
 
 
 def learn_ranges(model, batches=2, size=SIZE):
@@ -148,6 +156,21 @@ def test_ranges_are_learned_in_training_until_frozen():
     assert quantizer.scale.item() == pytest.approx(2 / 255)
 
 
+@pytest.mark.parametrize('first', [True, False])
+@pytest.mark.parametrize('bad', [math.nan, math.inf, -math.inf])
+def test_a_batch_that_overflows_does_not_count(bad, first):
+    """Under AMP its step is skipped; its range must not stay for ever."""
+    batches = [torch.tensor([-1.0, 2.0]), torch.tensor([0.5, 4.0])]
+    quantizer, expected = ActivationQuantizer(0.5), ActivationQuantizer(0.5)
+    for batch in batches:
+        expected(batch)
+    batches.insert(0 if first else 1, torch.tensor([bad, 1.0]))
+    for batch in batches:
+        quantizer(batch)
+    assert quantizer.scale == expected.scale == pytest.approx(3.25 / 255)
+    assert quantizer.zero_point == expected.zero_point == 20
+
+
 @pytest.mark.parametrize('per_channel', [True, False])
 def test_a_norm_behind_is_thought_of_as_folded(per_channel):
     """Quantizing before the norm is quantizing what the file will hold."""
@@ -166,6 +189,236 @@ def test_a_norm_behind_is_thought_of_as_folded(per_channel):
     shift = norm.bias - norm.running_mean * scale
     x = model[0].input_quantizer(learn_ranges_of)
     assert distance(found, F.conv2d(x, kernel, shift)) < 1e-5
+
+
+# Layers with a forward of their own
+
+
+class Twice(nn.Conv2d):
+    """Changes the result."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class InPlace(nn.Conv2d):
+    """Changes the result where it stands."""
+
+    def forward(self, x):
+        return super().forward(x).mul_(2)
+
+
+class Centered(nn.Conv2d):
+    """Changes the kernel, further inside."""
+
+    def _conv_forward(self, x, weight, bias):
+        weight = weight - weight.mean((1, 2, 3), keepdim=True)
+        return super()._conv_forward(x, weight, bias)
+
+
+class Padding(nn.Conv2d):
+    """Changes its input only."""
+
+    def forward(self, x):
+        return super().forward(F.pad(2 * x, (1, 0, 2, 1)))
+
+
+class Passing(nn.Linear):
+    """Does what its class does."""
+
+    def forward(self, x):
+        return F.linear(input=x, weight=self.weight, bias=self.bias)
+
+
+PLAIN = [
+    nn.Conv2d,
+    Padding,
+    functools.partial(Conv2dAdaptivePadding, stride=2),
+    functools.partial(nn.Conv2d, padding=1, padding_mode='reflect'),
+]
+OWN = [Twice, InPlace, Centered, ConvWS2d, ConvAWS2d]
+
+
+@pytest.mark.parametrize('kind', PLAIN + OWN, ids=str)
+def test_training_and_file_are_one_function(kind, tmp_path):
+    """Whatever a layer's forward does, and close to the float network's."""
+    pytest.importorskip('onnxruntime')
+    model = nn.Sequential(kind(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+    model = tame(model.append(nn.Conv2d(8, 4, 1))).eval()
+    x = image(2, 3, *SIZE, dtype=torch.float32)
+    written, expected = prepare_qat_(model, SIZE), model(x)
+    assert list(written) == (['0', '3'] if kind in PLAIN else ['3'])
+    assert list(own_layers(model)) == ([] if kind in PLAIN else ['0'])
+    assert torch.equal(model(x), expected)  # nothing is turned on
+    learn_ranges(model)
+    found = model(x)
+    assert 1e-4 < distance(found, expected) < 0.05
+    plain = copy.deepcopy(model)
+    remove_quantizers_(plain)
+    assert torch.equal(plain(x), expected)
+    if kind in (nn.Conv2d, InPlace, Centered, ConvWS2d):
+        return  # the files of the others will do
+    path, out = str(tmp_path / 'float.onnx'), str(tmp_path / 'int8.onnx')
+    export(plain, path, image_size=SIZE)
+    assert write_qdq(path, out, model).quantized == len(written)
+    (integers,) = OnnxNetwork(out)(x)
+    # A number on the edge between two steps rounds either way.
+    lost = (found - expected).abs().mean()
+    assert (integers - found).abs().mean() < 0.2 * lost
+
+
+def test_what_is_left_in_float_is_named(monkeypatch):
+    said = []
+    monkeypatch.setattr(
+        'mmdbb.mm.quantization.qat.print_log',
+        lambda text, _: said.append(text),
+    )
+    model = nn.Sequential(Twice(3, 4, 3), nn.Conv2d(4, 4, 1))
+    prepare_qat_(model, (8, 8))
+    assert said == [
+        'left in float, because their forward is their own: 0 (Twice)'
+    ]
+    with pytest.raises(ValueError, match='Sequential has no block, convol'):
+        prepare_qat_(nn.Sequential(Twice(3, 4, 3)), (8, 8))
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        lambda m: nn.utils.parametrizations.weight_norm(m[0]),
+        lambda m: nn.utils.prune.random_unstructured(m[0], 'weight', 0.5),
+        lambda m: setattr(m[0], 'forward', m[0].forward),
+    ],
+    ids=['parametrized', 'masked', 'forward of the object'],
+)
+def test_a_weight_that_is_computed_is_left_in_float(change, quiet):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1)).eval()
+    change(model)
+    assert list(prepare_qat_(model, (8, 8))) == ['1']
+
+
+def test_a_block_with_a_forward_of_its_own_is_left_in_float(quiet):
+    class Doubled(DBB):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model = nn.Sequential(Doubled(3, 4, 3), nn.Conv2d(4, 4, 1)).eval()
+    assert list(prepare_qat_(model, (8, 8))) == ['1']
+
+
+def test_probing_a_layer_changes_nothing():
+    class Counting(nn.Conv2d):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            torch.rand(1)
+            return super().forward(x)
+
+    layer = Counting(3, 4, 3)
+    state = torch.get_rng_state()
+    assert is_plain(layer)
+    assert layer.calls == 0 and layer.training
+    assert torch.equal(torch.get_rng_state(), state)
+    assert is_plain(Passing(3, 4).to('meta'))
+    assert not is_plain(Twice(3, 4, 3).to('meta'))
+
+
+def test_a_norm_with_a_forward_of_its_own_is_not_folded():
+    class NormAndReLU(nn.BatchNorm2d):
+        def forward(self, x):
+            return super().forward(x).relu()
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), NormAndReLU(4)).eval()
+    # The norm is an operation like others, so what it reads is quantized; not
+    # through a ReLU, which comes after it.
+    assert layers_to_quantize(model, (8, 8))['0'] == (None, True, False)
+
+
+def test_a_norm_of_two_convolutions_is_not_folded():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1)
+            self.norm = nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            return self.norm(self.a(x)).relu() + self.norm(self.b(x)).relu()
+
+    found = layers_to_quantize(Shared().eval(), (8, 8))
+    assert found == dict.fromkeys('ab', (None, True, False))
+
+
+class Tokens(nn.Module):
+    """Linear layers on three dimensions, which exports transpose."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Conv2d(3, 8, 4, 4)
+        self.first = nn.Linear(8, 6)
+        self.twin = nn.Linear(6, 6, bias=False)
+        self.last = nn.Linear(6, 5)
+
+    def forward(self, x):
+        y = self.first(self.embed(x).flatten(2).transpose(1, 2))
+        y = y + self.twin(y.relu())
+        return self.last(y.mean(1))
+
+
+@pytest.mark.parametrize('arguments', [{}, dict(per_channel=False)], ids=str)
+def test_products_of_matrices_are_written_as_they_were_trained(
+    arguments, tmp_path
+):
+    pytest.importorskip('onnxruntime')
+    model = Tokens().eval()
+    written = prepare_qat_(model, SIZE, **arguments)
+    assert written['twin'].quantized and written['first'].quantized
+    learn_ranges(model)
+    plain = copy.deepcopy(model)
+    remove_quantizers_(plain)
+    path, out = str(tmp_path / 'float.onnx'), str(tmp_path / 'int8.onnx')
+    export(plain, path, image_size=SIZE)
+    layers = write_qdq(path, out, model)
+    assert layers.quantized == 4 and 'MatMul' not in layers.left
+    x = image(2, 3, *SIZE, seed=5, dtype=torch.float32)
+    with torch.no_grad():
+        expected, real = model(x), plain(x)
+    (found,) = OnnxNetwork(out, optimize=False)(x)
+    assert distance(found, expected) < 0.2 * distance(real, expected)
+
+
+def test_a_layer_that_the_file_lacks_is_not_left_in_float(tmp_path):
+    pytest.importorskip('onnxruntime')
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)).eval()
+    other = nn.Sequential(copy.deepcopy(model[0]))
+    path = str(tmp_path / 'float.onnx')
+    export(other, path, image_size=(8, 8))
+    prepare_qat_(model, (8, 8))
+    learn_ranges(model, size=(8, 8))
+    with pytest.raises(UserError, match='no node for layers .*INT8: 1; in'):
+        write_qdq(path, str(tmp_path / 'int8.onnx'), model)
+
+
+def test_a_shared_layer_is_found_under_each_of_its_names(tmp_path):
+    pytest.importorskip('onnxruntime')
+
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Conv2d(3, 3, 1)
+            self.b = nn.ModuleList([self.a])
+
+        def forward(self, x):
+            return self.b[0](x).relu()
+
+    model = Shared().eval()
+    assert list(prepare_qat_(model, SIZE)) == ['a']
+    learn_ranges(model)
+    plain = copy.deepcopy(model)
+    remove_quantizers_(plain)
+    path, out = str(tmp_path / 'float.onnx'), str(tmp_path / 'int8.onnx')
+    export(plain, path, image_size=SIZE)
+    assert write_qdq(path, out, model).quantized == 1
 
 
 # Networks
@@ -201,6 +454,17 @@ def test_where_outputs_are_quantized(tmp_path, quiet):
     assert not found['backbone.layer1.0.conv2'].relu
     assert found['backbone.layer2.0.downsample.0'].norm is not None
     assert 'head.fc' in found
+
+
+def test_a_network_of_convolutions_that_pad_by_themselves(quiet):
+    """EfficientNet has an attribute ``in_channels``: not that of images."""
+    from mmpretrain.models.backbones import EfficientNet
+
+    conv_cfg = dict(type='Conv2dAdaptivePadding')
+    model = EfficientNet('b0', conv_cfg=conv_cfg)
+    model.eval()
+    written = layers_to_quantize(model, (32, 32))
+    assert len(written) > 80 and not own_layers(model)
 
 
 def test_what_no_export_runs_through_is_left(tmp_path, quiet):
@@ -311,11 +575,22 @@ def test_nothing_to_quantize():
         prepare_qat_(model, (8, 8))
 
 
-def test_copies_have_quantizers_of_their_own(tmp_path, quiet):
+def pickled(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize('duplicate', [copy.deepcopy, pickled])
+def test_copies_have_quantizers_of_their_own(duplicate, tmp_path, quiet):
     model = build('classifier', tmp_path)
+    types = [type(m) for m in model.modules()]
     prepare_qat_(model)
     learn_ranges(model)
-    other = copy.deepcopy(model)
+    other = duplicate(model)
+    norm = other.backbone.bn1
+    assert other.backbone.conv1.folded_norm == (norm,)
     x = image(2, 3, *SIZE, dtype=torch.float32)
     with torch.no_grad():
         expected = model(x)
@@ -323,3 +598,5 @@ def test_copies_have_quantizers_of_their_own(tmp_path, quiet):
         for parameter in model.parameters():
             parameter.zero_()
         assert torch.equal(other(x), expected)
+    remove_quantizers_(other)
+    assert [type(m) for m in other.modules()] == types

@@ -2,6 +2,8 @@
 
 import copy
 import json
+import multiprocessing
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,7 @@ import torch
 pytest.importorskip('onnxruntime')
 
 import onnx
+from everything import assert_same, everything
 from helpers import deploy
 from mmengine.config import Config
 from onnx import TensorProto, helper, numpy_helper
@@ -28,8 +31,10 @@ from mmdbb.mm.evaluation.images import (
     check_calibration,
     pad_to,
 )
-from mmdbb.mm.evaluation.substitutes import running_instead
+from mmdbb.mm.evaluation.metric import FIGURES, Metric
+from mmdbb.mm.evaluation.substitutes import TorchNetwork, running_instead
 from mmdbb.mm.outputs import Source
+from mmdbb.mm.quantization import ptq
 from mmdbb.mm.quantization.fake import quantizers, set_quantizing_
 from mmdbb.mm.quantization.network import load_network
 from mmdbb.mm.quantization.onnx_static import METHODS, quantize_onnx
@@ -54,6 +59,9 @@ def test_each_task(task, trained, sizes, tmp_path, quiet, capsys):
     assert result.image_size == sizes[task]
     names = [stage.name for stage in result.stages]
     assert names == ['trained', 'merged', 'int8']
+    # Its name and unit are those that the package's evaluator gives.
+    first = result.stages[0].figure
+    assert FIGURES[first.name] == first.metric.unit or first.value <= 1
     # The merged network is the trained one, whoever runs it.
     points = [stage.figure.points for stage in result.stages]
     assert points[0] == pytest.approx(points[1], abs=1e-3)
@@ -84,10 +92,15 @@ def test_evaluator_sees_what_the_file_computes(trained, quiet):
 
     zeros.size = (32, 32)
     with quiet_runner(cfg) as runner:
-        load_network(runner.model, checkpoint)
+        model = load_network(runner.model, checkpoint).train()
+        model.backbone.layer1.eval()
+        model.extract_feat(torch.zeros(1, 3, 32, 32))  # fills caches
+        before = everything(model)
         ours = evaluate(runner).points
         first = evaluate(runner, zeros).points
-        assert evaluate(runner).points == ours  # all is as it was
+        assert evaluate(runner).points == ours
+        calibration_images(cfg, model, 2)
+        assert_same(everything(model), before)
         assert first == 10.0 and len(seen) == 20
         assert 'forward' not in vars(runner.model.head)
         zeros.size = (64, 64)
@@ -203,6 +216,67 @@ def test_a_checkpoint_trained_for_seven_bits(trained, tmp_path, quiet):
     assert note['method'] == 'trained' and note['per_channel'] is False
 
 
+def test_the_float_network_is_timed_and_weighed(
+    trained, tmp_path, quiet, monkeypatch
+):
+    """Not the one with quantizers, which nobody deploys."""
+    cfg, checkpoint = trained('classification')
+    timed = []
+
+    def note(calls):
+        timed.extend(call.func for call in calls)
+        return [0.0] * len(calls)
+
+    monkeypatch.setattr(ptq, 'interleaved_latency', note)
+    model = load_network(build_model(cfg), checkpoint)
+    size = sum(
+        t.numel() * t.element_size() for t in model.state_dict().values()
+    )
+    prepare_qat_(model, (32, 32))
+    set_quantizing_(model)
+    for quantizer in quantizers(model):
+        quantizer.train()
+    model(calibration_images(cfg, model, 4))
+    path = str(tmp_path / 'qat.pth')
+    torch.save(dict(state_dict=model.state_dict()), path)
+    result = quantize_checkpoint(
+        Source(cfg, path), str(tmp_path / 'o.onnx'), evaluated=False
+    )
+    assert not quantizers(timed[0]._run)
+    assert result.stages[0].size == size
+
+
+def test_all_networks_see_the_same_padded_images(
+    trained, tmp_path, quiet, monkeypatch
+):
+    """A detector's images are padded to the file's size for all of them."""
+    cfg, checkpoint = trained('detection')
+    seen = []
+    for kind in (TorchNetwork, OnnxNetwork):
+        call = kind.__call__
+
+        def watched(self, images, call=call):
+            seen.append(call(self, images))
+            return seen[-1]
+
+        monkeypatch.setattr(kind, '__call__', watched)
+    monkeypatch.setattr(
+        ptq, 'interleaved_latency', lambda calls: [0.0] * len(calls)
+    )
+    quantize_checkpoint(
+        Source(cfg, checkpoint),
+        str(tmp_path / 'o.onnx'),
+        FEW,
+        image_size=(128, 160),
+        max_drop=None,
+    )
+    torch_maps, merged_maps, int8_maps = seen
+    assert torch_maps[0].shape[-2:] == (32, 40)  # of 128 x 160 pixels
+    for found, expected, rough in zip(torch_maps, merged_maps, int8_maps):
+        assert torch.allclose(found, expected, atol=1e-4)
+        assert rough.shape == expected.shape
+
+
 # Mistakes
 
 
@@ -227,6 +301,67 @@ def test_drop_above_the_limit(trained, tmp_path, quiet):
             max_drop=-200,
         ),
     )
+
+
+def test_no_collapse_passes_the_guard(
+    trained, exported, tmp_path, quiet, monkeypatch
+):
+    """Of a figure whose unit and direction nobody knows, until they are."""
+    cfg, _ = trained('classification')
+    values = iter((0.5, 0.2, 0.5, 0.499))
+    monkeypatch.setattr(
+        'mmengine.evaluator.Evaluator.evaluate',
+        lambda self, size: {'val/mAP': next(values)},
+    )
+    monkeypatch.setattr(
+        ptq, 'interleaved_latency', lambda calls: [0.0] * len(calls)
+    )
+    out = str(tmp_path / 'o.onnx')
+
+    def run(metric=None):
+        source = Source(cfg, exported[0])
+        return quantize_checkpoint(source, out, FEW, metric=metric)
+
+    expect(
+        r'^val/mAP changes by 60.00 per cent of its value, from 0.5 to 0.2 '
+        r'\(nothing says .*\), more than --max-drop 1; nothing written$',
+        tmp_path,
+        run,
+    )
+    result = run(Metric('val/mAP', 'share', False))
+    assert result.drop == pytest.approx(0.1)
+
+
+def test_workers_have_ended(trained, quiet):
+    """Else the interpreter kills them in the end, and their folders stay."""
+    cfg = copy.deepcopy(trained('classification')[0])
+    cfg.test_dataloader.update(num_workers=1, persistent_workers=True)
+    with quiet_runner(cfg) as runner:
+        evaluate(runner)
+        assert multiprocessing.active_children()
+        evaluate(runner)  # with the same workers
+    assert not multiprocessing.active_children()
+
+
+def test_an_image_that_cannot_be_read(trained, tmp_path, quiet):
+    cfg = copy.deepcopy(trained('classification')[0])
+    data = tmp_path / 'data'
+    shutil.copytree(cfg.test_dataloader.dataset.data_root, data)
+    for split in ('train', 'val'):
+        for path in (data / split).rglob('*.JPEG'):
+            path.write_bytes(b'no picture')
+    model = build_model(cfg)
+    for part in ('train', 'test'):
+        cfg[f'{part}_dataloader'].dataset.data_root = f'{data}/'
+        cfg[f'{part}_dataloader'].num_workers = 1
+    with pytest.raises(UserError, match='train_dataloader cannot load an im'):
+        calibration_images(cfg, model, 4)
+    with quiet_runner(cfg) as runner:
+        loader = runner.test_loop.dataloader
+        with pytest.raises(UserError, match='test_dataloader .*: Asser.*val_'):
+            evaluate(runner)
+        assert runner.test_loop.dataloader is loader
+    assert not multiprocessing.active_children()
 
 
 def test_merged_files(trained, tmp_path, quiet):
@@ -348,6 +483,28 @@ def test_a_file_that_takes_any_size(tmp_path):
         OnnxNetwork(path)
     onnx.save(network_of(node), path)
     assert OnnxNetwork(path).size == (8, 8)
+
+
+def test_files_that_would_be_too_large(
+    trained, exported, tmp_path, quiet, monkeypatch
+):
+    from helpers import export
+
+    cfg, _ = trained('classification')
+    monkeypatch.setattr('mmdbb.mm.export.formats.LARGEST_ONNX', 1000)
+    monkeypatch.setattr(ptq, 'LARGEST_ONNX', 1000)
+    expect(
+        r'0.00 GB of weights in single precision, and an ONNX file holds',
+        tmp_path,
+        lambda: export(build_model(cfg), str(tmp_path / 'a.onnx')),
+    )
+    expect(
+        r'float.onnx has 0.00 GB; an ONNX file holds 0.00 GB at most',
+        tmp_path,
+        lambda: quantize_checkpoint(
+            Source(cfg, exported[0]), str(tmp_path / 'o.onnx'), FEW
+        ),
+    )
 
 
 @pytest.mark.parametrize('package', ['onnxruntime', 'onnxscript'])

@@ -7,14 +7,17 @@ import pytest
 import torch
 from helpers import EXACT, deploy, distance, export, image, randomize
 from mmengine.config import Config
-from registered import each_block, sums_branches
+from networks import CLASSIFIER
+from registered import each_block, name_of, sums_branches
 from runs import run_config, train
-from tiny_demo import tame
+from tiny_demo import tame, tiny_checkpoint
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmdbb import DBB, RepVGGConv
 from mmdbb.blocks import ConvBN, OREPAConv
+from mmdbb.blocks.offers import AbsorbedNorm
+from mmdbb.compare import network_outputs
 from mmdbb.errors import UserError
 from mmdbb.mm.deploy.load import build_model
 from mmdbb.mm.evaluation.images import Calibration
@@ -30,8 +33,8 @@ from mmdbb.mm.quantization.insert_bn import (
     insert_bn_,
     insert_bn_checkpoint,
 )
-from mmdbb.mm.quantization.network import load_network
-from mmdbb.mm.quantization.qat import QATHook
+from mmdbb.mm.quantization.network import fill_network, load_network
+from mmdbb.mm.quantization.qat import QATHook, prepare_qat_
 from mmdbb.mm.quantization.qdq import write_qdq
 from mmdbb.mm.quantization.ranges import (
     branch_kernels,
@@ -150,6 +153,20 @@ def test_the_seven_bits_of_a_checkpoint(tmp_path):
     assert not quantizer.per_channel and quantizer.quant_max == 63
 
 
+def test_a_network_for_images_of_one_size_only():
+    def build():
+        layers = nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 6 * 9, 2)
+        return nn.Sequential(*layers).eval()
+
+    trained = build()
+    prepare_qat_(trained, (8, 11))
+    loaded = dict(state_dict=trained.state_dict(), meta={})
+    model = fill_network(build(), loaded, 'qat.pth', (8, 11))
+    assert is_quantizing(model[0]) and is_quantizing(model[2])
+    with pytest.raises(UserError, match='^qat.pth: mat1 and mat2 shapes'):
+        fill_network(build(), loaded, 'qat.pth')
+
+
 @pytest.mark.parametrize(
     'arguments', [dict(begin=-1), dict(begin=3, freeze=2)]
 )
@@ -225,25 +242,27 @@ def test_what_is_merged_has_no_place_for_norms(inserted, tmp_path):
 
 
 def test_the_same_kernels_get_norms():
+    model = nn.Sequential(OREPAConv(3, 4, 3), OREPAConv(4, 4, (1, 7)))
     layer = dict(type='DBB', max_kernel_size=8, single_init=True)
     cfg = Config(dict(a=[dict(conv_cfg=layer)], b=dict(conv_cfg=None)))
-    found = conv_bn_config(cfg)
+    found = conv_bn_config(cfg, model)
     assert found.a[0].conv_cfg == dict(
-        type='ConvBN', min_kernel_size=2, max_kernel_size=8
+        type='ConvBN', min_kernel_size=3, max_kernel_size=7
     )
     assert found.b.conv_cfg is None
-    everything = dict(type='OREPA')
-    found = conv_bn_config(Config(dict(conv_cfg=everything)))
-    assert found.conv_cfg.max_kernel_size < math.inf
+    layer = dict(type='OREPA', min_kernel_size=5)
+    found = conv_bn_config(Config(dict(conv_cfg=layer)), model).conv_cfg
+    assert (found.min_kernel_size, found.max_kernel_size) == (5, 7)
     backbone = dict(type='mmpretrain.ResNetDBB', depth=18)
-    assert conv_bn_config(Config(backbone)).block.type == 'ConvBN'
+    assert conv_bn_config(Config(backbone), model).block.type == 'ConvBN'
 
 
 @pytest.mark.parametrize('type_', [OREPAConv, 'mmengine.OREPA', 'OREPA'])
 def test_a_block_is_known_however_a_config_names_it(type_):
-    layer = dict(type=type_, min_kernel_size=3)
-    found = conv_bn_config(Config(dict(conv_cfg=layer))).conv_cfg
-    assert found.type == 'ConvBN' and found.min_kernel_size == 3
+    layer = dict(type=type_, max_kernel_size=3)
+    model = OREPAConv(3, 4, 3)
+    found = conv_bn_config(Config(dict(conv_cfg=layer)), model).conv_cfg
+    assert found.type == 'ConvBN' and found.max_kernel_size == 3
 
 
 @pytest.mark.parametrize('bias', [True, False])
@@ -254,6 +273,76 @@ def test_a_norm_behind_a_kernel_with_or_without_bias(bias):
     randomize(model)
     insert_bn_(network, model, x)
     assert distance(network(x), model(x)) < EXACT
+
+
+REPVGG = dict(
+    type='mmpretrain.ReparamRepVGG',
+    arch=dict(
+        num_blocks=[1, 1, 1, 1],
+        width_factor=[0.125] * 3 + [0.0625],
+        group_layer_map=None,
+        se_cfg=dict(ratio=4, divisor=1),
+    ),
+    out_indices=(3,),
+)
+#: A network whose norms the blocks absorb if they have norms of their own,
+#: one with squeeze-and-excitation behind them, and one with the host's norms.
+NETWORKS = dict(
+    resnet=lambda block: dict(block=block),
+    repvgg=lambda block: dict(REPVGG, block=block, _delete_=True),
+    conv_cfg=lambda block: dict(type='mmpretrain.ResNet', conv_cfg=block),
+)
+
+
+@pytest.mark.parametrize('network', NETWORKS)
+@each_block()
+def test_norms_are_inserted_behind_any_block(kind, network, quiet):
+    cfg = Config.fromstring(CLASSIFIER, '.py')
+    backbone = NETWORKS[network](dict(type=name_of(kind)))
+    cfg.merge_from_dict(dict(model=dict(backbone=backbone)))
+    if network == 'repvgg':
+        cfg.model.head.in_channels = 32
+    model = randomize(build_model(cfg).double())
+    inserted = build_model(conv_bn_config(cfg, model)).double()
+    x = image(3, 3, 64, 48)
+    before = copy.deepcopy(model.state_dict())
+    insert_bn_(inserted, model, x)
+    assert {type(b) for b in find_blocks(inserted).values()} == {ConvBN}
+    for name, expected in network_outputs(model, x).items():
+        found = network_outputs(inserted, x)[name]
+        assert distance(found, expected) < EXACT, name
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    # The norms know the data, so training starts from the same function.
+    for block in find_blocks(inserted).values():
+        block.train()
+    for name, expected in network_outputs(model, x).items():
+        found = network_outputs(inserted, x)[name]
+        assert distance(found, expected) < 1e-8, name
+
+
+def test_the_tool_inserts_norms_behind_orepa(trained, tmp_path, quiet):
+    cfg = copy.deepcopy(trained('classification')[0])
+    cfg.model.backbone.block = dict(type='OREPA')
+    checkpoint = tiny_checkpoint(cfg, tmp_path / 'orepa.pth')
+    out = str(tmp_path / 'bn.pth')
+    result = insert_bn_checkpoint(Source(cfg, checkpoint), out, Calibration(8))
+    assert result.blocks == 9 and result.difference.largest < 5e-5
+
+
+def test_no_entry_is_lost_when_norms_are_inserted():
+    model = nn.Sequential(OREPAConv(3, 4, 3), nn.BatchNorm2d(4))
+    model.append(nn.Conv2d(4, 4, 1)).eval()
+    x = image(2, 3, 8, 9, dtype=torch.float32)
+    block = ConvBN(3, 4, 3)
+    place = AbsorbedNorm(block, model[1])
+    network = nn.Sequential(block, place, nn.Identity())
+    with pytest.raises(ValueError, match='than the trained one: 2.bias, 2.w'):
+        insert_bn_(network.eval(), model, x)
+    network = nn.Sequential(block, place, model[2])
+    network.append(nn.Conv2d(4, 4, 1))
+    with pytest.raises(ValueError, match='than the trained one: 3.bias, 3.w'):
+        insert_bn_(network.eval(), model, x)
 
 
 def test_calibrated_norms_change_nothing():
@@ -268,6 +357,20 @@ def test_calibrated_norms_change_nothing():
     y = model[0](x)
     assert distance(model[1].running_mean, y.mean((0, 2, 3))) < EXACT
     assert distance(model[1].running_var, y.var((0, 2, 3), False)) < EXACT
+
+
+def test_norms_that_cannot_be_calibrated_stay():
+    class WithMean(nn.BatchNorm2d):
+        def forward(self, x):
+            return super().forward(x) + self.running_mean.sum()
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), WithMean(4))
+    model.append(nn.BatchNorm2d(4, track_running_stats=False))
+    model = randomize(model).double().eval()
+    x = image(6, 3, 8, 9)
+    before = model(x)
+    calibrate_norms_(model, x)
+    assert torch.equal(model(x), before)
 
 
 # The report
@@ -309,6 +412,20 @@ def test_noise_exact():
     expected = 10 * math.log10((127**2 + 0.25) / 0.25)
     assert signal_to_noise(kernel) == pytest.approx(expected, rel=1e-3)
     assert signal_to_noise(torch.zeros(2, 3)) == math.inf
+
+
+def test_the_report_leaves_out_kernels_that_are_not_weights(monkeypatch):
+    from mmcv.cnn.bricks import Conv2dAdaptivePadding, ConvWS2d
+
+    said = []
+    where = 'mmdbb.mm.quantization.ranges.print_log'
+    monkeypatch.setattr(where, lambda text, _: said.append(text))
+    model = nn.Sequential(ConvWS2d(3, 4, 3), Conv2dAdaptivePadding(4, 4, 3))
+    assert [found.name for found in kernel_ranges(model)] == ['1']
+    assert said == [
+        'left out of the report, because their forward is their own: '
+        '0 (ConvWS2d)'
+    ]
 
 
 def test_a_norm_behind_counts():

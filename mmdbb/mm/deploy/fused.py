@@ -12,11 +12,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from mmdbb.branches.norm import norm_scale_shift
+from mmdbb.folding import fold_norm_, is_foldable
 from mmdbb.modules import is_known
 from mmdbb.reparam import find_blocks
 from mmdbb.stock_weights import names_in
-from mmdbb.transforms import KernelBias, fuse_conv_bn
 from mmdbb.untouched import Pairs, folded_by_order
 
 
@@ -59,16 +58,10 @@ def fold_norms_(model: nn.Module, pairs: Pairs) -> None:
         if (
             pairs.get(conv_name) != (norm_name,)
             or readers.count(norm_name) > 1
-            or norm.running_mean is None
+            or not is_foldable(norm)
             or not is_known(conv)
         ):
             continue
-        bias = conv.bias
-        if bias is None:
-            bias = conv.weight.new_zeros(conv.out_channels)
-        kernel, bias = fuse_conv_bn(
-            KernelBias(conv.weight, bias), norm_scale_shift(norm)
-        )
-        conv.weight, conv.bias = nn.Parameter(kernel), nn.Parameter(bias)
+        fold_norm_(conv, norm)
         parent, _, name = norm_name.rpartition('.')
         model.get_submodule(parent).add_module(name, nn.Identity())

@@ -202,7 +202,7 @@ def add_image_size_argument(
 def add_image_choice_arguments(
     parser: argparse.ArgumentParser, calib: str
 ) -> None:
-    """Add `--calib`, `--metric` and `--seed`: the images and the figure.
+    """Add `--calib`, `--seed`, `--metric` and what it means.
 
     Args:
         parser: The command's parser.
@@ -219,6 +219,27 @@ def add_image_choice_arguments(
     parser.add_argument(
         '--metric',
         help="name of the evaluator's figure to report; default: its main one",
+    )
+    parser.add_argument(
+        '--unit',
+        choices=['share', 'points'],
+        help='whether the evaluator prints this figure as a share of 1 or in '
+        'points (per cent); needed for figures that mmdbb does not know',
+    )
+    direction = parser.add_mutually_exclusive_group()
+    direction.add_argument(
+        '--lower-is-better',
+        action='store_true',
+        default=None,
+        help='the figure is an error',
+    )
+    direction.add_argument(
+        '--higher-is-better',
+        action='store_false',
+        dest='lower_is_better',
+        default=None,
+        help='the figure is no error; one of the two is needed for figures '
+        'that mmdbb does not know',
     )
     parser.add_argument(
         '--seed',

@@ -41,6 +41,7 @@ from mmdbb.mm.engine.whole_checkpoints import WholeCheckpointHook
 from mmdbb.mm.host_internals import (
     DET_TTA_MODEL,
     LAUNCHED,
+    end_workers,
     forget_filename,
     resume_within,
 )
@@ -140,7 +141,10 @@ def train(config: Config, args: argparse.Namespace) -> None:
         runner.register_hook(StartingCheckpointHook(config), 'LOWEST')
     _explain_resume(runner)
     _say_blocks(runner)
-    runner.train()
+    try:
+        runner.train()
+    finally:
+        end_workers(runner)
 
 
 def _say_blocks(runner: Runner) -> None:
@@ -307,7 +311,10 @@ def test(config: Config, args: argparse.Namespace) -> dict:
     if args.out:
         dump = dict(type=_package(config).dump, out_file_path=args.out)
         runner.test_evaluator.metrics.append(METRICS.build(dump))
-    return runner.test()
+    try:
+        return runner.test()
+    finally:
+        end_workers(runner)
 
 
 def build_runner(config: Config) -> Runner:

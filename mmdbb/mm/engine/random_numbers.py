@@ -15,9 +15,9 @@ import torch
 def random_numbers_kept() -> Iterator[None]:
     """Restore the random state of Python, NumPy and torch on exit."""
     of_python, of_numpy = random.getstate(), np.random.get_state()
+    gpus = range(torch.cuda.device_count() * torch.cuda.is_initialized())
     try:
-        # Networks are built on the CPU, and only there numbers are drawn.
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=list(gpus)):
             yield
     finally:
         random.setstate(of_python)

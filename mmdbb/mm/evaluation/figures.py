@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import tempfile
-from typing import Callable, Iterator, List, NamedTuple, Optional
+from typing import Callable, Iterator, List, Optional
 
 from mmengine.config import Config
 from mmengine.logging import MMLogger
@@ -15,26 +15,12 @@ from torch import Tensor
 
 from mmdbb.errors import UserError
 from mmdbb.mm.engine.launch import build_runner
+from mmdbb.mm.engine.random_numbers import random_numbers_kept
+from mmdbb.mm.evaluation.images import explained_loading
+from mmdbb.mm.evaluation.metric import FIGURES, Figure, Metric
 from mmdbb.mm.evaluation.substitutes import running_instead
-from mmdbb.mm.host_internals import drop_hooks, name_run
-
-#: The main figures of the evaluators for classes, boxes and segments.
-FIGURES = ('accuracy/top1', 'coco/bbox_mAP', 'mIoU')
-#: Evaluators that print figures between 0 and 1; the others print per cent.
-SHARES = ('coco/', 'pascal_voc/', 'cityscapes/', 'lvis/')
-
-
-class Figure(NamedTuple):
-    """One number of an evaluator.
-
-    Attributes:
-        name: The evaluator's name for the number.
-        points: The number in hundredths (per cent), also where the evaluator
-            prints a share of 1.
-    """
-
-    name: str
-    points: float
+from mmdbb.mm.host_internals import drop_hooks, end_workers, name_run
+from mmdbb.modules import in_eval_mode, unwrapped
 
 
 @contextlib.contextmanager
@@ -56,14 +42,17 @@ def quiet_runner(cfg: Config) -> Iterator[Runner]:
     cfg = copy.deepcopy(cfg)
     cfg.update(load_from=None, resume=False, log_level='ERROR')
     name_run(cfg, f'mmdbb_{id(cfg)}')
-    with tempfile.TemporaryDirectory(prefix='mmdbb-') as folder:
-        cfg.work_dir = folder
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(random_numbers_kept())  # the runner sets a seed
+        folder = tempfile.TemporaryDirectory(prefix='mmdbb-')
+        cfg.work_dir = stack.enter_context(folder)
         with contextlib.redirect_stdout(None):  # pycocotools prints
             runner = build_runner(cfg)
             drop_hooks(runner)
             try:
                 yield runner
             finally:
+                end_workers(runner)
                 _close(runner)
 
 
@@ -78,43 +67,47 @@ def _close(runner: Runner) -> None:
 def evaluate(
     runner: Runner,
     network: Optional[Callable[[Tensor], List[Tensor]]] = None,
-    name: Optional[str] = None,
+    metric: Optional[Metric] = None,
 ) -> Figure:
     """Run the test loop of a config, and take one figure from its evaluator.
 
     Args:
-        runner: The config's runner, with the trained network.
+        runner: The config's runner, with the trained network. It stays
+            unchanged.
         network: A substitute that computes the outputs instead of the
             runner's network, see
             :func:`mmdbb.mm.evaluation.substitutes.running_instead`; None to
             evaluate the runner's own.
-        name: The figure to take. By default the first of :data:`FIGURES` that
-            the evaluator gives; if it gives none of them, its first figure.
+        metric: The figure to take. By default, or without a name, the first of
+            :data:`~mmdbb.mm.evaluation.metric.FIGURES` that the evaluator
+            gives; if it gives none of them, its first figure.
 
     Returns:
-        Figure: The figure, in hundredths. If the evaluator gives no figures
-        at all, as COCO's does when nothing was detected, it is 0.
+        Figure: The figure. If the evaluator gives no figures at all, as
+        COCO's does when nothing was detected, it is 0.
 
     Raises:
-        UserError: If the evaluator gives other figures, but not this one.
+        UserError: If the evaluator gives other figures, but not this one, or
+            an image cannot be read.
     """
-    model = runner.model
-    mode = model.training
-    model.eval()
+    model, metric = unwrapped(runner.model), metric or Metric()
     instead = running_instead(model, network) if network else None
-    try:
-        with instead or contextlib.nullcontext():
-            # Not Runner.test(): it would load a checkpoint first.
-            found = dict(runner.test_loop.run())
-    finally:
-        model.train(mode)
+    with contextlib.ExitStack() as stack:
+        # TestLoop.run puts the network into eval mode, and leaves it so.
+        stack.enter_context(in_eval_mode(runner.model))
+        stack.enter_context(random_numbers_kept())  # loaders draw seeds
+        stack.enter_context(instead or contextlib.nullcontext())
+        stack.enter_context(explained_loading(runner.test_loop, 'test'))
+        # Not Runner.test(): it would load a checkpoint first.
+        found = dict(runner.test_loop.run())
+    name = metric.name
     if name is None:
         name = next((n for n in FIGURES if n in found), None)
     if name is None:
-        name = next(iter(found), FIGURES[1])
+        name = next(iter(found), 'coco/bbox_mAP')
     if name not in found and found:
         raise UserError(
             f'the evaluator gives no {name!r}; it gives: {", ".join(found)}'
         )
     value = float(found.get(name, 0.0))
-    return Figure(name, value * (100 if name.startswith(SHARES) else 1))
+    return Figure(metric.of(name, value), value)

@@ -3,16 +3,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from typing import NamedTuple, Optional, Tuple
+from typing import Any, Iterator, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
 from mmengine.config import Config
-from mmengine.runner import Runner, set_random_seed
+from mmengine.runner import BaseLoop, Runner, set_random_seed
 from torch import Tensor, nn
 
-from mmdbb.errors import UserError
+from mmdbb.errors import UserError, interruption
+from mmdbb.mm.engine.random_numbers import random_numbers_kept
+from mmdbb.mm.host_internals import shut_down
 
 SPLITS = ('train', 'val', 'test')
 
@@ -50,9 +53,9 @@ class Calibration(NamedTuple):
             Tensor: The images, shape (N, C, H, W).
 
         Raises:
-            UserError: If there are no images, an image is larger than
-                ``size``, or no range can be learned from them because all are
-                constant.
+            UserError: If there are no images, one cannot be read or is
+                larger than ``size``, or no range can be learned from them
+                because all are constant.
         """
         return calibration_images(
             cfg, model, self.count, self.split, size, self.seed
@@ -98,8 +101,9 @@ def calibration_images(
         Tensor: The images, shape (N, C, H, W).
 
     Raises:
-        UserError: If there are no images, an image is larger than ``size``,
-            or no range can be learned from them because all are constant.
+        UserError: If there are no images, one cannot be read or is larger
+            than ``size``, or no range can be learned from them because all
+            are constant.
     """
     if count < 1:
         raise UserError(
@@ -110,13 +114,14 @@ def calibration_images(
             f'no such dataloader: {split!r}; allowed: {", ".join(SPLITS)}'
         )
     batches, found = [], 0
-    for inputs in _inputs(cfg, model, split, seed):
-        if size is None:
-            size = tuple(inputs.shape[-2:])
-        batches.append(pad_to(inputs, size)[: count - found])
-        found += len(batches[-1])
-        if found >= count:
-            break
+    with random_numbers_kept():
+        for inputs in _inputs(cfg, model, split, seed):
+            if size is None:
+                size = tuple(inputs.shape[-2:])
+            batches.append(pad_to(inputs, size)[: count - found])
+            found += len(batches[-1])
+            if found >= count:
+                break
     if not found:
         raise UserError(
             f'there are no calibration images: {split}_dataloader gives none'
@@ -182,6 +187,67 @@ def _inputs(cfg: Config, model: nn.Module, split: str, seed: int):
         raise UserError(
             f'{split}_dataloader cannot be built: {error}'
         ) from error
-    for data in loader:
+    for data in _explained(iter(loader), split):
         inputs = model.data_preprocessor(data, False)['inputs']
         yield inputs.detach().cpu().float()
+
+
+@contextlib.contextmanager
+def explained_loading(loop: BaseLoop, split: str) -> Iterator[None]:
+    """Within the context, an image that cannot be read is a user's mistake.
+
+    Args:
+        loop: The loop whose images are loaded. Its workers have ended on
+            exit.
+        split: The split that it runs through, for the message.
+    """
+    loader = loop.dataloader
+    loop.dataloader = _ExplainedLoader(loader, split)
+    try:
+        yield
+    finally:
+        loop.dataloader.close()
+        loop.dataloader = loader
+
+
+class _ExplainedLoader:
+    """A dataloader whose errors are those of the user."""
+
+    def __init__(self, loader: Any, split: str) -> None:
+        self._loader, self._split = loader, split
+        self._iterator = None
+
+    def __iter__(self) -> Iterator[Any]:
+        self._iterator = iter(self._loader)
+        return _explained(self._iterator, self._split)
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+    def close(self) -> None:
+        """End the workers, unless they persist for the next time."""
+        if not getattr(self._loader, 'persistent_workers', False):
+            shut_down(self._iterator)
+
+
+def _explained(batches: Iterator[Any], split: str) -> Iterator[Any]:
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except UserError:
+            raise
+        except Exception as error:  # pipelines raise errors of any type
+            if interruption(error) is not None:
+                raise
+            # A worker's error holds its traceback; the reason comes last.
+            reason = (str(error).strip() or type(error).__name__).splitlines()
+            raise UserError(
+                f'{split}_dataloader cannot load an image: {reason[-1]} '
+                '(MMDBB_TRACEBACK=1 shows where)'
+            ) from error
+        yield batch

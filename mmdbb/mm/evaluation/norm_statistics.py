@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdbb.compare import network_outputs
+from mmdbb.modules import is_known
 
 _BATCH = 32
 
@@ -84,6 +85,8 @@ def calibrate_norms_(model: nn.Module, images: Tensor) -> None:
     only to hold a bias; their running statistics have nothing to do with
     their input. In training mode a norm uses the statistics of its input, so
     without this step the first step of training would change all outputs.
+    Norms without running statistics, or with a forward of their own, stay as
+    they are.
 
     Args:
         model: A network, in eval mode. Its norms are changed in place.
@@ -94,6 +97,8 @@ def calibrate_norms_(model: nn.Module, images: Tensor) -> None:
         for name, module in model.named_modules()
         if isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm))
         and module.affine
+        and module.running_mean is not None
+        and is_known(module)
     }
     found = channel_statistics(model, norms, images, of_input=True)
     for name, (mean, var) in found.items():

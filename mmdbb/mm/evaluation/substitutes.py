@@ -8,6 +8,7 @@ pipeline, the decoding of boxes, the resizing of logits, the evaluator.
 from __future__ import annotations
 
 import contextlib
+import copy
 from typing import Callable, Iterator, List, Tuple
 
 import torch
@@ -15,8 +16,34 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from mmdbb.errors import UserError
+from mmdbb.mm.data_flow import channels_of
+from mmdbb.mm.evaluation.images import pad_to
 from mmdbb.mm.export.modules import export_module, is_detector
 from mmdbb.mm.host_internals import replaced
+
+
+class TorchNetwork:
+    """A network in PyTorch that takes images of one size, as a file does.
+
+    Args:
+        model: A classifier, segmentor or detector with a dense head. It is
+            copied, so that the copy may stand in for the model itself.
+        size: Height and width in pixels of the images that it takes.
+
+    Attributes:
+        size: Height and width in pixels.
+    """
+
+    def __init__(self, model: nn.Module, size: Tuple[int, int]) -> None:
+        self.size = size
+        network = copy.deepcopy(model)
+        self._run = export_module(network, head=is_detector(network)).eval()
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> List[Tensor]:
+        """Run on normalised images (N, C, H, W), padded to ``size``."""
+        device = next(self._run.parameters()).device
+        return list(self._run(pad_to(images, self.size).to(device)))
 
 
 @contextlib.contextmanager
@@ -104,10 +131,7 @@ def _structures(model: nn.Module, head: nn.Module, size: Tuple[int, int]):
         return found[-1]
 
     parameter = next(model.parameters())
-    channels = next(
-        m.in_channels for m in model.modules() if hasattr(m, 'in_channels')
-    )
-    images = parameter.new_zeros(1, channels, *size)
+    images = parameter.new_zeros(1, channels_of(model), *size)
     features = list(model.extract_feat(images))
     with replaced(head, 'forward', watch):
         if is_detector(model):

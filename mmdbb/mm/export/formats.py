@@ -28,6 +28,10 @@ _BY_TORCH_EXPORT = tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 5)
 ONNX_OPSET = 18 if _BY_TORCH_EXPORT else 17
 
 
+#: Most bytes of an ONNX file: protobuf's limit, without a second file.
+LARGEST_ONNX = 2**31 - 1
+
+
 class Format(NamedTuple):
     """A kind of file for a runtime.
 
@@ -82,6 +86,14 @@ def silence() -> Iterator[None]:
 def _write_onnx(module, example, names, metadata, path) -> None:
     import onnx
 
+    tensors = (*module.parameters(), *module.buffers())
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    if size > LARGEST_ONNX:
+        raise UserError(
+            f'the network has {size / 1e9:.2f} GB of weights in single '
+            f'precision, and an ONNX file holds {LARGEST_ONNX / 1e9:.2f} GB '
+            'at most; the other formats have no such limit'
+        )
     if _BY_TORCH_EXPORT:
         how = dict(
             dynamo=True,

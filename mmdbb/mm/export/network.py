@@ -20,12 +20,12 @@ from typing import (
 )
 
 import torch
-from mmcv.cnn import fuse_conv_bn
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from mmdbb.compare import Difference, relative_error
 from mmdbb.errors import UserError
+from mmdbb.mm.export.folding import fold_norms_
 from mmdbb.mm.export.formats import INPUT, file_format, silence
 from mmdbb.mm.export.modules import (
     Detector,
@@ -168,8 +168,10 @@ def write_network(
     reference = model if reference is None else reference
     with in_eval_mode(model, reference):
         expected = _outputs(reference, head, batches)
-        module, blocks = exportable(model, head, options.fold_norms)
+        module, blocks = exportable(model, head)
         example = batches[0].new_zeros(_BATCH, *batches[0].shape[1:])
+        if options.fold_norms:
+            fold_norms_(module, example)
         module.drop_unused(example)
         names = list(expected[0])
         metadata = dict(
@@ -188,6 +190,8 @@ def write_network(
         try:
             with silence():
                 kind.write(module, example, names, metadata, path)
+        except UserError:
+            raise
         except Exception as error:  # exporters raise all kinds of errors
             raise UserError(
                 f'{type(model).__name__} cannot be exported as {format}: '
@@ -210,14 +214,13 @@ def write_network(
 
 
 def exportable(
-    model: nn.Module, head: bool = False, fold_norms: bool = True
+    model: nn.Module, head: bool = False
 ) -> Tuple[ExportModule, int]:
     """A merged copy of a network, in float32 on the CPU, as one function.
 
     Args:
         model: A network, with blocks or without. Unchanged.
         head: Whether to export a detector's dense head too.
-        fold_norms: Whether to fold norms into the convolutions before them.
 
     Returns:
         tuple: The module, in eval mode, and the number of merged blocks.
@@ -233,8 +236,6 @@ def exportable(
         network = copy.deepcopy(model)
     for module in network.modules():
         module.training = False
-    if fold_norms:
-        network = fuse_conv_bn(network)
     return export_module(network.float().cpu(), head).eval(), blocks
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Callable, List, NamedTuple, Optional, Tuple
 
 import torch
@@ -15,12 +16,13 @@ from mmdbb.errors import UserError
 from mmdbb.mm.deploy.merge import merge_checkpoint
 from mmdbb.mm.engine.launch import build_runner
 from mmdbb.mm.engine.measure import print_table
-from mmdbb.mm.evaluation.figures import Figure, evaluate, quiet_runner
+from mmdbb.mm.evaluation.figures import evaluate, quiet_runner
 from mmdbb.mm.evaluation.images import Calibration, first_size
+from mmdbb.mm.evaluation.metric import Figure, Metric
 from mmdbb.mm.evaluation.norm_statistics import calibrate_norms_
 from mmdbb.mm.export.modules import is_detector
 from mmdbb.mm.export.network import ExportOptions, write_network
-from mmdbb.mm.host_internals import replaced
+from mmdbb.mm.host_internals import end_workers, replaced
 from mmdbb.mm.outputs import Proof, Source, output_paths, writing
 from mmdbb.mm.pruning.structure import (
     Cost,
@@ -74,7 +76,8 @@ class PruneOptions(NamedTuple):
         norm: Norm that measures a filter's length: 1 for L1, 2 for L2.
         round_to: If given, the numbers of channels left are multiples of it.
         length: Epochs of fine-tuning, or iterations if the config's training
-            counts those; 0 for none.
+            counts those; 0 for none. Less than 1 is a share of the config's
+            own schedule, and at least one epoch or iteration.
         lr_scale: Start of the learning rate in fine-tuning, as a share of the
             config's; it falls to zero along a cosine.
         calibration: Images that the running statistics of the merged
@@ -85,7 +88,7 @@ class PruneOptions(NamedTuple):
     each_layer: bool = False
     norm: int = 2
     round_to: Optional[int] = None
-    length: int = 0
+    length: float = 0
     lr_scale: float = 0.1
     calibration: Calibration = Calibration()
 
@@ -96,7 +99,7 @@ def prune_checkpoint(
     options: Optional[PruneOptions] = None,
     onnx: Optional[str] = None,
     image_size: Optional[Tuple[int, int]] = None,
-    metric: Optional[str] = None,
+    metric: Optional[Metric] = None,
     overwrite: bool = False,
 ) -> Pruned:
     """Merge a trained network, prune its filters, fine-tune and export it.
@@ -113,8 +116,7 @@ def prune_checkpoint(
         image_size: Height and width in pixels of the image on which
             operations are counted, and which the ONNX file takes; by default
             those of the first image of the test set.
-        metric: Name of the evaluator's figure to report; by default its main
-            one.
+        metric: The evaluator's figure to report; by default its main one.
         overwrite: Whether existing outputs may be replaced.
 
     Returns:
@@ -126,6 +128,8 @@ def prune_checkpoint(
     """
     options = options or PruneOptions()
     _check(options, onnx)
+    metric = metric or Metric()
+    metric.check()
     checkpoint, config = output_paths(out)
     outputs = (checkpoint, config, *([onnx] if onnx else []))
     with writing(source, *outputs, overwrite=overwrite) as drafts:
@@ -138,6 +142,7 @@ def prune_checkpoint(
         # replaces the network that it built by ``model``.
         with quiet_runner(contents.cfg) as runner:
             stages.append(_stage('merged', runner, model, size, metric))
+            metric = stages[0].figure.metric
             prune_(
                 model,
                 options.ratio,
@@ -194,8 +199,12 @@ def _check(options: PruneOptions, onnx: Optional[str]) -> None:
         raise UserError(
             f'the ratio must lie between 0 and 1, got {options.ratio:g}'
         )
-    if options.length < 0:
-        raise UserError(f'the length must be at least 0, got {options.length}')
+    length = options.length
+    if not (0 <= length < 1 or (1 <= length < math.inf and length % 1 == 0)):
+        raise UserError(
+            'the length must be a whole number of epochs or iterations, or a '
+            f'share of the schedule below 1, got {length:g}'
+        )
     if not options.lr_scale > 0:
         raise UserError(
             'the learning rate must be scaled by more than 0, got '
@@ -209,7 +218,7 @@ def train_on_(
     model: nn.Module,
     stock_cfg: Config,
     cfg: Config,
-    length: int,
+    length: float,
     lr_scale: float,
 ) -> None:
     """Fine-tune ``model`` with the config's data, loss and optimizer.
@@ -222,7 +231,8 @@ def train_on_(
         stock_cfg: Config of the stock network, with data, training loop and
             optimizer. Its schedule is replaced by one cosine to zero.
         cfg: Config of the first training; its ``work_dir`` takes the logs.
-        length: Epochs to train, or iterations if the config counts those.
+        length: Epochs to train, or iterations if the config counts those;
+            less than 1 is a share of the config's schedule.
         lr_scale: Start of the learning rate, as a share of the config's.
 
     Raises:
@@ -238,8 +248,10 @@ def train_on_(
             'pruned network cannot be fine-tuned'
         )
     by_epoch = 'max_iters' not in loop
-    loop['max_epochs' if by_epoch else 'max_iters'] = length
-    loop['val_interval'] = length
+    end = 'max_epochs' if by_epoch else 'max_iters'
+    if length < 1:
+        length = max(round(length * loop[end]), 1)
+    loop[end] = loop['val_interval'] = length = int(length)
     cosine = dict(type='CosineAnnealingLR', T_max=length, by_epoch=by_epoch)
     if by_epoch:
         cosine['convert_to_iter_based'] = True
@@ -252,8 +264,11 @@ def train_on_(
     runner = build_runner(stock_cfg)
     _give(runner, model)
     # The runner would overwrite the pruned weights by random ones.
-    with replaced(model, 'init_weights', _nothing):
-        runner.train()
+    try:
+        with replaced(model, 'init_weights', _nothing):
+            runner.train()
+    finally:
+        end_workers(runner)
 
 
 def _nothing() -> None:
@@ -271,10 +286,10 @@ def _stage(
     runner: Runner,
     model: nn.Module,
     size: Tuple[int, int],
-    metric: Optional[str],
+    metric: Metric,
 ) -> PruningStage:
     _give(runner, model)
-    figure = evaluate(runner, name=metric)
+    figure = evaluate(runner, metric=metric)
     with torch.no_grad():
         return PruningStage(name, figure, cost_of(model.eval(), size))
 
@@ -294,7 +309,7 @@ def print_pruned(result: Pruned) -> None:
     stages = result.stages
     rows: List[Tuple[str, Callable[[PruningStage], str]]] = [
         (
-            f'{stages[0].figure.name} (points)',
+            stages[0].figure.title,
             lambda stage: f'{stage.figure.points:.2f}',
         ),
         ('parameters', lambda stage: f'{stage.cost.parameters:,}'),

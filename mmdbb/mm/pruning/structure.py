@@ -8,20 +8,24 @@ So the tools write the stock network's config and the pruned weights, and
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from typing import Dict, List, NamedTuple, Optional, Tuple
+from typing import Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 import torch
-from torch import nn
+from mmengine.logging import print_log
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmdbb.errors import UserError, require_packages
+from mmdbb.mm.data_flow import channels_of
 from mmdbb.mm.export.modules import (
     FEATURE_READERS,
     export_module,
     is_detector,
 )
 from mmdbb.modules import count_parameters, in_eval_mode
+from mmdbb.own_forward import is_plain, own_forwards
 from mmdbb.reparam import find_blocks
 from mmdbb.running import DENSE_HEADS
 
@@ -49,11 +53,14 @@ def prune_(
     """Remove the shortest filters, and the channels that later layers read.
 
     Layers whose outputs are added must keep the same channels, so they lose
-    the same filters. Heads keep their output channels.
+    the same filters. Heads keep their output channels. Layers that convolve
+    with another kernel than their weight, such as ``ConvWS2d``, stay as they
+    are, and so do the filters that they read; the log names them.
 
     Args:
         model: A merged network: classifier, segmentor, detector, or any
-            module that maps images to tensors. Changed in place.
+            module that maps images to tensors. Changed in place, but for its
+            modes and for which parameters require gradients.
         ratio: Share of the filters to remove, between 0 and 1.
         image_size: Height and width in pixels of an image that the network
             takes; it runs on one to find out which layers depend on which.
@@ -83,16 +90,15 @@ def prune_(
             'from merged kernels only, not from branches'
         )
     module = _as_function(model)
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)  # the pruner follows gradients
     before = _filters(model)
     images = next(model.parameters()).new_zeros(
-        2, _channels(model), *image_size
+        2, channels_of(model), *image_size
     )
     try:
-        with in_eval_mode(model):
+        with in_eval_mode(model), _with_gradients(model):
             with warnings.catch_warnings():
                 warnings.simplefilter('ignore')
+                whole = _heads(model) + _unprunable(module, images)
                 pruner = pruning.pruner.MagnitudePruner(
                     module,
                     images,
@@ -104,7 +110,7 @@ def prune_(
                     # Comparing filters across layers could remove all
                     # filters of one layer, and so cut the network in two.
                     max_pruning_ratio=max(ratio, 0.9),
-                    ignored_layers=_heads(model),
+                    ignored_layers=whole,
                     round_to=round_to,
                 )
                 pruner.step()
@@ -125,10 +131,68 @@ def prune_(
     }
     if not changed:
         raise UserError(
-            f'no filter was removed by ratio {ratio:g}: it is too small for '
-            'the layers, or all of them belong to heads'
+            f'no filter was removed by ratio {ratio:g}: '
+            f'{_why_none(before, ratio, round_to)}'
         )
     return changed
+
+
+@contextlib.contextmanager
+def _with_gradients(model: nn.Module) -> Iterator[None]:
+    """Within the context all parameters require gradients.
+
+    The pruner follows gradients. Pruned parameters are new ones, so what they
+    required is remembered by name.
+    """
+    required = {n: p.requires_grad for n, p in model.named_parameters()}
+    model.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(required[name])
+
+
+def _unprunable(module: nn.Module, images: Tensor) -> List[nn.Module]:
+    """Layers with a forward of their own, and layers whose filters they read.
+
+    A filter of them is not their weight's, and removing a channel that they
+    read may change all of their filters.
+    """
+    own = {
+        name: layer
+        for name, layer in module.named_modules()
+        if isinstance(layer, (nn.Conv2d, nn.Linear)) and not is_plain(layer)
+    }
+    if not own:
+        return []
+    print_log(f'not pruned, {own_forwards(own)}', 'current')
+    graph = require_torch_pruning().DependencyGraph()
+    graph.build_dependency(module, example_inputs=images)
+    left = set(own.values())
+    for group in graph.get_all_groups():
+        touched = {item.dep.target.module for item in group}
+        if touched & set(own.values()):
+            left.add(group[0].dep.target.module)
+    return list(left)
+
+
+def _why_none(
+    filters: Dict[str, int], ratio: float, round_to: Optional[int]
+) -> str:
+    """Why pruning removed nothing, as far as one can tell.
+
+    Args:
+        filters: Names of the layers -> numbers of their filters.
+        ratio: Share of the filters that was to be removed.
+        round_to: Number that the channels left are multiples of, or None.
+    """
+    widest = max(filters.values(), default=0)
+    if round_to and widest * ratio < round_to:
+        return f'it is too small to leave multiples of {round_to}'
+    if widest * (1 - ratio) < (round_to or 1):
+        return 'it is too large for the layers, which would have no filter'
+    return 'all layers belong to heads, or feed layers that cannot be pruned'
 
 
 class Cost(NamedTuple):
@@ -153,7 +217,7 @@ def cost_of(model: nn.Module, image_size: Tuple[int, int]) -> Cost:
         image_size: Height and width of the image in pixels.
     """
     images = next(model.parameters()).new_zeros(
-        1, _channels(model), *image_size
+        1, channels_of(model), *image_size
     )
     with FlopCounterMode(display=False) as counter:
         _as_function(model)(images)
@@ -162,13 +226,6 @@ def cost_of(model: nn.Module, image_size: Tuple[int, int]) -> Cost:
 
 def _as_function(model: nn.Module) -> nn.Module:
     return export_module(model, head=is_detector(model))
-
-
-def _channels(model: nn.Module) -> int:
-    """Number of channels of the network's images."""
-    return next(
-        m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)
-    )
 
 
 def _filters(model: nn.Module) -> Dict[str, int]:

@@ -5,29 +5,28 @@ A layer stays the same object, with its name and its parameters. It gets
 quantizers as submodules, and its class becomes a subclass whose forward pass
 runs through them. A block quantizes its *equivalent* kernel, not the kernels
 of its branches, because the INT8 network has the merged kernel only.
-Quantizers and observers are torch's own
-(Jacob et al., "Quantization and Training of Neural Networks for Efficient
-Integer-Arithmetic-Only Inference", CVPR 2018, sec. 3,
-https://arxiv.org/abs/1712.05877).
+A layer with a forward of its own runs that forward, and the convolution in it
+computes with rounded numbers. Layers whose convolution is not that of their
+``weight`` stay in float, see :func:`mmdbb.own_forward.is_plain`.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Dict, Optional, Tuple, Type
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.ao.quantization import (
-    FakeQuantize,
-    MinMaxObserver,
-    MovingAverageMinMaxObserver,
-    PerChannelMinMaxObserver,
-)
+from torch.ao.quantization import FakeQuantize
 
 from mmdbb.blocks.base import ReparamConv2d
 from mmdbb.branches.norm import norm_scale_shift
 from mmdbb.geometry import convolve
+from mmdbb.mm.quantization.quantizers import (
+    ActivationQuantizer,
+    WeightQuantizer,
+)
+from mmdbb.own_forward import Product, WatchedProducts, is_plain
 
 #: Names of a layer's quantizers. An entry of the weight's quantizer in a state
 #: dict marks a checkpoint of quantization-aware training.
@@ -37,113 +36,23 @@ INPUT, WEIGHT, OUTPUT = (
     'output_quantizer',
 )
 
-#: Largest integer of a weight: with eight bits, and with seven.
-LIMIT, REDUCED_LIMIT = 127, 63
-
-
-class WeightQuantizer(FakeQuantize):
-    """Round a kernel to int8, -127..127, with the range that it has now.
-
-    The integers are symmetric about zero. A norm folded into the kernel later
-    scales channels and may flip their signs; so it changes the signs of
-    integers at most.
-
-    Args:
-        per_channel: Whether each output channel has a scale of its own.
-        reduce_range: Whether to use seven bits, -63..63, because the
-            eight-bit products of some processors saturate (x86 without VNNI).
-
-    Shape:
-        - Input and output: (out, in / groups, kH, kW) or (out, in)
-    """
-
-    def __init__(
-        self, per_channel: bool = True, reduce_range: bool = False
-    ) -> None:
-        limit = REDUCED_LIMIT if reduce_range else LIMIT
-        arguments = dict(quant_min=-limit, quant_max=limit, dtype=torch.qint8)
-        if per_channel:
-            super().__init__(
-                PerChannelMinMaxObserver,
-                qscheme=torch.per_channel_symmetric,
-                ch_axis=0,
-                **arguments,
-            )
-        else:
-            super().__init__(
-                MinMaxObserver,
-                qscheme=torch.per_tensor_symmetric,
-                **arguments,
-            )
-        self.per_channel = per_channel
-        # A buffer, so that the checkpoint says which range was trained.
-        self.register_buffer('limit', torch.tensor(limit))
-
-    def forward(self, kernel: Tensor) -> Tensor:
-        """Measure the kernel's range, and round the kernel with it."""
-        self.activation_post_process.reset_min_max_vals()
-        return super().forward(kernel)
-
-
-class ActivationQuantizer(FakeQuantize):
-    """Round activations to uint8, with one scale and one zero point.
-
-    Both come from a moving average of the batches' ranges.
-
-    Args:
-        averaging_constant: Weight of each new batch in the moving average.
-        relu: Whether a ReLU follows. The range then starts at zero, so
-            rounding cuts negative values off, as the ReLU does.
-
-    Shape:
-        - Input and output: any
-    """
-
-    def __init__(
-        self, averaging_constant: float = 0.01, relu: bool = False
-    ) -> None:
-        super().__init__(
-            MovingAverageMinMaxObserver,
-            quant_min=0,
-            quant_max=255,
-            dtype=torch.quint8,
-            qscheme=torch.per_tensor_affine,
-            averaging_constant=averaging_constant,
-        )
-        self.relu = relu
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Update the range while observing, and round if turned on."""
-        if self.observing:
-            seen = x.detach()
-            self.activation_post_process(seen.relu() if self.relu else seen)
-            scale, zero_point = self.calculate_qparams()
-            self.scale.copy_(scale)
-            self.zero_point.copy_(zero_point)
-        if not self.fake_quant_enabled[0]:
-            return x
-        return torch.fake_quantize_per_tensor_affine(
-            x, self.scale, self.zero_point, self.quant_min, self.quant_max
-        )
-
-    @property
-    def observing(self) -> bool:
-        """Whether ranges are updated: in training, until they are frozen."""
-        return self.training and bool(self.observer_enabled[0])
-
 
 class _Quantized:
     """Mixin for a layer with quantizers; it precedes the layer's own class."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Run on rounded input and weight; if turned off, run as before."""
-        weight_quantizer = self._modules.get(WEIGHT)
-        if weight_quantizer is None or not is_quantizing(self):
+        if not is_quantizing(self):
             return super().forward(x)
-        return self._quantized(self._modules[INPUT](x), weight_quantizer)
+        return self._quantized(x)
 
-    def _quantized(self, x: Tensor, quantize: nn.Module) -> Tensor:
+    def _quantized(self, x: Tensor) -> Tensor:
         raise NotImplementedError
+
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        # The class was made at run time, so a pickle cannot name it.
+        _, (cls, *_), *rest = super().__reduce_ex__(protocol)
+        return _remade, (_own_class(cls),), *rest
 
 
 class QuantizedBlock(_Quantized):
@@ -153,36 +62,38 @@ class QuantizedBlock(_Quantized):
     With batch statistics, every batch would have another kernel.
     """
 
-    def _quantized(self, x: Tensor, quantize: nn.Module) -> Tensor:
+    def _quantized(self, x: Tensor) -> Tensor:
+        x = self._modules[INPUT](x)
         kernel, bias = self.get_equivalent_kernel_bias()
-        kernel = _folded(self, kernel, quantize)
+        kernel = _folded(self, kernel)
         return convolve(x, kernel.to(x.dtype), bias.to(x.dtype), self.spec)
 
 
-class QuantizedConv2d(_Quantized):
-    """Mixin for ``nn.Conv2d``."""
+class QuantizedPlain(_Quantized):
+    """Mixin for ``nn.Conv2d``, ``nn.Linear`` and their subclasses.
 
-    def _quantized(self, x: Tensor, quantize: nn.Module) -> Tensor:
-        kernel = _folded(self, self.weight, quantize)
-        return self._conv_forward(x, kernel, self.bias)
+    The layer's own forward runs; the convolution or the matrix product in it
+    gets a rounded input and the rounded weight.
+    """
+
+    def _quantized(self, x: Tensor) -> Tensor:
+        with WatchedProducts(self._rounded):
+            return super(_Quantized, self).forward(x)
+
+    def _rounded(self, product: Product) -> Tuple[Tensor, Tensor]:
+        if product.weight is not self.weight:
+            return product.x, product.weight
+        x = self._modules[INPUT](product.x)
+        return x, _folded(self, product.weight)
 
 
-class QuantizedLinear(_Quantized):
-    """Mixin for ``nn.Linear``."""
-
-    def _quantized(self, x: Tensor, quantize: nn.Module) -> Tensor:
-        return F.linear(x, quantize(self.weight), self.bias)
-
-
-def _folded(
-    layer: nn.Module, kernel: Tensor, quantize: WeightQuantizer
-) -> Tensor:
+def _folded(layer: nn.Module, kernel: Tensor) -> Tensor:
     """Quantize a kernel as if the norm behind it were folded in already.
 
     The INT8 file has the folded kernel. If each channel has its own scale,
     folding changes that scale and leaves the integers, so nothing is to do.
     """
-    (norm,) = layer.folded_norm
+    quantize, (norm,) = layer._modules[WEIGHT], layer.folded_norm
     if quantize.per_channel or norm is None:
         return quantize(kernel)
     scale = norm_scale_shift(norm).scale.reshape(-1, 1, 1, 1)
@@ -192,12 +103,25 @@ def _folded(
     return quantize(kernel * scale) / scale
 
 
-_KINDS = (
-    (ReparamConv2d, QuantizedBlock),
-    (nn.Conv2d, QuantizedConv2d),
-    (nn.Linear, QuantizedLinear),
-)
-_CLASSES: Dict[Type[nn.Module], type] = {}
+_KINDS = (ReparamConv2d, nn.Conv2d, nn.Linear)
+
+
+@functools.cache
+def _quantized_class(cls: Type[nn.Module]) -> Type[nn.Module]:
+    """The subclass of a layer's class that has quantizers."""
+    is_block = issubclass(cls, ReparamConv2d)
+    mixin = QuantizedBlock if is_block else QuantizedPlain
+    return type(f'Quantized{cls.__name__}', (mixin, cls), {})
+
+
+def _own_class(cls: Type[nn.Module]) -> Type[nn.Module]:
+    """Undo :func:`_quantized_class`."""
+    return cls.__bases__[1]
+
+
+def _remade(cls: Type[nn.Module]) -> nn.Module:
+    """Make an empty layer with quantizers, for a pickle or a copy to fill."""
+    return object.__new__(_quantized_class(cls))
 
 
 def quantizable_layers(model: nn.Module) -> Dict[str, nn.Module]:
@@ -210,13 +134,45 @@ def quantizable_layers(model: nn.Module) -> Dict[str, nn.Module]:
         dict: Blocks, convolutions and linear layers by name. Layers inside
         blocks are left out: the block as a whole becomes one convolution.
     """
+    return {
+        name: layer
+        for name, layer in _layers(model).items()
+        if _has_place(layer)
+    }
+
+
+def own_layers(model: nn.Module) -> Dict[str, nn.Module]:
+    """Find the convolutions and linear layers that cannot be quantized.
+
+    Their forward is their own: the kernel that they convolve with is not
+    their weight, or they change the result, see
+    :func:`mmdbb.own_forward.is_plain`.
+
+    Args:
+        model: Any model.
+
+    Returns:
+        dict: The layers by name. They stay in float.
+    """
+    return {
+        name: layer
+        for name, layer in _layers(model).items()
+        if not _has_place(layer)
+    }
+
+
+def _has_place(layer: nn.Module) -> bool:
+    return isinstance(layer, _Quantized) or is_plain(layer)
+
+
+def _layers(model: nn.Module) -> Dict[str, nn.Module]:
     layers, inside = {}, set()
     for name, module in model.named_modules():
         if module in inside:
             continue
         if isinstance(module, ReparamConv2d):
             inside.update(module.modules())
-        if isinstance(module, tuple(base for base, _ in _KINDS)):
+        if isinstance(module, _KINDS):
             layers[name] = module
     return layers
 
@@ -244,18 +200,21 @@ def add_quantizers_(
     """
     if isinstance(layer, _Quantized):
         return
-    # Subclass the layer's own class, whose forward may differ from the base's.
-    cls = type(layer)
-    if cls not in _CLASSES:
-        mixin = next(m for base, m in _KINDS if issubclass(cls, base))
-        _CLASSES[cls] = type(f'Quantized{cls.__name__}', (mixin, cls), {})
     device = next(layer.parameters()).device
     layer.add_module(INPUT, ActivationQuantizer(averaging_constant).to(device))
     weight_quantizer = WeightQuantizer(per_channel, reduce_range)
+    # Averaged copies (EMAHook) and checkpoints need buffers of final shapes.
+    weight_quantizer(torch.zeros(_outputs(layer), 1))
     layer.add_module(WEIGHT, weight_quantizer.to(device))
     layer.folded_norm = (norm,)  # a tuple is no submodule
-    layer.__class__ = _CLASSES[cls]
+    layer.__class__ = _quantized_class(type(layer))
     set_quantizing_(layer, False)
+
+
+def _outputs(layer: nn.Module) -> int:
+    """Number of a layer's output channels."""
+    is_linear = isinstance(layer, nn.Linear)
+    return layer.out_features if is_linear else layer.out_channels
 
 
 def add_output_quantizer_(
@@ -326,7 +285,7 @@ def remove_quantizers_(model: nn.Module) -> None:
     """
     for module in model.modules():
         if isinstance(module, _Quantized):
-            module.__class__ = type(module).__bases__[1]
+            module.__class__ = _own_class(type(module))
             for name in ('output_holder', 'folded_norm'):
                 module.__dict__.pop(name, None)
         for name in (INPUT, WEIGHT, OUTPUT):

@@ -13,10 +13,11 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
 
+from mmdbb.folding import is_foldable
+from mmdbb.mm.data_flow import channels_of
 from mmdbb.mm.export.modules import export_module, is_detector
 from mmdbb.mm.quantization.fake import quantizable_layers
 from mmdbb.modules import in_eval_mode
@@ -71,10 +72,15 @@ def layers_to_quantize(
         return {}
     names = {module: name for name, module in model.named_modules()}
     network = export_module(model, head=is_detector(model))
-    channels = getattr(next(iter(layers.values())), 'in_channels', 3)
-    images = next(model.parameters()).new_zeros(1, channels, *image_size)
-    norms = sole_readers(network, images)
-    watch = _Watch(layers)
+    parameter = next(model.parameters())
+    images = parameter.new_zeros(1, channels_of(model), *image_size)
+    # Only plain batch norms fold into the layer.
+    norms = {
+        layer: norm
+        for layer, norm in sole_readers(network, images).items()
+        if is_foldable(norm)
+    }
+    watch = _Watch(layers, norms)
     try:
         with in_eval_mode(model), watch:
             network(images)
@@ -86,8 +92,6 @@ def layers_to_quantize(
             continue
         reads = watch.reads.get(layer, [])
         norm = norms.get(layer)
-        if not isinstance(norm, _BatchNorm):
-            norm = None  # only batch norms fold into the layer
         found[name] = Written(
             None if norm is None else names[norm],
             any(other for other, _ in reads),
@@ -105,14 +109,23 @@ class _Origin(NamedTuple):
 class _Watch(TorchFunctionMode):
     """Notes who reads the output of each layer.
 
+    Args:
+        layers: The layers by name.
+        norms: Those with a norm that folds into them -> that norm.
+
     Attributes:
         reads: Layer -> its readers. Of each reader: whether it is anything
             but a layer, and whether it reads through a ReLU.
         reached: The layers that ran.
     """
 
-    def __init__(self, layers: Dict[str, nn.Module]) -> None:
+    def __init__(
+        self,
+        layers: Dict[str, nn.Module],
+        norms: Dict[nn.Module, nn.Module],
+    ) -> None:
         super().__init__()
+        self._norms = norms
         self.reads: Dict[nn.Module, List[Tuple[bool, bool]]] = {}
         self.reached = set()
         self._origins: Dict[int, _Origin] = {}
@@ -163,7 +176,10 @@ class _Watch(TorchFunctionMode):
             return output
         if not isinstance(output, (Tensor, tuple, list)):
             return output  # a shape, a device
-        if name in _PASS and isinstance(output, Tensor):
+        passes = name in _PASS and (
+            name != 'batch_norm' or origins[0].layer in self._norms
+        )
+        if passes and isinstance(output, Tensor):
             relu = origins[0].relu or name in _RELUS
             self._origins[id(output)] = _Origin(output, origins[0].layer, relu)
         elif any(isinstance(v, Tensor) for v in tree_flatten(output)[0]):

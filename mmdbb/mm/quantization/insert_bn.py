@@ -13,16 +13,21 @@ quantization-aware training) fold this norm like any other.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional, Type
+import copy
+from typing import Dict, Iterable, NamedTuple, Optional, Sequence, Set, Type
 
 import torch
 from mmengine.config import Config
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmdbb.blocks.base import ReparamConv2d
 from mmdbb.branches.base import zero_bias
+from mmdbb.branches.norm import norm_scale_shift
 from mmdbb.compare import Difference, compare_networks
 from mmdbb.errors import UserError
+from mmdbb.files.sources import some
+from mmdbb.found_norms import absorbed_norms
 from mmdbb.mm.config_types import class_of, rewrite
 from mmdbb.mm.deploy.load import build_model
 from mmdbb.mm.evaluation.images import Calibration
@@ -32,10 +37,9 @@ from mmdbb.mm.quantization.network import fill_network
 from mmdbb.mm.stock.config import named_block, without_own_starts
 from mmdbb.mm.structure import Structure
 from mmdbb.reparam import find_blocks
+from mmdbb.transforms import KernelBias, fuse_conv_bn
 
 _TOLERANCE = 1e-4
-#: For "no limit": larger than any kernel. A config cannot hold infinity.
-_LARGEST_KERNEL = 1000
 
 
 class Inserted(NamedTuple):
@@ -89,7 +93,7 @@ def insert_bn_checkpoint(
                 f'{source.checkpoint} is merged already: the network of its '
                 'config has no block to put a norm behind'
             )
-        new_cfg = conv_bn_config(cfg)
+        new_cfg = conv_bn_config(cfg, model)
         network = build_model(new_cfg)
         images = calibration.images(cfg, model)
         try:
@@ -128,45 +132,65 @@ def insert_bn_checkpoint(
     )
 
 
-def conv_bn_config(cfg: Config) -> Config:
+def conv_bn_config(cfg: Config, model: nn.Module) -> Config:
     """Replace all blocks in a config by :class:`mmdbb.blocks.ConvBN`.
 
     Args:
         cfg: Config of a network with blocks.
+        model: That network. It tells which kernels became blocks, where the
+            config leaves that to a backbone.
 
     Returns:
         Config: A copy. The entries that say what blocks start from are
         removed, because all weights come from the checkpoint.
     """
+    sizes = [max(b.kernel_size) for b in find_blocks(model).values()]
+
+    def with_conv_bn(node: dict, scope: Optional[str]) -> dict:
+        kind = class_of(node.get('type'), scope)
+        default = getattr(kind, 'default_block', None)
+        if default is not None and node.get('block') is None:
+            node['block'] = dict(default)
+        for key in ('conv_cfg', 'block'):
+            block = named_block(node.get(key), scope)
+            if block is not None:
+                node[key] = _conv_bn(node[key], block, sizes)
+        return node
+
     fields = without_own_starts(cfg.to_dict())
-    return Config(rewrite(fields, _with_conv_bn, fields.get('default_scope')))
+    return Config(rewrite(fields, with_conv_bn, fields.get('default_scope')))
 
 
-def _with_conv_bn(node: dict, scope: Optional[str]) -> dict:
-    default = getattr(class_of(node.get('type'), scope), 'default_block', None)
-    if default is not None and node.get('block') is None:
-        node['block'] = dict(default)
-    for key in ('conv_cfg', 'block'):
-        block = named_block(node.get(key), scope)
-        if block is not None:
-            node[key] = _conv_bn(node[key], block)
-    return node
+def _conv_bn(
+    layer: dict, block: Type[ReparamConv2d], sizes: Sequence[int]
+) -> dict:
+    """Config of a ``ConvBN`` with the same norm and the same kernel sizes.
 
-
-def _conv_bn(layer: dict, block: Type[ReparamConv2d]) -> dict:
-    """Config of a ``ConvBN`` with the same norm and the same kernel sizes."""
-    new = dict(type='ConvBN')
+    Args:
+        layer: Config of the block.
+        block: Class of the block.
+        sizes: Kernel sizes of all blocks of the network. A backbone may leave
+            smaller or larger kernels plain for this kind of block.
+    """
+    smallest, largest = block.kernel_sizes
+    low = layer.get('min_kernel_size', smallest)
+    high = layer.get('max_kernel_size', largest)
+    new = dict(
+        type='ConvBN',
+        min_kernel_size=max(low, min(sizes)),
+        max_kernel_size=min(high, max(sizes)),
+    )
     if layer.get('norm_cfg'):
         new['norm_cfg'] = layer['norm_cfg']
-    limits = ('min_kernel_size', 'max_kernel_size')
-    for key, default in zip(limits, block.kernel_sizes):
-        new[key] = min(layer.get(key, default), _LARGEST_KERNEL)
     return new
 
 
 @torch.no_grad()
 def insert_bn_(network: nn.Module, model: nn.Module, images: Tensor) -> None:
     """Fill a network of ``ConvBN`` so that it computes the same as ``model``.
+
+    Where ``network`` has no place for the norm behind a block, because
+    ``ConvBN`` brings its own, that norm is folded into the kernel first.
 
     Args:
         network: The network of ``model``, but with a ``ConvBN`` for each
@@ -175,17 +199,16 @@ def insert_bn_(network: nn.Module, model: nn.Module, images: Tensor) -> None:
         images: Normalised images (N, C, H, W) to calibrate the norms with.
 
     Raises:
-        ValueError: If a kernel is not finite, or a norm has no weight.
+        ValueError: If a kernel is not finite, a norm has no weight, or an
+            entry of one network has no counterpart in the other.
     """
     blocks = find_blocks(model)
-    inside = tuple(f'{name}.' for name in blocks)
-    state = {
-        name: value
-        for name, value in model.state_dict().items()
-        if not name.startswith(inside)
+    absorbed = _absorbed(network, model, blocks)
+    _load_rest(network, model, (*blocks, *absorbed.values()))
+    ends = {
+        name: model.get_submodule(absorbed.get(name, name)) for name in blocks
     }
-    network.load_state_dict(state, strict=False)
-    statistics = channel_statistics(model, blocks, images)
+    statistics = channel_statistics(model, ends, images)
     for name, block in blocks.items():
         branch = network.get_submodule(name).branches['kxk']
         norm = branch.norm
@@ -194,13 +217,54 @@ def insert_bn_(network: nn.Module, model: nn.Module, images: Tensor) -> None:
                 f'the norm behind {name} needs weight and bias, but its '
                 'norm_cfg says affine=False'
             )
-        conv = block.to_conv()
-        bias = zero_bias(conv.weight) if conv.bias is None else conv.bias
+        kernel, bias = _merged(block, ends[name])
         # No image reaches some layers (auxiliary heads); any statistics do
         # there, because weight and bias undo them.
         mean, var = statistics.get(name, (bias, torch.ones_like(bias)))
-        branch.conv.weight.copy_(conv.weight)
+        branch.conv.weight.copy_(kernel)
         norm.running_mean.copy_(mean - bias.double())
         norm.running_var.copy_(var)
         norm.weight.copy_((norm.running_var.double() + norm.eps).sqrt())
         norm.bias.copy_(mean)
+
+
+def _absorbed(
+    network: nn.Module, model: nn.Module, blocks: Iterable[str]
+) -> Dict[str, str]:
+    """Names of blocks -> names of the norms behind them that fall away."""
+    return {
+        name: place
+        for name, place in absorbed_norms(network).items()
+        if name in blocks
+        and isinstance(model.get_submodule(place), _BatchNorm)
+    }
+
+
+def _load_rest(
+    network: nn.Module, model: nn.Module, left: Iterable[str]
+) -> None:
+    """Load the weights of all modules but some, and see that none is lost."""
+    inside = tuple(f'{name}.' for name in left)
+
+    def rest(names: Iterable[str]) -> Set[str]:
+        return {name for name in names if not name.startswith(inside)}
+
+    state = model.state_dict()
+    kept = {name: state[name] for name in rest(state)}
+    misfit = network.load_state_dict(kept, strict=False)
+    lost = rest(misfit.missing_keys) | set(misfit.unexpected_keys)
+    if lost:
+        raise ValueError(
+            'the network with inserted norms has other entries than the '
+            f'trained one: {some(sorted(lost))}'
+        )
+
+
+def _merged(block: ReparamConv2d, end: nn.Module) -> KernelBias:
+    """The kernel and bias of a block and, if it ends in one, of its norm."""
+    conv = block.to_conv()
+    bias = zero_bias(conv.weight) if conv.bias is None else conv.bias
+    if end is block:
+        return KernelBias(conv.weight, bias)
+    exact = KernelBias(conv.weight.double(), bias.double())
+    return fuse_conv_bn(exact, norm_scale_shift(copy.deepcopy(end).double()))

@@ -3,21 +3,17 @@
 
 from __future__ import annotations
 
+from typing import Tuple
+
 from torch import nn
 
 from mmdbb.errors import UserError
 from mmdbb.files.checkpoints import load_strictly, read_checkpoint
 from mmdbb.mm.deploy.load import give_structure_
-from mmdbb.mm.quantization.fake import (
-    REDUCED_LIMIT,
-    WEIGHT,
-    set_quantizing_,
-)
+from mmdbb.mm.quantization.fake import WEIGHT, set_quantizing_
 from mmdbb.mm.quantization.qat import is_qat_state, prepare_qat_
+from mmdbb.mm.quantization.quantizers import REDUCED_LIMIT
 from mmdbb.reparam import find_blocks, holds_blocks
-
-#: Buffers of a quantizer that may hold one value for each channel.
-_A_CHANNEL = ('scale', 'zero_point', 'min_val', 'max_val')
 
 
 def load_network(model: nn.Module, checkpoint: str) -> nn.Module:
@@ -38,7 +34,12 @@ def load_network(model: nn.Module, checkpoint: str) -> nn.Module:
     return fill_network(model, read_checkpoint(checkpoint), checkpoint)
 
 
-def fill_network(model: nn.Module, loaded: dict, checkpoint: str) -> nn.Module:
+def fill_network(
+    model: nn.Module,
+    loaded: dict,
+    checkpoint: str,
+    image_size: Tuple[int, int] = (64, 64),
+) -> nn.Module:
     """Load a checkpoint that was read already into the network of its config.
 
     Args:
@@ -46,6 +47,8 @@ def fill_network(model: nn.Module, loaded: dict, checkpoint: str) -> nn.Module:
         loaded: The checkpoint, as
             :func:`mmdbb.files.checkpoints.read_checkpoint` returned it.
         checkpoint: Path of the checkpoint, for messages.
+        image_size: Height and width in pixels of an image that the network
+            takes.
 
     Returns:
         nn.Module: The network in eval mode. If the checkpoint has quantizers,
@@ -63,10 +66,9 @@ def fill_network(model: nn.Module, loaded: dict, checkpoint: str) -> nn.Module:
         )
     if is_qat_state(state):
         try:
-            prepare_qat_(model, **_arguments(state))
-        except ValueError as error:
+            prepare_qat_(model, image_size, **_arguments(state))
+        except (ValueError, RuntimeError) as error:
             raise UserError(f'{checkpoint}: {error}') from error
-        _take_shapes(model, state)
     load_strictly(model, state, checkpoint)
     if is_qat_state(state):
         set_quantizing_(model)
@@ -89,20 +91,3 @@ def _arguments(state: dict) -> dict:
         per_channel=dims != {0},
         reduce_range=limits == {REDUCED_LIMIT},
     )
-
-
-def _take_shapes(model: nn.Module, state: dict) -> None:
-    """Resize the quantizers' buffers to a checkpoint's shapes.
-
-    New quantizers have one scale; in training those of weights get one for
-    each channel.
-    """
-    for name, module in model.named_modules():
-        for entry, value in module._buffers.items():
-            full = f'{name}.{entry}'
-            if '_quantizer' not in name or full not in state:
-                continue
-            if entry not in _A_CHANNEL:
-                continue
-            if value.shape != state[full].shape:
-                module._buffers[entry] = value.new_empty(state[full].shape)

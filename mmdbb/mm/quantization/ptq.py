@@ -10,7 +10,6 @@ import os
 from pathlib import Path
 from typing import (
     Any,
-    Callable,
     Dict,
     List,
     NamedTuple,
@@ -26,18 +25,17 @@ from torch import nn
 from mmdbb.errors import UserError, require_packages
 from mmdbb.files.checkpoints import check_regular
 from mmdbb.files.formats import OWN
+from mmdbb.mm.data_flow import channels_of
 from mmdbb.mm.engine.measure import interleaved_latency
-from mmdbb.mm.evaluation.figures import Figure, evaluate, quiet_runner
+from mmdbb.mm.evaluation.figures import evaluate, quiet_runner
 from mmdbb.mm.evaluation.images import Calibration, first_size
-from mmdbb.mm.export.formats import METADATA
-from mmdbb.mm.export.modules import export_module, is_detector
+from mmdbb.mm.evaluation.metric import Figure, Metric, describe_fall, fall
+from mmdbb.mm.evaluation.substitutes import TorchNetwork
+from mmdbb.mm.export.formats import LARGEST_ONNX, METADATA
+from mmdbb.mm.export.modules import is_detector
 from mmdbb.mm.export.network import ExportOptions, write_network
 from mmdbb.mm.outputs import Proof, Source, writing
-from mmdbb.mm.quantization.fake import (
-    WeightQuantizer,
-    quantizers,
-    remove_quantizers_,
-)
+from mmdbb.mm.quantization.fake import quantizers, remove_quantizers_
 from mmdbb.mm.quantization.network import fill_network
 from mmdbb.mm.quantization.onnx_static import (
     PACKAGES,
@@ -47,6 +45,7 @@ from mmdbb.mm.quantization.onnx_static import (
     quantize_onnx,
 )
 from mmdbb.mm.quantization.qdq import write_qdq
+from mmdbb.mm.quantization.quantizers import WeightQuantizer
 from mmdbb.mm.quantization.session import OnnxNetwork
 from mmdbb.mm.structure import Structure, written_structure
 
@@ -79,8 +78,9 @@ class Quantized(NamedTuple):
         images: Number of calibration images; 0 if the ranges were trained.
         image_size: Height and width in pixels of the images that the file
             takes.
-        drop: Points (hundredths) that the evaluator's figure fell by, from
-            the first stage to the last; None if it was not evaluated.
+        drop: How much the evaluator's figure fell from the first stage to
+            the last, see :func:`mmdbb.mm.evaluation.metric.fall`; None if it
+            was not evaluated.
     """
 
     path: str
@@ -121,7 +121,7 @@ def quantize_checkpoint(
     out: str,
     options: Optional[QuantizeOptions] = None,
     image_size: Optional[Tuple[int, int]] = None,
-    metric: Optional[str] = None,
+    metric: Optional[Metric] = None,
     max_drop: Optional[float] = 1.0,
     evaluated: bool = True,
     overwrite: bool = False,
@@ -140,10 +140,10 @@ def quantize_checkpoint(
         options: How to quantize.
         image_size: Height and width in pixels of the images that the file
             takes; by default those of the first image of the test set.
-        metric: Name of the evaluator's figure to compare; by default its main
-            one.
+        metric: The evaluator's figure to compare; by default its main one.
         max_drop: Largest fall of the figure allowed, in points (hundredths),
-            from the first stage to the last; None allows any.
+            from the first stage to the last; None allows any. If the
+            figure's unit is not known, in per cent of its first value.
         evaluated: Whether to run the evaluator. If not, ``max_drop`` is
             ignored.
         overwrite: Whether an existing ``out`` may be replaced.
@@ -158,6 +158,8 @@ def quantize_checkpoint(
     """
     require_packages('quantization', 'quantization', *PACKAGES)
     options, out = options or QuantizeOptions(), os.fspath(out)
+    metric = metric or Metric()
+    metric.check()
     if not out.endswith('.onnx'):
         raise UserError(f'the output must end in .onnx, got {out}')
     with writing(source, out, overwrite=overwrite) as drafts:
@@ -173,11 +175,9 @@ def quantize_checkpoint(
             stages = _stages(runner, merged, draft, metric, evaluated)
         drop = _drop(stages)
         if drop is not None and max_drop is not None and not drop <= max_drop:
-            first, last = stages[0].figure, stages[-1].figure
+            what = describe_fall(stages[0].figure, stages[-1].figure)
             raise UserError(
-                f'{last.name} falls by {drop:.2f} points, from '
-                f'{first.points:.2f} to {last.points:.2f}, more than '
-                f'--max-drop {max_drop:g}; nothing written'
+                f'{what}, more than --max-drop {max_drop:g}; nothing written'
             )
         notes = source.notes(
             merged.structure,
@@ -247,6 +247,12 @@ def _given_file(
     if not os.path.exists(source):
         raise UserError(f'no such ONNX file: {source}')
     check_regular(source, 'ONNX file')
+    weight = os.path.getsize(source)
+    if weight > LARGEST_ONNX:
+        raise UserError(
+            f'{source} has {weight / 1e9:.2f} GB; an ONNX file holds '
+            f'{LARGEST_ONNX / 1e9:.2f} GB at most'
+        )
     try:
         model = onnx.load(source, load_external_data=False)
     except Exception as error:  # protobuf has errors of its own
@@ -278,9 +284,9 @@ def _exported(
 ) -> _Merged:
     """Load the checkpoint into the runner's network, and export that."""
     loaded = source.read()
-    trained = fill_network(runner.model, loaded, source.checkpoint)
+    size = size or first_size(source.cfg, runner.model, seed)
+    trained = fill_network(runner.model, loaded, source.checkpoint, size)
     runner.model = trained
-    size = size or first_size(source.cfg, trained, seed)
     network = copy.deepcopy(trained)
     remove_quantizers_(network)
     write_network(
@@ -338,47 +344,41 @@ def _stages(
     runner: Runner,
     merged: _Merged,
     draft: str,
-    metric: Optional[str],
+    metric: Metric,
     evaluated: bool,
 ) -> List[QuantizationStage]:
-    """Evaluate and time each network that there is, the INT8 file last."""
+    """Evaluate and time each network that there is, the INT8 file last.
+
+    All of them see the same images, padded to the size that the file takes.
+    """
     networks = dict(merged=OnnxNetwork(merged.path), int8=OnnxNetwork(draft))
     sizes = {n: os.path.getsize(f.path) for n, f in networks.items()}
+    timed = {n: OnnxNetwork(f.path, threads=1) for n, f in networks.items()}
     if merged.trained is not None:
-        networks = dict(trained=None, **networks)
-        tensors = merged.trained.state_dict().values()
+        own = TorchNetwork(merged.trained, merged.size)
+        networks = dict(trained=own, **networks)
+        # Without quantizers, which are there for the training alone.
+        plain = copy.deepcopy(merged.trained)
+        remove_quantizers_(plain)
+        timed = dict(trained=TorchNetwork(plain, merged.size), **timed)
+        tensors = plain.state_dict().values()
         sizes['trained'] = sum(t.numel() * t.element_size() for t in tensors)
-    figures = {
-        name: evaluate(runner, network, metric) if evaluated else None
-        for name, network in networks.items()
-    }
-    seconds = _seconds(merged, networks)
+    figures: Dict[str, Optional[Figure]] = dict.fromkeys(networks)
+    for name, network in networks.items() if evaluated else ():
+        figures[name] = evaluate(runner, network, metric)
+        metric = figures[name].metric  # the first network's, for all
+    image = torch.zeros(1, channels_of(runner.model), *merged.size)
+    calls = [functools.partial(network, image) for network in timed.values()]
+    seconds = dict(zip(timed, interleaved_latency(calls)))
     return [
         QuantizationStage(name, figures[name], sizes[name], seconds[name])
         for name in networks
     ]
 
 
-def _seconds(
-    merged: _Merged, networks: Dict[str, Optional[OnnxNetwork]]
-) -> Dict[str, float]:
-    image = torch.zeros(1, 3, *merged.size)
-    calls: List[Callable] = []
-    for network in networks.values():
-        if network is None:
-            trained = merged.trained.eval()
-            head = is_detector(trained)
-            device = next(trained.parameters()).device
-            call, x = export_module(trained, head), image.to(device)
-        else:
-            call, x = OnnxNetwork(network.path, threads=1), image
-        calls.append(functools.partial(call, x))
-    return dict(zip(networks, interleaved_latency(calls)))
-
-
 def _drop(stages: List[QuantizationStage]) -> Optional[float]:
     first, last = stages[0].figure, stages[-1].figure
-    return None if first is None else first.points - last.points
+    return None if first is None else fall(first, last)
 
 
 def _noted(model: Any) -> dict:

@@ -7,6 +7,7 @@ from typing import Dict, Optional, Tuple
 
 from mmengine.dist import broadcast, get_world_size
 from mmengine.hooks import Hook
+from mmengine.logging import print_log
 from mmengine.registry import HOOKS
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -16,11 +17,13 @@ from mmdbb.mm.quantization.fake import (
     add_output_quantizer_,
     add_quantizers_,
     freeze_ranges_,
+    own_layers,
     quantizers,
     set_quantizing_,
 )
 from mmdbb.mm.quantization.flow import Written, layers_to_quantize
 from mmdbb.modules import unwrapped
+from mmdbb.own_forward import own_forwards
 
 
 def prepare_qat_(
@@ -35,7 +38,9 @@ def prepare_qat_(
     Every block, convolution and linear layer that an export runs through gets
     a quantizer for its input and one for its weight (blocks: for the
     equivalent kernel). It gets one for its output too if anything but such
-    layers reads the output, such as a sum.
+    layers reads the output, such as a sum. Layers that convolve with another
+    kernel than their weight, such as ``ConvWS2d``, stay in float; the log
+    names them.
 
     Args:
         model: A classifier, segmentor, detector, or any module that maps
@@ -77,6 +82,9 @@ def prepare_qat_(
             f'{type(model).__name__} has no block, convolution or linear '
             'layer to quantize'
         )
+    left = own_layers(model)
+    if left:
+        print_log(f'left in float, {own_forwards(left)}', 'current')
     for name, output in written.items():
         layer = model.get_submodule(name)
         norm = output.norm and model.get_submodule(output.norm)

@@ -17,14 +17,15 @@ import torch
 from torch import nn
 
 from mmdbb.errors import UserError
+from mmdbb.files.sources import some
 from mmdbb.mm.quantization.fake import (
     INPUT,
     OUTPUT,
     WEIGHT,
-    WeightQuantizer,
     quantizable_layers,
 )
 from mmdbb.mm.quantization.onnx_static import Layers, check_float, layers_of
+from mmdbb.mm.quantization.quantizers import WeightQuantizer
 
 #: Names in an exported file start so: the export wraps the network in a
 #: module that keeps it as its attribute ``network``.
@@ -56,20 +57,22 @@ def write_qdq(path: str, out: str, model: nn.Module) -> Layers:
         Layers: Counts of the nodes in integers and in floating point.
 
     Raises:
-        UserError: If the file is quantized already, none of its nodes belongs
-            to a layer of the network, or a range was never learned.
+        UserError: If the file is quantized already, has no node for a layer
+            that was trained for INT8, or a range was never learned.
     """
     import onnx
 
     exported = onnx.load(path)
     check_float(exported, path)
-    layers = quantizable_layers(model)
     writer = _Writer(exported)
+    names = _Names(model, writer.arrays)
+    left = dict(names.trained)
     for index, node in enumerate(exported.graph.node):
-        name = _layer_of(node)
-        if name not in layers:
+        name = names.layer_of(node)
+        if name not in names.trained:
             continue
-        layer = layers[name]
+        layer = names.trained[name]
+        left.pop(name, None)
         source = _scale(layer._modules[INPUT], f'{name}.{INPUT}')
         target = None
         holder = getattr(layer, 'output_holder', None)
@@ -77,25 +80,69 @@ def write_qdq(path: str, out: str, model: nn.Module) -> Layers:
             quantizer = model.get_submodule(holder)._modules[OUTPUT]
             target = _scale(quantizer, f'{holder}.{OUTPUT}')
         writer.quantize(index, source, target, layer._modules[WEIGHT])
+    if left:
+        raise UserError(
+            f'the export has no node for layers that were trained for INT8: '
+            f'{some(list(left))}; in floating point they would compute '
+            'something else'
+        )
     writer.finish()
     onnx.checker.check_model(exported)
     onnx.save(exported, out)
-    found = layers_of(exported)
-    if not found.quantized:
-        raise UserError(
-            f'nothing in {path} belongs to a layer that was trained for INT8'
-        )
-    return found
+    return layers_of(exported)
 
 
-def _layer_of(node) -> str:
-    """Name of a node's layer, taken from its weight; empty if it has none."""
-    if node.op_type not in ('Conv', 'Gemm'):
-        return ''
-    name = node.input[1]
-    if not name.startswith(_PREFIX) or not name.endswith('.weight'):
-        return ''
-    return name[len(_PREFIX) : -len('.weight')]
+class _Names:
+    """Finds the layer that a node of an exported file computes.
+
+    Args:
+        model: The network with its quantizers.
+        arrays: The file's weights by name.
+
+    Attributes:
+        trained: Names -> layers with quantizers.
+    """
+
+    def __init__(
+        self, model: nn.Module, arrays: Dict[str, np.ndarray]
+    ) -> None:
+        self._arrays = arrays
+        self.trained = {
+            name: layer
+            for name, layer in quantizable_layers(model).items()
+            if WEIGHT in layer._modules
+        }
+        first = {layer: name for name, layer in self.trained.items()}
+        #: A shared layer stands under several names.
+        self._aliases = {
+            name: first[module]
+            for name, module in model.named_modules(remove_duplicate=False)
+            if module in first
+        }
+        # Exporters transpose the weight of a matrix product, and rename it.
+        self._transposed: Dict[bytes, List[str]] = {}
+        for name, layer in self.trained.items():
+            if isinstance(layer, nn.Linear):
+                weight = layer.weight.detach().float().cpu().numpy().T
+                self._transposed.setdefault(_key(weight), []).append(name)
+
+    def layer_of(self, node) -> str:
+        """Name of a node's layer, by its weight; empty if it has none."""
+        if node.op_type == 'MatMul' and node.input[1] in self._arrays:
+            names = self._transposed.get(_key(self._arrays[node.input[1]]), [])
+            # Layers of equal weights come in the network's order.
+            return names.pop(0) if len(names) > 1 else ''.join(names)
+        if node.op_type not in ('Conv', 'Gemm'):
+            return ''
+        name = node.input[1]
+        if not name.startswith(_PREFIX) or not name.endswith('.weight'):
+            return ''
+        return self._aliases.get(name[len(_PREFIX) : -len('.weight')], '')
+
+
+def _key(array: np.ndarray) -> bytes:
+    """What tells apart the weights of different layers."""
+    return repr(array.shape).encode() + np.ascontiguousarray(array).tobytes()
 
 
 def _scale(quantizer: nn.Module, name: str) -> Scale:
@@ -115,7 +162,7 @@ class _Writer:
         from onnx import numpy_helper
 
         self.graph = model.graph
-        self._arrays = {
+        self.arrays = {
             i.name: numpy_helper.to_array(i) for i in self.graph.initializer
         }
         self._outputs = {output.name for output in self.graph.output}
@@ -134,7 +181,8 @@ class _Writer:
         """Quantize a node's input, weight, bias and perhaps its output.
 
         Args:
-            index: Index of the node in the graph, a ``Conv`` or ``Gemm``.
+            index: Index of the node in the graph: a ``Conv``, ``Gemm`` or
+                ``MatMul``.
             source: Scale of the node's input.
             target: Scale of the node's output; None leaves it in float.
             quantizer: Quantizer of the weight.
@@ -145,11 +193,11 @@ class _Writer:
         bias_name = node.input[2] if len(node.input) > 2 else None
         node.input[0] = self._activation(node.input[0], source, before)
         axis, limit = 0, quantizer.quant_max
-        if node.op_type == 'Gemm':
+        if node.op_type != 'Conv':
             attributes = {a.name: a.i for a in node.attribute}
             axis = 0 if attributes.get('transB') else 1
-        weight = self._arrays[weight_name]
-        bias = self._arrays[bias_name] if bias_name else None
+        weight = self.arrays[weight_name]
+        bias = self.arrays[bias_name] if bias_name else None
         scales = weight_scales(
             weight,
             bias,
@@ -178,11 +226,25 @@ class _Writer:
                 before,
                 source.scale,
             )
+        last = self._bias_added(index) if node.op_type == 'MatMul' else index
+        node = self.graph.node[last]
         if target is not None and node.output[0] not in self._outputs:
             name = node.output[0]
             node.output[0] = f'{name}_float'
-            after = self._after.setdefault(index, [])
+            after = self._after.setdefault(last, [])
             self._pair(node.output[0], name, target, after)
+
+    def _bias_added(self, index: int) -> int:
+        """Index of the node that adds the bias to a product's result."""
+        (result,) = self.graph.node[index].output
+        readers = [
+            i for i, n in enumerate(self.graph.node) if result in n.input
+        ]
+        if len(readers) == 1:
+            node = self.graph.node[readers[0]]
+            if node.op_type == 'Add' and set(node.input) & set(self.arrays):
+                return readers[0]
+        return index
 
     def finish(self) -> None:
         """Insert the new nodes in order, and drop unused weights."""

@@ -13,14 +13,19 @@ import math
 from typing import Dict, List, NamedTuple, Optional
 
 import torch
+from mmengine.logging import print_log
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmdbb.blocks.base import ReparamConv2d
 from mmdbb.blocks.branch_sum import BranchSumConv2d
 from mmdbb.branches.norm import norm_scale_shift
 from mmdbb.conv_norms import norm_names
 from mmdbb.errors import UserError
-from mmdbb.mm.quantization.fake import WeightQuantizer, quantizable_layers
+from mmdbb.mm.quantization.fake import own_layers, quantizable_layers
+from mmdbb.mm.quantization.quantizers import WeightQuantizer
+from mmdbb.modules import is_known
+from mmdbb.own_forward import own_forwards
 from mmdbb.transforms import KernelBias, fuse_conv_bn
 
 #: A weight larger than this many standard deviations of its kernel is an
@@ -64,6 +69,9 @@ class KernelRange(NamedTuple):
 def kernel_ranges(model: nn.Module) -> List[KernelRange]:
     """Report on the kernels of all layers that can be quantized.
 
+    The log names convolutions whose kernel is not their weight, because their
+    forward is their own. The report leaves them out.
+
     Args:
         model: A network, with blocks or merged. Kernels are taken with the
             batch norms behind them folded in.
@@ -75,12 +83,15 @@ def kernel_ranges(model: nn.Module) -> List[KernelRange]:
         UserError: If the network has no such layer, or a kernel is not
             finite.
     """
+    left = own_layers(model)
+    if left:
+        print_log(f'left out of the report, {own_forwards(left)}', 'current')
     norms = norm_names(model)
     found = []
     for name, layer in quantizable_layers(model).items():
         behind = norms.get(name, ())
         norm = model.get_submodule(behind[0]) if len(behind) == 1 else None
-        if not isinstance(norm, nn.modules.batchnorm._BatchNorm):
+        if not (isinstance(norm, _BatchNorm) and is_known(norm)):
             norm = None
         found.append(_kernel_range(name, layer, norm))
     if not found:

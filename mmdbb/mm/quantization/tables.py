@@ -31,9 +31,8 @@ def print_quantized(result: Quantized) -> None:
         ('latency (ms)', *(f'{1e3 * s.latency:.2f}' for s in stages)),
     ]
     if stages[0].figure is not None:
-        name = stages[0].figure.name
         points = [f'{stage.figure.points:.2f}' for stage in stages]
-        rows.insert(0, (f'{name} (points)', *points))
+        rows.insert(0, (stages[0].figure.title, *points))
     ranges = (
         f'Calibrated with {result.images} images.'
         if result.images
