@@ -84,6 +84,9 @@ REPARAM = 'tests/test_reparam.py'
 INSERT = 'tests/test_insert.py'
 MERGE_BACK = 'tests/test_merge_back.py'
 SWEEP = 'tests/test_sweep.py'
+RUNNING = 'tests/test_mm/test_running.py'
+PROOF = 'tests/test_proof.py'
+OWN_BLOCKS = 'tests/test_own_blocks.py'
 WITHOUT_SHIFT = 'tests/test_blocks/test_without_shift.py'
 BLOCKS_HOOK = 'tests/test_engine/test_blocks_hook.py'
 FUSED = 'tests/test_mm/test_fused.py'
@@ -940,6 +943,77 @@ TABLE = (
         'pass',
         'the end of the literal forward',
         (REPARAM,),
+    ),
+    # --------------------------------------------------- running and proof
+    Mutation(
+        'mmdbb/running.py',
+        'torch.manual_seed(0)',
+        'pass',
+        'the same random numbers in each run',
+        (RUNNING,),
+    ),
+    Mutation(
+        'mmdbb/running.py',
+        'if reached.isdisjoint(heads[label].modules())',
+        'if False',
+        'heads that the whole network did not reach, named',
+        (RUNNING,),
+    ),
+    Mutation(
+        'mmdbb/proof.py',
+        'elif is_of_head(name) and _jumps(',
+        'elif _jumps(',
+        'features that jump, refused',
+        (PROOF,),
+    ),
+    Mutation(
+        'mmdbb/proof.py',
+        'error.mean <= _AS_FAR * moved.mean',
+        'True',
+        'a head that jumps, and is wrong everywhere',
+        (PROOF,),
+    ),
+    Mutation(
+        'mmdbb/proof.py',
+        'if moved.largest <= bound.tolerance:',
+        'if False:',
+        'a head that does not jump, and is wrong',
+        (PROOF,),
+    ),
+    Mutation(
+        'mmdbb/proof.py',
+        'min(bound.amplified, moved[name].largest)',
+        'bound.amplified',
+        'amplified rounding, bounded by what rounding does',
+        (PROOF,),
+    ),
+    Mutation(
+        'mmdbb/own_blocks.py',
+        'if not error <= TOLERANCE:',
+        'if False:',
+        "a wrong method of another package's block",
+        (OWN_BLOCKS,),
+    ),
+    Mutation(
+        'mmdbb/own_blocks.py',
+        'with _float64():',
+        'if True:',
+        "new layers of another package's block in float64",
+        (OWN_BLOCKS,),
+    ),
+    Mutation(
+        'mmdbb/own_blocks.py',
+        'if module in known or isinstance',
+        'if isinstance',
+        "another package's block in two places",
+        (OWN_BLOCKS,),
+    ),
+    Mutation(
+        'mmdbb/untouched.py',
+        'changed.update(own)',
+        'pass',
+        "another package's block is merged, so it is no copy",
+        (OWN_BLOCKS,),
     ),
     # --------------------------------------------------------------- insert
     Mutation(
