@@ -56,6 +56,10 @@ def frozen_forward(
         kernel, bias = cached_kernel(block, lambda: composed(block, near))
         y = convolve(x.to(dtype), kernel, bias.to(dtype), block.spec)
         return y.to(out)
+    if needs_grad and dtype is torch.float16 and x.device.type == 'cpu':
+        # Processors without arithmetic in float16 sum a kernel's gradient in
+        # it, and the gradients of all branches come from that one.
+        dtype = near
     if block.spec.in_channels // block.spec.groups > pixels_of(x):
         return None  # composing costs more products than it saves
     # A branch without a convolution has exact gradients; through a convolution

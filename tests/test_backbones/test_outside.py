@@ -350,7 +350,8 @@ def test_the_deploy_tool_says_so_too(tmp_path, capsys):
 
 def test_norms_are_inserted_for_its_default_block():
     cfg = Config(dict(model=dict(type='mmseg.OutsideResNetV1c', depth=18)))
-    assert conv_bn_config(cfg).model.block.type == 'ConvBN'
+    model = MODELS.build(cfg.model)
+    assert conv_bn_config(cfg, model).model.block.type == 'ConvBN'
 
 
 def test_its_stem_is_what_it_says():

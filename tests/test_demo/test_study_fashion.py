@@ -12,6 +12,7 @@ from workshop.fashion.training import BLOCKS, start
 
 from mmdbb.errors import UserError
 
+pytestmark = pytest.mark.usefixtures('quiet')
 IMAGES = dict(train=96, t10k=30)
 
 

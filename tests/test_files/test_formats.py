@@ -114,7 +114,7 @@ def test_deploys_from_and_to(trained, tmp_path, safetensors):
     assert sorted(os.listdir(tmp_path)) == ['a.py', 'a.safetensors']
     loaded = read_checkpoint(first.checkpoint)
     own = loaded['meta']['mmdbb']
-    assert own['structure'] == 'stock' and own['tolerance'] == 1e-5
+    assert own['structure'] == 'stock' and own['tolerance'] == 1e-9
     assert own['max_error'] == first.difference.largest
     assert loaded['meta']['epoch'] == 3
     model = load_deployed(first.config, first.checkpoint)
@@ -203,7 +203,7 @@ def test_precision_is_kept(trained, tmp_path, dtype, bound, fuse):
         assert value.dtype == (torch.int64 if is_count else dtype), name
     # The merge is proven before it is rounded.
     assert result.difference.largest < 1e-10
-    assert result.tolerance == 1e-5
+    assert result.tolerance == 1e-9
     found = load_deployed(result.config, result.checkpoint)
     assert distance(found(X), model.float()(X)) < bound
 

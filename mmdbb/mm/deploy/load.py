@@ -118,7 +118,8 @@ def _give_fused_(model: nn.Module, state: Dict[str, Tensor]) -> None:
         if isinstance(module, nn.Conv2d):
             bias = state.get(f'{name}.bias')
             if module.bias is None and bias is not None:
-                empty = torch.empty_like(bias, device=module.weight.device)
+                # In the precision of the network, to which all is loaded.
+                empty = module.weight.new_empty(bias.shape)
                 module.bias = nn.Parameter(empty)
         elif isinstance(module, _BatchNorm) and name not in present:
             if module.state_dict():  # a norm without entries is in no file
