@@ -28,6 +28,7 @@ from mmdbb.mm.engine.command import (
     add_config_arguments,
     add_image_choice_arguments,
     add_image_size_argument,
+    at_least_one,
     at_least_zero,
     load_config,
     run_command,

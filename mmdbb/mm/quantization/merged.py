@@ -100,12 +100,12 @@ def _given_file(
         raise UserError(
             f'{source} takes images of {takes} pixels, got --image-size {size}'
         )
-    noted = written_structure(dict(meta={OWN: noted(model)}))
+    structure = written_structure(dict(meta={OWN: noted(model)}))
     return Merged(
         path=path,
         size=takes,
         trained=None,
-        structure=noted or Structure.FUSED,
+        structure=structure or Structure.FUSED,
         weights='the only ones',
     )
 

@@ -98,7 +98,7 @@ def matching(names: Sequence[str], patterns: Sequence[str]) -> List[str]:
         UserError: If a pattern matches no layer.
 
     Examples:
-        >>> matching(['stem', 'stage.0', 'stage.1', 'head.fc'], ['*.0', 'head'])
+        >>> matching(['stage.0', 'stage.1', 'head.fc'], ['*.0', 'head'])
         ['stage.0', 'head.fc']
     """
     found: Set[str] = set()
@@ -139,6 +139,75 @@ def float_nodes(model, kept: Sequence[str]) -> List[str]:
             found.append(node.name)
             tensors.update(node.output)
     return found
+
+
+def part_weights_(model, nodes: Sequence[str]) -> None:
+    """Give nodes copies of the weights that others read too.
+
+    ONNX Runtime quantizes a weight for all nodes that read it, also for those
+    that it is told to leave. Exporters store equal weights once.
+
+    Args:
+        model: The file's ONNX model; changed in place.
+        nodes: Names of the nodes that compute in float.
+    """
+    weights = {tensor.name: tensor for tensor in model.graph.initializer}
+    shared = {
+        name
+        for node in model.graph.node
+        if node.name not in nodes
+        for name in _inputs(node)
+    }
+    copied = {}
+    for node in model.graph.node:
+        for place, name in enumerate(node.input):
+            if node.name in nodes and name in shared and name in weights:
+                if name not in copied:
+                    copied[name] = model.graph.initializer.add()
+                    copied[name].CopyFrom(weights[name])
+                    copied[name].name = f'{name}_float'
+                node.input[place] = copied[name].name
+
+
+def shield_float_(model) -> int:
+    """Keep ONNX Runtime from quantizing layers that a file has in float.
+
+    Since version 1.21 it quantizes the weight of each convolution that stands
+    between dequantized input and quantized output, when it loads the file
+    (https://github.com/microsoft/onnxruntime/pull/22969). A ``Clip`` without
+    limits, which changes no number, comes between such a layer and its input.
+
+    Args:
+        model: The ONNX model of a quantized file; changed in place.
+
+    Returns:
+        int: Number of layers that needed it.
+    """
+    from onnx.helper import make_node
+
+    weights = {tensor.name for tensor in model.graph.initializer}
+    dequantized = {
+        node.output[0]
+        for node in model.graph.node
+        if node.op_type == 'DequantizeLinear'
+    }
+    nodes, count = [], 0
+    for node in model.graph.node:
+        if (
+            node.op_type in WEIGHTED
+            and node.input[0] in dequantized
+            and node.input[1] in weights
+        ):
+            shielded = f'{node.output[0]}_input_float'
+            clip = make_node('Clip', [node.input[0]], [shielded], shielded)
+            nodes.append(clip)
+            node.input[0] = shielded
+            count += 1
+        nodes.append(node)
+    copies = [type(node).FromString(n.SerializeToString()) for n in nodes]
+    del model.graph.node[:]
+    model.graph.node.extend(copies)
+    return count
 
 
 def _has_weight(node, computed: Set[str]) -> bool:

@@ -24,6 +24,8 @@ from mmdbb.mm.quantization.onnx_layers import (
     float_nodes,
     layer_nodes,
     name_nodes_,
+    part_weights_,
+    shield_float_,
 )
 
 #: Packages needed to write and run INT8 files.
@@ -119,9 +121,11 @@ def quantize_onnx(
     op_types = _operators(model, path, op_types)
     options = dict(CalibPercentile=_PERCENTILE)
     name_nodes_(model)
+    left = float_nodes(model, kept)
     if kept and set(kept) >= set(layer_nodes(model, op_types)):
         shutil.copyfile(path, out)
         return layers_of(model)
+    part_weights_(model, left)
     try:
         with _quiet():
             ort.quantize_static(
@@ -132,7 +136,7 @@ def quantize_onnx(
                 op_types_to_quantize=op_types,
                 per_channel=per_channel,
                 reduce_range=reduce_range,
-                nodes_to_exclude=float_nodes(model, kept),
+                nodes_to_exclude=left,
                 activation_type=ort.QuantType.QUInt8,
                 weight_type=ort.QuantType.QInt8,
                 calibrate_method=dict(
@@ -148,6 +152,8 @@ def quantize_onnx(
             f'{error}'
         ) from error
     written = onnx.load(out)
+    if shield_float_(written):
+        onnx.save(written, out)
     layers = layers_of(written)
     if not layers.quantized:
         raise UserError(

@@ -24,7 +24,7 @@ from mmdbb.mm.quantization.fake import (
     WEIGHT,
     quantizable_layers,
 )
-from mmdbb.mm.quantization.onnx_layers import PREFIX
+from mmdbb.mm.quantization.onnx_layers import PREFIX, shield_float_
 from mmdbb.mm.quantization.onnx_static import Layers, check_float, layers_of
 from mmdbb.mm.quantization.quantizers import WeightQuantizer
 
@@ -84,6 +84,7 @@ def write_qdq(path: str, out: str, model: nn.Module) -> Layers:
             'something else'
         )
     writer.finish()
+    shield_float_(exported)
     onnx.checker.check_model(exported)
     onnx.save(exported, out)
     return layers_of(exported)
