@@ -1,17 +1,22 @@
 # make install | demo | test | lint | bench | fuzz | mutate, each for one stack of
-# OpenMMLab packages:
+# OpenMMLab packages; test-yolo | sweep | sweep-hosts with more packages:
 #
 #   make test                      mmengine, mmcv, mmpretrain, mmdet, mmseg
 #   make test STACK=onedl          the same imports from the onedl forks
 #   make demo TASK=detection       classification (default), detection or
 #                                  segmentation
 #   make mutate                    break one line at a time, see if tests fail
+#   make test-yolo                 ultralytics: docs/yolo.md
+#   make sweep                     blocks in every config of the stack
+#   make sweep-hosts               and of mmpose, mmaction2, mmdet3d, mmyolo,
+#                                  mmocr, mmrotate; writes docs/hosts.md
 #
 # Every target first builds the environment, or what is missing of it.
 STACK ?= openmmlab
 TASK ?= classification
 CASES ?= 20000
 SEED ?= 0
+ROWS ?= sweep.jsonl
 
 # mmengine causes this warning on every import.
 export PYTHONWARNINGS := ignore:pkg_resources is deprecated
@@ -22,7 +27,11 @@ SHELL := bash
 # The last line that the installer prints is the environment's folder.
 IN_ENV = venv=$$(requirements/install.sh $(STACK) | tail -n 1) && "$$venv/bin/python"
 
-.PHONY: install demo test lint bench fuzz mutate
+# The same, with more packages on top: $(call IN_ENV_WITH,yolo).
+IN_ENV_WITH = venv=$$(requirements/install.sh $(STACK) $(1) | tail -n 1) \
+  && "$$venv/bin/python"
+
+.PHONY: install demo test test-yolo lint bench fuzz mutate sweep sweep-hosts
 
 install:
 	@$(IN_ENV) --version
@@ -32,6 +41,9 @@ demo:
 
 test:
 	@$(IN_ENV) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
+
+test-yolo:
+	@$(call IN_ENV_WITH,yolo) -m pytest -q -m yolo tests
 
 lint:
 	@$(IN_ENV) -m ruff check .
@@ -49,3 +61,11 @@ mutate:
 bench:
 	@$(IN_ENV) tools/benchmark.py --network resnet18 resnet50 mobilenet \
 	  --threads 2 --out benchmark.json --plot benchmark.png --force
+
+# Both go on where they were cut: ROWS has a line for each architecture.
+sweep:
+	@OMP_NUM_THREADS=1 $(IN_ENV) -W ignore tools/sweep.py $(ROWS)
+
+sweep-hosts:
+	@OMP_NUM_THREADS=1 $(call IN_ENV_WITH,hosts) -W ignore tools/sweep.py \
+	  $(ROWS) --docs

@@ -20,6 +20,7 @@ from mmdbb.blocks import (
     RepVGGConv,
 )
 from mmdbb.insert import insert_blocks_, merge_into_
+from mmdbb.merge_back import merge_back_
 from mmdbb.official import (
     OREPA,
     ACBlock,
@@ -67,6 +68,7 @@ __all__ = [
     '__version__',
     'insert_blocks_',
     'load_plain_weights_',
+    'merge_back_',
     'merge_into_',
     'reparameterize',
 ]

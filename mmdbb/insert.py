@@ -16,6 +16,7 @@ from mmdbb.errors import UserError
 from mmdbb.files.checkpoints import load_strictly
 from mmdbb.files.sources import some
 from mmdbb.found_norms import norms_shown
+from mmdbb.merge_back import Replaced, merge_before_fuse_
 from mmdbb.modules import has_hooks, memory_format_of
 from mmdbb.plain.blocks import BRANCH_SCALE, copy_entries_, plain_start
 from mmdbb.plain.branch_sums import NormValues
@@ -46,7 +47,8 @@ def insert_blocks_(
     reads the output of a convolution, the block absorbs it, and
     ``AbsorbedNorm`` takes the norm's place: an ``nn.Identity`` that remembers
     the block; all other layers stay. OREPA's block has no norm of its own, so
-    it absorbs none.
+    it absorbs none. If the model has a method ``fuse``, as YOLO's have, it
+    merges the blocks first from now on.
 
     Args:
         model: Any model, with its weights.
@@ -117,8 +119,10 @@ def insert_blocks_(
             )
         except ValueError as error:
             raise ValueError(f'{name}: {error}') from error
+        place = AbsorbedNorm(new[conv], norm) if absorbed else None
+        new[conv].replaced = Replaced.of(conv, norm, place)
         if absorbed:
-            new[norm] = AbsorbedNorm(new[conv], norm)
+            new[norm] = place
         names.append(name)
     if not names:
         has = f'; it has blocks already: {some([*blocks])}' if blocks else ''
@@ -137,6 +141,7 @@ def insert_blocks_(
     ]
     for parent, attribute, module in places:
         setattr(parent, attribute, module)
+    merge_before_fuse_(model)
     return names
 
 

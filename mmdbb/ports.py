@@ -38,6 +38,10 @@ def _read_address(address: str) -> dict:
     )
 
 
+def _no_data_samples(images: Tensor) -> None:
+    """Without mmengine there are none."""
+
+
 class ReplacedLayer(NamedTuple):
     """What the config of a block replaces in a network of a host.
 
@@ -75,6 +79,9 @@ class Ports:
         log: Writes a message to the log.
         read_address: Reads a checkpoint from an address such as
             ``torchvision://resnet50``.
+        data_samples: Makes what the packages' networks read beside a batch of
+            images (N, C, H, W) of equal sizes: a list of N data samples; None
+            without mmengine.
         start_plain: Computes the entries with which a block equals a plain
             convolution, and the norm behind it; :mod:`mmdbb.plain.blocks`,
             which stands above the blocks, plugs it in.
@@ -101,6 +108,9 @@ class Ports:
         )
         self.log: Callable[..., None] = _log
         self.read_address: Callable[[str], dict] = _read_address
+        self.data_samples: Callable[[Tensor], Optional[list]] = (
+            _no_data_samples
+        )
         self.start_plain: Optional[Callable[..., Dict[str, Tensor]]] = None
         self.run_network: Optional[Callable[[nn.Module], object]] = None
         self.history: Optional[Callable] = None

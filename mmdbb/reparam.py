@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import re
-from typing import Dict, Iterator, List, Tuple
+from typing import Dict, Iterator, List, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from mmdbb.blocks.base import ReparamConv2d
 from mmdbb.blocks.offers import AbsorbedNorm
 from mmdbb.modules import computes_weight
+from mmdbb.own_blocks import merge_own_blocks
+from mmdbb.ports import PORTS
 
 __all__ = ['find_blocks', 'literal_forward', 'reparameterize']
 
@@ -87,10 +89,13 @@ def reparameterize(
     model: nn.Module,
     inplace: bool = False,
     dtype: torch.dtype = torch.float64,
+    also_own: Optional[bool] = None,
 ) -> nn.Module:
     """Replace every block by the plain ``nn.Conv2d`` that it equals.
 
     All kernels are composed and checked before the first block is replaced.
+    Blocks of other packages, such as timm's MobileOne, are merged by their own
+    methods, and each is compared with the block that it was.
 
     Args:
         model: A model with blocks, or a block.
@@ -98,6 +103,9 @@ def reparameterize(
         dtype: Precision in which kernels are composed, ``torch.float64`` or
             ``torch.float32``. The convolutions have the dtype of their
             blocks.
+        also_own: Whether to merge blocks of other packages too; by default
+            only if the model has none of mmdbb's. See
+            :mod:`mmdbb.own_blocks`.
 
     Returns:
         nn.Module: The merged model. If ``model`` is itself a block, the
@@ -105,7 +113,8 @@ def reparameterize(
 
     Raises:
         ValueError: If the model has no blocks, a merged kernel is not
-            finite, or ``dtype`` is another one; the model is then unchanged.
+            finite, a block's own method is wrong, or ``dtype`` is another
+            one; the model is then unchanged.
 
     Examples:
         >>> from mmdbb import DBB
@@ -114,11 +123,10 @@ def reparameterize(
         'Conv2d'
     """
     blocks = find_blocks(model)
+    if also_own or (also_own is None and not blocks):
+        return _with_own_merged(model, inplace, dtype)
     if not blocks:
-        raise ValueError(
-            f'{type(model).__name__} has no block to merge: it is merged '
-            'already, or was built without mmdbb'
-        )
+        raise _no_block(model)
     convs = {}
     for name, block in blocks.items():
         if block in convs:
@@ -141,6 +149,49 @@ def reparameterize(
             if child in new:
                 setattr(parent, attribute, new[child])
     return model
+
+
+def _with_own_merged(
+    model: nn.Module, inplace: bool, dtype: torch.dtype
+) -> nn.Module:
+    """Merge mmdbb's blocks, then those of other packages around them."""
+    has_blocks = bool(find_blocks(model))
+    merged = model
+    if has_blocks:
+        merged = reparameterize(model, dtype=dtype, also_own=False)
+    try:
+        found = merge_own_blocks(merged)
+    except ValueError as error:
+        if not has_blocks:
+            raise
+        raise ValueError(
+            f'{error}. Methods of other packages do not expect the biases of '
+            "merged blocks: where mmdbb's blocks stand inside others, merge "
+            'them first into the network without them, by merge_into_'
+        ) from error
+    if not has_blocks and not found.blocks:
+        raise _no_block(model)
+    if found.not_compared:
+        PORTS.log(
+            'merged, but not compared with what they were, because they need '
+            f'more than one tensor: {", ".join(found.not_compared)}'
+        )
+    if not inplace:
+        return found.model
+    if type(found.model) is not type(model):
+        raise ValueError(
+            f'{type(model).__name__} itself becomes another layer, which '
+            'inplace=True cannot do'
+        )
+    vars(model).update(vars(found.model))
+    return model
+
+
+def _no_block(model: nn.Module) -> ValueError:
+    return ValueError(
+        f'{type(model).__name__} has no block to merge: it is merged '
+        'already, or was built without mmdbb'
+    )
 
 
 @contextlib.contextmanager

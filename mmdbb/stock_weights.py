@@ -52,7 +52,7 @@ def stock_state(
         UserError: If a merged bias has no place in the stock network.
         ValueError: If the model has no blocks.
     """
-    merged = reparameterize(model, dtype=dtype)
+    merged = reparameterize(model, dtype=dtype, also_own=False)
     norms = find_norms(stock) if norms is None else norms
     expected = stock.state_dict()
     modules = dict(stock.named_modules(remove_duplicate=False))

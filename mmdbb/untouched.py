@@ -9,7 +9,7 @@ weights, rounded once.
 
 from __future__ import annotations
 
-from typing import Dict, Iterator, List, Mapping, Optional, Tuple
+from typing import Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -96,7 +96,10 @@ def folded_by_order(model: nn.Module) -> Iterator[Tuple[str, str]]:
 
 
 def prove_untouched(
-    model: nn.Module, merged: nn.Module, norms: Optional[Pairs] = None
+    model: nn.Module,
+    merged: nn.Module,
+    norms: Optional[Pairs] = None,
+    own: Sequence[str] = (),
 ) -> None:
     """Raise unless all layers that merging does not replace are copies.
 
@@ -105,6 +108,7 @@ def prove_untouched(
         merged: The network after merging, in the same precision.
         norms: Name of a block -> names of the norms behind it; by default
             :func:`norms_of_blocks`.
+        own: Names of blocks of other packages that were merged too.
 
     Raises:
         UserError: If an entry or an argument differs, is missing or is new.
@@ -121,6 +125,7 @@ def prove_untouched(
         if renamed(layers[0]) not in left
         for alias in names[model.get_submodule(layer)]
     }
+    changed.update(own)
     found, others = merged.state_dict(), []
     for name, value in model.state_dict().items():
         if _is_under(name, changed):

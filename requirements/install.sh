@@ -1,19 +1,28 @@
 #!/usr/bin/env bash
 # Build the environment of one stack and link this checkout to it.
 #
-#   requirements/install.sh [openmmlab|onedl]
+#   requirements/install.sh [openmmlab|onedl] [yolo|hosts]
 #
 # The packages (5 GB, and mmcv takes minutes to compile) live in a cache
 # folder, once a machine, named by a hash of everything that decides their
 # content: $MMDBB_CACHE, or ~/.cache/mmdbb. `.venv-STACK` in the checkout is
 # a thin environment over it that holds mmdbb itself, in editable form.
 # Whatever an interrupted call left behind, the next call completes.
+#
+# With a second argument the environment also has the packages of
+# requirements/yolo.txt or requirements/hosts.txt, and is `.venv-STACK-yolo`
+# or `.venv-STACK-hosts`. The first one stays without them.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 stack=${1:-openmmlab}
 if [ ! -f "requirements/mmcv-$stack.txt" ]; then
   echo "unknown STACK '$stack'; allowed: openmmlab, onedl" >&2
+  exit 2
+fi
+more=${2:-}
+if [ -n "$more" ] && [ "$more" != yolo ] && [ "$more" != hosts ]; then
+  echo "unknown packages '$more'; allowed: yolo, hosts" >&2
   exit 2
 fi
 python=${PYTHON:-python3.11}
@@ -72,20 +81,35 @@ if [ ! -e "$root/complete" ]; then
   touch "$root/complete"
 fi
 
-# The checkout's own environment: the packages above, plus this mmdbb.
+# Packages on top, without what they ask for: that is pinned already.
+folders=("$("$env/bin/python" -c \
+  'import sysconfig; print(sysconfig.get_path("purelib"))')")
 venv=.venv-$stack
-if [ "$(cat "$venv/packages" 2>/dev/null)" != "$root" ] ||
+if [ -n "$more" ]; then
+  venv=$venv-$more
+  added=$cache/$more-$abi-$(hash_of "requirements/$more.txt")
+  if [ ! -d "$added" ]; then
+    rm -rf "$added.part"
+    pip install --no-deps --only-binary :all: --target "$added.part" \
+      -r "requirements/$more.txt"
+    mv "$added.part" "$added"
+  fi
+  folders+=("$added")
+fi
+
+# The checkout's own environment: the packages above, plus this mmdbb.
+if [ "$(cat "$venv/packages" 2>/dev/null)" != "${folders[*]}" ] ||
   ! ls -d "$venv"/lib/python*/site-packages/mmdbb-*.dist-info >/dev/null 2>&1
 then
   rm -rf "$venv"
   "$env/bin/python" -m venv --without-pip "$venv"
   site=$("$venv/bin/python" -c \
     'import sysconfig; print(sysconfig.get_path("purelib"))')
-  packages=$("$env/bin/python" -c \
-    'import sysconfig; print(sysconfig.get_path("purelib"))')
-  echo "import site; site.addsitedir('$packages')" >"$site/packages.pth"
+  for folder in "${folders[@]}"; do
+    echo "import site; site.addsitedir('$folder')"
+  done >"$site/packages.pth"
   "$venv/bin/python" -m pip --disable-pip-version-check install -q \
     --no-deps --no-build-isolation -e .
-  echo "$root" >"$venv/packages"
+  echo "${folders[*]}" >"$venv/packages"
 fi
 echo "$venv"

@@ -82,6 +82,11 @@ SYNC = f'{PROCESSES}::test_sync_bn_in_two_processes'
 PLAIN = 'tests/test_plain/test_weights.py'
 REPARAM = 'tests/test_reparam.py'
 INSERT = 'tests/test_insert.py'
+MERGE_BACK = 'tests/test_merge_back.py'
+SWEEP = 'tests/test_sweep.py'
+RUNNING = 'tests/test_mm/test_running.py'
+PROOF = 'tests/test_proof.py'
+OWN_BLOCKS = 'tests/test_own_blocks.py'
 WITHOUT_SHIFT = 'tests/test_blocks/test_without_shift.py'
 BLOCKS_HOOK = 'tests/test_engine/test_blocks_hook.py'
 FUSED = 'tests/test_mm/test_fused.py'
@@ -939,6 +944,77 @@ TABLE = (
         'the end of the literal forward',
         (REPARAM,),
     ),
+    # --------------------------------------------------- running and proof
+    Mutation(
+        'mmdbb/running.py',
+        'torch.manual_seed(0)',
+        'pass',
+        'the same random numbers in each run',
+        (RUNNING,),
+    ),
+    Mutation(
+        'mmdbb/running.py',
+        'if reached.isdisjoint(heads[label].modules())',
+        'if False',
+        'heads that the whole network did not reach, named',
+        (RUNNING,),
+    ),
+    Mutation(
+        'mmdbb/proof.py',
+        'elif is_of_head(name) and _jumps(',
+        'elif _jumps(',
+        'features that jump, refused',
+        (PROOF,),
+    ),
+    Mutation(
+        'mmdbb/proof.py',
+        'error.mean <= _AS_FAR * moved.mean',
+        'True',
+        'a head that jumps, and is wrong everywhere',
+        (PROOF,),
+    ),
+    Mutation(
+        'mmdbb/proof.py',
+        'if moved.largest <= bound.tolerance:',
+        'if False:',
+        'a head that does not jump, and is wrong',
+        (PROOF,),
+    ),
+    Mutation(
+        'mmdbb/proof.py',
+        'min(bound.amplified, moved[name].largest)',
+        'bound.amplified',
+        'amplified rounding, bounded by what rounding does',
+        (PROOF,),
+    ),
+    Mutation(
+        'mmdbb/own_blocks.py',
+        'if not error <= TOLERANCE:',
+        'if False:',
+        "a wrong method of another package's block",
+        (OWN_BLOCKS,),
+    ),
+    Mutation(
+        'mmdbb/own_blocks.py',
+        'with _float64():',
+        'if True:',
+        "new layers of another package's block in float64",
+        (OWN_BLOCKS,),
+    ),
+    Mutation(
+        'mmdbb/own_blocks.py',
+        'if module in known or isinstance',
+        'if isinstance',
+        "another package's block in two places",
+        (OWN_BLOCKS,),
+    ),
+    Mutation(
+        'mmdbb/untouched.py',
+        'changed.update(own)',
+        'pass',
+        "another package's block is merged, so it is no copy",
+        (OWN_BLOCKS,),
+    ),
     # --------------------------------------------------------------- insert
     Mutation(
         'mmdbb/insert.py',
@@ -974,6 +1050,71 @@ TABLE = (
         'type(conv) is nn.Conv2d',
         'convolutions with hooks stay',
         (f'{INSERT}::test_norms_and_convs_with_hooks_stay',),
+    ),
+    # ----------------------------------------------------------- merge back
+    Mutation(
+        'mmdbb/merge_back.py',
+        'mean.double() - bias',
+        'mean.double() + bias',
+        'the sign of a bias that a norm takes',
+        (MERGE_BACK,),
+    ),
+    Mutation(
+        'mmdbb/merge_back.py',
+        'torch.zeros_like(bias) if replaced.bias else bias.detach()',
+        'bias.detach()',
+        'a bias that the convolution keeps',
+        (f'{MERGE_BACK}::test_biases_that_were_there_stay_there',),
+    ),
+    Mutation(
+        'mmdbb/merge_back.py',
+        'momentum=norm.momentum',
+        'momentum=0.1',
+        "the absorbed norm's momentum",
+        (f'{MERGE_BACK}::test_structure_and_function_come_back',),
+    ),
+    Mutation(
+        'mmdbb/merge_back.py',
+        '        del model.fuse\n',
+        '        pass\n',
+        'nothing of mmdbb is left',
+        (MERGE_BACK,),
+    ),
+    Mutation(
+        'mmdbb/insert.py',
+        '    merge_before_fuse_(model)\n',
+        '',
+        "models' own fuse merges first",
+        (f'{MERGE_BACK}::test_the_models_own_fuse_merges_first',),
+    ),
+    Mutation(
+        'mmdbb/yolo.py',
+        'plain = None if resumed else weights',
+        'plain = weights',
+        'checkpoints with blocks are loaded once the blocks are in',
+        (MERGE_BACK,),
+    ),
+    Mutation(
+        'mmdbb/yolo.py',
+        '            _check_same_blocks(model, weights)\n',
+        '',
+        'checkpoints with other blocks are refused',
+        (f'{MERGE_BACK}::test_a_trainer_refuses_other_blocks',),
+    ),
+    # ---------------------------------------------------------------- sweep
+    Mutation(
+        'tools/workshop/sweep/trial.py',
+        "if _is_in(error, 'mmdbb/blocks/'):",
+        'if False:',
+        'an error in a block is no network that cannot be run',
+        (f'{SWEEP}::test_it_sees_an_error_in_a_block',),
+    ),
+    Mutation(
+        'tools/workshop/sweep/run.py',
+        "path.write_text(''.join(map(_line, self.rows.values())))",
+        'pass',
+        'a line that was cut',
+        (f'{SWEEP}::test_a_run_goes_on_where_it_was_cut',),
     ),
     # ------------------------------------------------------------ recompute
     Mutation(

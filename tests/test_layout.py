@@ -26,12 +26,17 @@ LOWER = (
     ('kernels',),
     ('branches',),
     ('blocks',),
+    ('own_blocks',),
     ('reparam', 'conv_norms', 'tracing', 'files'),
-    ('found_norms',),
-    ('stock_weights', 'own_forward'),
+    (
+        'found_norms',
+        'running',
+    ),
+    ('stock_weights', 'own_forward', 'folding'),
     ('plain', 'untouched'),
-    ('official',),
+    ('official', 'merge_back'),
     ('insert', 'compare'),
+    ('yolo', 'proof'),
 )
 #: The upper storey: folders and files of `mmdbb.mm`, on top of the lower.
 UPPER = (

@@ -13,7 +13,15 @@ import mmdbb
 
 ROOT = Path(__file__).resolve().parents[1]
 #: What serves the work on mmdbb itself.
-WORKSHOP = ('benchmark', 'demo', 'model_zoo', 'prepare_demo_data', 'study')
+WORKSHOP = (
+    'benchmark',
+    'demo',
+    'model_zoo',
+    'prepare_demo_data',
+    'study',
+    'study_fashion',
+    'sweep',
+)
 
 
 def is_shipped(path):

@@ -82,6 +82,13 @@ def parse_args():
         help='do not merge the blocks whose whole names match a shell pattern',
     )
     parser.add_argument(
+        '--also-own',
+        action=argparse.BooleanOptionalAction,
+        help="merge the network's own re-parameterizable blocks too, such as "
+        "MobileOne's, by their own method; default: only if the network has "
+        'no blocks of mmdbb',
+    )
+    parser.add_argument(
         '--dtype',
         choices=['float64', 'float32'],
         default='float64',
@@ -104,7 +111,7 @@ def parse_args():
         '--tolerance',
         type=at_least_zero,
         help='largest difference allowed: for stock and fused a share of a '
-        "channel's largest magnitude, 1e-5 by default; for the other formats "
+        "channel's largest magnitude, 1e-9 by default; for the other formats "
         "a share of an output's, 1e-4 by default",
     )
     parser.add_argument(
@@ -140,6 +147,7 @@ def deploy(args, source, proof):
         only=args.only,
         skip=args.skip,
         dtype=getattr(torch, args.dtype),
+        also_own=args.also_own,
     )
     result = deploy_checkpoint(
         source, args.out, options, proof, overwrite=args.force
@@ -147,9 +155,21 @@ def deploy(args, source, proof):
     before, after = result.parameters
     print(f'took the weights: {result.weights}')
     print(f'merged {result.blocks} blocks: {before:,} -> {after:,} parameters')
+    if result.own:
+        print(f"merged {len(result.own)} blocks of the network's own kind")
+    if result.own_left:
+        print(
+            'the network has re-parameterizable blocks of its own kind; '
+            '--also-own merges them too'
+        )
     if result.left:
         print(f'{result.left} blocks are left: the result needs mmdbb')
     print_difference(result.difference, result.tolerance)
+    if result.rounding is not None:
+        print(
+            'for comparison: float32 instead of float64 moves the '
+            f"network's own outputs by up to {result.rounding:.2e}"
+        )
     print(f'weights: {result.checkpoint}')
     print(f'config:  {result.config}')
 
@@ -168,6 +188,7 @@ def export(args, source, proof):
         dtype=getattr(torch, args.dtype),
         proof=proof,
         overwrite=args.force,
+        also_own=args.also_own,
     )
     notes = result.metadata
     print(f'took the weights: {notes["weights"]}')
@@ -185,6 +206,8 @@ def print_difference(difference, tolerance):
         f'magnitude (in {difference.output or "none"}; compared '
         f'{len(difference.compared)} outputs, tolerance {tolerance:.0e})'
     )
+    for name, reason in difference.left_out.items():
+        print(f'not compared: {name} ({reason})')
 
 
 if __name__ == '__main__':

@@ -135,9 +135,10 @@ class Proof(NamedTuple):
             normalised images (N, C, H, W) as they enter the network.
         image_size: Height and width of the images in pixels. A file for a
             runtime takes images of this size only.
-        tolerance: Largest difference allowed. By default it is 1e-5 of a
-            channel's largest magnitude for checkpoints (compared before they
-            are rounded), and 1e-4 of an output's largest magnitude for files
+        tolerance: Largest difference allowed. By default it is 1e-9 of a
+            channel's largest magnitude for checkpoints (compared in float64
+            before they are rounded), 1e-5 where only float32 is possible,
+            and 1e-4 of an output's largest magnitude for files
             of runtimes.
         seed: Seed of the random images.
     """

@@ -12,6 +12,7 @@ from mmengine.registry import MODELS
 from mmdbb.blocks.build import layer_of
 from mmdbb.mm import host_internals
 from mmdbb.mm.data_flow import run_on_image
+from mmdbb.mm.deploy.images import data_samples
 from mmdbb.mm.engine import (  # noqa: F401
     blocks_hook,
     optim,
@@ -64,6 +65,7 @@ PORTS.builder_of = _builder_of
 PORTS.replaced_layer = _replaced_layer
 PORTS.find_layer = _find_layer
 PORTS.read_address = read_address
+PORTS.data_samples = data_samples
 PORTS.run_network = run_on_image
 host_internals.plug_in(PORTS)
 BLOCKS.follow(_register_layer)

@@ -171,8 +171,19 @@ def test_hooks_and_forwards_are_taken_back(networks):
 
 def test_images_that_the_network_cannot_take(networks):
     model, stock = networks['classifier']
+    wrong = image(1, 5, 8, 8)
     with pytest.raises(UserError, match=r'shape \(1, 5, 8, 8\).*image-size'):
-        compare_networks(model, stock, [image(1, 5, 8, 8)])
+        compare_networks(model, stock, [BATCH, wrong])
+    convs = (nn.Conv2d(3, 4, 9), DBB(4, 4, 3))
+    model = nn.Sequential(*convs).double().eval()
+    merged = reparameterize(model)
+    with pytest.raises(UserError, match=r'\(2, 3, 8, 8\): Run.*image-size'):
+        compare_networks(model, merged, [image(2, 3, 8, 8)])
+    # Where no size would do, blocks alone are compared.
+    difference = compare_networks(model, merged, [wrong])
+    assert difference.compared == ('1',) and list(difference.left_out) == [
+        'network'
+    ]
 
 
 def test_relative_error_exact():

@@ -33,6 +33,7 @@ from networks import (
     write_config,
 )
 from torch import nn
+from unusual import byol, detr, pointrend, sparse_rcnn
 
 import mmdbb
 from mmdbb import DBB, reparameterize
@@ -779,3 +780,64 @@ def test_output_that_is_the_checkpoint(trained, tmp_path):
             'torchscript',
             overwrite=True,
         )
+
+
+@pytest.mark.parametrize(
+    'scope, model, shapes',
+    [
+        ('mmseg', pointrend, {'logits': (3, *SIZE)}),
+        (
+            'mmpretrain',
+            byol,
+            {'feature_0': (8, 16, 12), 'feature_1': (16, 8, 6)},
+        ),
+        ('mmdet', detr, {'feature_0': (16, 8, 6)}),
+    ],
+)
+def test_networks_whose_heads_read_more_than_features(
+    tmp_path, scope, model, shapes
+):
+    network = randomize(
+        build_model(Config(dict(default_scope=scope, model=model())))
+    )
+    out = str(tmp_path / 'net.pt')
+    result = export(network, out, 'torchscript', SIZE)
+    assert result.outputs == shapes
+    assert result.difference.largest < 1e-4
+
+
+def test_a_head_that_does_not_run(tmp_path):
+    cfg = Config(dict(default_scope='mmdet', model=sparse_rcnn()))
+    network, out = build_model(cfg), str(tmp_path / 'net.pt')
+    refused(
+        'NotImplementedError: .*head is left out',
+        network,
+        out,
+        'torchscript',
+        SIZE,
+        head=True,
+    )
+    export(network, out, 'torchscript', SIZE)
+
+
+def test_other_packages_blocks(tmp_path):
+    """The file holds the merged form of mmpretrain's own blocks."""
+    arch = dict(
+        num_blocks=[1] * 4,
+        width_factor=[0.125] * 4,
+        group_layer_map=None,
+        se_cfg=None,
+    )
+    model = dict(
+        type='ImageClassifier', backbone=dict(type='RepVGG', arch=arch)
+    )
+    cfg = Config(dict(default_scope='mmpretrain', model=model))
+    path = str(tmp_path / 'trained.pth')
+    torch.save(randomize(build_model(cfg)).state_dict(), path)
+    out = str(tmp_path / 'net.pt')
+    export_checkpoint(
+        Source(cfg, path), out, 'torchscript', proof=Proof(image_size=SIZE)
+    )
+    names = [name for name, _ in torch.jit.load(out).named_modules()]
+    assert any('branch_reparam' in name for name in names)
+    assert not any('branch_3x3' in name for name in names)

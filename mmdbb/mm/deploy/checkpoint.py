@@ -6,17 +6,12 @@ The proof compares the written network with the one that was trained.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional, Tuple
+from typing import List, NamedTuple, Optional, Tuple
 
 import torch
 from torch import nn
 
-from mmdbb.compare import (
-    SMALLEST_CHANNEL,
-    TOLERANCE,
-    Difference,
-    prove_equal,
-)
+from mmdbb.compare import Difference
 from mmdbb.files.checkpoints import compare_with_torch
 from mmdbb.mm.deploy.merge import (
     MergeOptions,
@@ -26,6 +21,7 @@ from mmdbb.mm.deploy.merge import (
 from mmdbb.mm.outputs import Proof, Source, output_paths, writing
 from mmdbb.mm.structure import Structure
 from mmdbb.modules import count_parameters
+from mmdbb.proof import own_rounding, prove_equal
 from mmdbb.untouched import prove_untouched
 
 
@@ -37,12 +33,18 @@ class Deployed(NamedTuple):
         config: Path of the config of the written network.
         blocks: Number of blocks that were merged.
         parameters: Numbers of parameters before and after merging.
-        difference: Difference between the outputs of the two networks.
+        difference: Difference between the outputs of the two networks, and
+            what could not be compared.
         tolerance: Largest difference that was allowed.
         structure: ``STOCK``, ``FUSED`` or ``PARTIAL``.
         left: Number of blocks that were not merged.
         weights: The source's weights that were taken (such as the averaged
             ones), in words.
+        rounding: How far the written network in float32 is from itself in
+            float64, relative to an output's largest magnitude; None if it
+            cannot be run.
+        own: Names of blocks of other packages that were merged too.
+        own_left: Whether such blocks are left.
     """
 
     checkpoint: str
@@ -54,6 +56,9 @@ class Deployed(NamedTuple):
     structure: Structure
     left: int
     weights: str
+    rounding: Optional[float]
+    own: List[str]
+    own_left: bool
 
 
 def deploy_checkpoint(
@@ -84,7 +89,6 @@ def deploy_checkpoint(
             networks differ.
     """
     options, proof = options or MergeOptions(), proof or Proof()
-    tolerance = TOLERANCE if proof.tolerance is None else proof.tolerance
     checkpoint, config = output_paths(out)
     with writing(
         source, checkpoint, config, inputs=proof.paths, overwrite=overwrite
@@ -101,21 +105,27 @@ def deploy_checkpoint(
         network = drafts.network(contents)
         if trained is None:
             trained = _trained_again(source)
-        # Kernels composed in float32 have errors as large as the largest
-        # channel's, so small channels are not compared by their own size.
-        exact = options.dtype is torch.float64
+        batches = proof.batches(trained)
         difference = prove_equal(
             trained,
             network,
-            proof.batches(trained),
-            tolerance,
-            SMALLEST_CHANNEL if exact else 1.0,
-            merged.norms,
+            batches,
+            proof.tolerance,
+            exact=options.dtype is torch.float64,
+            own=merged.own,
+            norms=merged.norms,
         )
-        prove_untouched(trained, network, merged.norms)
-        del trained, network
+        prove_untouched(trained, network, merged.norms, merged.own)
+        del trained
+        rounding = own_rounding(network, batches[0])
+        del network
         drafts.write(
-            contents.noting(max_error=difference.largest, tolerance=tolerance)
+            contents.noting(
+                max_error=difference.largest,
+                tolerance=difference.tolerance,
+                not_compared=dict(difference.left_out),
+                own_rounding=rounding,
+            )
         )
     return Deployed(
         checkpoint=checkpoint,
@@ -123,10 +133,13 @@ def deploy_checkpoint(
         blocks=len(merged.merged),
         parameters=parameters,
         difference=difference,
-        tolerance=tolerance,
+        tolerance=difference.tolerance,
         structure=contents.structure,
         left=merged.left,
         weights=contents.weights,
+        rounding=rounding,
+        own=merged.own,
+        own_left=merged.own_left,
     )
 
 

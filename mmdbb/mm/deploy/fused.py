@@ -48,7 +48,7 @@ def fold_norms_(model: nn.Module, pairs: Pairs) -> None:
         pairs: Name of a convolution -> names of the norms that alone read its
             output.
     """
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
     # A convolution that stands in several places counts once.
     readers = [
         n for conv, norms in pairs.items() if conv in modules for n in norms

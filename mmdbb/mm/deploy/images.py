@@ -9,15 +9,18 @@ from typing import List, Tuple, Union
 import mmcv
 import numpy as np
 import torch
+from mmengine.structures import BaseDataElement, InstanceData
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 
+from mmdbb.blocks.base import ReparamConv2d
 from mmdbb.errors import UserError
 from mmdbb.files.checkpoints import check_regular
 
 #: Images with more pixels are refused, because a small file can claim to be a
 #: large image and fill the memory.
 MOST_PIXELS = 1 << 26
+_CONVS = (nn.Conv2d, ReparamConv2d)
 
 
 def random_batch(model: nn.Module, size: Tuple[int, int], seed: int) -> Tensor:
@@ -30,11 +33,14 @@ def random_batch(model: nn.Module, size: Tuple[int, int], seed: int) -> Tensor:
         seed: Seed of the random numbers.
 
     Returns:
-        Tensor: Normalised images (2, 3, H, W).
+        Tensor: Normalised images (2, C, H, W). C is 3, but for a network
+        without a mean of 3 channels whose first convolution takes another
+        number.
     """
     generator = np.random.default_rng(seed)
+    channels = _channels(model)
     images = [
-        generator.integers(0, 256, (*size, 3), dtype=np.uint8)
+        generator.integers(0, 256, (*size, channels), dtype=np.uint8)
         for _ in range(2)
     ]
     return _preprocessed(model, images)
@@ -93,4 +99,61 @@ def _preprocessed(model: nn.Module, images: List[np.ndarray]) -> Tensor:
     preprocessor = getattr(model, 'data_preprocessor', None)
     if preprocessor is None:
         return torch.stack(tensors).float() / 255
-    return preprocessor(dict(inputs=tensors))['inputs']
+    try:
+        found = preprocessor(dict(inputs=tensors))['inputs']
+        # Preprocessors for several views of an image take each for a view.
+        return found if isinstance(found, Tensor) else torch.stack(found)
+    except Exception:
+        # Some preprocessors of videos, of points and of pairs of images need
+        # more than images.
+        return _normalised(preprocessor, torch.stack(tensors).float())
+
+
+def _normalised(preprocessor: nn.Module, images: Tensor) -> Tensor:
+    """Images on the scale of a preprocessor that does not take images."""
+    mean, std = (getattr(preprocessor, n, None) for n in ('mean', 'std'))
+    if not isinstance(mean, Tensor) or not isinstance(std, Tensor):
+        return images / 255
+    return (images - mean.reshape(-1, 1, 1)) / std.reshape(-1, 1, 1)
+
+
+def _channels(model: nn.Module) -> int:
+    """Number of channels of a model's images, as files hold them."""
+    mean = getattr(getattr(model, 'data_preprocessor', None), 'mean', None)
+    if isinstance(mean, Tensor) and mean.numel() > 1:
+        return mean.numel()
+    convs = (m for m in model.modules() if isinstance(m, _CONVS))
+    return next((conv.in_channels for conv in convs), 3)
+
+
+def data_samples(images: Tensor) -> List[BaseDataElement]:
+    """Make the data samples that networks read beside a batch of images.
+
+    They say that the images are whole, neither padded nor scaled, and that
+    one object fills the middle of each.
+
+    Args:
+        images: Images (N, C, H, W).
+    """
+    height, width = images.shape[-2:]
+    size = (height, width)
+    whole = dict(
+        img_shape=size,
+        ori_shape=size,
+        pad_shape=size,
+        batch_input_shape=size,
+        scale_factor=(1.0, 1.0),
+        flip=False,
+    )
+    box = [width / 4, height / 4, 3 * width / 4, 3 * height / 4]
+    samples = []
+    for _ in images:
+        instances = InstanceData(
+            bboxes=images.new_tensor([box]),
+            labels=torch.zeros(1, dtype=torch.int64, device=images.device),
+            scores=images.new_ones(1),
+        )
+        sample = BaseDataElement(metainfo=whole)
+        sample.gt_instances = sample.proposals = instances
+        samples.append(sample)
+    return samples

@@ -20,7 +20,7 @@ from mmdbb.mm.deploy.fused import fold_norms_, give_biases_
 from mmdbb.mm.deploy.load import build_model
 from mmdbb.mm.deploy.parts import refuse_no_block
 from mmdbb.mm.outputs import Contents, Source
-from mmdbb.mm.stock.config import stock_config
+from mmdbb.mm.stock.config import deployed_config, stock_config
 from mmdbb.mm.stock.partial import (
     merge_some_,
     partial_config,
@@ -29,6 +29,7 @@ from mmdbb.mm.stock.partial import (
 )
 from mmdbb.mm.structure import Structure, written_structure
 from mmdbb.modules import is_norm, names_of
+from mmdbb.own_blocks import has_own_blocks, merge_own_blocks
 from mmdbb.reparam import find_blocks, holds_blocks
 from mmdbb.stock_weights import names_in, stock_state
 from mmdbb.untouched import Pairs
@@ -44,12 +45,16 @@ class MergeOptions(NamedTuple):
         skip: Shell patterns of the names of blocks not to merge.
         dtype: Precision in which kernels and norms are composed,
             ``torch.float64`` or ``torch.float32``.
+        also_own: Whether to merge blocks of other packages too, such as
+            mmpretrain's RepVGG, by their own methods; by default only if the
+            network has no blocks of mmdbb.
     """
 
     fuse: bool = False
     only: Sequence[str] = ()
     skip: Sequence[str] = ()
     dtype: torch.dtype = torch.float64
+    also_own: Optional[bool] = None
 
 
 class Merged(NamedTuple):
@@ -63,6 +68,8 @@ class Merged(NamedTuple):
             write into the files.
         merged: Names of the blocks that this call merged, one of each.
         left: Number of blocks that were not merged.
+        own: Names of blocks of other packages that were merged too.
+        own_left: Whether such blocks are left.
         norms: Name of a block in ``trained`` -> names of the norms behind it
             that may hold its bias.
     """
@@ -72,6 +79,8 @@ class Merged(NamedTuple):
     contents: Contents
     merged: List[str]
     left: int
+    own: List[str]
+    own_left: bool
     norms: Pairs
 
 
@@ -105,7 +114,10 @@ def merge_checkpoint(
     trained = trained.to(options.dtype)
     blocks = find_blocks(trained)
     left = {n: b for n, b in blocks.items() if not b.deploy}
-    merged = select_blocks(left, options.only, options.skip)
+    merged = left and select_blocks(left, options.only, options.skip)
+    also_own = options.also_own
+    if also_own is None:
+        also_own = not blocks
     # A block that stands in several places is merged in all of them, once.
     first = {block: name for name, block in reversed(left.items())}
     merged = list(dict.fromkeys(first[left[name]] for name in merged))
@@ -117,10 +129,15 @@ def merge_checkpoint(
             f'{some(sorted({*first.values()} - {*merged}))}'
         )
     make = _partly_merged if partial else _stock
-    if options.fuse:
+    own: List[str] = []
+    if options.fuse and not also_own:
         make = _fused
     try:
         network, new_cfg, norms = make(cfg, trained, merged, options.dtype)
+        if also_own:
+            network, new_cfg, own = _own_merged(network, new_cfg)
+            if options.fuse:
+                fold_norms_(network, norms_of(network).pairs)
     except ValueError as error:
         raise UserError(f'{checkpoint}: {error}') from error
     structure = Structure.PARTIAL if partial else Structure.STOCK
@@ -150,6 +167,8 @@ def merge_checkpoint(
         contents=contents,
         merged=merged,
         left=len(first) - len(merged),
+        own=own,
+        own_left=not also_own and has_own_blocks(network),
         norms=norms,
     )
 
@@ -170,13 +189,14 @@ def trained_network(
             merged already, or they do not fit the network.
     """
     trained = build_model(cfg)
-    if not find_blocks(trained):
+    if not find_blocks(trained) and not has_own_blocks(trained):
         refuse_no_block(cfg, trained)
         raise UserError(
             'the network of the config has no block to merge: no conv_cfg '
             'and no backbone of mmdbb'
         )
-    _refuse_merged(trained, state, checkpoint)
+    if find_blocks(trained):
+        _refuse_merged(trained, state, checkpoint)
     load_strictly(trained, state, checkpoint, keep_dtype=True)
     return trained
 
@@ -225,6 +245,12 @@ def _dtype_of(name: str, own: Dict[str, torch.dtype]) -> torch.dtype:
     for known in (name, layer, f'{layer}.weight'):
         if known in own:
             return own[known]
+    # A block of another package has new names once it is merged.
+    while layer:
+        inside = [n for n in own if n.startswith(f'{layer}.')]
+        if inside:
+            return own[inside[0]]
+        layer = layer.rpartition('.')[0]
     raise AssertionError(f'{name} comes from nowhere')
 
 
@@ -245,7 +271,9 @@ def _stock(
     stock_cfg = stock_config(whole_config(cfg))
     stock = build_model(stock_cfg)
     norms = norms_of(stock)
-    state = stock_state(trained, stock, norms=norms, dtype=dtype)
+    state = trained.state_dict()
+    if find_blocks(trained):
+        state = stock_state(trained, stock, norms=norms, dtype=dtype)
     load_strictly(stock, state, 'the merged network', keep_dtype=True)
     return stock, stock_cfg, _in_names_of(trained, stock, norms.pairs)
 
@@ -280,6 +308,41 @@ def _fused(
     pairs = _in_names_of(trained, network, norms.pairs)
     fold_norms_(network, norms.pairs)
     return network, stock_cfg, pairs
+
+
+def _own_merged(
+    network: nn.Module, cfg: Config
+) -> Tuple[nn.Module, Config, List[str]]:
+    """Merge blocks of other packages by their own methods.
+
+    Args:
+        network: The network of ``cfg``, without blocks of mmdbb to merge.
+        cfg: Its config.
+
+    Returns:
+        tuple: The merged network, its config, and the names of the blocks.
+
+    Raises:
+        ValueError: If the network has no such block, or one is merged wrongly.
+        UserError: If no config builds the merged network.
+    """
+    merged, blocks, _ = merge_own_blocks(network)
+    if not blocks:
+        raise ValueError(
+            'the network has no re-parameterizable blocks of its own kind'
+        )
+    new_cfg = deployed_config(cfg)
+    built = build_model(new_cfg)
+    if built.state_dict().keys() != merged.state_dict().keys():
+        raise UserError(
+            f'{type(network).__name__} merges {some(blocks)}, but no argument '
+            'in its config (deploy=True) builds the merged network; merge it '
+            'in Python by mmdbb.reparameterize'
+        )
+    load_strictly(
+        built, merged.state_dict(), 'the merged network', keep_dtype=True
+    )
+    return built, new_cfg, blocks
 
 
 def _partly_merged(

@@ -26,6 +26,7 @@ def export_checkpoint(
     dtype: torch.dtype = torch.float64,
     proof: Optional[Proof] = None,
     overwrite: bool = False,
+    also_own: Optional[bool] = None,
 ) -> Exported:
     """Write a trained checkpoint's merged network for a runtime.
 
@@ -42,6 +43,8 @@ def export_checkpoint(
         proof: Images to compare the file with the network on, the tolerance,
             and the size of the images that the file takes.
         overwrite: Whether an existing output may be replaced.
+        also_own: Whether to merge blocks of other packages too; see
+            :class:`~mmdbb.mm.deploy.merge.MergeOptions`.
 
     Raises:
         UserError: If an input is wrong, a package is missing, or the file
@@ -52,7 +55,9 @@ def export_checkpoint(
     with writing(
         source, out, inputs=proof.paths, overwrite=overwrite
     ) as drafts:
-        merged = merge_checkpoint(source, MergeOptions(fuse=True, dtype=dtype))
+        merged = merge_checkpoint(
+            source, MergeOptions(fuse=True, dtype=dtype, also_own=also_own)
+        )
         trained, contents = merged.trained.float(), merged.contents
         result = write_network(
             merged.network,

@@ -113,17 +113,39 @@ class Classifier(ExportModule):
         return self.network(images, mode='tensor')
 
 
+class SelfSupervised(ExportModule):
+    """mmpretrain's self-supervised networks: images to features."""
+
+    output = 'feature'
+
+    def run(self, images: Tensor):
+        return self.network.extract_feat(images)
+
+
 class Segmentor(ExportModule):
     """mmseg's segmentor: images to the logits of the (last) decode head.
 
     The logits are not resized: their height and width are usually an eighth
-    or a quarter of the image's.
+    or a quarter of the image's. A network that has no such output (PointRend,
+    MaskFormer) is run by its ``encode_decode``, which gives logits of the
+    image's size.
     """
 
     output = 'logits'
 
     def run(self, images: Tensor):
-        return self.network(images, mode='tensor')
+        try:
+            return self.network(images, mode='tensor')
+        except Exception:  # networks raise all kinds of errors
+            size = tuple(images.shape[-2:])
+            names = (
+                'img_shape',
+                'ori_shape',
+                'pad_shape',
+                'batch_input_shape',
+            )
+            meta = dict.fromkeys(names, size)
+            return self.network.encode_decode(images, [meta] * len(images))
 
 
 class Detector(ExportModule):
@@ -181,6 +203,7 @@ class Detector(ExportModule):
 #: Package and name of a base class -> the wrapper of its networks.
 HOSTS = {
     ('mmpretrain', 'BaseClassifier'): Classifier,
+    ('mmpretrain', 'BaseSelfSupervisor'): SelfSupervised,
     ('mmseg', 'BaseSegmentor'): Segmentor,
     ('mmdet', 'BaseDetector'): Detector,
 }

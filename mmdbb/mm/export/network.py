@@ -28,6 +28,7 @@ from mmdbb.errors import UserError
 from mmdbb.mm.export.folding import fold_norms_
 from mmdbb.mm.export.formats import INPUT, file_format, silence
 from mmdbb.mm.export.modules import (
+    Detector,
     ExportModule,
     export_module,
     preprocessing,
@@ -35,6 +36,7 @@ from mmdbb.mm.export.modules import (
 from mmdbb.mm.outputs import Proof, writing
 from mmdbb.modules import in_eval_mode
 from mmdbb.reparam import find_blocks, literal_forward, reparameterize
+from mmdbb.running import reason_of, takes_other_images
 from mmdbb.version import __version__
 
 #: Numbers of images to trace the network with, and to verify the file with.
@@ -265,14 +267,26 @@ def _outputs(
             parameter = next(model.parameters(), images)
             try:
                 named = module.outputs(images.to(parameter))
-            except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            except Exception as error:  # networks raise all kinds of errors
                 raise UserError(
                     f'the network cannot be run on images of shape '
-                    f'{tuple(images.shape)}: {error}; choose another image '
-                    'size'
+                    f'{tuple(images.shape)}: {reason_of(error)}; '
+                    + _advice(model, head, images.to(parameter))
                 ) from error
             outputs.append({k: y.float().cpu() for k, y in named.items()})
     return outputs
+
+
+def _advice(model: nn.Module, head: bool, images: Tensor) -> str:
+    """What a user can do about a network that does not run on images."""
+    if head and isinstance(export_module(model), Detector):
+        return (
+            'backbone and neck are exported where the head is left out '
+            '(without --head, head=False)'
+        )
+    if takes_other_images(model, images):
+        return 'choose another image size'
+    return 'only networks that map images to tensors are exported'
 
 
 def _compare(

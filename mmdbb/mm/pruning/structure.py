@@ -17,7 +17,6 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmdbb.compare import DENSE_HEADS
 from mmdbb.errors import UserError, require_packages
 from mmdbb.mm.data_flow import channels_of
 from mmdbb.mm.export.modules import (
@@ -28,6 +27,7 @@ from mmdbb.mm.export.modules import (
 from mmdbb.modules import count_parameters, in_eval_mode
 from mmdbb.own_forward import is_plain, own_forwards
 from mmdbb.reparam import find_blocks
+from mmdbb.running import DENSE_HEADS
 
 
 def require_torch_pruning():

@@ -10,6 +10,7 @@ no backbone is named here.
 
 from __future__ import annotations
 
+import inspect
 import sys
 from typing import Any, Iterator, List, Optional, Set, Tuple, Type
 
@@ -42,6 +43,8 @@ CONV_KEYS = ('padding_mode', 'bias')
 
 #: Packages whose classes configs can name without ``custom_imports``.
 PACKAGES = (*HOSTS, 'torch', 'torchvision')
+#: Arguments by which classes of other packages build their merged form.
+DEPLOYED = ('deploy', 'small_kernel_merged')
 
 
 def stock_config(cfg: Config) -> Config:
@@ -89,6 +92,29 @@ def stock_config(cfg: Config) -> Config:
         fields['custom_imports'] = dict(imports, imports=kept)
     fields.update(load_from=None, resume=False)
     return Config(fields)
+
+
+def deployed_config(cfg: Config) -> Config:
+    """A config whose networks build their own blocks merged.
+
+    Args:
+        cfg: The config of a network with re-parameterizable blocks of its
+            package, such as mmpretrain's RepVGG.
+
+    Returns:
+        Config: A copy in which every class that has an argument for it
+        (:data:`DEPLOYED`) builds its merged form.
+    """
+
+    def deploy(node: dict, scope: Optional[str]) -> dict:
+        kind = class_of(node.get('type'), scope)
+        if isinstance(kind, type):
+            names = inspect.signature(kind.__init__).parameters
+            node.update({name: True for name in DEPLOYED if name in names})
+        return node
+
+    fields = cfg.to_dict()
+    return Config(rewrite(fields, deploy, fields.get('default_scope')))
 
 
 def imports_of(fields: dict) -> Tuple[dict, List[str]]:

@@ -1,0 +1,254 @@
+"""The sweep over the packages' configs, on one network of each kind."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import mmdet
+import mmpretrain
+import mmseg
+import pytest
+import torch
+from mmengine.config import Config
+from torch import nn
+from workshop.sweep import table
+from workshop.sweep.architectures import (
+    Architecture,
+    Read,
+    distinct,
+    full_type,
+    read_config,
+)
+from workshop.sweep.networks import (
+    build,
+    model_config,
+    narrow,
+    parts_taking_blocks,
+    unformatted,
+)
+from workshop.sweep.packages import config_files, import_package
+from workshop.sweep.run import Limits, Results, run_isolated
+from workshop.sweep.table import Verdict, line_of, reason_of, verdict_of
+from workshop.sweep.trial import Trial
+
+import mmdbb
+from mmdbb.blocks import DBB
+
+pytestmark = pytest.mark.usefixtures('quiet')
+
+PACKAGES = dict(mmpretrain=mmpretrain, mmdet=mmdet, mmseg=mmseg)
+
+
+def path_of(package, config):
+    folder = Path(PACKAGES[package].__file__).parent / '.mim' / 'configs'
+    return folder / config
+
+
+def row_of(package, config):
+    import_package(package)
+    path = path_of(package, config)
+    parts = read_config(path, package).parts
+    with unformatted():
+        return Trial(Architecture(package, parts, config, str(path), 1)).run()
+
+
+def test_a_network_that_works():
+    row = row_of(
+        'mmseg', 'fastscnn/fast_scnn_8xb4-160k_cityscapes-512x1024.py'
+    )
+    assert verdict_of(row) is Verdict.WORKS, line_of(row)
+    assert row['blocks'] == dict(backbone=3, auxiliary_head=2)
+    assert row['steps']['trains']['how'] == 'loss'
+    assert row['steps']['merges']['merged'] == sum(row['blocks'].values())
+    assert reason_of(row) == ''
+
+
+def test_a_network_that_is_warned_of_and_fuses():
+    config = 'vfnet/vfnet_r50_fpn_1x_coco.py'
+    row = row_of('mmdet', config)
+    assert verdict_of(row) is Verdict.SAID, line_of(row)
+    assert row['steps']['fuses']['ok']
+    assert 'has no place in the stock network' in reason_of(row)
+
+
+def test_a_network_that_gets_no_block():
+    config = 'pidnet/pidnet-s_2xb6-120k_1024x1024-cityscapes.py'
+    row = row_of('mmseg', config)
+    assert row['takes'] and not row['blocks']
+    assert verdict_of(row) is Verdict.SAID, line_of(row)
+    assert row['steps']['says']['kind'] == 'refused'
+
+
+def test_a_network_that_takes_none():
+    config = 'vision_transformer/vit-base-p32_64xb64_in1k.py'
+    row = row_of('mmpretrain', config)
+    assert row['takes'] == {}
+    assert verdict_of(row) is Verdict.NOT_TAKEN
+
+
+def test_a_part_that_cannot_be_built_stays_plain():
+    row = row_of('mmdet', 'dcn/faster-rcnn_r50-dconv-c3-c5_fpn_1x_coco.py')
+    assert list(row['refused']) == ['model.backbone']
+    assert 'conv_cfg must be None for DCN' in row['refused']['model.backbone']
+    assert 'backbone' not in row['blocks'] and row['blocks']['neck']
+
+
+@pytest.fixture
+def wrong_merge(monkeypatch):
+    """A block whose merged kernel is wrong."""
+    right = DBB.to_conv
+
+    def wrong(self, *args, **kwargs):
+        conv = right(self, *args, **kwargs)
+        conv.weight.data.mul_(1.001)
+        return conv
+
+    monkeypatch.setattr(DBB, 'to_conv', wrong)
+
+
+@pytest.mark.usefixtures('wrong_merge')
+def test_it_sees_a_wrong_merge():
+    row = row_of('mmpretrain', 'resnet/resnet18_8xb32_in1k.py')
+    assert verdict_of(row) is Verdict.FAILS
+    assert 'differs by' in reason_of(row)
+
+
+def test_it_sees_an_error_in_a_block(monkeypatch):
+    forward = DBB.forward_train
+
+    def fail(self, x):
+        if x.shape[-1] > 10:  # not where the block runs by itself
+            raise RuntimeError('of a test')
+        return forward(self, x)
+
+    fail.__code__ = fail.__code__.replace(co_filename='mmdbb/blocks/x.py')
+    monkeypatch.setattr(DBB, 'forward_train', fail)
+    row = row_of('mmpretrain', 'resnet/resnet18_8xb32_in1k.py')
+    assert verdict_of(row) is Verdict.FAILS
+    assert row['steps']['trains']['reason'] == 'RuntimeError: of a test'
+
+
+def test_all_parts_get_blocks_and_narrow_networks_fit():
+    path = path_of('mmdet', 'faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py')
+    import_package('mmdet')
+    cfg = model_config(Config.fromfile(path), 'mmdet')
+    assert parts_taking_blocks(cfg) == {
+        'model.backbone': 'ResNet',
+        'model.neck': 'FPN',
+        'model.roi_head.bbox_head': 'Shared2FCBBoxHead',
+    }
+    quarter = build(narrow(cfg))
+    assert quarter.backbone.layer4[2].conv3.out_channels == 512
+    assert quarter.neck.fpn_convs[0].conv.out_channels == 64
+    with torch.no_grad():
+        assert len(quarter.extract_feat(torch.rand(1, 3, 64, 64))) == 5
+
+
+def test_configs_of_the_same_classes_are_one():
+    read = [
+        Read('/a/configs/x/deep.py', {'model': 'p.A'}, 101.0),
+        Read('/a/configs/x/flat.py', {'model': 'p.A'}, 18.0),
+        Read('/a/configs/y/other.py', {'model': 'p.B'}, 18.0),
+        Read('/a/configs/y/none.py', {}, 0.0),
+    ]
+    found = distinct('p', read)
+    assert [(a.config, a.configs) for a in found] == [
+        ('x/flat.py', 2),
+        ('y/other.py', 1),
+    ]
+    assert full_type('ResNet', 'mmdet') == 'mmdet.ResNet'
+    assert full_type('mmdet.models.backbones.resnet.ResNet', 'mmseg') == (
+        'mmdet.ResNet'
+    )
+    assert full_type(nn.Conv2d, 'mmdet') == 'torch.Conv2d'
+
+
+def test_configs_are_found():
+    for package in PACKAGES:
+        names = [path.name for path in config_files(package)]
+        assert len(names) > 500
+        assert '__init__.py' not in names
+        assert not [name for name in names if name.startswith('_base_')]
+
+
+def hang():
+    while True:
+        pass
+
+
+def fill():
+    return len(bytearray(2**31))
+
+
+def fail():
+    raise KeyError('of a test')
+
+
+def end():
+    os._exit(3)
+
+
+def test_processes_have_limits():
+    tasks = {f.__name__: (f, ()) for f in (hang, fill, fail, end, os.getpid)}
+    start = time.time()
+    limits = Limits(jobs=2, seconds=1.0, gigabytes=1.5)
+    found = dict(run_isolated(tasks, limits))
+    assert time.time() - start < 60
+    assert found['hang'].startswith('took more than 1 s')
+    assert found['fill'] == 'MemoryError: '
+    assert found['fail'] == "KeyError: 'of a test'"
+    assert found['end'] == 'ended with code 3'
+    assert found['getpid'] != os.getpid()
+
+
+def test_a_run_goes_on_where_it_was_cut(tmp_path):
+    file = tmp_path / 'rows.jsonl'
+    Results(file).add(dict(key='a', steps={}))
+    with file.open('a') as lines:
+        lines.write('{"key": "b", "st')
+    results = Results(file)
+    assert list(results.rows) == ['a']
+    results.add(dict(key='b', steps={}))
+    assert list(Results(file).rows) == ['a', 'b']
+
+
+def test_the_page_is_written_between_its_marks(tmp_path):
+    rows = tmp_path / 'rows.jsonl'
+    package = dict(key='package mmdet', package='mmdet', version='3.3.0')
+    package.update(files=7, lifted='', unread={})
+    good = dict(ok=True)
+    steps = dict.fromkeys(
+        ('alone', 'builds', 'trains', 'starts', 'merges'), good
+    )
+    steps['says'] = dict(ok=True, said=[])
+    row = dict(
+        key='mmdet a',
+        package='mmdet',
+        config='a.py',
+        takes={'model.backbone': 'ResNet'},
+        refused={},
+        blocks=dict(backbone=16),
+        steps=steps,
+    )
+    bad = dict(row, key='mmdet b', config='b.py')
+    bad['steps'] = dict(steps, merges=dict(ok=False, reason='no | place'))
+    rows.write_text(
+        '\n'.join(json.dumps(each) for each in (package, row, bad)) + '\n'
+    )
+    page = tmp_path / table.PAGE
+    page.parent.mkdir()
+    page.write_text(f'before\n\n{table.BEGIN}\nold\n{table.END}\n\nafter\n')
+    table.write_page(tmp_path, rows)
+    text = page.read_text()
+    assert text.startswith('before') and text.endswith('after\n')
+    assert 'old' not in text
+    assert '| mmdet | 7 | 2 | 2 | 32 | 1 | 0 | 1 | 0 | 0 |' in text
+    assert '- merges: no \\| place' in text
+    assert '`mmdet::b.py`' in text
+
+
+def test_the_docs_have_the_marks():
+    page = Path(mmdbb.__file__).parents[1] / table.PAGE
+    text = page.read_text()
+    assert text.count(table.BEGIN) == text.count(table.END) == 1

@@ -1,0 +1,86 @@
+# Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
+"""Inputs with labels for one step of training, of the packages' own kinds."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, Callable, Dict, Tuple
+
+import torch
+from torch import Tensor, nn
+
+Size = Tuple[int, int]
+
+
+def losses_of(model: nn.Module, size: Size) -> Tensor:
+    """The loss of a network for two random images with labels.
+
+    Args:
+        model: A classifier, segmentor or detector in training mode.
+        size: Height and width of the images in pixels.
+
+    Returns:
+        Tensor: The sum of all losses.
+
+    Raises:
+        Exception: Whatever the network raises for these inputs.
+    """
+    package = type(model).__module__.partition('.')[0]
+    data = _INPUTS[package](model, size)
+    _pad_no_further(model.data_preprocessor, size)
+    data = model.data_preprocessor(data, True)
+    total, _ = model.parse_losses(model(**data, mode='loss'))
+    return total
+
+
+def _pad_no_further(preprocessor: nn.Module, size: Size) -> None:
+    """Keep images as small as they are; configs pad them to 512 and more."""
+    if getattr(preprocessor, 'size', None) is not None:
+        preprocessor.size = size
+    if hasattr(preprocessor, 'batch_augments'):
+        preprocessor.batch_augments = None
+
+
+def _images(size: Size) -> list:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.randint(0, 256, (3, *size), generator=generator).byte()
+        for _ in range(2)
+    ]
+
+
+def _classes(model: nn.Module, size: Size) -> Dict[str, Any]:
+    sample = importlib.import_module('mmpretrain.structures').DataSample
+    samples = [sample().set_gt_label(i) for i in range(2)]
+    return dict(inputs=_images(size), data_samples=samples)
+
+
+def _maps(model: nn.Module, size: Size) -> Dict[str, Any]:
+    package = importlib.import_module('mmseg.structures')
+    pixels = importlib.import_module('mmengine.structures').PixelData
+    samples = []
+    for _ in range(2):
+        labels = torch.zeros(1, *size, dtype=torch.long)
+        labels[:, : size[0] // 2] = 1
+        info = dict(img_shape=size, ori_shape=size, pad_shape=size, flip=False)
+        sample = package.SegDataSample(metainfo=info)
+        sample.gt_sem_seg = pixels(data=labels)
+        samples.append(sample)
+    return dict(inputs=_images(size), data_samples=samples)
+
+
+def _boxes(model: nn.Module, size: Size) -> Dict[str, Any]:
+    testing = importlib.import_module('mmdet.testing')
+    mask = getattr(model, 'with_mask', False)
+    heads = (getattr(model, n, None) for n in ('mask_head', 'bbox_head'))
+    mask = mask or any('Mask' in type(head).__name__ for head in heads)
+    shapes = [(3, *size)] * 2
+    return testing.demo_mm_inputs(2, shapes, num_classes=2, with_mask=mask)
+
+
+_INPUTS: Dict[str, Callable[[nn.Module, Size], Dict[str, Any]]] = {
+    'mmpretrain': _classes,
+    'mmseg': _maps,
+    'mmdet': _boxes,
+    'mmyolo': _boxes,
+}

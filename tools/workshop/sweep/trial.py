@@ -1,0 +1,336 @@
+# Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
+"""Try blocks in one architecture: build, train, start, merge, prove.
+
+Each step is taken the way a user takes it, by mmdbb's public functions, and
+its outcome noted. A step that fails ends nothing but itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+import traceback
+from types import SimpleNamespace
+from typing import Any, Dict, Iterator, List, Optional, Tuple
+
+import torch
+from mmengine.config import Config
+from torch import Tensor, nn
+
+from mmdbb import BlocksHook, load_plain_weights_
+from mmdbb.blocks import ReparamConv2d
+from mmdbb.compare import compare_networks, network_outputs
+from mmdbb.deploy import (
+    MergeOptions,
+    Proof,
+    Source,
+    deploy_checkpoint,
+    stock_config,
+)
+from mmdbb.errors import UserError
+from mmdbb.modules import count_parameters
+from mmdbb.reparam import find_blocks
+
+from .architectures import Architecture
+from .inputs import losses_of
+from .networks import (
+    build,
+    model_config,
+    narrow,
+    parts_taking_blocks,
+    with_blocks,
+)
+
+#: Largest difference allowed between a network that starts from plain weights
+#: and the plain one, in float64.
+TOLERANCE = 1e-6
+#: Heights and widths of the images to try, in pixels: the first that the
+#: network runs on is taken.
+SIZES = ((64, 64), (128, 128), (224, 224), (32, 96), (32, 32), (448, 448))
+
+
+class Trial:
+    """One architecture, tried.
+
+    Args:
+        architecture: What to try.
+
+    Attributes:
+        row: What is found out, plain data. ``takes`` has the parts whose
+            classes take ``conv_cfg``, ``refused`` those of them that cannot
+            be built with a block, with the reason, ``blocks`` the number of
+            blocks in each part that has some. ``steps`` has the outcome of
+            each step that was taken: ``ok``, ``how`` and, where it failed,
+            ``kind`` ('refused' for an error that the user can put right,
+            'error' for any other) and ``reason``.
+    """
+
+    def __init__(self, architecture: Architecture) -> None:
+        self.architecture = architecture
+        self.row: Dict[str, Any] = dict(
+            key=architecture.key,
+            **architecture._asdict(),
+            takes={},
+            refused={},
+            blocks={},
+            steps={},
+        )
+        del self.row['path']
+
+    def run(self) -> Dict[str, Any]:
+        """Take all steps.
+
+        Returns:
+            dict: The row.
+        """
+        loaded = Config.fromfile(self.architecture.path)
+        cfg = model_config(loaded, self.architecture.package)
+        self.row['takes'] = parts_taking_blocks(cfg)
+        if not self.row['takes']:
+            return self.row
+        with self._step('alone'):  # without blocks
+            cfg, self.size = self._smallest(cfg)
+        if not self.row['steps']['alone']['ok']:
+            return self.row
+        self.row['image_size'] = self.size
+        with self._step('builds'):
+            self.cfg = self._with_all_blocks(cfg)
+            model = build(self.cfg)
+            self._count_blocks(model)
+        with self._step('says') as step:
+            step['said'] = _said(self.cfg, model)
+        if not self.row['blocks']:
+            return self.row
+        self.row['parameters'] = count_parameters(model)
+        with self._step('trains') as step:
+            step['how'] = _train(model, self.size)
+        with self._step('starts') as step:
+            step['how'] = self._start()
+        with self._step('merges') as step:
+            step.update(self._merge(MergeOptions()))
+        if not step['ok']:
+            # A way out that every trained network has to have.
+            with self._step('fuses') as step:
+                step.update(self._merge(MergeOptions(fuse=True)))
+        return self.row
+
+    @contextlib.contextmanager
+    def _step(self, name: str) -> Iterator[dict]:
+        step: Dict[str, Any] = dict(ok=False)
+        self.row['steps'][name] = step
+        try:
+            yield step
+            step['ok'] = True
+        except (UserError, ValueError) as error:
+            step.update(kind='refused', reason=_one_line(error))
+            if not isinstance(error, UserError) and not _is_own(error):
+                step.update(kind='error', where=_where(error))
+        except Exception as error:
+            step.update(
+                kind='error', reason=_one_line(error), where=_where(error)
+            )
+
+    def _smallest(self, cfg: Config) -> Tuple[Config, Optional[list]]:
+        """A quarter of the width, if the network then builds and runs."""
+        for embeddings in (True, False):
+            with contextlib.suppress(Exception):  # what does not fit together
+                quarter = narrow(cfg, embeddings)
+                size = _size_for(build(quarter))
+                if size is not None:
+                    self.row['narrow'] = True
+                    return quarter, size
+        self.row['narrow'] = False
+        return cfg, _size_for(build(cfg))
+
+    def _with_all_blocks(self, cfg: Config) -> Config:
+        """Blocks in all parts, but in those that cannot be built with them."""
+        places = list(self.row['takes'])
+        try:
+            build(with_blocks(cfg, places))
+        except Exception as error:
+            whole = _one_line(error)
+        else:
+            return with_blocks(cfg, places)
+        good: List[str] = []
+        for place in places:
+            try:
+                build(with_blocks(cfg, [place]))
+            except Exception as error:
+                self.row['refused'][place] = _one_line(error)
+            else:
+                good.append(place)
+        if not self.row['refused'] or not good:
+            raise UserError(whole)
+        return with_blocks(cfg, good)
+
+    def _count_blocks(self, model: nn.Module) -> None:
+        counts: Dict[str, int] = {}
+        for name in find_blocks(model):
+            part = name.partition('.')[0]
+            counts[part] = counts.get(part, 0) + 1
+        self.row['blocks'] = counts
+
+    def _start(self) -> str:
+        """Start from the stock network's weights, and compare the two."""
+        plain = build(stock_config(self.cfg)).double()
+        model = build(self.cfg).double()
+        load_plain_weights_(model, plain.state_dict())
+        found = compare_networks(model, plain, self._batches(model))
+        if not found.largest <= TOLERANCE:
+            raise ValueError(
+                f'the start differs by {found.largest:.0e} in {found.output}'
+            )
+        return f'{found.largest:.0e} in {found.output}'
+
+    def _merge(self, options: MergeOptions) -> dict:
+        """Deploy a checkpoint, as ``tools/reparam.py`` does."""
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoint = os.path.join(folder, 'trained.pth')
+            state = build(self.cfg).state_dict()
+            torch.save(dict(state_dict=state, meta={}), checkpoint)
+            result = deploy_checkpoint(
+                Source(self.cfg, checkpoint),
+                os.path.join(folder, 'merged.pth'),
+                options,
+                proof=Proof(image_size=tuple(self.size or SIZES[0])),
+            )
+        return dict(
+            how=f'{result.difference.largest:.0e}',
+            merged=result.blocks,
+            compared=len(result.difference.compared),
+        )
+
+    def _batches(self, model: nn.Module) -> List[Tensor]:
+        return [_images(model, tuple(self.size or SIZES[0])).double()]
+
+
+def _said(cfg: Config, model: nn.Module) -> List[str]:
+    """What the start of a training warns of: the lines of ``BlocksHook``.
+
+    Raises:
+        UserError: If it refuses the network.
+    """
+    lines: List[str] = []
+    logger = SimpleNamespace(info=lambda _: None, warning=lines.append)
+    runner = SimpleNamespace(cfg=cfg, model=model, logger=logger)
+    BlocksHook().say(runner)
+    return lines
+
+
+def _size_for(model: nn.Module) -> Optional[list]:
+    """The first size of images on which a network runs, None if on none."""
+    for size in SIZES:
+        with contextlib.suppress(Exception), torch.no_grad():
+            network_outputs(model, _images(model, size))
+            return list(size)
+    return None
+
+
+def _train(model: nn.Module, size: Optional[list]) -> str:
+    """Take a step of training in every block.
+
+    The network's own loss is taken where its package has inputs for it, else
+    the sum of its features; blocks that neither reaches run by themselves.
+
+    Returns:
+        str: What was trained on.
+
+    Raises:
+        ValueError: If a gradient is missing or not finite.
+    """
+    model.train()
+    blocks = set(find_blocks(model).values())
+    ran: set = set()
+    hooks = [
+        block.register_forward_hook(lambda m, *_: ran.add(m))
+        for block in blocks
+    ]
+    how = 'blocks alone'
+    for name, loss in (('loss', losses_of), ('features', _features)):
+        if size is None:
+            break
+        ran.clear()
+        model.zero_grad()
+        try:
+            loss(model, tuple(size)).backward()
+        except Exception as error:  # not all networks can be run so
+            if _is_in(error, 'mmdbb/blocks/'):
+                raise
+            continue
+        how = name
+        break
+    for hook in hooks:
+        hook.remove()
+    for block in blocks - ran if how != 'blocks alone' else blocks:
+        output = block(_input_of(block)).square().sum()
+        if output.requires_grad:  # not in a frozen stage
+            output.backward()
+    for name, block in find_blocks(model).items():
+        if not any(_has_gradient(p) for p in block.parameters()):
+            if all(not p.requires_grad for p in block.parameters()):
+                continue
+            if block not in ran:
+                raise ValueError(f'{name} gets no gradient')
+        for parameter in block.parameters():
+            grad = parameter.grad
+            if grad is not None and not grad.isfinite().all():
+                raise ValueError(f'{name} gets a gradient that is not finite')
+    return how
+
+
+def _images(model: nn.Module, size: Tuple[int, int]) -> Tensor:
+    """Random images, preprocessed if the model's preprocessor takes images.
+
+    Those of mmpose, mmaction and mmdet3d want more than images.
+    """
+    with contextlib.suppress(Exception):
+        images = Proof(image_size=size).batches(model)[0]
+        if images.dim() == 4:
+            return images
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(2, 3, *size, generator=generator)
+
+
+def _has_gradient(parameter: nn.Parameter) -> bool:
+    return parameter.grad is not None and bool(parameter.grad.any())
+
+
+def _features(model: nn.Module, size: Tuple[int, int]) -> Tensor:
+    outputs = network_outputs(model, _images(model, size))
+    return sum(each.square().mean() for each in outputs.values())
+
+
+def _input_of(block: ReparamConv2d) -> Tensor:
+    sizes = [
+        2 * d * k + s
+        for d, k, s in zip(block.dilation, block.kernel_size, block.stride)
+    ]
+    return torch.randn(2, block.in_channels, *sizes)
+
+
+def _one_line(error: BaseException) -> str:
+    text = ' '.join(str(error).split()) or type(error).__name__
+    if not isinstance(error, (UserError, ValueError)):
+        text = f'{type(error).__name__}: {text}'
+    return text[:400]
+
+
+def _is_own(error: BaseException) -> bool:
+    """Whether mmdbb raised an error, and not what it called."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and '/mmdbb/' in frames[-1].filename
+
+
+def _is_in(error: BaseException, folder: str) -> bool:
+    """Whether an error came through the code of a folder."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return any(folder in frame.filename for frame in frames)
+
+
+def _where(error: BaseException) -> str:
+    """Where an error was raised: the last frames, from the caller on."""
+    frames = traceback.extract_tb(error.__traceback__)[-3:]
+    return ' > '.join(
+        f'{os.path.basename(f.filename)}:{f.lineno} {f.name}' for f in frames
+    )
