@@ -1,5 +1,6 @@
 """Networks of which some layers stay in float: which, how, and how few."""
 
+import copy
 import json
 import math
 
@@ -275,7 +276,7 @@ class Bad(nn.Module):
 def bad(trained, tmp_path_factory):
     """A config, and a network in a file that is right for all its images."""
     cfg, _ = trained('classification')
-    cfg = cfg.copy()
+    cfg = copy.deepcopy(cfg)
     cfg.test_dataloader.dataset.split = 'train'
     torch.manual_seed(0)
     model, preprocess = Bad().eval(), build_model(cfg).data_preprocessor

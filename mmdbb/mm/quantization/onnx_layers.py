@@ -172,8 +172,8 @@ def part_weights_(model, nodes: Sequence[str]) -> None:
 def shield_float_(model) -> int:
     """Keep ONNX Runtime from quantizing layers that a file has in float.
 
-    Since version 1.21 it quantizes the weight of each convolution that stands
-    between dequantized input and quantized output, when it loads the file
+    Newer versions quantize the weight of each convolution that stands
+    between dequantized input and quantized output, when they load the file
     (https://github.com/microsoft/onnxruntime/pull/22969). A ``Clip`` without
     limits, which changes no number, comes between such a layer and its input.
 
