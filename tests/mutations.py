@@ -1468,6 +1468,78 @@ TABLE = (
         ),
     ),
     Mutation(
+        'mmdbb/mm/quantization/onnx_layers.py',
+        'not _has_weight(node, computed) and tensors & set(node.input)',
+        'False',
+        'sums behind layers that stay in float',
+        (
+            'tests/test_quantization/test_partial.py::test_only_what_computes_in_integers_rounds',
+        ),
+    ),
+    Mutation(
+        'mmdbb/mm/quantization/onnx_layers.py',
+        'if scopes and scopes[-1].startswith(PREFIX):',
+        'if False:',
+        'names of layers whose weight has none',
+        (
+            'tests/test_quantization/test_partial.py::test_layers_are_named_as_modules',
+        ),
+    ),
+    Mutation(
+        'mmdbb/mm/quantization/onnx_static.py',
+        'part_weights_(model, left)\n',
+        'pass\n',
+        'weights that two layers share',
+        (
+            'tests/test_quantization/test_partial.py::test_kept_layers_are_float_in_the_file',
+        ),
+    ),
+    Mutation(
+        'mmdbb/mm/quantization/onnx_static.py',
+        'if shield_float_(written):\n',
+        'if False:\n',
+        'layers that the runtime would quantize by itself',
+        (
+            'tests/test_quantization/test_partial.py::test_runtimes_compute_kept_layers_in_float',
+        ),
+    ),
+    Mutation(
+        'mmdbb/mm/quantization/partial.py',
+        'high, best = middle, trials[-1]',
+        'high = middle',
+        'the best of the trials',
+        (
+            'tests/test_quantization/test_partial.py::test_the_fewest_layers_are_found',
+        ),
+    ),
+    Mutation(
+        'mmdbb/mm/quantization/sensitivity.py',
+        'return sorted(found, key=lambda layer: -layer.error)',
+        'return found',
+        'the order of sensitive layers',
+        (
+            'tests/test_quantization/test_partial.py::test_the_bad_layer_is_the_most_sensitive',
+        ),
+    ),
+    Mutation(
+        'mmdbb/mm/quantization/qdq.py',
+        'shield_float_(exported)',
+        'pass',
+        'layers that training left in float',
+        (
+            'tests/test_quantization/test_fake.py::test_the_runtime_leaves_in_float_what_training_left',
+        ),
+    ),
+    Mutation(
+        'mmdbb/mm/evaluation/metric.py',
+        'return round(lost, 4)',
+        'return lost',
+        'budgets that are met exactly',
+        (
+            'tests/test_evaluation/test_metric.py::test_single_precision_is_no_fall',
+        ),
+    ),
+    Mutation(
         'mmdbb/mm/evaluation/metric.py',
         'lost = abs(lost)',
         'lost = lost',

@@ -25,7 +25,8 @@ from mmdbb.mm.official.convert import convert_official
 from mmdbb.mm.outputs import Proof, Source
 from mmdbb.mm.pruning.pipeline import PruneOptions, prune_checkpoint
 from mmdbb.mm.quantization.insert_bn import insert_bn_checkpoint
-from mmdbb.mm.quantization.ptq import QuantizeOptions, quantize_checkpoint
+from mmdbb.mm.quantization.post_training import QuantizeOptions
+from mmdbb.mm.quantization.ptq import quantize_checkpoint
 from mmdbb.mm.structure import Structure, written_structure
 from mmdbb.version import __version__
 

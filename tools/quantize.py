@@ -9,6 +9,13 @@ evaluator. A checkpoint of quantization-aware training has its ranges already,
 so nothing is calibrated. The file is written only if the metric falls by no
 more than --max-drop.
 
+  python tools/quantize.py CONFIG CHECKPOINT OUT.onnx --sensitivity FILE.json
+  python tools/quantize.py CONFIG CHECKPOINT OUT.onnx --budget 0.5
+  python tools/quantize.py CONFIG CHECKPOINT OUT.onnx --keep-float head
+
+report how much each layer alone changes the outputs, keep as few layers in
+float as hold the fall of the metric within a budget, or keep those named.
+
   python tools/quantize.py CONFIG CHECKPOINT OUT.pth --insert-bn
 
 writes a checkpoint and a config for further training before that. In them
@@ -21,13 +28,17 @@ from mmdbb.mm.engine.command import (
     add_config_arguments,
     add_image_choice_arguments,
     add_image_size_argument,
+    at_least_one,
     at_least_zero,
     load_config,
     run_command,
 )
 from mmdbb.mm.evaluation.images import SPLITS
 from mmdbb.mm.quantization.onnx_static import METHODS
-from mmdbb.mm.quantization.tables import print_quantized
+from mmdbb.mm.quantization.tables import (
+    print_quantized,
+    print_sensitivity,
+)
 from mmdbb.quantize import (
     Calibration,
     Metric,
@@ -35,6 +46,7 @@ from mmdbb.quantize import (
     Source,
     insert_bn_checkpoint,
     quantize_checkpoint,
+    report_sensitivity,
 )
 
 
@@ -96,6 +108,35 @@ def parse_args():
         'default: 1',
     )
     parser.add_argument(
+        '--sensitivity',
+        metavar='FILE',
+        help='first write how much the outputs change if one layer alone is '
+        'quantized, as JSON, and print it',
+    )
+    parser.add_argument(
+        '--sensitivity-images',
+        type=at_least_one,
+        default=32,
+        metavar='N',
+        help='how many of the --calib images this, and --budget, compare the '
+        'outputs on; default: %(default)s',
+    )
+    parser.add_argument(
+        '--keep-float',
+        nargs='+',
+        default=(),
+        metavar='PATTERN',
+        help='layers to leave in float, by their names or by those of modules '
+        'that hold them, with * for any characters',
+    )
+    parser.add_argument(
+        '--budget',
+        type=at_least_zero,
+        metavar='POINTS',
+        help='leave as few layers in float as let the metric fall by this '
+        'much, in the unit of --max-drop',
+    )
+    parser.add_argument(
         '--no-test', action='store_true', help='skip the evaluation'
     )
     parser.add_argument(
@@ -115,16 +156,7 @@ def main():
     source = Source(load_config(args), args.checkpoint)
     calibration = Calibration(args.calib, args.calib_split, args.seed)
     if args.insert_bn:
-        inserted = insert_bn_checkpoint(
-            source, args.out, calibration, overwrite=args.force
-        )
-        print(f'{inserted.blocks} blocks became a convolution and a norm')
-        print(
-            f'largest difference: {inserted.difference.largest:.2e} of the '
-            f'largest magnitude (in {inserted.difference.output or "none"})'
-        )
-        print(f'weights: {inserted.checkpoint}')
-        print(f'config:  {inserted.config}')
+        insert_norms(args, source, calibration)
         return
     options = QuantizeOptions(
         calibration=calibration,
@@ -132,18 +164,40 @@ def main():
         per_channel=not args.per_tensor,
         reduce_range=args.reduce_range,
         op_types=args.op_types,
+        keep_float=args.keep_float,
+        budget=args.budget,
+        probes=args.sensitivity_images,
     )
+    size = tuple(args.image_size) if args.image_size else None
+    if args.sensitivity:
+        report = report_sensitivity(
+            source, args.sensitivity, options, size, overwrite=args.force
+        )
+        print_sensitivity(report)
     result = quantize_checkpoint(
         source,
         args.out,
         options,
-        image_size=tuple(args.image_size) if args.image_size else None,
+        image_size=size,
         metric=Metric(args.metric, args.unit, args.lower_is_better),
         max_drop=args.max_drop,
         evaluated=not args.no_test,
         overwrite=args.force,
     )
     print_quantized(result)
+
+
+def insert_norms(args, source, calibration):
+    inserted = insert_bn_checkpoint(
+        source, args.out, calibration, overwrite=args.force
+    )
+    print(f'{inserted.blocks} blocks became a convolution and a norm')
+    print(
+        f'largest difference: {inserted.difference.largest:.2e} of the '
+        f'largest magnitude (in {inserted.difference.output or "none"})'
+    )
+    print(f'weights: {inserted.checkpoint}')
+    print(f'config:  {inserted.config}')
 
 
 if __name__ == '__main__':

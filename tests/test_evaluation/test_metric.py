@@ -1,6 +1,7 @@
 """How far a figure fell: shares, points, errors, and what nobody knows."""
 
 import math
+import struct
 
 import pytest
 
@@ -75,6 +76,13 @@ def test_what_is_said_counts():
     assert fell('mIoU', 70.0, 60.0, lower_is_better=True) == -10
     with pytest.raises(UserError, match="share, points; got 'percent'"):
         Metric(unit='percent').check()
+
+
+def test_single_precision_is_no_fall():
+    """An evaluator's 93.3 is 93.30000305, and lost 0.3 points at 93."""
+    single = struct.unpack('f', struct.pack('f', 93.3))[0]
+    assert single - 93 > 0.3
+    assert fell('accuracy/top1', single, 93.0) == 0.3
 
 
 def test_edges():

@@ -45,6 +45,7 @@ from mmdbb.mm.export.folding import fold_norms_
 from mmdbb.mm.export.formats import (
     FORMATS,
     ONNX_OPSET,
+    SCOPES,
     file_format,
     silence,
 )
@@ -246,7 +247,8 @@ def test_onnx_model_is_clean(onnx_file):
     onnx.checker.check_model(loaded, full_check=True)
     kinds = [node.op_type for node in loaded.graph.node]
     assert 'BatchNormalization' not in kinds and 'Identity' not in kinds
-    assert not [node for node in loaded.graph.node if node.metadata_props]
+    notes = [p for node in loaded.graph.node for p in node.metadata_props]
+    assert {p.key for p in notes} <= {SCOPES}
     assert [o.version for o in loaded.opset_import] == [ONNX_OPSET]
     for value in (*loaded.graph.input, *loaded.graph.output):
         assert value.type.tensor_type.shape.dim[0].dim_param == 'batch'

@@ -267,6 +267,27 @@ def test_training_and_file_are_one_function(kind, tmp_path):
     assert (integers - found).abs().mean() < 0.2 * lost
 
 
+def test_the_runtime_leaves_in_float_what_training_left(tmp_path):
+    """Also between two layers in integers, where it quantizes weights."""
+    pytest.importorskip('onnxruntime')
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), Twice(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)
+    ).eval()
+    with torch.no_grad():
+        model[1].weight[0, 0, 0, 0] = 20  # rounding would erase the others
+    prepare_qat_(model, SIZE)
+    learn_ranges(model)
+    x = image(2, 3, *SIZE, dtype=torch.float32)
+    found, plain = model(x), copy.deepcopy(model)
+    remove_quantizers_(plain)
+    path, out = str(tmp_path / 'float.onnx'), str(tmp_path / 'int8.onnx')
+    export(plain, path, image_size=SIZE)
+    assert write_qdq(path, out, model).quantized == 2
+    (integers,) = OnnxNetwork(out)(x)
+    lost = (found - plain(x)).abs().mean()
+    assert (integers - found).abs().mean() < 0.2 * lost
+
+
 def test_what_is_left_in_float_is_named(monkeypatch):
     said = []
     monkeypatch.setattr(

@@ -38,7 +38,8 @@ from mmdbb.mm.quantization import ptq
 from mmdbb.mm.quantization.fake import quantizers, set_quantizing_
 from mmdbb.mm.quantization.network import load_network
 from mmdbb.mm.quantization.onnx_static import METHODS, quantize_onnx
-from mmdbb.mm.quantization.ptq import QuantizeOptions, quantize_checkpoint
+from mmdbb.mm.quantization.post_training import QuantizeOptions
+from mmdbb.mm.quantization.ptq import quantize_checkpoint
 from mmdbb.mm.quantization.qat import prepare_qat_
 from mmdbb.mm.quantization.session import OnnxNetwork
 from mmdbb.mm.quantization.tables import print_quantized
@@ -492,7 +493,7 @@ def test_files_that_would_be_too_large(
 
     cfg, _ = trained('classification')
     monkeypatch.setattr('mmdbb.mm.export.formats.LARGEST_ONNX', 1000)
-    monkeypatch.setattr(ptq, 'LARGEST_ONNX', 1000)
+    monkeypatch.setattr('mmdbb.mm.quantization.merged.LARGEST_ONNX', 1000)
     expect(
         r'0.00 GB of weights in single precision, and an ONNX file holds',
         tmp_path,

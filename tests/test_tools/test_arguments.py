@@ -29,6 +29,7 @@ NUMBERS = [
         for name, option in (
             ('reparam', '--tolerance'),
             ('quantize', '--max-drop'),
+            ('quantize', '--budget'),
             ('prune', '--lr-scale'),
         )
         for number in ('-1', 'nan', 'inf', 'much')
@@ -36,6 +37,7 @@ NUMBERS = [
     ('test', FILES[:2], ('--wait-time', '-1'), ZERO),
     ('test', FILES[:2], ('--interval', '0'), ONE),
     ('quantize', FILES, ('--calib', '0'), ONE),
+    ('quantize', FILES, ('--sensitivity-images', '0'), ONE),
     ('prune', FILES, ('--calib', '0'), ONE),
     ('prune', FILES, ('--round-to', '0'), ONE),
     *(

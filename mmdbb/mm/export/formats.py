@@ -20,6 +20,10 @@ from mmdbb.errors import UserError, require_packages
 #: Name under which each file carries its metadata, as JSON.
 METADATA = 'mmdbb'
 
+#: Name under which torch notes at a node of an ONNX file in which modules it
+#: was computed, from the outermost on.
+SCOPES = 'pkg.torch.onnx.name_scopes'
+
 #: Name of the exported function's argument.
 INPUT = 'images'
 
@@ -118,7 +122,9 @@ def _write_onnx(module, example, names, metadata, path) -> None:
     # The exporter notes the source file and line of each node, with the paths
     # of this machine.
     for node in (*model.graph.node, *model.graph.input, *model.graph.output):
+        notes = [n for n in node.metadata_props if n.key == SCOPES]
         del node.metadata_props[:]
+        node.metadata_props.extend(notes)
         node.doc_string = ''
     del model.graph.value_info[:]
     note = json.dumps(dict(metadata, opset=ONNX_OPSET))

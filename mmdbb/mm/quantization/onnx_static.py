@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import shutil
 from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence
 
 import numpy as np
@@ -18,6 +19,14 @@ from torch import Tensor
 from mmdbb.errors import UserError, require_packages
 from mmdbb.files.sources import shown
 from mmdbb.mm.evaluation.images import check_calibration
+from mmdbb.mm.quantization.onnx_layers import (
+    WEIGHTED,
+    float_nodes,
+    layer_nodes,
+    name_nodes_,
+    part_weights_,
+    shield_float_,
+)
 
 #: Packages needed to write and run INT8 files.
 PACKAGES = ('onnx', 'onnxruntime', 'onnxscript')
@@ -42,6 +51,8 @@ NOT_BY_DEFAULT = (
 _DOMAINS = ('', 'ai.onnx', 'com.microsoft')
 #: Images in a batch of the calibration.
 _BATCH = 8
+#: Share of the values, in percent, that method ``percentile`` does not clip.
+_PERCENTILE = 99.99
 
 
 class Layers(NamedTuple):
@@ -65,7 +76,7 @@ def quantize_onnx(
     per_channel: bool = True,
     reduce_range: bool = False,
     op_types: Optional[Sequence[str]] = None,
-    percentile: float = 99.99,
+    kept: Sequence[str] = (),
 ) -> Layers:
     """Quantize an ONNX file to INT8.
 
@@ -84,8 +95,10 @@ def quantize_onnx(
             eight-bit products saturate (x86 without VNNI).
         op_types: Operators to quantize; by default all that ONNX Runtime can
             quantize, except norms (:data:`NOT_BY_DEFAULT`).
-        percentile: Share of the values, in percent, that method
-            ``percentile`` does not clip.
+        kept: Names of the layers to leave in float, of those that
+            :func:`layers_in` returns. The operators without weights that read
+            their results stay in float too. If all layers do, the file is the
+            one given.
 
     Returns:
         Layers: Counts of the nodes that were quantized, and of the others.
@@ -106,7 +119,13 @@ def quantize_onnx(
     model = onnx.load(path)
     check_float(model, path)
     op_types = _operators(model, path, op_types)
-    options = dict(CalibPercentile=percentile)
+    options = dict(CalibPercentile=_PERCENTILE)
+    name_nodes_(model)
+    left = float_nodes(model, kept)
+    if kept and set(kept) >= set(layer_nodes(model, op_types)):
+        shutil.copyfile(path, out)
+        return layers_of(model)
+    part_weights_(model, left)
     try:
         with _quiet():
             ort.quantize_static(
@@ -117,6 +136,7 @@ def quantize_onnx(
                 op_types_to_quantize=op_types,
                 per_channel=per_channel,
                 reduce_range=reduce_range,
+                nodes_to_exclude=left,
                 activation_type=ort.QuantType.QUInt8,
                 weight_type=ort.QuantType.QInt8,
                 calibrate_method=dict(
@@ -132,6 +152,8 @@ def quantize_onnx(
             f'{error}'
         ) from error
     written = onnx.load(out)
+    if shield_float_(written):
+        onnx.save(written, out)
     layers = layers_of(written)
     if not layers.quantized:
         raise UserError(
@@ -139,6 +161,25 @@ def quantize_onnx(
             f'{", ".join(sorted({n.op_type for n in model.graph.node}))}'
         )
     return layers
+
+
+def layers_in(
+    path: str, op_types: Optional[Sequence[str]] = None
+) -> List[str]:
+    """Name the layers of a file that :func:`quantize_onnx` quantizes.
+
+    Args:
+        path: Path of an ONNX network in float32.
+        op_types: Operators to quantize; None for all.
+
+    Returns:
+        list: Names of modules, in the file's order.
+    """
+    import onnx
+
+    model = onnx.load(path)
+    name_nodes_(model)
+    return list(layer_nodes(model, op_types or WEIGHTED))
 
 
 def check_float(model, path: str) -> None:
@@ -205,7 +246,7 @@ def layers_of(model) -> Layers:
     for node in model.graph.node:
         if node.op_type in ('QuantizeLinear', 'DequantizeLinear'):
             continue
-        if node.op_type in ('Conv', 'ConvTranspose', 'Gemm', 'MatMul'):
+        if node.op_type in WEIGHTED:
             if set(node.input[:2]) <= dequantized:
                 quantized += 1
                 continue

@@ -9,45 +9,33 @@ import json
 import os
 from pathlib import Path
 from typing import (
-    Any,
     Dict,
     List,
     NamedTuple,
     Optional,
-    Sequence,
     Tuple,
 )
 
 import torch
 from mmengine.runner import Runner
-from torch import nn
 
 from mmdbb.errors import UserError, require_packages
-from mmdbb.files.checkpoints import check_regular
-from mmdbb.files.formats import OWN
 from mmdbb.mm.data_flow import channels_of
 from mmdbb.mm.engine.measure import interleaved_latency
 from mmdbb.mm.evaluation.figures import evaluate, quiet_runner
-from mmdbb.mm.evaluation.images import Calibration, first_size
 from mmdbb.mm.evaluation.metric import Figure, Metric, describe_fall, fall
 from mmdbb.mm.evaluation.substitutes import TorchNetwork
-from mmdbb.mm.export.formats import LARGEST_ONNX, METADATA
-from mmdbb.mm.export.modules import is_detector
-from mmdbb.mm.export.network import ExportOptions, write_network
-from mmdbb.mm.outputs import Proof, Source, writing
+from mmdbb.mm.export.formats import METADATA
+from mmdbb.mm.outputs import Source, writing
 from mmdbb.mm.quantization.fake import quantizers, remove_quantizers_
-from mmdbb.mm.quantization.network import fill_network
-from mmdbb.mm.quantization.onnx_static import (
-    PACKAGES,
-    Layers,
-    check_float,
-    check_weights,
-    quantize_onnx,
-)
+from mmdbb.mm.quantization.merged import Merged, merged_network, noted
+from mmdbb.mm.quantization.onnx_static import PACKAGES, Layers
+from mmdbb.mm.quantization.partial import Trial, fewest_in_float
+from mmdbb.mm.quantization.post_training import PostTraining, QuantizeOptions
 from mmdbb.mm.quantization.qdq import write_qdq
 from mmdbb.mm.quantization.quantizers import WeightQuantizer
+from mmdbb.mm.quantization.sensitivity import layer_errors
 from mmdbb.mm.quantization.session import OnnxNetwork
-from mmdbb.mm.structure import Structure, written_structure
 
 
 class QuantizationStage(NamedTuple):
@@ -81,6 +69,9 @@ class Quantized(NamedTuple):
         drop: How much the evaluator's figure fell from the first stage to
             the last, see :func:`mmdbb.mm.evaluation.metric.fall`; None if it
             was not evaluated.
+        kept: Names of the layers that were left in float on purpose.
+        trials: Networks that were tried to meet a budget, the one written
+            last; empty without a budget.
     """
 
     path: str
@@ -89,31 +80,8 @@ class Quantized(NamedTuple):
     images: int
     image_size: Tuple[int, int]
     drop: Optional[float]
-
-
-class QuantizeOptions(NamedTuple):
-    """How to quantize a network after training, see :func:`quantize_onnx`.
-
-    A checkpoint of quantization-aware training has its own ranges and scales,
-    which are used instead.
-
-    Attributes:
-        calibration: Images that the ranges of activations are learned from.
-        method: How these ranges are chosen: ``minmax``, ``entropy`` or
-            ``percentile``.
-        per_channel: Whether each output channel of a weight has a scale of
-            its own.
-        reduce_range: Whether weights use seven bits, for x86 processors
-            without VNNI.
-        op_types: ONNX operators to quantize; by default all that ONNX Runtime
-            can quantize, except norms.
-    """
-
-    calibration: Calibration = Calibration()
-    method: str = 'minmax'
-    per_channel: bool = True
-    reduce_range: bool = False
-    op_types: Optional[Sequence[str]] = None
+    kept: List[str]
+    trials: List[Trial]
 
 
 def quantize_checkpoint(
@@ -153,25 +121,26 @@ def quantize_checkpoint(
 
     Raises:
         UserError: If an input is wrong, the network cannot be quantized, or
-            the figure falls by more than ``max_drop``. Nothing is written
+            the figure falls by more than ``max_drop`` (or than the budget in
+            ``options``, even with all layers in float). Nothing is written
             then.
     """
     require_packages('quantization', 'quantization', *PACKAGES)
     options, out = options or QuantizeOptions(), os.fspath(out)
     metric = metric or Metric()
     metric.check()
+    _check_budget(options.budget, max_drop, evaluated)
     if not out.endswith('.onnx'):
         raise UserError(f'the output must end in .onnx, got {out}')
     with writing(source, out, overwrite=overwrite) as drafts:
         (draft,) = drafts.paths
         path = str(Path(draft).parent / 'merged.onnx')
         with quiet_runner(source.config) as runner:
-            if source.checkpoint.endswith('.onnx'):
-                merged = _given_file(source.checkpoint, path, image_size)
-            else:
-                seed = options.calibration.seed
-                merged = _exported(source, runner, path, image_size, seed)
-            integers = _quantized(source, runner, merged, draft, options)
+            seed = options.calibration.seed
+            merged = merged_network(source, runner, path, image_size, seed)
+            integers = _quantized(
+                source, runner, merged, draft, options, metric
+            )
             stages = _stages(runner, merged, draft, metric, evaluated)
         drop = _drop(stages)
         if drop is not None and max_drop is not None and not drop <= max_drop:
@@ -186,6 +155,7 @@ def quantize_checkpoint(
                 method=integers.method,
                 images=integers.images,
                 per_channel=integers.per_channel,
+                kept_float=integers.kept,
                 points={s.name: s.figure.points for s in stages if s.figure},
             ),
         )
@@ -197,27 +167,22 @@ def quantize_checkpoint(
         images=integers.images,
         image_size=merged.size,
         drop=drop,
+        kept=integers.kept,
+        trials=integers.trials,
     )
 
 
-class _Merged(NamedTuple):
-    """The network to quantize, in floating point.
-
-    Attributes:
-        path: Path of its ONNX file, blocks merged and norms folded.
-        size: Height and width in pixels of the images that the file takes.
-        trained: The network in PyTorch, with blocks and quantizers if it has
-            any; None if the source is an ONNX file.
-        structure: Structure to note in the INT8 file.
-        weights: Weights that were taken from the source, such as the averaged
-            ones; noted in the INT8 file too.
-    """
-
-    path: str
-    size: Tuple[int, int]
-    trained: Optional[nn.Module]
-    structure: Structure
-    weights: str
+def _check_budget(
+    budget: Optional[float], max_drop: Optional[float], evaluated: bool
+) -> None:
+    if budget is None:
+        return
+    if not evaluated:
+        raise UserError('--budget needs the evaluation: omit --no-test')
+    if max_drop is not None and budget > max_drop:
+        raise UserError(
+            f'--budget {budget:g} allows more than --max-drop {max_drop:g}'
+        )
 
 
 class _Integers(NamedTuple):
@@ -230,91 +195,29 @@ class _Integers(NamedTuple):
         images: Number of calibration images; 0 if the ranges were trained.
         per_channel: Whether each output channel of a weight has a scale of
             its own.
+        kept: Names of the layers that were left in float on purpose.
+        trials: Networks that were tried to meet a budget.
     """
 
     layers: Layers
     method: str
     images: int
     per_channel: bool
-
-
-def _given_file(
-    source: str, path: str, size: Optional[Tuple[int, int]]
-) -> _Merged:
-    """Check the user's ONNX file, and copy it to ``path``."""
-    import onnx
-
-    if not os.path.exists(source):
-        raise UserError(f'no such ONNX file: {source}')
-    check_regular(source, 'ONNX file')
-    weight = os.path.getsize(source)
-    if weight > LARGEST_ONNX:
-        raise UserError(
-            f'{source} has {weight / 1e9:.2f} GB; an ONNX file holds '
-            f'{LARGEST_ONNX / 1e9:.2f} GB at most'
-        )
-    try:
-        model = onnx.load(source, load_external_data=False)
-    except Exception as error:  # protobuf has errors of its own
-        raise UserError(f'{source} is not an ONNX file') from error
-    check_float(model, source)
-    check_weights(model, source)
-    onnx.save(model, path)
-    takes = OnnxNetwork(path).size
-    if size not in (None, takes):
-        raise UserError(
-            f'{source} takes images of {takes} pixels, got --image-size {size}'
-        )
-    noted = written_structure(dict(meta={OWN: _noted(model)}))
-    return _Merged(
-        path=path,
-        size=takes,
-        trained=None,
-        structure=noted or Structure.FUSED,
-        weights='the only ones',
-    )
-
-
-def _exported(
-    source: Source,
-    runner: Runner,
-    path: str,
-    size: Optional[Tuple[int, int]],
-    seed: int,
-) -> _Merged:
-    """Load the checkpoint into the runner's network, and export that."""
-    loaded = source.read()
-    size = size or first_size(source.cfg, runner.model, seed)
-    trained = fill_network(runner.model, loaded, source.checkpoint, size)
-    runner.model = trained
-    network = copy.deepcopy(trained)
-    remove_quantizers_(network)
-    write_network(
-        network,
-        path,
-        ExportOptions(head=is_detector(network)),
-        Proof(image_size=size),
-    )
-    pruned = written_structure(loaded) is Structure.PRUNED
-    return _Merged(
-        path=path,
-        size=size,
-        trained=trained,
-        structure=Structure.PRUNED if pruned else Structure.FUSED,
-        weights=loaded['weights'],
-    )
+    kept: List[str] = []
+    trials: List[Trial] = []
 
 
 def _quantized(
     source: Source,
     runner: Runner,
-    merged: _Merged,
+    merged: Merged,
     draft: str,
     options: QuantizeOptions,
+    metric: Metric,
 ) -> _Integers:
     """Write the INT8 file, with trained ranges if there are any."""
     found = [] if merged.trained is None else list(quantizers(merged.trained))
-    if found:
+    if found and not options.keep_float and options.budget is None:
         weights = [q for q in found if isinstance(q, WeightQuantizer)]
         return _Integers(
             layers=write_qdq(merged.path, draft, merged.trained),
@@ -322,27 +225,58 @@ def _quantized(
             images=0,
             per_channel=weights[0].per_channel,
         )
-    images = options.calibration.images(source.cfg, runner.model, merged.size)
-    layers = quantize_onnx(
-        merged.path,
-        draft,
-        images,
-        options.method,
-        options.per_channel,
-        options.reduce_range,
-        options.op_types,
-    )
+    quantizer = PostTraining(source, runner, merged, options)
+    trials = []
+    if options.budget is not None:
+        trials = _trials(runner, merged, draft, metric, quantizer, options)
+    kept = trials[-1].kept if trials else []
     return _Integers(
-        layers=layers,
+        layers=quantizer.write(draft, kept),
         method=options.method,
-        images=len(images),
+        images=len(quantizer.images),
         per_channel=options.per_channel,
+        kept=[*quantizer.kept, *kept],
+        trials=trials,
     )
+
+
+def _trials(
+    runner: Runner,
+    merged: Merged,
+    draft: str,
+    metric: Metric,
+    quantizer: PostTraining,
+    options: QuantizeOptions,
+) -> List[Trial]:
+    """Try which layers must stay in float to meet the budget."""
+    network = OnnxNetwork(merged.path)
+    if merged.trained is not None:
+        network = TorchNetwork(merged.trained, merged.size)
+    first = evaluate(runner, network, metric)
+    figures = []
+
+    def trial(kept: List[str]) -> float:
+        quantizer.write(draft, kept)
+        found = evaluate(runner, OnnxNetwork(draft), first.metric)
+        figures.append(found)
+        return fall(first, found)
+
+    def order() -> List[str]:
+        return [layer.name for layer in layer_errors(quantizer)]
+
+    trials = fewest_in_float(order, trial, options.budget)
+    if not trials[-1].drop <= options.budget:
+        raise UserError(
+            f'even with all layers in float, '
+            f'{describe_fall(first, figures[-1])}, more than --budget '
+            f'{options.budget:g}; nothing written'
+        )
+    return trials
 
 
 def _stages(
     runner: Runner,
-    merged: _Merged,
+    merged: Merged,
     draft: str,
     metric: Metric,
     evaluated: bool,
@@ -381,23 +315,13 @@ def _drop(stages: List[QuantizationStage]) -> Optional[float]:
     return None if first is None else fall(first, last)
 
 
-def _noted(model: Any) -> dict:
-    """The notes that mmdbb wrote into an ONNX model; empty if none."""
-    props = {p.key: p.value for p in model.metadata_props}
-    try:
-        own = json.loads(props.get(METADATA, '{}'))
-    except ValueError:  # another program's entry of the same name
-        return {}
-    return own if isinstance(own, dict) else {}
-
-
 def _note(path: str, notes: dict) -> None:
     """Add notes to an INT8 file, and check that it reads back the same."""
     import onnx
 
     model = onnx.load(path)
     props = {p.key: p.value for p in model.metadata_props}
-    props[METADATA] = json.dumps({**_noted(model), **notes})
+    props[METADATA] = json.dumps({**noted(model), **notes})
     onnx.helper.set_model_props(model, props)
     onnx.save(model, path)
     if onnx.load(path) != model:

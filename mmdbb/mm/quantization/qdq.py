@@ -24,12 +24,9 @@ from mmdbb.mm.quantization.fake import (
     WEIGHT,
     quantizable_layers,
 )
+from mmdbb.mm.quantization.onnx_layers import PREFIX, shield_float_
 from mmdbb.mm.quantization.onnx_static import Layers, check_float, layers_of
 from mmdbb.mm.quantization.quantizers import WeightQuantizer
-
-#: Names in an exported file start so: the export wraps the network in a
-#: module that keeps it as its attribute ``network``.
-_PREFIX = 'network.'
 
 
 class Scale(NamedTuple):
@@ -87,6 +84,7 @@ def write_qdq(path: str, out: str, model: nn.Module) -> Layers:
             'something else'
         )
     writer.finish()
+    shield_float_(exported)
     onnx.checker.check_model(exported)
     onnx.save(exported, out)
     return layers_of(exported)
@@ -135,9 +133,9 @@ class _Names:
         if node.op_type not in ('Conv', 'Gemm'):
             return ''
         name = node.input[1]
-        if not name.startswith(_PREFIX) or not name.endswith('.weight'):
+        if not name.startswith(PREFIX) or not name.endswith('.weight'):
             return ''
-        return self._aliases.get(name[len(_PREFIX) : -len('.weight')], '')
+        return self._aliases.get(name[len(PREFIX) : -len('.weight')], '')
 
 
 def _key(array: np.ndarray) -> bytes:

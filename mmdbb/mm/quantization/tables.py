@@ -9,6 +9,7 @@ from typing import List
 from mmdbb.mm.engine.measure import check_picture, print_table
 from mmdbb.mm.quantization.ptq import Quantized
 from mmdbb.mm.quantization.ranges import OUTLIER, KernelRange
+from mmdbb.mm.quantization.sensitivity import Sensitivity
 
 _TITLES = dict(
     trained='trained, PyTorch',
@@ -48,7 +49,32 @@ def print_quantized(result: Quantized) -> None:
         'the networks timed in turn. Size: of the weights in PyTorch, of the '
         'files in ONNX.',
     )
+    for trial in result.trials:
+        print(
+            f'tried: {len(trial.kept)} layers in float for the budget, fall '
+            f'{trial.drop:.2f}'
+        )
+    if result.kept:
+        print(f'left in float: {", ".join(result.kept)}')
     print(f'INT8 network: {result.path}')
+
+
+def print_sensitivity(report: Sensitivity) -> None:
+    """Print the report as a table, and the file's path.
+
+    Args:
+        report: What
+            :func:`mmdbb.mm.quantization.sensitivity.report_sensitivity`
+            returned.
+    """
+    print_table(
+        ('layer', 'error of the outputs (%)'),
+        [(e.name, f'{100 * e.error:.3f}') for e in report.layers],
+        f'Each layer alone in integers, on {report.images} images. Error: '
+        'root mean square of the difference from the outputs in float, '
+        'divided by that of these outputs; of several outputs, the largest.',
+    )
+    print(f'report: {report.path}')
 
 
 def print_ranges(ranges: List[KernelRange]) -> None:
