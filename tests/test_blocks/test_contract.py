@@ -149,6 +149,11 @@ def test_writing_into_the_weight_is_refused(write):
         lambda block: kaiming_init(block),
         lambda block: normal_init(block, std=0.1, bias=0.0),
         lambda block: (
+            nn.init.kaiming_normal_(getattr(block, 'weight', None))
+            if hasattr(block, 'weight')
+            else None
+        ),
+        lambda block: (
             nn.init.xavier_uniform_(getattr(block, 'weight', None))
             if hasattr(block, 'weight')
             else None
