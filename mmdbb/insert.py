@@ -238,6 +238,8 @@ def _block_for(
     args: dict,
     branch_scale: float,
 ) -> nn.Module:
+    if conv.weight.is_meta:
+        raise ValueError('it is on the meta device, where it has no values')
     values = None
     if isinstance(norm, _BatchNorm) and norm.track_running_stats:
         values = NormValues.of(norm)

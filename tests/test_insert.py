@@ -533,6 +533,7 @@ def test_a_second_time_there_is_nothing_to_replace(watched):
         (Misleading(), dict(type='Conv2d'), ValueError, "'DBB'"),
         (Misleading(), dict(type='No'), ValueError, "'DBB'"),
         (Misleading(), dict(type='DBB', size=3), TypeError, 'size'),
+        (Misleading().to('meta'), None, ValueError, 'conv1: .* no values'),
         (Misleading(), 'DBB', TypeError, r"dict\(type='DBB'\), got 'DBB'"),
         (
             Misleading(),

@@ -309,6 +309,16 @@ def test_a_block_is_a_leaf_of_a_trace(kind, mode):
     assert torch.equal(fx.symbolic_trace(merged)(x), merged(x))
 
 
+@pytest.mark.parametrize('mode', [True, False])
+def test_a_convolution_inside_takes_no_bias(mode):
+    """No kernel would have it, so eval mode and the merge would be wrong."""
+    block = DBB(4, 4, 3).train(mode)
+    block.branches['kxk'].conv.bias = nn.Parameter(torch.ones(4))
+    for use in (block, lambda x: reparameterize(block)):
+        with pytest.raises(ValueError, match='or it was given a bias'):
+            use(torch.rand(1, 4, 5, 5))
+
+
 def test_a_block_alone_is_no_trace():
     with pytest.raises(TypeError, match='trace a module that holds it'):
         fx.symbolic_trace(DBB(4, 4, 3))
