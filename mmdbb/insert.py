@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Set, Tuple
 
 import torch
 from torch import nn
@@ -22,7 +22,7 @@ from mmdbb.plain.blocks import BRANCH_SCALE, copy_entries_, plain_start
 from mmdbb.plain.branch_sums import NormValues
 from mmdbb.reparam import find_blocks
 from mmdbb.stock_weights import stock_state
-from mmdbb.tracing import sole_readers
+from mmdbb.tracing import outside_blocks, own_readers
 from mmdbb.transforms import KernelBias
 
 __all__ = ['insert_blocks_', 'merge_into_']
@@ -65,8 +65,9 @@ def insert_blocks_(
     Returns:
         list: Names of the convolutions that are blocks now. These stay as
         they are: convolutions that a run of the model in eval mode does not
-        reach, subclasses of ``nn.Conv2d``, convolutions with hooks, and those
-        inside blocks.
+        reach, subclasses of ``nn.Conv2d``, convolutions with hooks, those
+        whose weights something else reads or shares, those that the model
+        holds in a plain list or dict too, and those inside blocks.
 
     Raises:
         TypeError: If ``block`` is not a dict, or has unknown keys.
@@ -95,13 +96,16 @@ def insert_blocks_(
             fits = sizes[0] <= max(size) <= sizes[1]
             return fits and block_type.starts_plain(size)
 
-    readers = sole_readers(model, example)
+    readers = own_readers(model, example)
+    held = _held(model)
     blocks = find_blocks(model)
     inside = tuple(f'{name}.' for name in blocks)
     new: Dict[nn.Module, nn.Module] = {}
     names, candidates = [], []
     for name, conv in model.named_modules():
         if not name or conv not in readers or not _is_plain(conv):
+            continue
+        if conv in held:
             continue
         if name.startswith(inside):
             continue
@@ -111,7 +115,7 @@ def insert_blocks_(
         norm = readers[conv]
         absorbed = issubclass(block_type, BranchSumConv2d)
         absorbed = absorbed and type(norm) in _ABSORBED
-        absorbed = absorbed and not has_hooks(norm)
+        absorbed = absorbed and not has_hooks(norm) and norm not in held
         absorbed = absorbed and norm.track_running_stats
         try:
             new[conv] = _block_for(
@@ -131,7 +135,8 @@ def insert_blocks_(
             f'none of its {len(candidates)} plain convolutions inside{has}'
             if candidates
             else f'{type(model).__name__} has no plain nn.Conv2d inside that '
-            f'a run reaches{has}'
+            'a run reaches, and that nothing else reads, shares or holds'
+            f'{has}'
         )
     places = [
         (parent, attribute, new[child])
@@ -233,6 +238,8 @@ def _block_for(
     args: dict,
     branch_scale: float,
 ) -> nn.Module:
+    if conv.weight.is_meta:
+        raise ValueError('it is on the meta device, where it has no values')
     values = None
     if isinstance(norm, _BatchNorm) and norm.track_running_stats:
         values = NormValues.of(norm)
@@ -261,6 +268,29 @@ def _block_for(
     )
     block.requires_grad_(conv.weight.requires_grad)
     return block.train(conv.training)
+
+
+def _held(model: nn.Module) -> Set[nn.Module]:
+    """Layers that a model can reach by more than its registered names.
+
+    Whoever holds a layer in a list would go on calling it, after another took
+    its name.
+    """
+    found = set()
+
+    def look(value: Any, depth: int) -> None:
+        if isinstance(value, nn.Module):
+            found.add(value)
+        elif depth and isinstance(value, (list, tuple, set, dict)):
+            within = value.values() if isinstance(value, dict) else value
+            for inner in list(within):
+                look(inner, depth - 1)
+
+    for module in outside_blocks(model):
+        for name, value in vars(module).items():
+            if name != '_modules':
+                look(value, 3)
+    return found
 
 
 def _is_plain(conv: nn.Module) -> bool:

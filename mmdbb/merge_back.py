@@ -62,7 +62,7 @@ class Replaced(NamedTuple):
                 num_features=norm.num_features,
                 eps=norm.eps,
                 momentum=norm.momentum,
-                affine=True,  # it has to add the bias
+                affine=norm.affine,
             )
             return cls(bias, (place,), norm_args, type(norm))
         if isinstance(norm, _BatchNorm) and norm.track_running_stats:
@@ -88,8 +88,10 @@ def merge_back_(model: nn.Module) -> List[str]:
 
     Raises:
         ValueError: If the model has no blocks, some were not inserted by
-            :func:`insert_blocks_` (``reparameterize`` merges those), or a
-            merged kernel is not finite. The model is then unchanged.
+            :func:`insert_blocks_` (``reparameterize`` merges those), the
+            model lacks the norm behind a block, because it is a part of the
+            whole, or a merged kernel is not finite. The model is then
+            unchanged.
 
     Examples:
         >>> import mmdbb
@@ -107,6 +109,18 @@ def merge_back_(model: nn.Module) -> List[str]:
         raise ValueError(
             f'insert_blocks_ did not insert {some(others)}; '
             'merge with mmdbb.reparameterize(model)'
+        )
+    within = set(model.modules())
+    apart = [
+        name
+        for name, block in blocks.items()
+        if not within.issuperset(_replaced(block).reader)
+    ]
+    if apart:
+        raise ValueError(
+            f'the norms behind {some(apart)} are no part of this '
+            f'{type(model).__name__}: call merge_back_ with the whole model, '
+            'or merge with mmdbb.reparameterize(model)'
         )
     # Nothing is changed before all kernels are composed and checked.
     merged = dict(reparameterize(model).named_modules(remove_duplicate=False))

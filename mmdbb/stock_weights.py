@@ -189,26 +189,21 @@ def norm_that_adds(
 
     Args:
         bias: The bias to add, shape (channels,).
-        norm: The norm, whose eps is used.
+        norm: The norm, whose eps is used. Without a weight and a bias it
+            subtracts a mean of minus the bias.
         name: Name of the norm, under which the entries stand.
 
     Returns:
         dict: Entries for a state dict.
 
-    Raises:
-        UserError: If the norm has no weight and bias.
     """
-    if not norm.affine:
-        raise UserError(
-            f'the stock network has no place for the bias before {name}: '
-            'that norm has affine=False'
-        )
-    return {
-        f'{name}.weight': torch.ones_like(bias),
-        f'{name}.bias': bias,
-        f'{name}.running_mean': torch.zeros_like(bias),
-        f'{name}.running_var': torch.full_like(bias, 1 - norm.eps),
-        f'{name}.num_batches_tracked': torch.zeros_like(
-            norm.num_batches_tracked
-        ),
-    }
+    entries = dict(
+        running_mean=torch.zeros_like(bias),
+        running_var=torch.full_like(bias, 1 - norm.eps),
+        num_batches_tracked=torch.zeros_like(norm.num_batches_tracked),
+    )
+    if norm.affine:
+        entries.update(weight=torch.ones_like(bias), bias=bias)
+    else:
+        entries['running_mean'] = -bias
+    return {f'{name}.{entry}': value for entry, value in entries.items()}

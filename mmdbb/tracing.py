@@ -37,10 +37,13 @@ class _Seen(NamedTuple):
         readers: Convolution -> for each call of it, the norm that alone reads
             the result; None where there is none.
         reads: How often each norm was called.
+        taken: Modules whose parameters or buffers something else reads, as a
+            decoder does that shares the weights of a convolution.
     """
 
     readers: Dict[nn.Module, List[Optional[nn.Module]]]
     reads: Dict[nn.Module, int]
+    taken: Set[nn.Module]
 
     def norms(self) -> Dict[nn.Module, Norms]:
         """Each convolution -> the norms behind it, see `norms_behind`."""
@@ -72,10 +75,51 @@ def sole_readers(
     Raises:
         ValueError: If the model cannot be traced, and no example is given.
     """
+    return _the_only(norms_behind(model, example))
+
+
+def own_readers(
+    model: nn.Module, example: Any = None
+) -> Dict[nn.Module, Optional[nn.Module]]:
+    """Like :func:`sole_readers`, of layers whose tensors only they read.
+
+    A layer that is replaced takes its tensors along. So convolutions are left
+    out whose weights something else reads or shares, and None stands for such
+    norms.
+
+    Args:
+        model: As there.
+        example: As there.
+    """
+    seen = _seen(model, example)
+    owners = _owners(model)
+    shared = {m for found in owners.values() if len(found) > 1 for m in found}
+    taken = seen.taken | shared
     return {
-        conv: norms[0] if len(norms) == 1 else None
-        for conv, norms in norms_behind(model, example).items()
+        conv: None if norm in taken else norm
+        for conv, norm in _the_only(seen.norms()).items()
+        if conv not in taken
     }
+
+
+def _the_only(
+    norms: Dict[nn.Module, Norms],
+) -> Dict[nn.Module, Optional[nn.Module]]:
+    return {
+        conv: found[0] if len(found) == 1 else None
+        for conv, found in norms.items()
+    }
+
+
+def _owners(model: nn.Module) -> Dict[int, Set[nn.Module]]:
+    """Ids of tensors -> the modules that hold them, those in blocks apart."""
+    owners = defaultdict(set)
+    for module in outside_blocks(model):
+        for tensors in (module._parameters, module._buffers):
+            for tensor in tensors.values():
+                if tensor is not None:
+                    owners[id(tensor)].add(module)
+    return owners
 
 
 def norms_behind(
@@ -101,9 +145,13 @@ def norms_behind(
     Raises:
         ValueError: If the model cannot be traced, and no example is given.
     """
+    return _seen(model, example).norms()
+
+
+def _seen(model: nn.Module, example: Any) -> _Seen:
     if example is None:
         with in_eval_mode(model):
-            return _traced(model).norms()
+            return _traced(model)
 
     def run() -> Any:
         if isinstance(example, dict):
@@ -112,7 +160,7 @@ def norms_behind(
             return model(*example)
         return model(example)
 
-    return norms_in_run(model, run)
+    return _watched(model, run)
 
 
 def norms_in_run(
@@ -128,7 +176,11 @@ def norms_in_run(
     Returns:
         dict: As from :func:`norms_behind`, of the convolutions that ran.
     """
-    watch = _Watch()
+    return _watched(model, run).norms()
+
+
+def _watched(model: nn.Module, run: Callable[[], Any]) -> _Seen:
+    watch = _Watch(_owners(model))
     hooks = []
     for module in outside_blocks(model):
         hooks.append(module.register_forward_pre_hook(watch.enter))
@@ -141,10 +193,12 @@ def norms_in_run(
     finally:
         for hook in hooks:
             hook.remove()
-    return watch.seen().norms()
+    return watch.seen()
 
 
 class _Tracer(fx.Tracer):
+    sees_through_places = True  # of absorbed norms
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if isinstance(m, nn.Identity):
             return False  # who reads its output reads its input
@@ -169,7 +223,10 @@ def _traced(model: nn.Module) -> _Seen:
             ' give an input to run it on: example=torch.rand(...)'
         ) from error
     readers, reads = defaultdict(list), Counter()
+    owners, taken = _owners(model), set()
     for node in graph.nodes:
+        if node.op == 'get_attr' and not all(map(_looks, node.users)):
+            taken |= owners.get(id(_attribute(model, node.target)), set())
         if node.op != 'call_module':
             continue
         module = model.get_submodule(node.target)
@@ -180,7 +237,14 @@ def _traced(model: nn.Module) -> _Seen:
             if len(users) == 1 and users[0].op == 'call_module':
                 reader = model.get_submodule(users[0].target)
             readers[module].append(reader if is_norm(reader) else None)
-    return _Seen(readers, reads)
+    return _Seen(readers, reads, taken)
+
+
+def _attribute(model: nn.Module, name: str) -> Any:
+    value = model
+    for part in name.split('.'):
+        value = getattr(value, part, None)
+    return value
 
 
 def _looks(node: fx.Node) -> bool:
@@ -215,10 +279,16 @@ class _Output(NamedTuple):
 
 
 class _Watch(TorchFunctionMode):
-    """Notes which modules read the outputs of convolutions during a run."""
+    """Notes which modules read the outputs of convolutions during a run.
 
-    def __init__(self) -> None:
+    Args:
+        owners: Ids of tensors -> the modules that hold them.
+    """
+
+    def __init__(self, owners: Dict[int, Set[nn.Module]]) -> None:
         super().__init__()
+        self.owners = owners
+        self.taken: Set[nn.Module] = set()
         self.outputs: Dict[int, _Output] = {}  # by id of the output
         self.reads = Counter()
         self._frames: List[_Frame] = []
@@ -231,7 +301,11 @@ class _Watch(TorchFunctionMode):
     def read(self, values: Any) -> None:
         within = [f.module for f in self._frames if is_norm(f.module)]
         reader = within[-1] if within else None
+        inside = self._frames[-1].module if self._frames else None
         for value in tree_flatten(values)[0]:
+            owners = self.owners.get(id(value), ())
+            if owners and inside not in owners:
+                self.taken |= owners
             if isinstance(value, Tensor) and id(value) in self.outputs:
                 self.outputs[id(value)].readers.add(reader)
 
@@ -256,7 +330,7 @@ class _Watch(TorchFunctionMode):
             if any(frame.failed for frame in frames):
                 continue  # who else reads it is not known
             readers[conv].append(found.pop() if len(found) == 1 else None)
-        return _Seen(readers, self.reads)
+        return _Seen(readers, self.reads, self.taken)
 
 
 def _name_of(func: Callable) -> str:

@@ -778,8 +778,8 @@ TABLE = (
     ),
     Mutation(
         'mmdbb/tracing.py',
-        'conv: norms[0] if len(norms) == 1 else None',
-        'conv: norms[0] if norms else None',
+        'conv: found[0] if len(found) == 1 else None',
+        'conv: found[0] if found else None',
         'a convolution before two norms',
         (f'{INSERT}::test_follows_the_data',),
     ),

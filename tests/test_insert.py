@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from helpers import EXACT, SINGLE, blocks_of, distance, image, randomize
-from torch import nn
+from torch import fx, nn
+from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -16,6 +17,7 @@ from mmdbb import (
     DBB,
     insert_blocks_,
     load_plain_weights_,
+    merge_back_,
     merge_into_,
     reparameterize,
 )
@@ -531,6 +533,7 @@ def test_a_second_time_there_is_nothing_to_replace(watched):
         (Misleading(), dict(type='Conv2d'), ValueError, "'DBB'"),
         (Misleading(), dict(type='No'), ValueError, "'DBB'"),
         (Misleading(), dict(type='DBB', size=3), TypeError, 'size'),
+        (Misleading().to('meta'), None, ValueError, 'conv1: .* no values'),
         (Misleading(), 'DBB', TypeError, r"dict\(type='DBB'\), got 'DBB'"),
         (
             Misleading(),
@@ -572,3 +575,136 @@ def test_a_bias_without_a_place_is_refused():
     other = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
     with pytest.raises(UserError, match='of another shape'):
         merge_into_(other, model)
+
+
+# Layers that something else reads or holds
+
+
+class TiedDecoder(Misleading):
+    """A decoder that shares the weights of its encoder."""
+
+    def forward(self, x):
+        y = self.norm1(self.conv1(x)).relu()
+        y = self.norm2(self.conv2(y)).relu()
+        return F.conv_transpose2d(y, self.conv2.weight)
+
+
+class TiedConvs(Misleading):
+    def __init__(self):
+        super().__init__()
+        self.conv3 = nn.Conv2d(4, 4, 3, bias=False)
+        self.conv3.weight = self.conv2.weight
+
+    def forward(self, x):
+        return self.conv3(super().forward(x))
+
+
+class HeldConv(Misleading):
+    """Calls a convolution by a list, which no other layer can enter."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = dict(second=[self.conv2])
+
+    def forward(self, x):
+        conv2 = self.layers['second'][0]
+        return self.norm2(conv2(self.norm1(self.conv1(x))))
+
+
+@pytest.mark.parametrize('model_type', [TiedDecoder, TiedConvs, HeldConv])
+@pytest.mark.parametrize('watched', [False, True])
+def test_convolutions_that_others_read_or_hold_stay(model_type, watched):
+    plain = randomize(model_type()).double().eval()
+    model, x = copy.deepcopy(plain), image(2, 3, 12, 11)
+    example = x if watched else None
+    assert insert_blocks_(model, example=example) == ['conv1']
+    assert distance(model(x), plain(x)) < EXACT
+    randomize(model, 1)
+    expected = model(x)
+    assert distance(merge_into_(plain, model, example)(x), expected) < EXACT
+    merge_back_(model)
+    assert distance(model(x), expected) < EXACT
+
+
+class ReadNorm(Misleading):
+    def forward(self, x):
+        y = super().forward(x)
+        return y * self.norm2.weight.reshape(-1, 1, 1)
+
+
+class HeldNorm(Misleading):
+    def __init__(self):
+        super().__init__()
+        self.last = [self.norm2]
+
+    def forward(self, x):
+        y = self.conv2(self.norm1(self.conv1(x)))
+        return self.last[0](y)
+
+
+@pytest.mark.parametrize('model_type', [ReadNorm, HeldNorm])
+@pytest.mark.parametrize('watched', [False, True])
+def test_norms_that_others_read_or_hold_are_not_absorbed(model_type, watched):
+    plain = randomize(model_type()).double().eval()
+    model, x = copy.deepcopy(plain), image(2, 3, 12, 11)
+    insert_blocks_(model, example=x if watched else None)
+    assert type(model.norm1) is AbsorbedNorm
+    assert type(model.norm2) is nn.BatchNorm2d
+    assert distance(model(x), plain(x)) < EXACT
+    randomize(model, 1)
+    expected = model(x)
+    merge_back_(model)
+    assert distance(model(x), expected) < EXACT
+
+
+def test_norms_without_weights_there_and_back():
+    plain = Misleading()
+    plain.norm2 = nn.BatchNorm2d(4, affine=False)
+    plain = randomize(plain).double().eval()
+    model, x = copy.deepcopy(plain), image(2, 3, 12, 11)
+    insert_blocks_(model)
+    assert type(model.norm2) is AbsorbedNorm
+    randomize(model, 1)
+    model.load_state_dict(plain.state_dict())
+    assert distance(model(x), plain(x)) < EXACT
+    randomize(model, 1)
+    expected = model(x)
+    back = copy.deepcopy(model)
+    merge_back_(back)
+    merge_into_(plain, model)
+    for merged in (back, plain):
+        assert distance(merged(x), expected) < EXACT
+    assert back.state_dict().keys() == plain.state_dict().keys()
+
+
+@pytest.mark.parametrize(
+    'trace',
+    [
+        fx.symbolic_trace,
+        lambda model: create_feature_extractor(model, {'norm2': 'y'}),
+    ],
+)
+def test_a_traced_model_keeps_the_places_of_norms(trace):
+    """Else a norm that comes back would not be called, nor loaded."""
+
+    def run(model):
+        y = model.eval()(x)
+        return y['y'] if isinstance(y, dict) else y
+
+    layers = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()]
+    layers += [nn.Conv2d(4, 4, 3, bias=False), nn.BatchNorm2d(4)]
+    names = ['conv1', 'norm1', 'relu', 'conv2', 'norm2']
+    plain = nn.Sequential(OrderedDict(zip(names, layers)))
+    plain = randomize(plain).double().eval()
+    model, x = copy.deepcopy(plain), image(2, 3, 12, 11)
+    insert_blocks_(model)
+    traced = trace(model)
+    traced.load_state_dict(plain.state_dict())
+    assert distance(run(traced), plain(x)) < EXACT
+    expected = run(randomize(traced, 1))
+    assert distance(run(reparameterize(traced)), expected) < EXACT
+    merge_back_(traced)
+    assert distance(run(traced), expected) < EXACT
+    assert traced.state_dict().keys() == plain.state_dict().keys() | {
+        'conv1.bias'
+    }

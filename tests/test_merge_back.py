@@ -226,6 +226,20 @@ def test_only_what_was_inserted_comes_back():
     assert [type(layer).__name__ for layer in model] == ['DBB', 'DBB']
 
 
+@pytest.mark.parametrize('absorbed', [True, False])
+def test_a_part_without_its_norm_is_refused(absorbed):
+    """Its norm would take the bias where the part does not run it."""
+    block = dict(type='DBB' if absorbed else 'OREPA')
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4))
+    mmdbb.insert_blocks_(model, block)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match='behind 0 are no part of this Seq'):
+        mmdbb.merge_back_(model[:1])
+    assert type(mmdbb.reparameterize(model[:1])[0]) is nn.Conv2d
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
 def test_without_blocks_it_is_refused():
     with pytest.raises(ValueError, match='has no block to merge'):
         mmdbb.merge_back_(nn.Sequential(nn.Conv2d(3, 4, 3)))

@@ -133,5 +133,7 @@ def _initialises(function) -> bool:
     Those are ``torch.nn.init``, and ``weight_init`` of mmengine and of timm.
     """
     callers = [getattr(function, '__module__', None) or '']
-    callers.append(sys._getframe(3).f_globals.get('__name__', ''))
+    # The caller of the function, and the caller's caller.
+    for depth in (2, 3):
+        callers.append(sys._getframe(depth).f_globals.get('__name__', ''))
     return any(name.endswith(('.init', '.weight_init')) for name in callers)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
+import torch
 from torch import Tensor, nn
 
 from mmdbb.blocks.equivalent import MERGE_FIRST
@@ -71,12 +72,16 @@ class AbsorbedNorm(nn.Identity):
             of some backbones has none there, but a convolution with a bias.
     """
 
+    #: Whether the norm that was here had a weight and a bias.
+    affine = True
+
     def __init__(
         self, block: nn.Module, norm: nn.Module, returns: bool = True
     ) -> None:
         super().__init__()
         self.returns = returns
         self.kind = type(norm).__name__
+        self.affine = getattr(norm, 'affine', True)
         #: Added to the variance by the norm that was here.
         self.eps = getattr(norm, 'eps', 0.0)
         # In tuples, because an attribute that is a module would be a child.
@@ -91,6 +96,22 @@ class AbsorbedNorm(nn.Identity):
 
     def extra_repr(self) -> str:
         return f'{self.kind}, eps={self.eps}'
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pass the input on.
+
+        A graph that torch.fx traces keeps this place, as it keeps a norm, so
+        that a norm can come back here.
+
+        Args:
+            x: Anything.
+        """
+        if not isinstance(x, torch.fx.Proxy):
+            return x
+        name = x.tracer.path_of_module(self)
+        if not name or getattr(x.tracer, 'sees_through_places', False):
+            return x
+        return x.tracer.create_proxy('call_module', name, (x,), {})
 
     def __getattr__(self, name: str):
         if name in NORM_ENTRIES:
@@ -162,7 +183,7 @@ class AbsorbedNorm(nn.Identity):
         names = {offer.prefix + name for name in offer.found}
         missing.extend(
             offer.prefix + name
-            for name in NORM_ENTRIES[:4]
+            for name in NORM_ENTRIES[: 4 if self.affine else 2]
             if name not in offer.found
         )
         unexpected[:] = [name for name in unexpected if name not in names]

@@ -74,10 +74,16 @@ class Branch(nn.Module):
         OpenMMLab packages set ``stride`` or ``dilation`` of the convolutions
         that they find in a built network. A block passes on to its branches
         what is set on itself; set on a single branch, it would no longer fit
-        the others.
+        the others. A bias that a convolution was given would be in no kernel.
         """
         found = [
-            (conv.stride, conv.padding, conv.dilation, conv.padding_mode)
+            (
+                conv.stride,
+                conv.padding,
+                conv.dilation,
+                conv.padding_mode,
+                conv.bias is not None,
+            )
             for conv in self.children()
             if isinstance(conv, nn.Conv2d)
         ]
@@ -86,9 +92,9 @@ class Branch(nn.Module):
         if found != self._built_with:
             raise ValueError(
                 'the stride, padding, dilation or padding mode of a '
-                'convolution inside a block was changed, from '
-                f'{self._built_with} to {found}; set it on the block, which '
-                'hands it on'
+                'convolution inside a block was changed, or it was given a '
+                f'bias, from {self._built_with} to {found}; set it on the '
+                'block, which hands it on'
             )
 
     @classmethod

@@ -64,8 +64,13 @@ def channels_of(model: nn.Module) -> int:
 
     Args:
         model: The network. Its first convolution or block reads the images;
-            without any, they have three channels.
+            without any, they have three channels. The ``Focus`` of YOLOX
+            makes four channels of each before its convolution reads them.
     """
-    first = (nn.Conv2d, ReparamConv2d)
-    channels = (m.in_channels for m in model.modules() if isinstance(m, first))
-    return next(channels, 3)
+    convs, pixels = (nn.Conv2d, ReparamConv2d), 1
+    for module in model.modules():
+        if type(module).__name__ == 'Focus':
+            pixels = 4
+        if isinstance(module, convs):
+            return module.in_channels // pixels
+    return 3

@@ -149,6 +149,11 @@ def test_writing_into_the_weight_is_refused(write):
         lambda block: kaiming_init(block),
         lambda block: normal_init(block, std=0.1, bias=0.0),
         lambda block: (
+            nn.init.kaiming_normal_(getattr(block, 'weight', None))
+            if hasattr(block, 'weight')
+            else None
+        ),
+        lambda block: (
             nn.init.xavier_uniform_(getattr(block, 'weight', None))
             if hasattr(block, 'weight')
             else None
@@ -302,6 +307,16 @@ def test_a_block_is_a_leaf_of_a_trace(kind, mode):
     merged = reparameterize(traced.eval())
     assert distance(merged(x), net.eval()(x)) < EXACT
     assert torch.equal(fx.symbolic_trace(merged)(x), merged(x))
+
+
+@pytest.mark.parametrize('mode', [True, False])
+def test_a_convolution_inside_takes_no_bias(mode):
+    """No kernel would have it, so eval mode and the merge would be wrong."""
+    block = DBB(4, 4, 3).train(mode)
+    block.branches['kxk'].conv.bias = nn.Parameter(torch.ones(4))
+    for use in (block, lambda x: reparameterize(block)):
+        with pytest.raises(ValueError, match='or it was given a bias'):
+            use(torch.rand(1, 4, 5, 5))
 
 
 def test_a_block_alone_is_no_trace():

@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers import image, randomize
 from mmengine.config import Config
+from mmengine.registry import MODELS
 from networks import SIZE
 from torch import nn
 from unusual import byol, detr, ocr, pointrend, sparse_rcnn
@@ -11,6 +12,7 @@ from unusual import byol, detr, ocr, pointrend, sparse_rcnn
 from mmdbb import DBB as Block
 from mmdbb.deploy import Proof, Source, build_model, deploy_checkpoint
 from mmdbb.files.checkpoints import read_checkpoint
+from mmdbb.mm.data_flow import channels_of, run_on_image
 from mmdbb.mm.deploy.images import data_samples, random_batch
 from mmdbb.running import CannotRun, run_network, takes_other_images
 
@@ -199,6 +201,20 @@ def test_images_of_other_preprocessors():
     expected = ((plain * 255).round() - 100) / 50
     assert torch.equal(batch(Points()), expected)
     assert batch(None, channels=1).shape == (2, 1, *SIZE)
+
+
+def test_a_focus_reads_images_of_three_channels():
+    """YOLOX's stem makes twelve channels of three."""
+    model = dict(
+        type='mmdet.CSPDarknet',
+        widen_factor=0.125,
+        deepen_factor=0.33,
+        conv_cfg=dict(type='DBB'),
+    )
+    network = MODELS.build(model)
+    assert random_batch(network, SIZE, 0).shape == (2, 3, *SIZE)
+    assert channels_of(network) == 3
+    assert len(run_on_image(network, SIZE)) == 3
 
 
 def test_data_samples():

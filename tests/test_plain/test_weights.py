@@ -14,6 +14,7 @@ from mmengine.runner import CheckpointLoader
 from registered import each_block, starts_plain, sums_branches, sums_several
 from torch import nn
 
+import mmdbb.backbones  # noqa: F401
 from mmdbb import DBB, load_plain_weights_
 from mmdbb.blocks import OREPAConv, OREPARepVGG
 from mmdbb.errors import UserError

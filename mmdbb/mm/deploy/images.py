@@ -13,14 +13,13 @@ from mmengine.structures import BaseDataElement, InstanceData
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 
-from mmdbb.blocks.base import ReparamConv2d
 from mmdbb.errors import UserError
 from mmdbb.files.checkpoints import check_regular
+from mmdbb.mm.data_flow import channels_of
 
 #: Images with more pixels are refused, because a small file can claim to be a
 #: large image and fill the memory.
 MOST_PIXELS = 1 << 26
-_CONVS = (nn.Conv2d, ReparamConv2d)
 
 
 def random_batch(model: nn.Module, size: Tuple[int, int], seed: int) -> Tensor:
@@ -122,8 +121,7 @@ def _channels(model: nn.Module) -> int:
     mean = getattr(getattr(model, 'data_preprocessor', None), 'mean', None)
     if isinstance(mean, Tensor) and mean.numel() > 1:
         return mean.numel()
-    convs = (m for m in model.modules() if isinstance(m, _CONVS))
-    return next((conv.in_channels for conv in convs), 3)
+    return channels_of(model)
 
 
 def data_samples(images: Tensor) -> List[BaseDataElement]:
