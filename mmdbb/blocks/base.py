@@ -292,6 +292,12 @@ class ReparamConv2d(TakesPlainWeights, metaclass=BlockType):
         bias = nn.Parameter(torch.zeros(self.out_channels)) if wanted else None
         self._parameters['bias'] = bias
 
+    def __setattr__(self, name: str, value) -> None:
+        # As an attribute a plain tensor would hide the equivalent weight.
+        if name == 'weight' and isinstance(value, Tensor):
+            self.register_parameter(name, value)
+        super().__setattr__(name, value)
+
     def register_parameter(self, name: str, param) -> None:
         """Register a parameter, but none that would be without effect.
 

@@ -208,7 +208,20 @@ class TakesPlainWeights(nn.Module):
     def _load_from_state_dict(self, state, prefix, *args) -> None:
         if f'{prefix}weight' in state:
             self._take_plain(state, prefix, args)
+        elif f'{prefix}reparam_conv.weight' in state:
+            self._refuse_merged(prefix)
         super()._load_from_state_dict(state, prefix, *args)
+
+    def _refuse_merged(self, prefix: str) -> None:
+        """Raise unless the block is merged, as the one in the weights is."""
+        if 'reparam_conv' not in self._modules:
+            raise UserError(
+                f'the weights hold a merged block at {prefix[:-1]} '
+                f'({prefix}reparam_conv.weight), but the network has a '
+                f'{type(self).__name__} with branches, which would stay as '
+                'they are; load the weights from before merging, or call '
+                'switch_to_deploy() on the block first'
+            )
 
     def _take_plain(self, state: Entries, prefix: str, args: tuple) -> None:
         """Turn offered plain entries into the block's own, in the dict."""

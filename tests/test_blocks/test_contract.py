@@ -139,6 +139,8 @@ def test_writing_into_the_weight_is_refused(write):
     for name in ('weight', 'bias'):
         with pytest.raises(ValueError, match=f'{name} of a DBB is computed'):
             setattr(block, name, nn.Parameter(torch.ones(6)))
+    with pytest.raises(ValueError, match='weight of a DBB is computed'):
+        block.weight = torch.ones(6, 2, 3, 3)
 
 
 @pytest.mark.parametrize('mode', [True, False])

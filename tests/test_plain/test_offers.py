@@ -185,6 +185,21 @@ def test_merged_blocks_take_them_too():
     assert same(model, plain)
 
 
+@pytest.mark.parametrize('strict', [True, False])
+def test_a_file_of_merged_blocks_is_refused(strict):
+    """Its entries have no place in branches, which would stay random."""
+    model, merged = with_blocks(1), with_blocks()
+    merged.a.switch_to_deploy()
+    before = copy.deepcopy(model.a.state_dict())
+    with pytest.raises(UserError, match=r'merged block at a .a.reparam_conv'):
+        model.load_state_dict(merged.state_dict(), strict=strict)
+    for name, value in model.a.state_dict().items():
+        assert torch.equal(value, before[name])
+    model.a.switch_to_deploy()
+    model.load_state_dict(merged.state_dict())
+    assert distance(model(X), merged(X)) < EXACT
+
+
 def test_own_entries_load_as_ever():
     model, other = with_blocks(), randomize(with_blocks(3), 3)
     state = copy.deepcopy(other.state_dict())
