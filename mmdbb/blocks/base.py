@@ -301,10 +301,16 @@ class ReparamConv2d(TakesPlainWeights, metaclass=BlockType):
     def register_parameter(self, name: str, param) -> None:
         """Register a parameter, but none that would be without effect.
 
+        A parameter of this name may be replaced, as FSDP does.
+
         Raises:
-            ValueError: If the name is ``weight`` or ``bias``.
+            ValueError: If the name is ``weight`` or ``bias``, and the block
+                has no such parameter.
         """
-        if name in ('weight', 'bias') and vars(self).get('_is_built'):
+        computed = name in ('weight', 'bias') and not any(
+            own.get(name) is not None for own in (self._parameters, vars(self))
+        )
+        if computed and vars(self).get('_is_built'):
             raise ValueError(
                 f'{name} of a {type(self).__name__} is computed from its '
                 'branches and cannot be set: set their parameters, or merge '
