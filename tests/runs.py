@@ -3,9 +3,11 @@
 import os
 import random
 import signal
+import sys
 
 import numpy as np
 import torch
+from helpers import run_tool
 from mmengine.config import Config
 from mmengine.evaluator import BaseMetric
 from mmengine.hooks import Hook
@@ -87,6 +89,11 @@ def run_config(work_dir, scores=(1.0, 2.0), **changes):
     )
     cfg.merge_from_dict(changes)
     return cfg
+
+
+def train_and_exit(*arguments):
+    """Run `tools/train.py`, in a process of its own."""
+    sys.exit(run_tool('train', *arguments))
 
 
 def train(cfg):

@@ -1,5 +1,6 @@
 """An interrupted training goes on from the newest whole checkpoint."""
 
+import multiprocessing
 import os
 import shutil
 import signal
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import run_tool
-from runs import run_config, train
+from runs import run_config, train, train_and_exit
 from tiny_demo import tiny_config
 
 from mmdbb.errors import UserError
@@ -17,6 +18,11 @@ from mmdbb.mm.engine.resume import newest_whole_checkpoint
 
 pytestmark = pytest.mark.usefixtures('quiet')
 HOOK = 'default_hooks.checkpoint'
+#: Forks a process that has imported these, and run nothing.
+CLEAN = multiprocessing.get_context('forkserver')
+CLEAN.set_forkserver_preload(
+    ['torch', 'mmengine.runner', 'mmpretrain', 'mmdet', 'mmseg']
+)
 
 
 @pytest.fixture(scope='module')
@@ -485,18 +491,17 @@ def test_a_checkpoint_cannot_name_what_is_removed(work, tmp_path):
 
 
 def in_a_child(*arguments):
-    """Train in another process; its exit code, below zero for a signal."""
-    pid = os.fork()
-    if not pid:
-        code = 1
-        try:
-            code = run_tool('train', *arguments)
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    """Train in another process; its exit code, below zero for a signal.
+
+    It is no fork of this one: a process that has computed gradients with
+    threads cannot be forked and compute more.
+    """
+    process = CLEAN.Process(target=train_and_exit, args=arguments)
+    process.start()
+    process.join()
+    return process.exitcode
 
 
-#: Quantization begins before the run is killed, and ranges freeze after it.
 QAT = dict(type='QATHook', begin=1, freeze=3, averaging_constant=0.5)
 
 
