@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdbb.errors import UserError
-from mmdbb.modules import named_values
+from mmdbb.modules import named_values, small_size
 from mmdbb.reparam import literal_forward
 from mmdbb.running import (
     WHOLE,
@@ -308,12 +308,10 @@ def _run(model: nn.Module, layers: Iterable[str], x: Tensor) -> Tensor:
 
 def _input_for(layer: nn.Module) -> Tensor:
     parameter = next(layer.parameters())
-    size = [
-        2 * d * k + s
-        for d, k, s in zip(layer.dilation, layer.kernel_size, layer.stride)
-    ]
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, layer.in_channels, *size, generator=generator)
+    x = torch.randn(
+        2, layer.in_channels, *small_size(layer), generator=generator
+    )
     return x.to(parameter)
 
 

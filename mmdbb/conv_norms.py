@@ -3,7 +3,7 @@
 
 The ready backbones, which are known, put blocks in the place of such pairs.
 For any other network names are a guess, and the data tells more:
-:mod:`mmdbb.norms_behind`.
+:mod:`mmdbb.found_norms`.
 """
 
 from __future__ import annotations

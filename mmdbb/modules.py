@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any, Callable, Dict, Iterator, List, Tuple, Union
+from typing import Any, Callable, Dict, Iterator, List, Set, Tuple, Union
 
 import torch
 from torch import Tensor, nn
@@ -111,6 +111,25 @@ def in_eval_mode(*models: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+@contextlib.contextmanager
+def modules_that_run(model: nn.Module) -> Iterator[Set[nn.Module]]:
+    """Within the context, collect the modules that run.
+
+    Args:
+        model: The model to watch.
+    """
+    ran: Set[nn.Module] = set()
+    hooks = [
+        module.register_forward_pre_hook(lambda m, _: ran.add(m))
+        for module in model.modules()
+    ]
+    try:
+        yield ran
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def is_norm(module: object) -> bool:
@@ -357,3 +376,17 @@ def memory_format_of(module: nn.Module) -> torch.memory_format:
                 else (torch.contiguous_format)
             )
     return torch.contiguous_format
+
+
+def small_size(layer: nn.Module) -> List[int]:
+    """Height and width of a small image on which a layer shows what it does.
+
+    Its output has pixels with and without a border.
+
+    Args:
+        layer: An ``nn.Conv2d`` or a block.
+    """
+    return [
+        2 * d * k + s
+        for d, k, s in zip(layer.dilation, layer.kernel_size, layer.stride)
+    ]

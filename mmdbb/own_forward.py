@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from mmdbb.blocks.base import ReparamConv2d
 from mmdbb.files.sources import some
+from mmdbb.modules import small_size
 
 _PRODUCTS = ('conv2d', 'linear')
 
@@ -136,8 +137,4 @@ def _example(layer: nn.Module) -> Tensor:
     weight = layer.weight
     if not isinstance(layer, nn.Conv2d):
         return weight.new_ones(2, layer.in_features)
-    size = [
-        2 * d * k + s
-        for d, k, s in zip(layer.dilation, layer.kernel_size, layer.stride)
-    ]
-    return weight.new_ones(2, layer.in_channels, *size)
+    return weight.new_ones(2, layer.in_channels, *small_size(layer))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdbb.errors import UserError
-from mmdbb.modules import named_values
+from mmdbb.modules import modules_that_run, named_values
 from mmdbb.ports import PORTS
 from mmdbb.reparam import find_blocks
 
@@ -70,7 +70,7 @@ def run_network(
     Raises:
         CannotRun: If not even the features can be computed.
     """
-    with torch.random.fork_rng(devices=[]), _watched(model) as reached:
+    with torch.random.fork_rng(devices=[]), modules_that_run(model) as reached:
         torch.manual_seed(0)
         if hasattr(model, 'extract_feat'):
             try:
@@ -179,7 +179,7 @@ def _run_whole(
         ways.append(_encode_decode)
     reason = ''
     for way in ways:
-        with _watched(model) as reached:
+        with modules_that_run(model) as reached:
             try:
                 tensors = _tensors(WHOLE, way(model, images))
             except Exception as error:
@@ -198,21 +198,6 @@ def _encode_decode(model: nn.Module, images: Tensor) -> Any:
     """Run one of mmseg's networks whose heads read each other's outputs."""
     samples = PORTS.data_samples(images)
     return model.encode_decode(images, [each.metainfo for each in samples])
-
-
-@contextlib.contextmanager
-def _watched(model: nn.Module) -> Iterator[Set[nn.Module]]:
-    """Within the context, collect the modules that run."""
-    ran = set()
-    hooks = [
-        module.register_forward_pre_hook(lambda m, _: ran.add(m))
-        for module in model.modules()
-    ]
-    try:
-        yield ran
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _parts(

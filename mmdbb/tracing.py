@@ -349,6 +349,5 @@ def outside_blocks(model: nn.Module) -> List[nn.Module]:
         if module not in found:
             found[module] = True
             if not isinstance(module, ReparamConv2d):
-                waiting.extend(module._modules.values())
-                waiting = [m for m in waiting if m is not None]
+                waiting.extend(module.children())
     return list(found)

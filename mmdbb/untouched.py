@@ -140,8 +140,8 @@ def prove_untouched(
     others += [n for n in found if n not in known and not _is_under(n, places)]
     modules = dict(merged.named_modules())
     for name, module in model.named_modules():
-        own = [*module._parameters.values(), *module._buffers.values()]
-        has_values = any(value is not None for value in own)
+        tensors = [*module._parameters.values(), *module._buffers.values()]
+        has_values = any(value is not None for value in tensors)
         # Layers such as pooling are defined by class and arguments alone.
         # Classes of containers differ, because the stock config names others.
         is_function = next(module.children(), None) is None and not has_values

@@ -55,7 +55,8 @@ def cached_kernel(
     """
     # A tensor made in inference mode could not be used in a backward pass.
     with torch.inference_mode(False), torch.no_grad():
-        values, structure = _values_of(block), _structure_of(block)
+        tensors = list(tensors_of(block))
+        values, structure = _values_of(tensors), _structure_of(block, tensors)
         kept = block._cached_kernel
         if (
             kept is None
@@ -72,13 +73,13 @@ def cached_kernel(
     return kept.merged
 
 
-def _values_of(block: nn.Module) -> List[Tensor]:
-    """All that a kernel depends on and that may change in place.
+def _values_of(tensors: List[Tensor]) -> List[Tensor]:
+    """Those of a block's tensors that a kernel depends on.
 
     On a GPU there is one tensor for each dtype, because each comparison waits
     for the GPU. Whole numbers are left out: they only count batches.
     """
-    tensors = [t for t in tensors_of(block) if t.is_floating_point()]
+    tensors = [t for t in tensors if t.is_floating_point()]
     if not tensors or tensors[0].device.type == 'cpu':
         return tensors
     by_dtype: Dict[torch.dtype, List[Tensor]] = {}
@@ -87,7 +88,7 @@ def _values_of(block: nn.Module) -> List[Tensor]:
     return [torch.cat(group) for group in by_dtype.values()]
 
 
-def _structure_of(block: nn.Module) -> list:
+def _structure_of(block: nn.Module, tensors: List[Tensor]) -> list:
     """All that a kernel depends on besides tensors: modules, geometry, eps.
 
     The shapes count as well, because tensors may be compared as one.
@@ -96,5 +97,5 @@ def _structure_of(block: nn.Module) -> list:
     return [
         block.spec,
         *((name, type(m), getattr(m, 'eps', None)) for name, m in modules),
-        *(tensor.shape for tensor in tensors_of(block)),
+        *(tensor.shape for tensor in tensors),
     ]

@@ -12,6 +12,7 @@ from mmdbb.blocks.base import ReparamConv2d
 from mmdbb.compare import network_outputs
 from mmdbb.found_norms import FoundNorms, find_norms
 from mmdbb.modules import tensors_of
+from mmdbb.running import CannotRun
 
 #: Height and width of the image in pixels, large enough for most networks.
 IMAGE_SIZE = (224, 224)
@@ -40,8 +41,7 @@ def run_on_image(
         image_size: Height and width of the image in pixels.
 
     Returns:
-        Features and the outputs of dense heads. If a head cannot be run on
-        features, the features alone.
+        Features, and the outputs of the dense heads that can be run on them.
     """
     tensor = next(tensors_of(model), torch.empty(0))
     generator = torch.Generator().manual_seed(0)
@@ -53,10 +53,10 @@ def run_on_image(
     with torch.random.fork_rng(devices):
         try:
             return network_outputs(model, image)
-        except Exception:  # heads may fail in any way on features alone
-            if not hasattr(model, 'extract_feat'):
-                raise
-            return model.extract_feat(image)
+        except CannotRun as error:
+            if hasattr(model, 'extract_feat'):
+                raise error.__cause__ from None  # its own words
+            raise
 
 
 def channels_of(model: nn.Module) -> int:

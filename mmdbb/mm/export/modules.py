@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mmdbb.errors import UserError
 from mmdbb.mm.host_internals import channel_order
-from mmdbb.modules import named_values
+from mmdbb.modules import modules_that_run, named_values
 
 #: Heads of a detector that read its feature maps besides the dense head.
 FEATURE_READERS = ('roi_head', 'mask_head')
@@ -86,16 +86,8 @@ class ExportModule(nn.Module):
         Args:
             images: Normalised images (N, C, H, W) to run.
         """
-        ran = set()
-        hooks = [
-            module.register_forward_pre_hook(lambda m, _: ran.add(m))
-            for module in self.network.modules()
-        ]
-        try:
+        with modules_that_run(self.network) as ran:
             self(images)
-        finally:
-            for hook in hooks:
-                hook.remove()
         for name, child in self.network.named_children():
             if ran.isdisjoint(child.modules()):
                 self.network._modules[name] = None
