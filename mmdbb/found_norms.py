@@ -24,6 +24,7 @@ from torch import nn
 from mmdbb.blocks.base import ReparamConv2d
 from mmdbb.blocks.offers import AbsorbedNorm
 from mmdbb.conv_norms import norm_names
+from mmdbb.dimensions import CONVS
 from mmdbb.files.sources import some
 from mmdbb.modules import names_of
 from mmdbb.ports import PORTS
@@ -82,7 +83,7 @@ def find_norms(
     pairs: Dict[str, Tuple[str, ...]] = {}
     unseen, named, outside = {}, [], {*outside_blocks(model)}
     for module, own in names.items():
-        is_conv = isinstance(module, (nn.Conv2d, ReparamConv2d))
+        is_conv = isinstance(module, (*CONVS, ReparamConv2d))
         if not is_conv or module not in outside:
             continue
         if module in seen:

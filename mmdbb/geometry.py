@@ -6,35 +6,51 @@ with zeros around it (DBB paper, sec. 3.2, Transform VI). Both give the same
 output only if the small kernel reads the pixels under its own taps. Its first
 tap lies some rows and columns inside the large kernel, so the small
 convolution pads less by as much, or even crops the image.
+
+A transposed convolution spreads each pixel by its kernel instead of reading
+through it. There a small kernel writes under its own taps, so its output is
+padded or cropped, not its input.
+
+All of this holds for images of one, two and three dimensions: sizes are tuples
+with a number for each, pads have two.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from numbers import Integral
-from typing import Iterable, Optional, Tuple, Union
+from typing import Iterable, List, Optional, Tuple, Union
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmdbb.dimensions import (
+    CONV,
+    CONV_TRANSPOSE,
+    LayerKind,
+    per_channel,
+)
 from mmdbb.recompute import is_compiling, is_transformed
 
 PADDING_MODES = ('zeros', 'reflect', 'replicate', 'circular')
 
-IntPair = Tuple[int, int]
-# Pixels to add at each side; a negative number crops.
-Pads = Tuple[int, int, int, int]  # top, bottom, left, right
+# One number for each dimension of the images: a pair for pictures.
+IntPair = Tuple[int, ...]
+# Pixels to add before and after the image in each dimension; a negative number
+# crops. For pictures: top, bottom, left, right.
+Pads = Tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class ConvSpec:
-    """The geometry of an ``nn.Conv2d``, checked and brought to one form.
+    """The geometry of a convolution of torch, checked and brought to one form.
 
     Args:
         in_channels: Channels of the input.
         out_channels: Channels of the output.
-        kernel_size: Height and width of the kernel, or one number for both.
+        kernel_size: Size of the kernel in each dimension (height and width),
+            or one number for all.
         stride: Step in pixels.
         padding: Pixels on each side, ``'same'``, ``'valid'``, or
             ``'adaptive'``: as many zeros as each image needs so that the
@@ -46,6 +62,12 @@ class ConvSpec:
         groups: Number of groups that channels are split into.
         padding_mode: One of ``zeros``, ``reflect``, ``replicate`` and
             ``circular``.
+        dims: Number of dimensions of the images: 1, 2 or 3. By default as
+            many as ``kernel_size`` has numbers, and 2 if it is one number.
+        transposed: Whether it is a transposed convolution, whose padding
+            crops its output.
+        output_padding: Pixels added to a transposed convolution's output
+            after the image.
 
     Raises:
         TypeError: If an argument has a type that ``nn.Conv2d`` does not take.
@@ -56,6 +78,8 @@ class ConvSpec:
         >>> spec = ConvSpec(4, 8, 3, padding='same', dilation=2)
         >>> spec.padding, spec.pads
         ((2, 2), (2, 2, 2, 2))
+        >>> ConvSpec(4, 8, 3, dims=3).kernel_shape
+        (8, 4, 3, 3, 3)
     """
 
     in_channels: int
@@ -66,9 +90,13 @@ class ConvSpec:
     dilation: Union[int, IntPair] = 1
     groups: int = 1
     padding_mode: str = 'zeros'
+    dims: Optional[int] = field(default=None, repr=False)
+    transposed: bool = field(default=False, repr=False)
+    output_padding: Union[int, IntPair] = field(default=0, repr=False)
 
     def __post_init__(self) -> None:
         set_field = object.__setattr__
+        set_field(self, 'dims', self._known_dims())
         for name in ('in_channels', 'out_channels', 'groups'):
             value = getattr(self, name)
             if not _is_int(value):
@@ -80,8 +108,10 @@ class ConvSpec:
             ('kernel_size', 1),
             ('stride', 1),
             ('dilation', 1),
+            ('output_padding', 0),
         ):
-            set_field(self, name, _pair(name, getattr(self, name), lowest))
+            value = _numbers(name, getattr(self, name), lowest, self.dims)
+            set_field(self, name, value)
         for name in ('in_channels', 'out_channels'):
             if getattr(self, name) % self.groups:
                 raise ValueError(
@@ -94,12 +124,55 @@ class ConvSpec:
                 f'got {self.padding_mode!r}'
             )
         set_field(self, 'padding', self._normalised_padding())
+        if self.transposed:
+            self._check_transposed()
+        elif any(self.output_padding):
+            raise ValueError(
+                'output_padding is of transposed convolutions, got '
+                f'output_padding={self.output_padding} for a plain one'
+            )
+
+    def __setstate__(self, state: dict) -> None:
+        # Of a block that was pickled before there were other dimensions.
+        vars(self).update(dict(dims=2, output_padding=(0, 0)), **state)
+
+    def _known_dims(self) -> int:
+        if self.dims is None:
+            size = self.kernel_size
+            given = isinstance(size, Iterable) and not isinstance(size, str)
+            return len(tuple(size)) if given else 2
+        if self.dims not in (1, 2, 3):
+            raise ValueError(f'dims must be 1, 2 or 3, got {self.dims!r}')
+        return int(self.dims)
+
+    def _check_transposed(self) -> None:
+        """Raise unless torch has a transposed convolution like this."""
+        if self.padding_mode != 'zeros':
+            raise ValueError(
+                "padding_mode of a transposed convolution must be 'zeros', "
+                f'got {self.padding_mode!r}'
+            )
+        for extra, s, d in zip(
+            self.output_padding, self.stride, self.dilation
+        ):
+            if extra >= max(s, d):
+                raise ValueError(
+                    'output_padding must be less than the stride or the '
+                    f'dilation, got output_padding={self.output_padding}, '
+                    f'stride={self.stride}, dilation={self.dilation}'
+                )
 
     def _normalised_padding(self) -> Union[str, IntPair]:
         if not isinstance(self.padding, str):
-            return _pair('padding', self.padding, 0)
+            return _numbers('padding', self.padding, 0, self.dims)
+        if self.transposed:
+            raise ValueError(
+                'padding of a transposed convolution must be numbers of '
+                f'pixels, got {self.padding!r}'
+            )
+        none = (0,) * self.dims
         if self.padding == 'valid':
-            return (0, 0)
+            return none
         if self.padding not in ('same', 'adaptive'):
             raise ValueError(
                 "padding must be numbers of pixels, 'same', 'valid' or "
@@ -111,18 +184,23 @@ class ConvSpec:
                     "padding='adaptive' pads with zeros, got padding_mode="
                     f'{self.padding_mode!r}'
                 )
+            if self.dims != 2:
+                raise ValueError(
+                    "padding='adaptive' is mmcv's Conv2dAdaptivePadding, of "
+                    f'two dimensions; got dims={self.dims}'
+                )
             if self.is_pointwise:
-                return (0, 0)
-        if self.padding == 'adaptive' and self.stride != (1, 1):
+                return none
+        if self.padding == 'adaptive' and self.is_strided:
             return 'adaptive'
-        if self.stride != (1, 1):
+        if self.is_strided:
             raise ValueError(
                 f"padding='same' needs stride 1, got stride={self.stride}"
             )
         total = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size)]
         if any(t % 2 for t in total):
             return 'same'
-        return (total[0] // 2, total[1] // 2)
+        return tuple(t // 2 for t in total)
 
     def at_size(self, size: IntPair) -> ConvSpec:
         """The geometry for images of one size, whose pads are known.
@@ -137,20 +215,57 @@ class ConvSpec:
         )
         return _SizedSpec(**asdict(self), sized_pads=pads)
 
+    def for_output(self, size: IntPair, output_size: IntPair) -> ConvSpec:
+        """The geometry of a transposed convolution for one size of output.
+
+        Args:
+            size: Size of the images in pixels, in each dimension.
+            output_size: Size of the output, which ``output_padding`` decides.
+
+        Raises:
+            ValueError: If no ``output_padding`` gives this size.
+        """
+        extra = tuple(
+            wanted - ((n - 1) * s - 2 * p + d * (k - 1) + 1)
+            for wanted, n, s, p, d, k in zip(
+                output_size,
+                size,
+                self.stride,
+                self.padding,
+                self.dilation,
+                self.kernel_size,
+            )
+        )
+        allowed = len(output_size) == len(size) == self.dims and all(
+            0 <= e < s for e, s in zip(extra, self.stride)
+        )
+        if not allowed:
+            raise ValueError(
+                f'output_size must be a size that images of {tuple(size)} '
+                f'become with stride={self.stride}, got {tuple(output_size)}'
+            )
+        return replace(self, output_padding=extra)
+
+    @property
+    def kind(self) -> LayerKind:
+        """Which of torch's convolutions this is."""
+        return LayerKind(self.dims, self.transposed)
+
     @property
     def pads(self) -> Pads:
-        """Pixels added at the top, bottom, left and right.
+        """Pixels added before and after the image, in each dimension.
 
-        If they depend on the image, as in :attr:`largest_pads`.
+        For pictures at the top, bottom, left and right. If they depend on the
+        image, as in :attr:`largest_pads`. A transposed convolution crops its
+        output by as many, but for the output padding.
         """
         return self.largest_pads
 
     @property
     def largest_pads(self) -> Pads:
-        """The most pixels that any image gets at its four sides."""
+        """The most pixels that any image gets at its sides."""
         if not isinstance(self.padding, str):
-            high, wide = self.padding
-            return (high, high, wide, wide)
+            return tuple(p for p in self.padding for _ in range(2))
         pads = []
         for k, d in zip(self.kernel_size, self.dilation):
             before = d * (k - 1) // 2
@@ -159,8 +274,9 @@ class ConvSpec:
 
     @property
     def has_border(self) -> bool:
-        """Whether images are padded with zeros."""
-        return self.padding_mode == 'zeros' and any(self.pads)
+        """Whether images are padded with zeros before they are convolved."""
+        zeros = self.padding_mode == 'zeros' and not self.transposed
+        return zeros and any(self.pads)
 
     @property
     def is_depthwise(self) -> bool:
@@ -170,14 +286,35 @@ class ConvSpec:
     @property
     def is_pointwise(self) -> bool:
         """Whether the kernel has a single tap."""
-        return self.kernel_size == (1, 1)
+        return max(self.kernel_size) == 1
 
     @property
-    def kernel_shape(self) -> Tuple[int, int, int, int]:
-        """Shape of the weight: (out, in / groups, kH, kW)."""
+    def is_strided(self) -> bool:
+        """Whether the convolution moves by more than one pixel."""
+        return max(self.stride) > 1
+
+    @property
+    def is_dilated(self) -> bool:
+        """Whether taps are more than one pixel apart."""
+        return max(self.dilation) > 1
+
+    @property
+    def kernel_shape(self) -> Tuple[int, ...]:
+        """Shape of the kernel: (out, in / groups, kH, kW)."""
         return (
             self.out_channels,
             self.in_channels // self.groups,
+            *self.kernel_size,
+        )
+
+    @property
+    def weight_shape(self) -> Tuple[int, ...]:
+        """Shape of torch's weight; if transposed, (in, out / groups, ...)."""
+        if not self.transposed:
+            return self.kernel_shape
+        return (
+            self.in_channels,
+            self.out_channels // self.groups,
             *self.kernel_size,
         )
 
@@ -186,14 +323,15 @@ class ConvSpec:
         """The tap (row, column) at which a 1x1 kernel stands in this one.
 
         That is the middle tap. An even kernel has two; of these it is the one
-        that reads the pixel nearer to the output's own position.
+        that reads the pixel nearer to the output's own position. If
+        transposed, it writes to the pixel nearer to the first one of those
+        that an input's pixel becomes.
         """
         # Not that of a single image: one kernel serves all sizes.
-        top, _, left, _ = self.largest_pads
         return tuple(
             min((k // 2, (k - 1) // 2), key=lambda tap: abs(tap * d - before))
             for k, d, before in zip(
-                self.kernel_size, self.dilation, (top, left)
+                self.kernel_size, self.dilation, self.largest_pads[::2]
             )
         )
 
@@ -201,7 +339,7 @@ class ConvSpec:
         """Where a smaller kernel's first tap (row, column) stands in this one.
 
         Args:
-            size: Height and width of the smaller kernel, each either 1, which
+            size: Size of the smaller kernel in each dimension: either 1, which
                 stands at the centre, or as large as in this kernel.
         """
         return tuple(
@@ -213,12 +351,11 @@ class ConvSpec:
         """Padding with which a smaller kernel reads the pixels of its taps.
 
         Args:
-            size: Height and width of the smaller kernel, see
-                :meth:`offset_of`.
+            size: Size of the smaller kernel, see :meth:`offset_of`.
 
         Returns:
-            tuple: Pixels at the top, bottom, left and right; a negative
-            number crops.
+            tuple: Pixels before and after, in each dimension; a negative
+            number crops. If transposed, those of the output.
         """
         pads = []
         for side, (first, s, k, d) in enumerate(
@@ -226,15 +363,24 @@ class ConvSpec:
         ):
             before, after = self.pads[2 * side : 2 * side + 2]
             pads += [before - d * first, after - d * (k - first - s)]
+        if self.transposed:
+            pads = [-n for n in pads]
+            pads[1::2] = [
+                n + extra for n, extra in zip(pads[1::2], self.output_padding)
+            ]
         return tuple(pads)
 
     @property
     def conv_args(self) -> dict:
-        """Keyword arguments that build this ``nn.Conv2d``, but ``bias``.
+        """Keyword arguments that build torch's convolution, but ``bias``.
 
         If the padding is adaptive, the convolution itself pads nothing.
         """
         args = asdict(self)
+        for name in ('dims', 'transposed'):
+            del args[name]
+        if not self.transposed:
+            del args['output_padding']
         return dict(args, padding=0) if self.padding == 'adaptive' else args
 
 
@@ -285,25 +431,43 @@ def adaptive_pads(
     return tuple(pads)
 
 
-def pad2d(x: Tensor, pads: Pads, mode: str = 'zeros') -> Tensor:
+def pad_images(x: Tensor, pads: Pads, mode: str = 'zeros') -> Tensor:
     """Pad a batch of images, and crop it where a number is negative.
 
     Args:
-        x: Images of shape (N, C, H, W).
-        pads: Pixels at the top, bottom, left and right.
+        x: Images of shape (N, C, H, W), of any number of dimensions.
+        pads: Pixels before and after the image in each dimension: at the top,
+            bottom, left and right.
         mode: Padding mode, named as in ``nn.Conv2d``.
 
     Returns:
         Tensor: Shape (N, C, H + top + bottom, W + left + right).
     """
-    top, bottom, left, right = pads
-    grow = [max(n, 0) for n in (left, right, top, bottom)]
+    grow = [max(n, 0) for n in pads]
     if any(grow):
-        x = F.pad(x, grow, 'constant' if mode == 'zeros' else mode)
+        mode = 'constant' if mode == 'zeros' else mode
+        x = F.pad(x, _for_torch(grow), mode)
     if min(pads) < 0:
-        top, bottom, left, right = (max(-n, 0) for n in pads)
-        x = x[..., top : x.shape[-2] - bottom, left : x.shape[-1] - right]
+        crop = [max(-n, 0) for n in pads]
+        inside = (
+            slice(before, size - after)
+            for before, after, size in zip(
+                crop[::2], crop[1::2], x.shape[-len(crop) // 2 :]
+            )
+        )
+        x = x[(..., *inside)]
     return x
+
+
+#: The name that it has in code for pictures.
+pad2d = pad_images
+
+
+def _for_torch(pads: Iterable[int]) -> List[int]:
+    """Order pads as ``F.pad`` takes them: the last dimension comes first."""
+    pads = list(pads)
+    sides = [pads[i : i + 2] for i in range(0, len(pads), 2)]
+    return [n for side in reversed(sides) for n in side]
 
 
 def convolve(
@@ -312,8 +476,10 @@ def convolve(
     """Convolve images with a kernel, in the images' precision.
 
     Args:
-        x: Images of shape (N, in, H, W).
-        kernel: The kernel, shape (out, in / groups, kH, kW), of any dtype.
+        x: Images of shape (N, in, H, W), of any number of dimensions.
+        kernel: The weight, of the shape that torch's layer has: (out,
+            in / groups, kH, kW), or (in, out / groups, kH, kW) if the
+            geometry is transposed. Of any dtype.
         bias: The bias, shape (out,), or None. It may be more precise than the
             images and is added before the result is rounded.
         spec: Geometry of the convolution.
@@ -321,16 +487,21 @@ def convolve(
     Returns:
         Tensor: Shape (N, out, H', W'), with the images' dtype.
     """
-    padding, spec = spec.padding, spec.at_size(x.shape[-2:])
+    padding, spec = spec.padding, spec.at_size(x.shape[-spec.dims :])
     if isinstance(padding, str) or spec.padding_mode != 'zeros':
-        x, padding = pad2d(x, spec.pads, spec.padding_mode), 0
+        x, padding = pad_images(x, spec.pads, spec.padding_mode), 0
     geometry = spec.stride, padding, spec.dilation, spec.groups
+    run = CONV[spec.dims]
+    if spec.transposed:
+        run = CONV_TRANSPOSE[spec.dims]
+        stride, padding, dilation, groups = geometry
+        geometry = stride, padding, spec.output_padding, groups, dilation
     kernel = kernel.to(x.dtype)
     # torch.compile cannot lower a bias that is a view of another tensor.
     if bias is None or (bias.dtype == x.dtype and not is_compiling()):
-        return F.conv2d(x, kernel, bias, *geometry)
-    y = F.conv2d(x, kernel, None, *geometry)
-    return add_shift(y, bias.reshape(-1, 1, 1))
+        return run(x, kernel, bias, *geometry)
+    y = run(x, kernel, None, *geometry)
+    return add_shift(y, per_channel(bias, spec.dims))
 
 
 def add_shift(x: Tensor, shift: Tensor) -> Tensor:
@@ -377,18 +548,18 @@ def border_mask(x: Tensor, pads: Pads) -> Tensor:
     """Mark the border that padding adds to images.
 
     Args:
-        x: Images of shape (N, C, H, W), not yet padded.
-        pads: Pixels at the top, bottom, left and right, none negative.
+        x: Images of shape (N, C, H, W), of any number of dimensions, not yet
+            padded.
+        pads: Pixels before and after in each dimension, none negative.
 
     Returns:
         Tensor: True on the border, shape (1, 1, H + top + bottom, W + left +
         right).
     """
     inside = torch.zeros(
-        (1, 1, *x.shape[-2:]), dtype=torch.bool, device=x.device
+        (1, 1, *x.shape[2:]), dtype=torch.bool, device=x.device
     )
-    top, bottom, left, right = pads
-    return F.pad(inside, (left, right, top, bottom), value=True)
+    return F.pad(inside, _for_torch(pads), value=True)
 
 
 def _is_int(value) -> bool:
@@ -396,30 +567,30 @@ def _is_int(value) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def _pair(name: str, value, lowest: int) -> IntPair:
+_WORDS = {1: 'one number', 2: 'one or two numbers', 3: 'one or three numbers'}
+_MANY = {1: 'one int in a tuple', 2: 'a pair of ints', 3: 'three ints'}
+
+
+def _numbers(name: str, value, lowest: int, dims: int) -> IntPair:
+    """One number for each dimension, from one number or as many."""
     if _is_int(value):
-        pair = (value, value)
+        numbers = (value,) * dims
     elif isinstance(value, Iterable) and not isinstance(value, (str, dict)):
-        pair = tuple(value)
+        numbers = tuple(value)
     else:
-        pair = None
-    if pair is None or not all(map(_is_int, pair)):
+        numbers = None
+    if numbers is None or not all(map(_is_int, numbers)):
         raise TypeError(
-            f'{name} must be an int or a pair of ints, got {value!r}'
-        )
-    if len(pair) == 3:
-        raise ValueError(
-            f'{name} must be one or two numbers, got {value!r}: blocks are '
-            'two-dimensional, they stand for an nn.Conv2d, and not in a '
-            'network of nn.Conv3d'
-        )
-    # torch takes one number in a sequence for both directions, but a kernel
-    # of one number makes an nn.Conv2d that cannot run.
-    if len(pair) == 1 and name != 'kernel_size':
-        pair *= 2
-    if len(pair) != 2 or min(pair) < lowest:
-        raise ValueError(
-            f'{name} must be one or two numbers of at least {lowest}, got '
+            f'{name} must be an int or {_MANY.get(dims, "ints")}, got '
             f'{value!r}'
         )
-    return tuple(map(int, pair))
+    # torch takes one number in a sequence for all directions, but a kernel
+    # of one number makes an nn.Conv2d that cannot run.
+    if len(numbers) == 1 and name != 'kernel_size':
+        numbers *= dims
+    if len(numbers) != dims or dims not in _WORDS or min(numbers) < lowest:
+        raise ValueError(
+            f'{name} must be {_WORDS.get(dims, "one to three numbers")} of '
+            f'at least {lowest}, got {value!r}'
+        )
+    return tuple(map(int, numbers))

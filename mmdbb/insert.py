@@ -3,21 +3,33 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, Callable, Dict, List, Optional, Set, Tuple
 
-import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmdbb.blocks.branch_sum import BranchSumConv2d
-from mmdbb.blocks.build import block_of, refuse_unknown_keys
+from mmdbb.blocks.build import (
+    block_of,
+    form_of,
+    kind_of_block,
+    refuse_unknown_keys,
+)
 from mmdbb.blocks.offers import AbsorbedNorm
+from mmdbb.dimensions import (
+    CONV_TYPES,
+    CONVS,
+    NORM_TYPES,
+    LayerKind,
+    kind_of,
+)
 from mmdbb.errors import UserError
 from mmdbb.files.checkpoints import load_strictly
 from mmdbb.files.sources import some
 from mmdbb.found_norms import norms_shown
 from mmdbb.merge_back import Replaced, merge_before_fuse_
-from mmdbb.modules import has_hooks, memory_format_of
+from mmdbb.modules import has_hooks, memory_format_of, to_layout_
 from mmdbb.plain.blocks import BRANCH_SCALE, copy_entries_, plain_start
 from mmdbb.plain.branch_sums import NormValues
 from mmdbb.reparam import find_blocks
@@ -27,11 +39,11 @@ from mmdbb.transforms import KernelBias
 
 __all__ = ['insert_blocks_', 'merge_into_']
 
-Where = Callable[[str, nn.Conv2d], bool]
+Where = Callable[[str, nn.Module], bool]
 
 # Norms that a block can absorb. A subclass may compute more (timm has norms
 # with an activation inside), so it stays behind the block.
-_ABSORBED = (nn.BatchNorm2d, nn.SyncBatchNorm)
+_ABSORBED = (*NORM_TYPES.values(), nn.SyncBatchNorm)
 
 
 def insert_blocks_(
@@ -50,11 +62,15 @@ def insert_blocks_(
     it absorbs none. If the model has a method ``fuse``, as YOLO's have, it
     merges the blocks first from now on.
 
+    Convolutions of one, two and three dimensions, and transposed ones, get
+    the form of the block that stands for them. Those for which the block has
+    no form stay; a form such as ``DBB3d`` replaces its own kind only.
+
     Args:
         model: Any model, with its weights.
         block: Config of the block, ``dict(type='DBB')`` by default.
-        where: Decides by name and module whether to replace a convolution. By
-            default those are replaced whose kernels are within the limits of
+        where: Decides by name and module whether to replace a convolution
+            for which the block has a form. By default those are replaced whose kernels are within the limits of
             the block (DBB: 2 to 6 taps) and that the block can start as.
         example: Input to run the model on: a tensor, a tuple of arguments or
             a dict of keywords. Needed only where torch.fx cannot trace the
@@ -65,7 +81,7 @@ def insert_blocks_(
     Returns:
         list: Names of the convolutions that are blocks now. These stay as
         they are: convolutions that a run of the model in eval mode does not
-        reach, subclasses of ``nn.Conv2d``, convolutions with hooks, those
+        reach, subclasses of torch's layers, convolutions with hooks, those
         whose weights something else reads or shares, those that the model
         holds in a plain list or dict too, and those inside blocks.
 
@@ -91,11 +107,12 @@ def insert_blocks_(
             f'that {block_type.__name__} can start as; where= gives another)'
         )
 
-        def where(name: str, conv: nn.Conv2d) -> bool:
+        def where(name: str, conv: nn.Module) -> bool:
             size = conv.kernel_size
             fits = sizes[0] <= max(size) <= sizes[1]
             return fits and block_type.starts_plain(size)
 
+    forms = _forms_of(block_type)
     readers = own_readers(model, example)
     held = _held(model)
     blocks = find_blocks(model)
@@ -110,7 +127,8 @@ def insert_blocks_(
         if name.startswith(inside):
             continue
         candidates.append(name)
-        if not where(name, conv):
+        form = forms[kind_of(conv)]
+        if form is None or not where(name, conv):
             continue
         norm = readers[conv]
         absorbed = issubclass(block_type, BranchSumConv2d)
@@ -119,7 +137,7 @@ def insert_blocks_(
         absorbed = absorbed and norm.track_running_stats
         try:
             new[conv] = _block_for(
-                conv, norm, absorbed, block_type, args, branch_scale
+                conv, norm, absorbed, form, args, branch_scale
             )
         except ValueError as error:
             raise ValueError(f'{name}: {error}') from error
@@ -134,8 +152,8 @@ def insert_blocks_(
             f'nothing to replace in {type(model).__name__}: {rule} chose '
             f'none of its {len(candidates)} plain convolutions inside{has}'
             if candidates
-            else f'{type(model).__name__} has no plain nn.Conv2d inside that '
-            'a run reaches, and that nothing else reads, shares or holds'
+            else f'{type(model).__name__} has no plain convolution of torch '
+            'inside that a run reaches, and that nothing else reads, shares or holds'
             f'{has}'
         )
     places = [
@@ -230,8 +248,18 @@ def _block_config(block: Optional[dict]) -> Tuple[type, dict, tuple]:
     return block_type, args, (low, high)
 
 
+def _forms_of(block_type: type) -> Dict[LayerKind, Optional[type]]:
+    """The form of a block for each kind of convolution; None without one."""
+    own = kind_of_block(block_type)
+    forms = dict.fromkeys(CONV_TYPES)
+    for kind in [own] if own != LayerKind(2) else forms:
+        with contextlib.suppress(ValueError):
+            forms[kind] = form_of(block_type, kind)
+    return forms
+
+
 def _block_for(
-    conv: nn.Conv2d,
+    conv: nn.Module,
     norm: Optional[nn.Module],
     absorbed: bool,
     block_type: type,
@@ -247,21 +275,24 @@ def _block_for(
         norm_cfg = dict(type=norm_type, eps=norm.eps, momentum=norm.momentum)
         if issubclass(block_type, BranchSumConv2d):
             args = dict(dict(norm_cfg=norm_cfg), **args)
+    if block_type.transposed:
+        args = dict(args, output_padding=conv.output_padding)
     block = block_type(
         conv.in_channels,
         conv.out_channels,
         conv.kernel_size,
         conv.stride,
         conv.padding,
-        conv.dilation,
-        conv.groups,
+        dilation=conv.dilation,
+        groups=conv.groups,
         bias=absorbed or conv.bias is not None,
         padding_mode=conv.padding_mode,
         **args,
-    ).to(conv.weight, memory_format=memory_format_of(conv))
+    ).to(conv.weight)
+    to_layout_(block, memory_format_of(conv))
     bias = conv.bias
     if bias is None:
-        bias = torch.zeros_like(conv.weight[:, 0, 0, 0])
+        bias = conv.weight.new_zeros(conv.out_channels)
     plain = KernelBias(conv.weight, bias)
     copy_entries_(
         block, plain_start(block, plain, values, absorbed, branch_scale)
@@ -294,4 +325,4 @@ def _held(model: nn.Module) -> Set[nn.Module]:
 
 
 def _is_plain(conv: nn.Module) -> bool:
-    return type(conv) is nn.Conv2d and not has_hooks(conv)
+    return type(conv) in CONVS and not has_hooks(conv)

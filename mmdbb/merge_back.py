@@ -45,7 +45,7 @@ class Replaced(NamedTuple):
     @classmethod
     def of(
         cls,
-        conv: nn.Conv2d,
+        conv: nn.Module,
         norm: Optional[nn.Module],
         place: Optional[nn.Module],
     ) -> Replaced:
@@ -134,7 +134,7 @@ def merge_back_(model: nn.Module) -> List[str]:
         reader = replaced.reader[0] if replaced.reader else None
         bias = conv.bias
         if bias is None:
-            bias = torch.zeros_like(conv.weight[:, 0, 0, 0])
+            bias = conv.weight.new_zeros(conv.out_channels)
         if replaced.norm is not None:
             adds = torch.zeros_like(bias) if replaced.bias else bias.detach()
             new[reader] = _norm_of(replaced, adds).train(block.training)

@@ -14,16 +14,17 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from mmdbb.scale_norm import ScaleNorm2d
+from mmdbb.dimensions import CONVS
+from mmdbb.scale_norm import ScaleNorm
 
 #: The forward methods of torch's own convolutions and norms, and of the norm
 #: in blocks without shift. A layer with one of these computes what its weights
 #: say; a subclass may override it.
 KNOWN_FORWARDS = (
-    nn.Conv2d.forward,
+    *(conv.forward for conv in CONVS),
     _BatchNorm.forward,
     nn.SyncBatchNorm.forward,
-    ScaleNorm2d.forward,
+    ScaleNorm.forward,
 )
 
 #: Layers that normalise their input. Some more are known by their class's
@@ -325,7 +326,7 @@ def _refuse_changes(name: str, module: nn.Module) -> None:
     ]
     if 'forward' in vars(module):
         others.append(vars(module)['forward'])
-    elif isinstance(module, (nn.Conv2d, _BatchNorm)) and not is_known(module):
+    elif isinstance(module, (*CONVS, _BatchNorm)) and not is_known(module):
         others.append(type(module).forward)
     if others:
         raise ValueError(
@@ -367,9 +368,9 @@ def memory_format_of(module: nn.Module) -> torch.memory_format:
     Args:
         module: A block or a convolution.
     """
-    last = torch.channels_last
     for tensor in tensors_of(module):
-        if tensor.dim() == 4 and not tensor.is_contiguous():
+        last = _CHANNELS_LAST.get(tensor.dim())
+        if last is not None and not tensor.is_contiguous():
             return (
                 last
                 if tensor.is_contiguous(memory_format=last)
@@ -378,13 +379,32 @@ def memory_format_of(module: nn.Module) -> torch.memory_format:
     return torch.contiguous_format
 
 
+#: Dimensions of a kernel -> its layout with channels last.
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def to_layout_(module: nn.Module, layout: torch.memory_format) -> None:
+    """Give the kernels of a module a layout, in place.
+
+    Args:
+        module: A block or a convolution.
+        layout: What :func:`memory_format_of` returned.
+    """
+    for tensor in tensors_of(module):
+        if layout is _CHANNELS_LAST.get(tensor.dim()):
+            tensor.data = tensor.data.contiguous(memory_format=layout)
+
+
 def small_size(layer: nn.Module) -> List[int]:
-    """Height and width of a small image on which a layer shows what it does.
+    """Size of a small image on which a layer shows what it does.
 
     Its output has pixels with and without a border.
 
     Args:
-        layer: An ``nn.Conv2d`` or a block.
+        layer: A convolution of torch or a block.
+
+    Returns:
+        list: Pixels in each dimension, such as height and width.
     """
     return [
         2 * d * k + s

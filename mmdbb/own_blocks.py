@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdbb.blocks.base import ReparamConv2d
+from mmdbb.dimensions import CONVS
 from mmdbb.modules import in_eval_mode, named_values
 
 #: Largest difference of a merged block from the block that it was, in float64
@@ -238,15 +239,20 @@ def _is_proven(block: nn.Module, merged: nn.Module, name: str) -> bool:
     return False
 
 
+#: Number of dimensions -> the size of random images.
+_SIZES = {1: (64,), 2: (64, 48), 3: (8, 24, 16)}
+
+
 def _inputs(block: nn.Module) -> Iterator[Tensor]:
     """Random inputs that a block may take, images before tokens."""
     generator = torch.Generator().manual_seed(0)
     shapes = {}
     for module in block.modules():
-        if isinstance(module, (nn.Conv2d, ReparamConv2d)):
-            shapes[2, module.in_channels, 64, 48] = True
+        if isinstance(module, (*CONVS, ReparamConv2d)):
+            size = _SIZES[len(module.kernel_size)]
+            shapes[(2, module.in_channels, *size)] = True
         elif isinstance(module, nn.BatchNorm2d):
-            shapes[2, module.num_features, 64, 48] = True
+            shapes[(2, module.num_features, *_SIZES[2])] = True
         elif isinstance(module, nn.Linear):
             shapes[2, 49, module.in_features] = True
         elif isinstance(module, nn.BatchNorm1d):

@@ -6,10 +6,11 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmdbb.dimensions import CONV_TYPES
 from mmdbb.geometry import ConvSpec, adaptive_pads, pad2d
 
 
-def plain_conv(spec: ConvSpec, bias: bool, **factory) -> nn.Conv2d:
+def plain_conv(spec: ConvSpec, bias: bool, **factory) -> nn.Module:
     """Build the plain convolution of a geometry.
 
     Args:
@@ -18,12 +19,13 @@ def plain_conv(spec: ConvSpec, bias: bool, **factory) -> nn.Conv2d:
         factory: ``device`` and ``dtype``, as ``nn.Conv2d`` takes them.
 
     Returns:
-        nn.Conv2d: An ``nn.Conv2d`` itself, unless the pads depend on the
-        image; then an :class:`AdaptiveConv2d`.
+        nn.Module: An ``nn.Conv2d`` itself, or torch's convolution of another
+        kind if the geometry says so; where the pads depend on the image, an
+        :class:`AdaptiveConv2d`.
     """
     adaptive = spec.padding == 'adaptive'
-    kind = AdaptiveConv2d if adaptive else nn.Conv2d
-    return kind(**spec.conv_args, bias=bias, **factory)
+    conv = AdaptiveConv2d if adaptive else CONV_TYPES[spec.kind]
+    return conv(**spec.conv_args, bias=bias, **factory)
 
 
 class AdaptiveConv2d(nn.Conv2d):

@@ -121,5 +121,7 @@ BLOCKS = Registry('block')
 #: Norms by their names in ``norm_cfg``, as OpenMMLab's configs have them.
 NORMS = Registry('norm')
 NORMS.register_module('BN', module=nn.BatchNorm2d)
+NORMS.register_module('BN1d', module=nn.BatchNorm1d)
 NORMS.register_module('BN2d', module=nn.BatchNorm2d)
+NORMS.register_module('BN3d', module=nn.BatchNorm3d)
 NORMS.register_module('SyncBN', module=nn.SyncBatchNorm)

@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
-class ScaleNorm2d(nn.BatchNorm2d):
+class ScaleNorm(_BatchNorm):
     """A batch norm without mean and bias, see the module's docstring.
 
-    It is a ``BatchNorm2d``, so that trainers freeze, average and decay it like
-    one. ``running_var`` is the running mean square. ``running_mean`` is always
+    The classes below are each a ``BatchNorm1d``, ``2d`` or ``3d`` too, so that
+    trainers freeze, average and decay them like one. ``running_var`` is the running mean square. ``running_mean`` is always
     zero and not in the state dict, so that weights of a norm with a shift do
     not load by mistake.
 
@@ -41,12 +41,8 @@ class ScaleNorm2d(nn.BatchNorm2d):
         affine: Whether there is a weight (gamma).
 
     Shape:
-        - Input and output: (N, num_features, H, W)
-
-    Examples:
-        >>> norm = ScaleNorm2d(2)
-        >>> norm(torch.full((1, 2, 3, 3), 5.0)).mean().round().item()
-        1.0
+        - Input and output: (N, num_features, H, W), of as many dimensions as
+          the batch norm takes.
     """
 
     #: Whether the mean square is shared with other processes. They share it
@@ -68,14 +64,15 @@ class ScaleNorm2d(nn.BatchNorm2d):
         self.register_buffer('running_mean', zero, persistent=False)
 
     @classmethod
-    def like(cls, norm: _BatchNorm) -> ScaleNorm2d:
+    def like(cls, norm: _BatchNorm, dims: int = 2) -> ScaleNorm:
         """Build one with the settings of a batch norm.
 
         Args:
             norm: The batch norm. If it is a SyncBN, the result shares its
                 mean square with the same processes.
+            dims: Number of dimensions of the images.
         """
-        new = cls(norm.num_features, norm.eps, norm.momentum, norm.affine)
+        new = SCALE_NORMS[dims](norm.num_features, norm.eps, norm.momentum, norm.affine)
         if norm.affine:
             new.weight.requires_grad_(norm.weight.requires_grad)
         new.synchronize_like(norm)
@@ -103,20 +100,22 @@ class ScaleNorm2d(nn.BatchNorm2d):
         """Divide by the root mean square, of the batch or in eval mode so far.
 
         Args:
-            x: Images of shape (N, num_features, H, W).
+            x: Images of shape (N, num_features, H, W), of as many dimensions
+                as the batch norm takes.
         """
         if not self.training:
             return super().forward(x)  # whose mean is zero
         self._check_input_dim(x)
         near = torch.promote_types(x.dtype, torch.float32)
+        over = (0, *range(2, x.dim()))
         # Unlike x.square() in float32 this keeps no copy of half images.
-        root = torch.linalg.vector_norm(x, dim=(0, 2, 3), dtype=near)
+        root = torch.linalg.vector_norm(x, dim=over, dtype=near)
         square = root.square() / max(x.numel() // self.num_features, 1)
         self.update_(square)
         scale = (square + self.eps).rsqrt()
         if self.weight is not None:
             scale = scale * self.weight.to(near)
-        return (x * scale.reshape(-1, 1, 1)).to(x.dtype)
+        return (x * scale.reshape(-1, *[1] * (x.dim() - 2))).to(x.dtype)
 
     @torch.no_grad()
     def update_(self, square: Tensor) -> None:
@@ -130,6 +129,28 @@ class ScaleNorm2d(nn.BatchNorm2d):
         if momentum is None:  # cumulative average
             momentum = 1 / self.num_batches_tracked.item()
         self.running_var.lerp_(square.to(self.running_var.dtype), momentum)
+
+
+class ScaleNorm1d(ScaleNorm, nn.BatchNorm1d):
+    """A :class:`ScaleNorm` for images (N, C, L)."""
+
+
+class ScaleNorm2d(ScaleNorm, nn.BatchNorm2d):
+    """A :class:`ScaleNorm` for images (N, C, H, W).
+
+    Examples:
+        >>> norm = ScaleNorm2d(2)
+        >>> norm(torch.full((1, 2, 3, 3), 5.0)).mean().round().item()
+        1.0
+    """
+
+
+class ScaleNorm3d(ScaleNorm, nn.BatchNorm3d):
+    """A :class:`ScaleNorm` for images (N, C, T, H, W)."""
+
+
+#: Number of dimensions of the images -> the norm.
+SCALE_NORMS = {1: ScaleNorm1d, 2: ScaleNorm2d, 3: ScaleNorm3d}
 
 
 def is_sync_norm(norm: nn.Module) -> bool:

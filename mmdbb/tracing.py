@@ -18,9 +18,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
 
 from mmdbb.blocks.base import ReparamConv2d
+from mmdbb.dimensions import CONVS
 from mmdbb.modules import in_eval_mode, is_norm
 
-_CONVS = (nn.Conv2d, ReparamConv2d)
+_CONVS = (*CONVS, ReparamConv2d)
 #: Attributes and methods of a tensor that tell nothing of its values.
 _LOOKS = frozenset(
     'shape size dim ndim numel dtype device layout stride is_contiguous '

@@ -5,7 +5,9 @@ Ding et al., "Diverse Branch Block: Building a Convolution as an
 Inception-like Unit", CVPR 2021 (https://arxiv.org/abs/2103.13425).
 
 Pure functions on kernels and biases. They are differentiable and keep dtype
-and device. All algebra of mmdbb stands here and nowhere else.
+and device. All algebra of mmdbb stands here and nowhere else. No function
+mixes the taps of a kernel but where it says so, so all of them hold for
+kernels of one, two and three dimensions; (kH, kW) stands for any of these.
 
 =====  =========================================  =====================
 I      a convolution followed by a BN             :func:`fuse_conv_bn`
@@ -24,6 +26,8 @@ from typing import NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
+
+from mmdbb.dimensions import CONV
 
 # How many input channels go into one matrix product when kernels are composed.
 # A product for each channel would be of tiny matrices, which is slow.
@@ -101,7 +105,7 @@ def fuse_conv_bn(conv: KernelBias, norm: ScaleShift) -> KernelBias:
         >>> fuse_conv_bn(conv, norm).kernel.item()
         0.5
     """
-    kernel = conv.kernel * norm.scale.reshape(-1, 1, 1, 1)
+    kernel = conv.kernel * _per_output(norm.scale, conv.kernel)
     return KernelBias(kernel, conv.bias * norm.scale + norm.shift)
 
 
@@ -117,8 +121,13 @@ def unfuse_conv_bn(fused: KernelBias, norm: ScaleShift) -> KernelBias:
         KernelBias: The convolution that gives ``fused`` when this norm
         follows it, of the same shapes.
     """
-    kernel = fused.kernel / norm.scale.reshape(-1, 1, 1, 1)
+    kernel = fused.kernel / _per_output(norm.scale, fused.kernel)
     return KernelBias(kernel, (fused.bias - norm.shift) / norm.scale)
+
+
+def _per_output(values: Tensor, kernel: Tensor) -> Tensor:
+    """Shape one value for each output so that it broadcasts over a kernel."""
+    return values.reshape(-1, *[1] * (kernel.dim() - 1))
 
 
 def add_branches(*branches: KernelBias) -> KernelBias:
@@ -205,7 +214,7 @@ def concat_branches(*branches: KernelBias) -> KernelBias:
 
 def avg_pool_kernel(
     channels: int,
-    kernel_size: Tuple[int, int],
+    kernel_size: Tuple[int, ...],
     groups: int = 1,
     dtype: Optional[torch.dtype] = None,
     device: Optional[torch.device] = None,
@@ -214,7 +223,8 @@ def avg_pool_kernel(
 
     Args:
         channels: Number of channels, which pooling does not change.
-        kernel_size: Height and width of the pooling window in pixels.
+        kernel_size: Height and width of the pooling window in pixels, of any
+            number of dimensions.
         groups: Number of groups of the convolution that pools.
         dtype: Precision of the kernel.
         device: Device of the kernel.
@@ -222,9 +232,9 @@ def avg_pool_kernel(
     Returns:
         Tensor: Shape (channels, channels / groups, kH, kW).
     """
-    eye = identity_kernel(channels, groups, dtype, device)
-    area = kernel_size[0] * kernel_size[1]
-    return (eye / area).repeat(1, 1, *kernel_size)
+    dims = len(kernel_size)
+    eye = identity_kernel(channels, groups, dtype, device, dims)
+    return (eye / math.prod(kernel_size)).repeat(1, 1, *kernel_size)
 
 
 def identity_kernel(
@@ -232,6 +242,7 @@ def identity_kernel(
     groups: int = 1,
     dtype: Optional[torch.dtype] = None,
     device: Optional[torch.device] = None,
+    dims: int = 2,
 ) -> Tensor:
     """Make the 1x1 kernel that returns its input.
 
@@ -242,16 +253,17 @@ def identity_kernel(
         groups: Number of groups of the convolution.
         dtype: Precision of the kernel.
         device: Device of the kernel.
+        dims: Number of dimensions of the images.
 
     Returns:
         Tensor: Shape (channels, channels / groups, 1, 1).
     """
     eye = torch.eye(channels // groups, dtype=dtype, device=device)
-    return eye.repeat(groups, 1).reshape(channels, -1, 1, 1)
+    return eye.repeat(groups, 1).reshape(channels, -1, *[1] * dims)
 
 
 def fuse_1x1_avg(
-    first: KernelBias, kernel_size: Tuple[int, int]
+    first: KernelBias, kernel_size: Tuple[int, ...]
 ) -> KernelBias:
     """Transforms III and V in one: fuse a 1x1 and the pooling behind it.
 
@@ -265,7 +277,7 @@ def fuse_1x1_avg(
     Returns:
         KernelBias: Kernel (out, in / groups, kH, kW) and bias (out,).
     """
-    area = kernel_size[0] * kernel_size[1]
+    area = math.prod(kernel_size)
     return KernelBias(
         (first.kernel / area).expand(-1, -1, *kernel_size), first.bias
     )
@@ -273,8 +285,8 @@ def fuse_1x1_avg(
 
 def pad_kernel(
     kernel: Tensor,
-    kernel_size: Tuple[int, int],
-    offset: Optional[Tuple[int, int]] = None,
+    kernel_size: Tuple[int, ...],
+    offset: Optional[Tuple[int, ...]] = None,
 ) -> Tensor:
     """Transform VI: put a small kernel into a large one of zeros.
 
@@ -290,7 +302,7 @@ def pad_kernel(
     Raises:
         ValueError: If the small kernel does not fit at this offset.
     """
-    small = tuple(kernel.shape[-2:])
+    small = tuple(kernel.shape[2:])
     if offset is None:
         offset = tuple((k - s) // 2 for k, s in zip(kernel_size, small))
     after = tuple(k - s - o for k, s, o in zip(kernel_size, small, offset))
@@ -299,9 +311,37 @@ def pad_kernel(
             f'a kernel of size {small} at offset {offset} does not fit in '
             f'one of size {tuple(kernel_size)}'
         )
-    return torch.nn.functional.pad(
-        kernel, (offset[1], after[1], offset[0], after[0])
-    )
+    # torch takes the last dimension first.
+    pads = [n for side in zip(offset[::-1], after[::-1]) for n in side]
+    return torch.nn.functional.pad(kernel, pads)
+
+
+def swap_channels(kernel: Tensor, groups: int = 1) -> Tensor:
+    """Turn a transposed convolution's weight into a kernel, and back.
+
+    torch keeps the weight of a transposed convolution with its inputs first.
+    Each tap of it is the matrix of a 1x1, so the transformations hold once
+    the outputs stand first. The taps stay where they are.
+
+    Args:
+        kernel: Shape (in, out / groups, kH, kW), or (out, in / groups, kH,
+            kW) on the way back.
+        groups: Number of groups.
+
+    Returns:
+        Tensor: Shape (out, in / groups, kH, kW), or (in, out / groups, kH,
+        kW).
+
+    Examples:
+        >>> weight = torch.rand(4, 3, 2, 2)
+        >>> swap_channels(weight, groups=2).shape
+        torch.Size([6, 2, 2, 2])
+        >>> torch.equal(swap_channels(swap_channels(weight, 2), 2), weight)
+        True
+    """
+    first, second, *size = kernel.shape
+    grouped = kernel.reshape(groups, first // groups, second, *size)
+    return grouped.transpose(1, 2).reshape(-1, first // groups, *size)
 
 
 # ------------------------------------------------- composed kernels (OREPA)
@@ -355,7 +395,7 @@ def compose_separable(
     """
     out, inside = pointwise.shape[0], in_channels // groups
     size = depthwise.shape[2:]
-    taps = size[0] * size[1]
+    taps = math.prod(size)
     expansion = depthwise.shape[0] // in_channels
     some = math.gcd(inside, _AT_ONCE)
     filters = _block_diagonal(depthwise.reshape(-1, some, expansion, taps))
@@ -388,11 +428,14 @@ def compose_stack(
     Returns:
         Tensor: Shape (out, in / groups, kH + h - 1, kW + w - 1).
     """
-    h, w = second.shape[2:]
+    size = second.shape[2:]
     if flip:
-        second = second.flip(2, 3)
-    kernel = torch.nn.functional.conv2d(
-        first.transpose(0, 1), second, padding=(h - 1, w - 1), groups=groups
+        second = second.flip(*range(2, second.dim()))
+    kernel = CONV[len(size)](
+        first.transpose(0, 1),
+        second,
+        padding=tuple(n - 1 for n in size),
+        groups=groups,
     )
     return kernel.transpose(0, 1)
 
@@ -441,30 +484,38 @@ def _block_diagonal(blocks: Tensor) -> Tensor:
     return full.reshape(many, count * rows, count * columns)
 
 
-def frequency_prior(out_channels: int, kernel_size: Tuple[int, int]) -> Tensor:
+def frequency_prior(out_channels: int, kernel_size: Tuple[int, ...]) -> Tensor:
     """Make the patterns of the frequency prior: cosines of rising frequency.
 
     Source: the OREPA paper (CVPR 2022), sec. 3.3, and its code. Patterns of
     the first half of the channels vary from row to row, the others from
-    column to column.
+    column to column. With three dimensions it is a third of the channels for
+    each, with one dimension all.
 
     Args:
         out_channels: Number of patterns, one for each output channel.
-        kernel_size: Height and width of the patterns in taps.
+        kernel_size: Height and width of the patterns in taps, of any number
+            of dimensions.
 
     Returns:
         Tensor: Shape (out_channels, kH, kW), float64.
     """
-    height, width = kernel_size
+    dims = len(kernel_size)
     channel = torch.arange(1, out_channels + 1, dtype=torch.float64)
-    channel = channel.reshape(-1, 1, 1)
-    half = out_channels / 2
-    row = torch.arange(height, dtype=torch.float64).reshape(-1, 1) + 0.5
-    column = torch.arange(width, dtype=torch.float64) + 0.5
-    down = torch.cos(torch.pi * row * channel / height)
-    along = torch.cos(torch.pi * column * (channel - half) / width)
-    return torch.where(
-        channel - 1 < half,
-        down.expand(-1, -1, width),
-        along.expand(-1, height, -1),
-    )
+    share = out_channels / dims
+    patterns = torch.zeros(out_channels, *kernel_size, dtype=torch.float64)
+    for i, size in enumerate(kernel_size):
+        own = (channel - 1 >= i * share) & (channel - 1 < (i + 1) * share)
+        if i == dims - 1:
+            own = channel - 1 >= i * share
+        tap = torch.arange(size, dtype=torch.float64) + 0.5
+        frequency = (channel - i * share)[:, None]
+        cosines = torch.cos(torch.pi * tap * frequency / size)
+        shape = [1] * dims
+        shape[i] = size
+        patterns = torch.where(
+            own.reshape(-1, *[1] * dims),
+            cosines.reshape(out_channels, *shape),
+            patterns,
+        )
+    return patterns

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmdbb.blocks import ReparamConv2d, fast
 from mmdbb.geometry import PADDING_MODES
-from mmdbb.scale_norm import ScaleNorm2d
+from mmdbb.scale_norm import ScaleNorm
 
 EXACT = 1e-10  # float64, relative to the largest magnitude
 SINGLE = 2e-5  # float32
@@ -39,7 +39,7 @@ def randomize(model, seed=0):
         if isinstance(module, _BatchNorm):
             norms.update(id(p) for p in module.parameters())
             if module.running_mean is not None:
-                if not isinstance(module, ScaleNorm2d):
+                if not isinstance(module, ScaleNorm):
                     uniform(module.running_mean, -1, 1)
                 uniform(module.running_var, 0.3, 2)
             if module.affine:

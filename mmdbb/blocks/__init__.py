@@ -7,19 +7,53 @@ from .branch_sum import BranchSumConv2d
 from .composed import ComposedKernelConv2d
 from .conv_bn import ConvBN
 from .dbb import DBB
+from .forms import (
+    ACB3d,
+    ConvBN1d,
+    ConvBN3d,
+    DBB1d,
+    DBB3d,
+    DBBTranspose1d,
+    DBBTranspose2d,
+    DBBTranspose3d,
+    OREPAConv1d,
+    OREPAConv3d,
+    OREPARepVGG1d,
+    OREPARepVGG3d,
+    QARepVGGConv1d,
+    QARepVGGConv3d,
+    RepVGGConv1d,
+    RepVGGConv3d,
+)
 from .orepa import OREPAConv, OREPARepVGG
 from .qarepvgg import QARepVGGConv
 from .repvgg import RepVGGConv
 
 __all__ = [
     'ACB',
+    'ACB3d',
     'BranchSumConv2d',
-    'ConvBN',
-    'DBB',
     'ComposedKernelConv2d',
+    'ConvBN',
+    'ConvBN1d',
+    'ConvBN3d',
+    'DBB',
+    'DBB1d',
+    'DBB3d',
+    'DBBTranspose1d',
+    'DBBTranspose2d',
+    'DBBTranspose3d',
     'OREPAConv',
+    'OREPAConv1d',
+    'OREPAConv3d',
     'OREPARepVGG',
+    'OREPARepVGG1d',
+    'OREPARepVGG3d',
     'QARepVGGConv',
+    'QARepVGGConv1d',
+    'QARepVGGConv3d',
     'RepVGGConv',
+    'RepVGGConv1d',
+    'RepVGGConv3d',
     'ReparamConv2d',
 ]

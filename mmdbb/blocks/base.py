@@ -7,7 +7,7 @@ import contextlib
 import copy
 import dataclasses
 import sys
-from typing import Callable, Iterator, Optional, Tuple, Union
+from typing import Callable, Iterator, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from mmdbb.blocks.block_type import BlockType
 from mmdbb.blocks.equivalent import equivalent
 from mmdbb.blocks.offers import TakesPlainWeights
-from mmdbb.branches.base import leaf_dtype, take_geometry, zero_bias
+from mmdbb.branches.base import leaf_dtype, take_geometry
+from mmdbb.dimensions import LayerKind
 from mmdbb.geometry import ConvSpec, IntPair, convolve
 from mmdbb.modules import (
     cast,
@@ -28,7 +29,7 @@ from mmdbb.modules import (
 from mmdbb.plain_conv import AdaptiveConv2d, plain_conv
 from mmdbb.ports import PORTS
 from mmdbb.recompute import without_autocast
-from mmdbb.transforms import KernelBias
+from mmdbb.transforms import KernelBias, swap_channels
 
 #: Precisions in which kernels can be composed.
 COMPOSED_IN = (torch.float64, torch.float32)
@@ -76,6 +77,10 @@ class ReparamConv2d(TakesPlainWeights, metaclass=BlockType):
     them in :meth:`forward_train` and :meth:`forward_branches`, and merges
     them in :meth:`_compose`.
 
+    It is the base of the other forms too: a subclass with ``dims = 3`` looks
+    like an ``nn.Conv3d``, one with ``transposed = True`` like an
+    ``nn.ConvTranspose2d``.
+
     Args:
         in_channels: Channels of the input.
         out_channels: Channels of the output.
@@ -92,6 +97,7 @@ class ReparamConv2d(TakesPlainWeights, metaclass=BlockType):
         init_cfg: mmengine's initialisation rules for this block.
         adaptive_padding: Whether to pad each image as mmcv's
             ``Conv2dAdaptivePadding`` does, whatever ``padding`` says.
+        output_padding: Pixels added after a transposed convolution's output.
         device: Device of the block's tensors, as in ``nn.Conv2d``.
         dtype: Precision of the block's parameters and statistics.
     """
@@ -105,8 +111,10 @@ class ReparamConv2d(TakesPlainWeights, metaclass=BlockType):
     #: hold the shift of the block's norms.
     _has_shift = True
 
+    #: Number of dimensions of the images. A block for pictures has forms for
+    #: the others: subclasses that change this, or ``transposed``.
+    dims = 2
     transposed = False
-    output_padding = (0, 0)
 
     def __init__(
         self,
@@ -122,6 +130,7 @@ class ReparamConv2d(TakesPlainWeights, metaclass=BlockType):
         deploy: bool = False,
         init_cfg: Union[dict, list, None] = None,
         adaptive_padding: bool = False,
+        output_padding: Union[int, IntPair] = 0,
         device: Union[str, torch.device, None] = None,
         dtype: Optional[torch.dtype] = None,
     ) -> None:
@@ -132,6 +141,7 @@ class ReparamConv2d(TakesPlainWeights, metaclass=BlockType):
         #: Whether the pads follow from the image, also where a stride of 1
         #: makes them the same for all images.
         self.adaptive_padding = adaptive_padding or padding == 'adaptive'
+        self._refuse_other_dims(kernel_size)
         self.spec = ConvSpec(
             in_channels,
             out_channels,
@@ -141,6 +151,9 @@ class ReparamConv2d(TakesPlainWeights, metaclass=BlockType):
             dilation,
             groups,
             padding_mode,
+            self.dims,
+            self.transposed,
+            output_padding,
         )
         self._initializing = False
         self._cached_kernel = None
@@ -158,6 +171,20 @@ class ReparamConv2d(TakesPlainWeights, metaclass=BlockType):
     padding = _geometry('padding')
     dilation = _geometry('dilation')
     padding_mode = _geometry('padding_mode')
+    output_padding = _geometry('output_padding')
+
+    def _refuse_other_dims(self, kernel_size: Union[int, IntPair]) -> None:
+        """Say which form of the block a kernel of other dimensions needs."""
+        given = isinstance(kernel_size, (tuple, list))
+        if given and len(kernel_size) in (1, 2, 3):
+            if len(kernel_size) != self.dims:
+                kind = LayerKind(len(kernel_size), self.transposed)
+                raise ValueError(
+                    f'kernel_size must be {self.dims} numbers or one, got '
+                    f'{kernel_size!r}: a {type(self).__name__} stands for an '
+                    f'{LayerKind(self.dims, self.transposed).name}, not for '
+                    f'an {kind.name}'
+                )
 
     def set_spec(self, spec: ConvSpec) -> None:
         """Change the geometry of a built block.
@@ -191,7 +218,13 @@ class ReparamConv2d(TakesPlainWeights, metaclass=BlockType):
             Then a twin that shares all tensors, see
             :func:`mmdbb.modules.shadow`.
         """
-        spec = self.spec.at_size(tuple(map(int, x.shape[-2:])))
+        spec = self.spec
+        return self._with_spec(
+            spec.at_size(tuple(map(int, x.shape[-spec.dims :])))
+        )
+
+    def _with_spec(self, spec: ConvSpec) -> ReparamConv2d:
+        """The block with the geometry for images of one size, or itself."""
         if spec is self.spec:
             return self
         twin = shadow(self, lambda owner, name, tensor: tensor)
@@ -207,11 +240,16 @@ class ReparamConv2d(TakesPlainWeights, metaclass=BlockType):
         """Whether the block is merged."""
         return 'reparam_conv' in self._modules
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, output_size: Optional[Sequence[int]] = None
+    ) -> Tensor:
         """Convolve images.
 
         Args:
-            x: Images of shape (N, in, H, W), or one image (in, H, W).
+            x: Images of shape (N, in, H, W), or one image (in, H, W); (N, in,
+                T, H, W) for a block of three dimensions.
+            output_size: Size of a transposed convolution's output, as in
+                ``nn.ConvTranspose2d``: (H', W'), or the whole shape.
 
         Returns:
             Tensor: Shape (N, out, H', W') or (out, H', W').
@@ -220,26 +258,38 @@ class ReparamConv2d(TakesPlainWeights, metaclass=BlockType):
             TypeError: If torch.fx traces the block alone.
             ValueError: If ``x`` has another number of dimensions.
         """
+        sized = () if output_size is None else (output_size,)
         if self.deploy:
-            return self.reparam_conv(x)
+            return self.reparam_conv(x, *sized)
         if isinstance(x, torch.fx.Proxy):
-            return self._as_leaf(x)
-        shape, channels = tuple(x.shape), self.spec.in_channels
-        is_image = len(shape) == 3 and shape[0] == channels
-        if not (is_image or len(shape) == 4):
+            return self._as_leaf(x, *sized)
+        shape, spec = tuple(x.shape), self.spec
+        channels = spec.in_channels
+        is_image = len(shape) == spec.dims + 1 and shape[0] == channels
+        if not (is_image or len(shape) == spec.dims + 2):
+            sizes = ', '.join('THW'[-spec.dims :] if spec.dims > 1 else 'L')
             raise ValueError(
-                f'{type(self).__name__} takes images of shape (N, C, H, W) '
-                f'or (C, H, W) with C={channels}, got {shape}. Blocks are '
-                'two-dimensional: they stand for an nn.Conv2d, and not in a '
-                'network of nn.Conv1d or nn.Conv3d'
+                f'{type(self).__name__} takes images of shape (N, C, {sizes})'
+                f' or (C, {sizes}) with C={channels}, got {shape}: it stands '
+                f'for an {spec.kind.name}'
             )
-        block = self.at_size_of(x)
+        if output_size is None:
+            block = self.at_size_of(x)
+        elif not spec.transposed:
+            raise TypeError(
+                f'{type(self).__name__} stands for an {spec.kind.name}, which '
+                f'takes no output_size, got {output_size!r}'
+            )
+        else:
+            size = tuple(map(int, x.shape[-spec.dims :]))
+            wanted = tuple(map(int, output_size[-spec.dims :]))
+            block = self._with_spec(spec.for_output(size, wanted))
         y = block.forward_train(x[None] if is_image else x)
         if block is not self:
             self._cached_kernel = block._cached_kernel
         return y[0] if is_image else y
 
-    def _as_leaf(self, x: torch.fx.Proxy) -> torch.fx.Proxy:
+    def _as_leaf(self, x: torch.fx.Proxy, *sized) -> torch.fx.Proxy:
         """Be a leaf of a graph that torch.fx traces, as an nn.Conv2d is.
 
         What a block computes depends on its mode and on the batch, so no
@@ -255,7 +305,7 @@ class ReparamConv2d(TakesPlainWeights, metaclass=BlockType):
                 'a block can only be a leaf of the graph: trace a module '
                 'that holds it, such as nn.Sequential(block)'
             )
-        return x.tracer.create_proxy('call_module', name, (x,), {})
+        return x.tracer.create_proxy('call_module', name, (x, *sized), {})
 
     def _conv_forward(
         self, x: Tensor, weight: Tensor, bias: Optional[Tensor]
@@ -348,19 +398,34 @@ class ReparamConv2d(TakesPlainWeights, metaclass=BlockType):
 
         Returns:
             KernelBias: Kernel (out, in / groups, kH, kW) and bias (out,),
-            differentiable in the block's parameters.
+            differentiable in the block's parameters. Of a transposed block,
+            the weight as torch has it, (in, out / groups, kH, kW).
 
         Raises:
             ValueError: If a hook inside the block may change its output.
         """
         if self.deploy:
             kernel, bias = self.reparam_conv.weight, self.reparam_conv.bias
-            bias = zero_bias(kernel) if bias is None else bias
+            if bias is None:
+                bias = kernel.new_zeros(self.out_channels)
             return KernelBias(kernel, bias)
         tensor = next(tensors_of(self), None)
         device = torch.device('meta') if tensor is None else tensor.device
         with fresh_weights(self), without_autocast(device):
-            return self._compose()
+            return self.in_torchs_layout(self._compose())
+
+    def in_torchs_layout(self, conv: KernelBias) -> KernelBias:
+        """Order a kernel's channels as torch's layer has them, and back.
+
+        Args:
+            conv: Kernel (out, in / groups, kH, kW) and bias (out,). If the
+                block is transposed, the result has (in, out / groups, kH, kW),
+                and the other way round; else it is ``conv``.
+        """
+        if not self.transposed:
+            return conv
+        kernel = swap_channels(conv.kernel, self.groups)
+        return KernelBias(kernel, conv.bias)
 
     def _compose(self) -> KernelBias:
         raise NotImplementedError
@@ -375,7 +440,7 @@ class ReparamConv2d(TakesPlainWeights, metaclass=BlockType):
         return True
 
     @torch.no_grad()
-    def to_conv(self, dtype: torch.dtype = torch.float64) -> nn.Conv2d:
+    def to_conv(self, dtype: torch.dtype = torch.float64) -> nn.Module:
         """Make the plain convolution that equals the block in eval mode.
 
         It has the block's dtype, device and mode, and its parameters require
@@ -387,7 +452,8 @@ class ReparamConv2d(TakesPlainWeights, metaclass=BlockType):
                 ``torch.float64`` or ``torch.float32``.
 
         Returns:
-            nn.Conv2d: The merged convolution.
+            nn.Module: The merged convolution, an ``nn.Conv2d`` or torch's
+            layer of another kind that the block stands for.
 
         Raises:
             ValueError: If the kernel or the bias is not finite, or ``dtype``
@@ -418,7 +484,9 @@ class ReparamConv2d(TakesPlainWeights, metaclass=BlockType):
                 own_dtype,
                 copy=True,
                 memory_format=(
-                    layout if value.dim() == 4 else torch.contiguous_format
+                    layout
+                    if value.dim() > 1
+                    else torch.contiguous_format
                 ),
             )
             # The sum is finite exactly if all terms are: in double precision
@@ -450,7 +518,7 @@ class ReparamConv2d(TakesPlainWeights, metaclass=BlockType):
         """:meth:`switch_to_deploy`, by another name of the field."""
         self.switch_to_deploy()
 
-    def fuse(self) -> nn.Conv2d:
+    def fuse(self) -> nn.Module:
         """Merge in place, and return the convolution.
 
         As in timm, whose ``reparameterize_model`` puts what ``fuse()``
@@ -533,8 +601,13 @@ class ReparamConv2d(TakesPlainWeights, metaclass=BlockType):
             f'{spec.in_channels}, {spec.out_channels}, '
             f'kernel_size={spec.kernel_size}, stride={spec.stride}'
         )
+        none, one = (0,) * spec.dims, (1,) * spec.dims
         defaults = dict(
-            padding=(0, 0), dilation=(1, 1), groups=1, padding_mode='zeros'
+            padding=none,
+            output_padding=none,
+            dilation=one,
+            groups=1,
+            padding_mode='zeros',
         )
         for name, default in defaults.items():
             if getattr(spec, name) != default:

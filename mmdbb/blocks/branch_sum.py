@@ -23,6 +23,7 @@ from mmdbb.branches.norm import (
     norm_scale_shift,
     run_norm,
 )
+from mmdbb.dimensions import per_channel
 from mmdbb.geometry import ConvSpec
 from mmdbb.modules import tensors_of
 from mmdbb.recompute import is_compiling
@@ -140,7 +141,7 @@ class BranchSumConv2d(ReparamConv2d):
                 key = f'{name}_{count}'
             self.branches[key] = build_branch(cfg, self.spec, norm_cfg)
         self.norm = (
-            build_branch_norm(norm_cfg, self.out_channels)
+            build_branch_norm(norm_cfg, self.out_channels, self.dims)
             if sum_norm
             else None
         )
@@ -244,7 +245,7 @@ class BranchSumConv2d(ReparamConv2d):
         for output in outputs[1:]:
             y = y + output
         if self.own_bias is not None:
-            y = y + self.own_bias.to(y.dtype).reshape(-1, 1, 1)
+            y = y + per_channel(self.own_bias.to(y.dtype), self.dims)
         return y if self.norm is None else run_norm(self.norm, y)
 
     def _compose(self, without: Sequence[Branch] = ()) -> KernelBias:

@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 import inspect
-import re
 from typing import Callable, Dict, Iterable, Optional, Tuple, Type
 
 from torch import nn
 
 from mmdbb.blocks.base import ReparamConv2d
+from mmdbb.dimensions import CONV_TYPES, LayerKind
 from mmdbb.geometry import ConvSpec
 from mmdbb.plain_conv import plain_conv
 from mmdbb.ports import PORTS, ReplacedLayer
@@ -19,9 +19,26 @@ from mmdbb.registry import BLOCKS
 #: from the image's size.
 PLAIN_TYPES = ('Conv', 'Conv2d')
 ADAPTIVE_TYPES = ('Conv2dAdaptivePadding',)
+#: Types of layers of other kinds.
+LAYER_KINDS = {
+    'Conv1d': LayerKind(1),
+    'Conv3d': LayerKind(3),
+    'deconv': LayerKind(2, True),
+    'deconv3d': LayerKind(3, True),
+    'ConvTranspose1d': LayerKind(1, True),
+    'ConvTranspose2d': LayerKind(2, True),
+    'ConvTranspose3d': LayerKind(3, True),
+}
 
 _NOT_GEOMETRY = ('bias', 'device', 'dtype')
-_CONV_ARGS = (*inspect.signature(ConvSpec).parameters, *_NOT_GEOMETRY)
+_CONV_ARGS = (
+    *(
+        name
+        for name in inspect.signature(ConvSpec).parameters
+        if name not in ('dims', 'transposed')
+    ),
+    *_NOT_GEOMETRY,
+)
 
 
 def register_conv_layer(
@@ -55,9 +72,64 @@ def register_conv_layer(
     return register
 
 
-def registered_blocks() -> Dict[str, Type[ReparamConv2d]]:
-    """Names of blocks in configs -> their classes."""
-    return dict(BLOCKS.module_dict)
+def registered_blocks(
+    kind: Optional[LayerKind] = LayerKind(2),
+) -> Dict[str, Type[ReparamConv2d]]:
+    """Names of blocks in configs -> their classes.
+
+    Args:
+        kind: The layer that the blocks stand for, ``nn.Conv2d`` by default;
+            None for blocks of all kinds.
+    """
+    return {
+        name: block
+        for name, block in BLOCKS.module_dict.items()
+        if kind is None or kind_of_block(block) == kind
+    }
+
+
+def kind_of_block(block: Type[ReparamConv2d]) -> LayerKind:
+    """The layer of torch that a block stands for.
+
+    Args:
+        block: The block's class.
+    """
+    return LayerKind(block.dims, block.transposed)
+
+
+def form_of(
+    block: Type[ReparamConv2d], kind: LayerKind
+) -> Type[ReparamConv2d]:
+    """The form of a block for another kind of layer, such as ``DBB3d``.
+
+    Args:
+        block: The block's class, or one of its forms.
+        kind: The layer of torch that the form stands for.
+
+    Raises:
+        ValueError: If no form is registered.
+    """
+    family = _family(block)
+    forms = [family, *registered_blocks(None).values()]
+    for form in forms:
+        if _family(form) is family and kind_of_block(form) == kind:
+            return form
+    raise ValueError(
+        f'{block.__name__} has no form for an {kind.name}. A subclass of '
+        f'{family.__name__} with dims = {kind.dims}'
+        f'{" and transposed = True" if kind.transposed else ""}, registered '
+        'by register_conv_layer, would be one'
+    )
+
+
+def _family(block: Type[ReparamConv2d]) -> Type[ReparamConv2d]:
+    """The block for pictures of which a class is a form."""
+    return next(
+        cls
+        for cls in block.__mro__
+        if issubclass(cls, ReparamConv2d)
+        and kind_of_block(cls) == LayerKind(2)
+    )
 
 
 def layer_of(block: Type[ReparamConv2d]) -> Callable[..., nn.Module]:
@@ -119,7 +191,7 @@ def block_of(
         layer = own or PORTS.find_layer(str(name))
     block = getattr(layer, 'block', layer)
     kinds = (ReparamConv2d, nn.Conv2d) if plain else ReparamConv2d
-    blocks = registered_blocks()
+    blocks = registered_blocks(None)
     if not isinstance(block, type) or not issubclass(block, kinds):
         raise ValueError(
             f'block must name a block, got type={name!r}; allowed: '
@@ -157,14 +229,19 @@ def build_conv(
     """
     refuse_unknown_keys(block, kwargs)
     replaced = PORTS.replaced_layer(block)
+    block = _form_for(block, replaced, args, kwargs)
+    kind = kind_of_block(block)
     if keeps_adaptive(block, replaced):
         kwargs = dict(dict(adaptive_padding=True), **kwargs)
-    conv_args = dict(zip(inspect.signature(nn.Conv2d).parameters, args))
+    parameters = inspect.signature(CONV_TYPES[kind]).parameters
+    conv_args = dict(zip(parameters, args))
     conv_args.update({k: kwargs[k] for k in _CONV_ARGS if k in kwargs})
     plain = {k: conv_args.pop(k) for k in _NOT_GEOMETRY if k in conv_args}
     if kwargs.get('adaptive_padding'):
         conv_args['padding'] = 'adaptive'
-    spec = ConvSpec(**conv_args)
+    spec = ConvSpec(
+        **conv_args, dims=kind.dims, transposed=kind.transposed
+    )
     low, high = kernel_sizes
     for name, size in (('min_kernel_size', low), ('max_kernel_size', high)):
         if not isinstance(size, (int, float)) or isinstance(size, bool):
@@ -181,6 +258,26 @@ def build_conv(
     return plain_conv(spec, **dict(dict(bias=True), **plain))
 
 
+def _form_for(
+    block: Type[ReparamConv2d],
+    replaced: ReplacedLayer,
+    args: tuple,
+    kwargs: dict,
+) -> Type[ReparamConv2d]:
+    """The form of a block that a network needs, by its kernel or its default.
+
+    A name such as ``DBB3d`` asks for that form wherever it stands.
+    """
+    own = kind_of_block(block)
+    if own != LayerKind(2):
+        return block
+    kind = LAYER_KINDS.get(replaced.type.rpartition('.')[2], own)
+    size = kwargs.get('kernel_size', args[2] if len(args) > 2 else None)
+    if isinstance(size, (tuple, list)) and len(size) in (1, 3):
+        kind = LayerKind(len(size), kind.transposed)
+    return form_of(block, kind)
+
+
 def keeps_adaptive(
     block: Type[ReparamConv2d], replaced: ReplacedLayer
 ) -> bool:
@@ -194,13 +291,11 @@ def keeps_adaptive(
         ValueError: If a block cannot stand in for that layer.
     """
     kind = replaced.type.rpartition('.')[2]
-    if kind in ADAPTIVE_TYPES or kind in PLAIN_TYPES:
-        return kind in ADAPTIVE_TYPES
-    reason = (
-        'blocks are two-dimensional: they stand for an nn.Conv2d'
-        if re.search(r'[13][dD]', kind)
-        else 'a block computes an nn.Conv2d, and no other layer'
-    )
+    if kind in ADAPTIVE_TYPES:
+        return kind_of_block(block) == LayerKind(2)
+    if kind in PLAIN_TYPES or kind in LAYER_KINDS:
+        return False
+    reason = 'a block computes a convolution of torch, and no other layer'
     raise ValueError(
         f'{replaced.owner} has convolutions of type {replaced.type!r} by '
         f'default, for which a {block.__name__} cannot stand: {reason}. '

@@ -15,6 +15,7 @@ from torch import Tensor
 from mmdbb.blocks.base import ReparamConv2d, refuse_merged
 from mmdbb.blocks.kernel_cache import cached_kernel, can_keep
 from mmdbb.branches.base import zero_bias
+from mmdbb.dimensions import per_channel
 from mmdbb.geometry import ConvSpec, convolve
 from mmdbb.kernels import ComposedKernel
 from mmdbb.modules import fresh_weights, is_watched, tensors_of
@@ -126,7 +127,7 @@ class ComposedKernelConv2d(ReparamConv2d):
         with fresh_weights(generator, refuse=False):
             y = generator.forward_branches(x)
         if self.own_bias is not None:
-            y = y + self.own_bias.to(y.dtype).reshape(-1, 1, 1)
+            y = y + per_channel(self.own_bias.to(y.dtype), self.dims)
         return y
 
     def _compose(self) -> KernelBias:

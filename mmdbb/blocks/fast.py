@@ -10,6 +10,7 @@ batch; for each branch the first row that applies is taken:
 =========  ==========================================  ====================
 branch     where                                       way
 =========  ==========================================  ====================
+(all)      other than two dimensions, and transposed   branches one by one
 (all)      small batches                               branches one by one
 (all)      depthwise blocks                            the whole sum is
                                                        computed again
@@ -87,6 +88,7 @@ from mmdbb.branches.pointwise_kxk import (
     PointwiseKxK,
     mask_kernel,
 )
+from mmdbb.dimensions import LayerKind
 from mmdbb.geometry import (
     ConvSpec,
     add_shift,
@@ -120,7 +122,8 @@ def fast_forward(block: nn.Module, x: Tensor) -> Tensor:
     """
     norms = _norms_of(block)
     modes = {norm.training for norm in norms}
-    if len(modes) != 1 or (modes == {True} and _stays_literal(block, x)):
+    literal = block.spec.kind != LayerKind(2) or _stays_literal(block, x)
+    if len(modes) != 1 or (modes == {True} and literal):
         return block.forward_branches(x)
     y, dtype = None, _conv_dtype(block, norms, x)
     if dtype is not None and _is_left_alone(block, x):

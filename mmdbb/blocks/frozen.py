@@ -13,10 +13,10 @@ is zero and cancels that gradient.
 
 from __future__ import annotations
 
+import math
 from typing import List, Optional, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmdbb.blocks.kernel_cache import cached_kernel, can_keep
@@ -25,6 +25,7 @@ from mmdbb.branches.moments import near_dtype, pixels_of
 from mmdbb.branches.norm import norm_scale_shift
 from mmdbb.branches.pointwise_avg import PointwiseAvg
 from mmdbb.branches.pointwise_kxk import PointwiseKxK, mask_kernel
+from mmdbb.dimensions import CONV, per_channel
 from mmdbb.geometry import add_shift, border_mask, convolve
 from mmdbb.modules import cast, tensors_of
 from mmdbb.recompute import is_compiling, without_autocast
@@ -83,7 +84,7 @@ def _without_convolution(block: nn.Module) -> List[nn.Module]:
     return [
         branch
         for branch in block.branches.values()
-        if not any(t.dim() == 4 for t in tensors_of(branch))
+        if not any(t.dim() > 1 for t in tensors_of(branch))
     ]
 
 
@@ -99,10 +100,11 @@ def composed(
     """
     with without_autocast(next(tensors_of(block)).device):
         if dtype == leaf_dtype(block):
-            return block._compose(without)
+            return block.in_torchs_layout(block._compose(without))
         names = [k for k, b in block.branches.items() if b in without]
         twin = cast(block, None, dtype)
-        return twin._compose([twin.branches[name] for name in names])
+        merged = twin._compose([twin.branches[name] for name in names])
+        return block.in_torchs_layout(merged)
 
 
 def _without_border_gradient(
@@ -115,9 +117,9 @@ def _without_border_gradient(
         if kernel is None:
             continue
         if after is not None:
-            kernel = kernel * after.scale.reshape(-1, 1, 1, 1)
+            kernel = kernel * per_channel(after.scale, block.dims + 1)
         spec = branch.spec
-        nothing = F.conv2d(
+        nothing = CONV[spec.dims](
             border_mask(x, spec.pads).to(dtype),
             kernel.to(dtype),
             stride=spec.stride,
@@ -149,8 +151,8 @@ def _border_kernel(branch: nn.Module) -> Optional[Tensor]:
     scale = norm_scale_shift(branch.last_norm).scale
     if isinstance(branch, PointwiseKxK):
         kernel = mask_kernel(branch.conv2.weight, nothing, spec.groups)
-        return kernel * scale.reshape(-1, 1, 1, 1)
+        return kernel * per_channel(scale, spec.dims + 1)
     assert isinstance(branch, PointwiseAvg)
-    area = spec.kernel_size[0] * spec.kernel_size[1]
-    kernel = (scale * nothing / area).reshape(-1, 1, 1, 1)
+    share = scale * nothing / math.prod(spec.kernel_size)
+    kernel = per_channel(share, spec.dims + 1)
     return kernel.expand(-1, -1, *spec.kernel_size)

@@ -241,17 +241,17 @@ class TakesPlainWeights(nn.Module):
         kernel = state.pop(f'{prefix}weight')
         bias = state.pop(f'{prefix}bias', None)
         entries = {}
-        if tuple(kernel.shape) != self.spec.kernel_shape:
-            shape = self.spec.kernel_shape
+        shape, channels = self.spec.weight_shape, (self.out_channels,)
+        if tuple(kernel.shape) != shape:
             errors.append(_size(f'{prefix}weight', kernel, shape))
-        elif bias is not None and bias.shape != kernel.shape[:1]:
-            errors.append(_size(f'{prefix}bias', bias, kernel.shape[:1]))
+        elif bias is not None and tuple(bias.shape) != channels:
+            errors.append(_size(f'{prefix}bias', bias, channels))
         else:
             place = self._absorbed[0] if self._absorbed else None
             if bias is None and self._wants_bias and place is None:
                 missing.append(f'{prefix}bias')
             if bias is None:
-                bias = kernel.new_zeros(kernel.shape[0])
+                bias = kernel.new_zeros(channels)
             plain = KernelBias(kernel.detach(), bias.detach())
             norm = None if place is None else place.norm_for(args)
             if place is not None and norm is None:

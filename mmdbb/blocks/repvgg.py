@@ -13,8 +13,9 @@ from torch import Tensor
 from mmdbb.blocks.base import refuse_merged
 from mmdbb.blocks.branch_sum import DENSE_BRANCHES, BranchSumConv2d
 from mmdbb.blocks.build import register_conv_layer
-from mmdbb.branches.base import Branch
+from mmdbb.branches.base import Branch, kernel_of
 from mmdbb.branches.norm import norm_scale_shift
+from mmdbb.dimensions import per_channel
 
 
 @register_conv_layer('RepVGGConv')
@@ -58,15 +59,16 @@ class RepVGGConv(BranchSumConv2d):
             )
         dense = branches[self.dense_branch]
         kernel = dense.kernel
-        row, column = self.spec.centre
-        centre = kernel[:, :, row : row + 1, column : column + 1]
+        taps = (slice(tap, tap + 1) for tap in self.spec.centre)
+        centre = kernel[(slice(None), slice(None), *taps)]
         outer = kernel.square().sum() - centre.square().sum()
         scale = _scale_of(dense)
         equivalent, units = centre * scale, scale.square()
         if '1x1' in branches:
             pointwise = branches['1x1']
             scale = _scale_of(pointwise)
-            equivalent = equivalent + pointwise.conv.weight * scale
+            weight = kernel_of(pointwise.conv.weight, self.spec)
+            equivalent = equivalent + weight * scale
             units = units + scale.square()
         # Where the scales are zero, the equivalent centre is zero too.
         units = units.masked_fill(units == 0, 1)
@@ -74,4 +76,5 @@ class RepVGGConv(BranchSumConv2d):
 
 
 def _scale_of(branch: Branch) -> Tensor:
-    return norm_scale_shift(branch.norm).scale.detach().reshape(-1, 1, 1, 1)
+    scale = norm_scale_shift(branch.norm).scale.detach()
+    return per_channel(scale, branch.spec.dims + 1)

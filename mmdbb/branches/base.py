@@ -16,10 +16,16 @@ from mmdbb.branches.norm import (
     norm_scale_shift,
     run_norm,
 )
-from mmdbb.geometry import ConvSpec, IntPair, Pads, pad2d
+from mmdbb.dimensions import CONV_TYPES, CONVS, LayerKind, kind_of
+from mmdbb.geometry import ConvSpec, IntPair, Pads, pad_images
 from mmdbb.modules import tensors_of
 from mmdbb.registry import BRANCHES
-from mmdbb.transforms import KernelBias, fuse_conv_bn, pad_kernel
+from mmdbb.transforms import (
+    KernelBias,
+    fuse_conv_bn,
+    pad_kernel,
+    swap_channels,
+)
 
 
 class Branch(nn.Module):
@@ -85,7 +91,7 @@ class Branch(nn.Module):
                 conv.bias is not None,
             )
             for conv in self.children()
-            if isinstance(conv, nn.Conv2d)
+            if isinstance(conv, CONVS)
         ]
         if self._built_with is None:
             self._built_with = found
@@ -125,7 +131,14 @@ class Branch(nn.Module):
         raise NotImplementedError
 
     def _norm(self, channels: int) -> _BatchNorm:
-        return build_branch_norm(self.norm_cfg, channels)
+        return build_branch_norm(self.norm_cfg, channels, self.spec.dims)
+
+    def _pointwise(self, channels: int) -> nn.Module:
+        """A 1x1 convolution from the block's input to so many channels."""
+        spec = self.spec
+        return CONV_TYPES[LayerKind(spec.dims)](
+            spec.in_channels, channels, 1, groups=spec.groups, bias=False
+        )
 
 
 class ConvNormBranch(Branch):
@@ -150,7 +163,7 @@ class ConvNormBranch(Branch):
         super().__init__(spec, norm_cfg)
         self.explicit_pads, geometry = self._own_geometry(spec)
         self.norm = self._norm(spec.out_channels) if norm else None
-        self.conv = nn.Conv2d(
+        self.conv = CONV_TYPES[spec.kind](
             spec.in_channels,
             spec.out_channels,
             self.size(spec),
@@ -160,15 +173,20 @@ class ConvNormBranch(Branch):
         )
 
     def _own_geometry(self, spec: ConvSpec) -> Tuple[Optional[Pads], dict]:
-        top, bottom, left, right = pads = spec.pads_of(self.size(spec))
-        own_padding = top == bottom >= 0 and left == right >= 0
+        pads = spec.pads_of(self.size(spec))
+        moves = dict(stride=spec.stride, dilation=spec.dilation)
+        if spec.transposed:
+            if self.size(spec) != spec.kernel_size:
+                return pads, moves
+            padding, extra = spec.padding, spec.output_padding
+            return None, dict(moves, padding=padding, output_padding=extra)
+        own_padding = pads[::2] == pads[1::2] and min(pads) >= 0
         own_padding = own_padding and spec.padding != 'adaptive'
         # nn.Conv2d cannot pad unevenly, nor crop, nor look at the image.
         explicit_pads = None if own_padding else pads
         return explicit_pads, dict(
-            stride=spec.stride,
-            padding=(top, left) if own_padding else (0, 0),
-            dilation=spec.dilation,
+            moves,
+            padding=pads[::2] if own_padding else (0,) * spec.dims,
             padding_mode=spec.padding_mode if own_padding else 'zeros',
         )
 
@@ -176,6 +194,9 @@ class ConvNormBranch(Branch):
         """See :meth:`Branch.take_size`."""
         super().take_size(spec)
         self.explicit_pads = spec.pads_of(self.size(spec))
+        if spec.transposed:
+            self.explicit_pads, geometry = self._own_geometry(spec)
+            vars(self.conv).update(geometry)  # of a twin of the branch
 
     def set_spec(self, spec: ConvSpec) -> None:
         """See :meth:`Branch.set_spec`."""
@@ -185,7 +206,7 @@ class ConvNormBranch(Branch):
 
     @staticmethod
     def size(spec: ConvSpec) -> IntPair:
-        """Height and width of the branch's kernel in taps.
+        """Size of the branch's kernel in taps, in each dimension.
 
         Args:
             spec: Geometry of the block's convolution.
@@ -197,19 +218,33 @@ class ConvNormBranch(Branch):
         return self.norm
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.explicit_pads is not None:
-            x = pad2d(x, self.explicit_pads, self.spec.padding_mode)
+        pads, spec = self.explicit_pads, self.spec
+        if pads is not None and not spec.transposed:
+            x = pad_images(x, pads, spec.padding_mode)
         y = self.conv(x)
+        if pads is not None and spec.transposed:
+            y = pad_images(y, pads)
         return y if self.norm is None else run_norm(self.norm, y)
 
     def equivalent_kernel_bias(self) -> KernelBias:
-        kernel, bias = fuse_kernel_norm(self.conv.weight, self.norm)
         spec = self.spec
+        kernel = kernel_of(self.conv.weight, spec)
+        kernel, bias = fuse_kernel_norm(kernel, self.norm)
         offset = spec.offset_of(self.size(spec))
         return KernelBias(pad_kernel(kernel, spec.kernel_size, offset), bias)
 
 
-def take_geometry(conv: nn.Conv2d, geometry: dict) -> None:
+def kernel_of(weight: Tensor, spec: ConvSpec) -> Tensor:
+    """The kernel (out, in / groups, ...) that torch's weight holds.
+
+    Args:
+        weight: The weight of torch's convolution.
+        spec: Its geometry.
+    """
+    return swap_channels(weight, spec.groups) if spec.transposed else weight
+
+
+def take_geometry(conv: nn.Module, geometry: dict) -> None:
     """Give a built convolution another geometry.
 
     Args:
@@ -223,12 +258,22 @@ def take_geometry(conv: nn.Conv2d, geometry: dict) -> None:
         kernel_size=conv.kernel_size,
         groups=conv.groups,
     )
-    like = nn.Conv2d(**{**arguments, **geometry}, device='meta')
+    like = CONV_TYPES[kind_of(conv)](
+        **{**arguments, **geometry}, device='meta'
+    )
     for name, value in vars(like).items():
-        if name in ('stride', 'padding', 'dilation', 'padding_mode') or (
-            name == '_reversed_padding_repeated_twice'
-        ):
+        if name in _GEOMETRY:
             setattr(conv, name, value)
+
+
+_GEOMETRY = (
+    'stride',
+    'padding',
+    'dilation',
+    'padding_mode',
+    'output_padding',
+    '_reversed_padding_repeated_twice',
+)
 
 
 def fuse_kernel_norm(kernel: Tensor, norm: Optional[_BatchNorm]) -> KernelBias:

@@ -49,6 +49,12 @@ class ComposedKxK(Branch):
         self.norm = self._norm(spec.out_channels)
         self.generator = KxKKernel(spec, internal_channels, with_1x1=False)
 
+    requirement = 'a convolution that is not transposed'
+
+    @classmethod
+    def supports(cls, spec: ConvSpec) -> bool:
+        return not spec.transposed
+
     def set_spec(self, spec: ConvSpec) -> None:
         """See :meth:`Branch.set_spec`."""
         super().set_spec(spec)

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmdbb.branches.base import Branch, fuse_kernel_norm
 from mmdbb.branches.norm import run_norm
-from mmdbb.geometry import ConvSpec, pad2d
+from mmdbb.geometry import ConvSpec, pad_images
 from mmdbb.registry import BRANCHES
 from mmdbb.transforms import KernelBias, identity_kernel, pad_kernel
 
@@ -44,7 +44,9 @@ class Identity(Branch):
 
     @classmethod
     def supports(cls, spec: ConvSpec) -> bool:
-        return spec.stride == (1, 1) and spec.in_channels == spec.out_channels
+        return (
+            not spec.is_strided and spec.in_channels == spec.out_channels
+        )
 
     @property
     def last_norm(self) -> Optional[_BatchNorm]:
@@ -52,15 +54,19 @@ class Identity(Branch):
 
     def forward(self, x: Tensor) -> Tensor:
         # Zero where the block pads so that the image keeps its size.
-        pads = self.spec.pads_of((1, 1))
-        x = pad2d(x, pads, self.spec.padding_mode)
+        pads = self.spec.pads_of((1,) * self.spec.dims)
+        x = pad_images(x, pads, self.spec.padding_mode)
         return x if self.norm is None else run_norm(self.norm, x)
 
     def equivalent_kernel_bias(self) -> KernelBias:
         spec, norm = self.spec, self.norm
         like = torch.empty(0) if norm is None else norm.running_mean
         eye = identity_kernel(
-            spec.in_channels, spec.groups, like.dtype, like.device
+            spec.in_channels,
+            spec.groups,
+            like.dtype,
+            like.device,
+            spec.dims,
         )
         kernel, bias = fuse_kernel_norm(eye, norm)
         return KernelBias(

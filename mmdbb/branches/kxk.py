@@ -3,7 +3,7 @@
 
 from torch import Tensor
 
-from mmdbb.branches.base import ConvNormBranch
+from mmdbb.branches.base import ConvNormBranch, kernel_of
 from mmdbb.geometry import ConvSpec, IntPair
 from mmdbb.registry import BRANCHES
 
@@ -25,4 +25,4 @@ class KxK(ConvNormBranch):
     @property
     def kernel(self) -> Tensor:
         """Shape (out, in / groups, kH, kW)."""
-        return self.conv.weight
+        return kernel_of(self.conv.weight, self.spec)

@@ -24,6 +24,7 @@ processes in one all-reduce, in double precision.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple, Optional, Tuple, Union
 
 import torch
@@ -160,13 +161,15 @@ def stats_of(x: Tensor, norm: Optional[_BatchNorm] = None) -> BatchStats:
         norm: The norm whose processes share the batch; None for no other
             process.
     """
+    if x.dim() != 4:
+        x = x.flatten(2)[..., None]  # as pictures; statistics have no places
     found = moments_of(x, x.shape[1], norm)
     return BatchStats(found.mean[:, 0], found.cov[:, 0, 0], found.count)
 
 
 def pixels_of(x: Tensor) -> int:
     """Number of pixels in images (N, C, H, W), over the whole batch."""
-    return x.shape[0] * x.shape[2] * x.shape[3]
+    return x.shape[0] * math.prod(x.shape[2:])
 
 
 def near_dtype(dtype: torch.dtype) -> torch.dtype:

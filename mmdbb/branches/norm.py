@@ -1,7 +1,7 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
 """The batch norms inside branches.
 
-They are real ``nn.BatchNorm2d`` modules, so that trainers freeze, synchronise
+They are real ``nn.BatchNorm2d`` modules (``1d``, ``3d``), so that trainers freeze, synchronise
 and average them like any norm. The functions here add what branches need: they
 check that a norm can be merged, run it without a second update when a
 checkpointed segment is computed again, run SyncBN on CPUs, and compute its
@@ -22,22 +22,27 @@ from mmdbb.branches.moments import (
     stats_of,
     synchronizes,
 )
-from mmdbb.geometry import ConvSpec, border_mask, pad2d
+from mmdbb.dimensions import NORM_TYPES, per_channel
+from mmdbb.geometry import ConvSpec, border_mask, pad_images
 from mmdbb.modules import is_known
 from mmdbb.ports import PORTS
 from mmdbb.recompute import from_forward, is_recomputing
 from mmdbb.registry import NORMS
-from mmdbb.scale_norm import ScaleNorm2d, is_sync_norm
+from mmdbb.scale_norm import ScaleNorm, is_sync_norm
 from mmdbb.transforms import ScaleShift, bn_scale_shift
 
 
-def build_branch_norm(norm_cfg: Optional[dict], channels: int) -> _BatchNorm:
+def build_branch_norm(
+    norm_cfg: Optional[dict], channels: int, dims: int = 2
+) -> _BatchNorm:
     """Build a norm that can be merged into the convolution before it.
 
     Args:
         norm_cfg: Config of the norm, ``dict(type='BN')`` if None. With
-            ``shift=False`` it becomes a :class:`ScaleNorm2d`.
+            ``shift=False`` it becomes a :class:`ScaleNorm`. ``BN`` is the
+            batch norm of as many dimensions as the images have.
         channels: Number of channels.
+        dims: Number of dimensions of the images.
 
     Raises:
         TypeError: If ``norm_cfg`` is not a config.
@@ -45,12 +50,13 @@ def build_branch_norm(norm_cfg: Optional[dict], channels: int) -> _BatchNorm:
             batch norm, keeps no running statistics or overrides forward().
     """
     norm_cfg = dict(type='BN') if norm_cfg is None else norm_cfg
-    norm = _build(norm_cfg, channels)
+    norm = _build(norm_cfg, channels, dims)
+    others = tuple(t for n, t in NORM_TYPES.items() if n != dims)
     reason = None
     if norm is None:
         reason = 'it is not a batch norm'
-    elif isinstance(norm, (nn.BatchNorm1d, nn.BatchNorm3d)):
-        reason = 'it does not take images'
+    elif isinstance(norm, others):
+        reason = f'it does not take images of {dims} dimensions'
     elif not norm.track_running_stats:
         reason = (
             'without running statistics its function depends on the batch '
@@ -64,10 +70,14 @@ def build_branch_norm(norm_cfg: Optional[dict], channels: int) -> _BatchNorm:
             f"{reason}. Allowed: 'BN', 'SyncBN' and subclasses that keep "
             'their forward(), with track_running_stats=True'
         )
-    return norm if norm_cfg.get('shift', True) else ScaleNorm2d.like(norm)
+    if norm_cfg.get('shift', True):
+        return norm
+    return ScaleNorm.like(norm, dims)
 
 
-def _build(norm_cfg: dict, channels: int) -> Optional[_BatchNorm]:
+def _build(
+    norm_cfg: dict, channels: int, dims: int
+) -> Optional[_BatchNorm]:
     """Build the norm that a config names; None if it is not a batch norm."""
     if not isinstance(norm_cfg, dict) or 'type' not in norm_cfg:
         raise TypeError(
@@ -81,7 +91,10 @@ def _build(norm_cfg: dict, channels: int) -> Optional[_BatchNorm]:
     if not isinstance(layer, type):
         # OpenMMLab's registry comes first: a user may have put another norm
         # under this name.
-        layer = PORTS.find_layer(layer) or NORMS.get(layer)
+        name = layer
+        layer = PORTS.find_layer(name) or NORMS.get(name)
+        if name == 'BN' and layer is nn.BatchNorm2d:
+            layer = NORM_TYPES[dims]
     if layer is None:
         raise ValueError(
             f'norm_cfg={norm_cfg} names no norm that is known; allowed: '
@@ -97,14 +110,14 @@ def norm_for(place: Optional[nn.Module], norm: nn.Module) -> nn.Module:
     """The norm to put where another one stands.
 
     Trainers replace all batch norms by SyncBN (``sync_bn='torch'``). A SyncBN
-    in the place of a ScaleNorm2d would shift again, so that one stays, and
+    in the place of a ScaleNorm would shift again, so that one stays, and
     shares its statistics with the same processes.
 
     Args:
         place: The module that stands there.
         norm: The module that someone puts there.
     """
-    if isinstance(place, ScaleNorm2d) and is_sync_norm(norm):
+    if isinstance(place, ScaleNorm) and is_sync_norm(norm):
         place.synchronize_like(norm)
         return place
     return norm
@@ -118,7 +131,7 @@ def run_norm(norm: _BatchNorm, x: Tensor) -> Tensor:
     the border of the sequential branches, which is padded from the running
     statistics.
 
-    torch's SyncBatchNorm refuses images on a CPU, and a ScaleNorm2d alone
+    torch's SyncBatchNorm refuses images on a CPU, and a ScaleNorm alone
     knows no other processes; this function runs both.
 
     Args:
@@ -128,7 +141,7 @@ def run_norm(norm: _BatchNorm, x: Tensor) -> Tensor:
     Returns:
         Tensor: The norm's output, of the same shape.
     """
-    own = x.device.type == 'cpu' or isinstance(norm, ScaleNorm2d)
+    own = x.device.type == 'cpu' or isinstance(norm, ScaleNorm)
     if own and synchronizes(norm):
         return _run_synchronized(norm, x)
     if norm.training and is_recomputing():
@@ -144,7 +157,8 @@ def run_norm(norm: _BatchNorm, x: Tensor) -> Tensor:
 def _run_synchronized(norm: _BatchNorm, x: Tensor) -> Tensor:
     scale, shift = batch_scale_shift(norm, stats_of(x, norm))
     scale, shift = (
-        t.to(near_dtype(x.dtype)).reshape(-1, 1, 1) for t in (scale, shift)
+        per_channel(t.to(near_dtype(x.dtype)), x.dim() - 2)
+        for t in (scale, shift)
     )
     return torch.addcmul(shift, x, scale).to(x.dtype)
 
@@ -159,7 +173,7 @@ def batch_scale_shift(norm: _BatchNorm, stats: BatchStats) -> ScaleShift:
     Returns:
         ScaleShift: Both of shape (channels,), in the statistics' precision.
     """
-    if isinstance(norm, ScaleNorm2d):
+    if isinstance(norm, ScaleNorm):
         stats = stats.about_zero()
     update_running_stats(norm, stats)
     weight, bias = (
@@ -175,12 +189,12 @@ def update_running_stats(norm: _BatchNorm, stats: BatchStats) -> None:
 
     Args:
         norm: A norm in training mode.
-        stats: Statistics of the batch that the norm reads; of a ScaleNorm2d
+        stats: Statistics of the batch that the norm reads; of a ScaleNorm
             those about zero.
     """
     if is_recomputing() or not norm.track_running_stats:
         return
-    if isinstance(norm, ScaleNorm2d):
+    if isinstance(norm, ScaleNorm):
         norm.update_(stats.var)
         return
     norm.num_batches_tracked.add_(1)
@@ -227,7 +241,8 @@ def border_value(norm: _BatchNorm, mean: Callable[[], Tensor]) -> Tensor:
 
 def mean_of(x: Tensor) -> Tensor:
     """Mean of images (N, C, H, W) per channel, (C,), without a gradient."""
-    return x.detach().mean((0, 2, 3), dtype=near_dtype(x.dtype))
+    over = (0, *range(2, x.dim()))
+    return x.detach().mean(over, dtype=near_dtype(x.dtype))
 
 
 def norm_scale_shift(norm: _BatchNorm) -> ScaleShift:
@@ -261,12 +276,12 @@ def norm_then_pad(
     y = run_norm(norm, x)
     if not any(spec.pads):
         return y
-    padded = pad2d(y, spec.pads, spec.padding_mode)
+    padded = pad_images(y, spec.pads, spec.padding_mode)
     if spec.padding_mode != 'zeros':
         return padded
     value = border(norm, lambda: mean_of(x))
     return torch.where(
         border_mask(y, spec.pads),
-        value.to(y.dtype).reshape(1, -1, 1, 1),
+        per_channel(value.to(y.dtype), spec.dims),
         padded,
     )

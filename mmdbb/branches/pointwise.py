@@ -24,4 +24,4 @@ class Pointwise(ConvNormBranch):
 
     @staticmethod
     def size(spec: ConvSpec) -> IntPair:
-        return (1, 1)
+        return (1,) * spec.dims

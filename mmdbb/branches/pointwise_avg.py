@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from typing import Optional
 
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmdbb.branches.base import Branch, fuse_kernel_norm, zero_bias
 from mmdbb.branches.norm import norm_scale_shift, norm_then_pad, run_norm
-from mmdbb.geometry import ConvSpec, pad2d
+from mmdbb.dimensions import AVG_POOL, CONV
+from mmdbb.geometry import ConvSpec, pad_images
 from mmdbb.registry import BRANCHES
 from mmdbb.transforms import (
     KernelBias,
@@ -35,7 +35,7 @@ class PointwiseAvg(Branch):
         norm_cfg: Config of the norms, ``dict(type='BN')`` if None.
     """
 
-    requirement = 'a kernel larger than 1x1'
+    requirement = 'a kernel larger than 1x1, not transposed'
 
     def __init__(
         self, spec: ConvSpec, norm_cfg: Optional[dict] = None
@@ -45,17 +45,11 @@ class PointwiseAvg(Branch):
             self.norm1 = self._norm(spec.out_channels)
         self.norm2 = self._norm(spec.out_channels)
         if not spec.is_depthwise:
-            self.conv1 = nn.Conv2d(
-                spec.in_channels,
-                spec.out_channels,
-                1,
-                groups=spec.groups,
-                bias=False,
-            )
+            self.conv1 = self._pointwise(spec.out_channels)
 
     @classmethod
     def supports(cls, spec: ConvSpec) -> bool:
-        return not spec.is_pointwise
+        return not (spec.is_pointwise or spec.transposed)
 
     @property
     def last_norm(self) -> _BatchNorm:
@@ -64,20 +58,20 @@ class PointwiseAvg(Branch):
     def forward(self, x: Tensor) -> Tensor:
         spec = self.spec
         if spec.is_depthwise:
-            x = pad2d(x, spec.pads, spec.padding_mode)
+            x = pad_images(x, spec.pads, spec.padding_mode)
         else:
             x = norm_then_pad(self.norm1, self.conv1(x), spec)
         return run_norm(self.norm2, self._pool(x))
 
     def _pool(self, x: Tensor) -> Tensor:
         spec = self.spec
-        if spec.dilation == (1, 1):
-            return F.avg_pool2d(x, spec.kernel_size, spec.stride)
+        if not spec.is_dilated:
+            return AVG_POOL[spec.dims](x, spec.kernel_size, spec.stride)
         channels = spec.out_channels
         kernel = avg_pool_kernel(
             channels, spec.kernel_size, channels, x.dtype, x.device
         )
-        return F.conv2d(
+        return CONV[spec.dims](
             x,
             kernel,
             stride=spec.stride,
@@ -94,6 +88,7 @@ class PointwiseAvg(Branch):
                 spec.groups,
                 norm.scale.dtype,
                 norm.scale.device,
+                spec.dims,
             )
             first = KernelBias(kernel, zero_bias(kernel))
         else:

@@ -2,6 +2,10 @@
 """The branch ``1x1_kxk``: a 1x1, a norm, a KxK, a norm (DBB paper, sec. 3.3).
 
 The 1x1 starts as the identity, if it has as many channels out as in.
+
+Before a transposed KxK the first norm only scales. A constant, spread by a
+transposed kernel, comes out smaller at the border, and with a stride not the
+same from pixel to pixel, so no bias of one convolution is equal to it.
 """
 
 from __future__ import annotations
@@ -9,12 +13,17 @@ from __future__ import annotations
 from typing import Optional
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmdbb.branches.base import Branch, fuse_kernel_norm, take_geometry
-from mmdbb.branches.norm import norm_then_pad, run_norm
+from mmdbb.branches.base import (
+    Branch,
+    fuse_kernel_norm,
+    kernel_of,
+    take_geometry,
+)
+from mmdbb.branches.norm import build_branch_norm, norm_then_pad, run_norm
+from mmdbb.dimensions import CONV, CONV_TYPES
 from mmdbb.geometry import ConvSpec
 from mmdbb.kernels.base import check_internal_channels
 from mmdbb.registry import BRANCHES
@@ -50,34 +59,47 @@ class PointwiseKxK(Branch):
         if internal_channels is None:
             internal_channels = spec.in_channels * (1 + spec.is_depthwise)
         check_internal_channels(internal_channels, spec)
-        self.norm1 = self._norm(internal_channels)
+        self.norm1 = self._first_norm(internal_channels)
         self.norm2 = self._norm(spec.out_channels)
         if internal_channels == spec.in_channels:
-            self.conv1 = IdentityConv1x1(internal_channels, spec.groups)
-        else:
-            self.conv1 = nn.Conv2d(
-                spec.in_channels,
-                internal_channels,
-                1,
-                groups=spec.groups,
-                bias=False,
+            self.conv1 = IdentityConv1x1(
+                internal_channels, spec.groups, spec.dims
             )
-        self.conv2 = nn.Conv2d(
+        else:
+            self.conv1 = self._pointwise(internal_channels)
+        self.conv2 = CONV_TYPES[spec.kind](
             internal_channels,
             spec.out_channels,
             spec.kernel_size,
-            spec.stride,
-            0,
-            spec.dilation,
-            spec.groups,
+            groups=spec.groups,
             bias=False,
+            **self._geometry(spec),
         )
+
+    def _first_norm(self, channels: int) -> _BatchNorm:
+        if not self.spec.transposed:
+            return self._norm(channels)
+        norm_cfg = dict(self.norm_cfg or dict(type='BN'), shift=False)
+        return build_branch_norm(norm_cfg, channels, self.spec.dims)
+
+    @staticmethod
+    def _geometry(spec: ConvSpec) -> dict:
+        """Arguments of the KxK, whose input is padded before."""
+        moves = dict(stride=spec.stride, dilation=spec.dilation)
+        if not spec.transposed:
+            return moves
+        padding, extra = spec.padding, spec.output_padding
+        return dict(moves, padding=padding, output_padding=extra)
+
+    def take_size(self, spec: ConvSpec) -> None:
+        """See :meth:`Branch.take_size`."""
+        super().take_size(spec)
+        vars(self.conv2).update(self._geometry(spec))  # of a twin
 
     def set_spec(self, spec: ConvSpec) -> None:
         """See :meth:`Branch.set_spec`."""
         super().set_spec(spec)
-        geometry = dict(stride=spec.stride, dilation=spec.dilation)
-        take_geometry(self.conv2, geometry)
+        take_geometry(self.conv2, self._geometry(spec))
 
     @property
     def last_norm(self) -> _BatchNorm:
@@ -91,12 +113,17 @@ class PointwiseKxK(Branch):
         return self.conv1.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        x = norm_then_pad(self.norm1, self.conv1(x), self.spec)
-        return run_norm(self.norm2, self.conv2(x))
+        y = self.conv1(x)
+        if self.spec.transposed:
+            y = run_norm(self.norm1, y)
+        else:
+            y = norm_then_pad(self.norm1, y, self.spec)
+        return run_norm(self.norm2, self.conv2(y))
 
     def equivalent_kernel_bias(self) -> KernelBias:
         first = fuse_kernel_norm(self.kernel1, self.norm1)
-        second = fuse_kernel_norm(self.conv2.weight, self.norm2)
+        kernel2 = kernel_of(self.conv2.weight, self.spec)
+        second = fuse_kernel_norm(kernel2, self.norm2)
         return fuse_1x1_kxk(first, second, self.spec.groups)
 
 
@@ -116,7 +143,7 @@ def mask_kernel(kernel: Tensor, value: Tensor, groups: int) -> Tensor:
     """
     inner, *size = kernel.shape[1:]
     rows = torch.einsum(
-        'gomhw,gm->gohw',
+        'gom...,gm->go...',
         kernel.reshape(groups, -1, inner, *size),
         value.reshape(groups, inner),
     )
@@ -133,18 +160,23 @@ class IdentityConv1x1(nn.Module):
     Args:
         channels: Number of channels, in and out.
         groups: Number of groups.
+        dims: Number of dimensions of the images.
     """
 
-    # OpenMMLab packages read these of every layer with "Conv" in its class.
+    # OpenMMLab packages read these of all layers with "Conv" in the name. A
+    # block that was pickled before there were other dimensions has no others.
     kernel_size = stride = dilation = (1, 1)
-    padding = (0, 0)
+    padding, dims = (0, 0), 2
 
-    def __init__(self, channels: int, groups: int = 1) -> None:
+    def __init__(self, channels: int, groups: int = 1, dims: int = 2) -> None:
         super().__init__()
         self.channels = channels
         self.groups = groups
+        self.dims = dims
+        self.kernel_size = self.stride = self.dilation = (1,) * dims
+        self.padding = (0,) * dims
         self.weight = nn.Parameter(
-            torch.empty(channels, channels // groups, 1, 1)
+            torch.empty(channels, channels // groups, *self.kernel_size)
         )
         self.reset_parameters()
 
@@ -157,12 +189,16 @@ class IdentityConv1x1(nn.Module):
         """Identity plus weight, (channels, channels / groups, 1, 1)."""
         weight = self.weight
         return weight + identity_kernel(
-            self.channels, self.groups, weight.dtype, weight.device
+            self.channels,
+            self.groups,
+            weight.dtype,
+            weight.device,
+            self.dims,
         )
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve images (N, C, H, W); the shape stays."""
-        return F.conv2d(x, self.kernel, groups=self.groups)
+        return CONV[self.dims](x, self.kernel, groups=self.groups)
 
     def extra_repr(self) -> str:
         return f'{self.channels}, groups={self.groups}'

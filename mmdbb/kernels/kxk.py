@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmdbb.geometry import ConvSpec, pad2d
+from mmdbb.dimensions import CONV
+from mmdbb.geometry import ConvSpec, pad_images
 from mmdbb.kernels.base import (
     ComposedKernel,
     check_internal_channels,
@@ -68,18 +69,21 @@ class KxKKernel(ComposedKernel):
         out, inside, *size = spec.kernel_shape
         self.weight_init, self.scale_init = weight_init, scale_init
         self.origin = empty_kernel(out, inside, *size)
-        self.avg = empty_kernel(out, inside, 1, 1)
-        self.prior = empty_kernel(out, inside, 1, 1)
-        self.pointwise = empty_kernel(out, inside, 1, 1) if with_1x1 else None
+        one = (1,) * spec.dims
+        self.avg = empty_kernel(out, inside, *one)
+        self.prior = empty_kernel(out, inside, *one)
+        self.pointwise = empty_kernel(out, inside, *one) if with_1x1 else None
         # The kernel is the identity plus inner1, as in DBB's 1x1_kxk branch.
-        self.inner1 = empty_kernel(internal_channels, inside, 1, 1)
+        self.inner1 = empty_kernel(internal_channels, inside, *one)
         self.inner2 = empty_kernel(
             out, internal_channels // spec.groups, *size
         )
         self.depthwise = empty_kernel(
             spec.in_channels * SEPARABLE_EXPANSION, 1, *size
         )
-        self.separable = empty_kernel(out, inside * SEPARABLE_EXPANSION, 1, 1)
+        self.separable = empty_kernel(
+            out, inside * SEPARABLE_EXPANSION, *one
+        )
         rows = len(self.scales) - (not with_1x1)
         self.scale = nn.Parameter(torch.empty(rows, out))
         # Constants. They are buffers because the paper's checkpoints hold
@@ -108,7 +112,7 @@ class KxKKernel(ComposedKernel):
             torch.tensor(scales)[:, None] * math.sqrt(self.scale_init)
         )
         out, inside, *size = self.spec.kernel_shape
-        self.avg_pattern.fill_(1 / (size[0] * size[1]))
+        self.avg_pattern.fill_(1 / math.prod(size))
         self.prior_pattern.copy_(frequency_prior(out, size))
         internal = len(self.identity)
         eye = torch.eye(inside).repeat(-(-internal // inside), 1)
@@ -118,11 +122,12 @@ class KxKKernel(ComposedKernel):
         """Compose the kernel, (out, in / groups, kH, kW)."""
         spec = self.spec
         out, inside, *size = spec.kernel_shape
+        one = (1,) * spec.dims
         origin, avg, prior, inner, *pointwise, separable = (
-            row.reshape(-1, 1, 1, 1) for row in self.scale
+            row.reshape(-1, 1, *one) for row in self.scale
         )
         # In the order of the 1x1's rows, for which see compose_separable.
-        separable = separable.reshape(spec.groups, -1).t().reshape(-1, 1, 1, 1)
+        separable = separable.reshape(spec.groups, -1).t().reshape(-1, 1, *one)
         kernel = compose_1x1_kxk(
             self.inner1 + self.identity, self.inner2 * inner, spec.groups
         ) + compose_separable(
@@ -139,15 +144,16 @@ class KxKKernel(ComposedKernel):
         ]
         if pointwise:
             coefficients.append(self.pointwise)
-            row, column = spec.centre
-            before = row * size[1] + column
-            after = size[0] * size[1] - before - 1
+            before = 0  # taps before the centre, row by row
+            for tap, length in zip(spec.centre, size):
+                before = before * length + tap
+            after = math.prod(size) - before - 1
             patterns.append(
                 F.pad(pointwise[0].reshape(out, 1, 1), (before, after))
             )
         return add_patterns(
             kernel,
-            torch.cat(coefficients, 3).reshape(out, inside, -1),
+            torch.cat(coefficients, -1).reshape(out, inside, -1),
             torch.cat(patterns, 1),
         )
 
@@ -155,20 +161,21 @@ class KxKKernel(ComposedKernel):
         """See :meth:`ComposedKernel.forward_branches`."""
         spec, groups = self.spec, self.spec.groups
         moves = dict(stride=spec.stride, dilation=spec.dilation)
-        padded = pad2d(x, spec.pads, spec.padding_mode)
+        conv, one = CONV[spec.dims], (1,) * spec.dims
+        padded = pad_images(x, spec.pads, spec.padding_mode)
 
         def pointwise(kernel: Tensor) -> Tensor:
-            return F.conv2d(padded, kernel, groups=groups)
+            return conv(padded, kernel, groups=groups)
 
         def filtered(y: Tensor, pattern: Tensor) -> Tensor:
             pattern = pattern.expand(y.shape[1], 1, *spec.kernel_size)
-            return F.conv2d(y, pattern, groups=y.shape[1], **moves)
+            return conv(y, pattern, groups=y.shape[1], **moves)
 
         outputs = [
-            F.conv2d(padded, self.origin, groups=groups, **moves),
+            conv(padded, self.origin, groups=groups, **moves),
             filtered(pointwise(self.avg), self.avg_pattern),
             filtered(pointwise(self.prior), self.prior_pattern[:, None]),
-            F.conv2d(
+            conv(
                 pointwise(self.inner1 + self.identity),
                 self.inner2,
                 groups=groups,
@@ -176,17 +183,17 @@ class KxKKernel(ComposedKernel):
             ),
         ]
         if self.pointwise is not None:
-            cropped = pad2d(x, spec.pads_of((1, 1)), spec.padding_mode)
+            cropped = pad_images(x, spec.pads_of(one), spec.padding_mode)
             outputs.append(
-                F.conv2d(
+                conv(
                     cropped, self.pointwise, stride=spec.stride, groups=groups
                 )
             )
-        wide = F.conv2d(
+        wide = conv(
             padded, self.depthwise, groups=spec.in_channels, **moves
         )
         # From the order of compose_separable to that of a grouped convolution.
         rows = self.separable.unflatten(0, (-1, groups)).transpose(0, 1)
-        outputs.append(F.conv2d(wide, rows.flatten(0, 1), groups=groups))
-        scales = self.scale.reshape(len(outputs), 1, -1, 1, 1)
+        outputs.append(conv(wide, rows.flatten(0, 1), groups=groups))
+        scales = self.scale.reshape(len(outputs), 1, -1, *one)
         return sum(scale * y for scale, y in zip(scales, outputs))

@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmdbb.geometry import ConvSpec, pad2d
+from mmdbb.dimensions import CONV
+from mmdbb.geometry import ConvSpec, pad_images
 from mmdbb.kernels.base import ComposedKernel, empty_kernel
 from mmdbb.transforms import compose_1x1_kxk, identity_kernel
 
@@ -28,10 +28,11 @@ class PointwiseKernel(ComposedKernel):
         super().__init__(spec)
         out, inside = spec.kernel_shape[:2]
         grows = out // spec.groups > inside
-        self.origin = empty_kernel(out, inside, 1, 1)
+        one = (1,) * spec.dims
+        self.origin = empty_kernel(out, inside, *one)
         size = spec.in_channels if grows else out
-        self.inner1 = empty_kernel(size, inside, 1, 1)
-        self.inner2 = empty_kernel(out, size // spec.groups, 1, 1)
+        self.inner1 = empty_kernel(size, inside, *one)
+        self.inner2 = empty_kernel(out, size // spec.groups, *one)
         self.scale = nn.Parameter(torch.empty(len(self.scales), out))
         self.reset_parameters()
 
@@ -44,12 +45,16 @@ class PointwiseKernel(ComposedKernel):
         eye, drawn = pair if grows else pair[::-1]
         for kernel in (self.origin, drawn):
             nn.init.kaiming_uniform_(kernel, a=1.0)
-        eye.copy_(identity_kernel(len(eye), self.spec.groups))
+        same = identity_kernel(
+            len(eye), self.spec.groups, dims=self.spec.dims
+        )
+        eye.copy_(same)
         self.scale.copy_(torch.tensor(self.scales)[:, None])
 
     def compose(self) -> Tensor:
         """Compose the kernel, (out, in / groups, 1, 1)."""
-        origin, inner = (row.reshape(-1, 1, 1, 1) for row in self.scale)
+        one = (1,) * self.spec.dims
+        origin, inner = (row.reshape(-1, 1, *one) for row in self.scale)
         kernel = compose_1x1_kxk(
             self.inner1, self.inner2 * inner, self.spec.groups
         )
@@ -58,12 +63,10 @@ class PointwiseKernel(ComposedKernel):
     def forward_branches(self, x: Tensor) -> Tensor:
         """See :meth:`ComposedKernel.forward_branches`."""
         spec = self.spec
-        x = pad2d(x, spec.pads, spec.padding_mode)
-        down, right = spec.stride
-        x = x[..., ::down, ::right]
-        origin, inner = self.scale.reshape(2, 1, -1, 1, 1)
-        y = F.conv2d(x, self.inner1, groups=spec.groups)
-        y = F.conv2d(y, self.inner2, groups=spec.groups)
-        return inner * y + origin * F.conv2d(
-            x, self.origin, groups=spec.groups
-        )
+        conv, one = CONV[spec.dims], (1,) * spec.dims
+        x = pad_images(x, spec.pads, spec.padding_mode)
+        x = x[(..., *(slice(None, None, step) for step in spec.stride))]
+        origin, inner = self.scale.reshape(2, 1, -1, *one)
+        y = conv(x, self.inner1, groups=spec.groups)
+        y = conv(y, self.inner2, groups=spec.groups)
+        return inner * y + origin * conv(x, self.origin, groups=spec.groups)

@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 from typing import Tuple
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmdbb.geometry import ConvSpec, pad2d
+from mmdbb.dimensions import CONV
+from mmdbb.geometry import ConvSpec, pad_images
 from mmdbb.kernels.base import ComposedKernel, empty_kernel
 from mmdbb.kernels.kxk import KxKKernel
 from mmdbb.transforms import compose_stack
@@ -53,7 +53,12 @@ class StackedKernel(ComposedKernel):
         inside, layer_list = spec.in_channels, []
         for _ in range(layers):
             layer = ConvSpec(
-                inside, spec.out_channels, 3, padding=1, groups=spec.groups
+                inside,
+                spec.out_channels,
+                3,
+                padding=1,
+                groups=spec.groups,
+                dims=spec.dims,
             )
             layer_list.append(
                 KxKKernel(layer) if composed else PlainKernel(layer)
@@ -62,14 +67,14 @@ class StackedKernel(ComposedKernel):
         self.layers = nn.ModuleList(layer_list)
 
     @staticmethod
-    def serves(kernel_size: Tuple[int, int]) -> bool:
+    def serves(kernel_size: Tuple[int, ...]) -> bool:
         """Whether a stack of 3x3 kernels has this size.
 
         Args:
-            kernel_size: Height and width in taps.
+            kernel_size: Size in taps, in each dimension.
         """
-        height, width = kernel_size
-        return height == width and height % 2 == 1 and height >= 5
+        side = kernel_size[0]
+        return {*kernel_size} == {side} and side % 2 == 1 and side >= 5
 
     def compose(self) -> Tensor:
         """Compose the kernel, (out, in / groups, k, k)."""
@@ -84,13 +89,13 @@ class StackedKernel(ComposedKernel):
     def forward_branches(self, x: Tensor) -> Tensor:
         """See :meth:`ComposedKernel.forward_branches`."""
         spec = self.spec
-        x = pad2d(x, spec.pads, spec.padding_mode)
+        x = pad_images(x, spec.pads, spec.padding_mode)
         for i, layer in enumerate(self.layers):
             kernel = layer()
             if i and not self.flip:
-                kernel = kernel.flip(2, 3)
+                kernel = kernel.flip(*range(2, kernel.dim()))
             last = i == len(self.layers) - 1
-            x = F.conv2d(
+            x = CONV[spec.dims](
                 x,
                 kernel,
                 stride=spec.stride if last else 1,

@@ -85,6 +85,7 @@ def plain_start(
         )
     work = copy.deepcopy(block).cpu()
     plain = KernelBias(*(t.detach().cpu().double() for t in plain))
+    plain = block.in_torchs_layout(plain)
     wanted = _with_norm(plain, norm if absorbed else None)
     if isinstance(work, ComposedKernelConv2d):
         exact = _start_composed(work, wanted, branch_scale)
@@ -136,7 +137,9 @@ def start_offered(
         raise ValueError('it is on the meta device, where it has no values')
     if not block.deploy:
         return plain_start(block, plain, values, values is not None)
-    wanted = _with_norm(KernelBias(*map(exactly, plain)), values)
+    layout = block.in_torchs_layout
+    exact = layout(KernelBias(*map(exactly, plain)))
+    wanted = layout(_with_norm(exact, values))
     if block.reparam_conv.bias is None:
         if wanted.bias.any():
             raise ValueError('the plain convolution has a bias, it has none')
@@ -211,10 +214,10 @@ def _check(block: nn.Module, plain: KernelBias, branch_scale: float) -> None:
             'a block with a norm after its sum cannot start as a plain '
             f'convolution; {type(block).__name__} has one (sum_norm=True)'
         )
-    if tuple(plain.kernel.shape) != block.spec.kernel_shape:
+    if tuple(plain.kernel.shape) != block.spec.weight_shape:
         raise ValueError(
             f'the plain kernel has shape {tuple(plain.kernel.shape)}, the '
-            f'block needs {block.spec.kernel_shape}'
+            f'block needs {block.spec.weight_shape}'
         )
     if not branch_scale > 0:
         raise ValueError(

@@ -115,11 +115,12 @@ def start_sum(
     )
     scale_shift = norm_scale_shift(start)
     kernel = unfuse_conv_bn(rest, scale_shift).kernel
+    shift = rest.bias - scale_shift.shift
     if hasattr(dense, 'generator'):
         start_as_(dense.generator, kernel, branch_scale, dtype)
     else:
-        dense.conv.weight.copy_(kernel)
-    shift = rest.bias - scale_shift.shift
+        weight = KernelBias(kernel, shift)
+        dense.conv.weight.copy_(work.in_torchs_layout(weight).kernel)
     if start.bias is not None:
         start.bias.copy_(shift)
     elif exact.own_bias is not None:

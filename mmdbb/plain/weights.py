@@ -217,14 +217,14 @@ class _Places:
         missing = []
         if kernel is None:
             missing = _under(name, ('weight',))
-        elif kernel.dim() != 4:
+        elif kernel.dim() != block.dims + 2:
             raise ValueError(
                 f'the plain kernel has shape {tuple(kernel.shape)}'
             )
         elif bias is None:
             if block._wants_bias and not absorbed:
                 missing = _under(name, ('bias',))
-            bias = kernel.new_zeros(kernel.shape[0])
+            bias = kernel.new_zeros(block.out_channels)
         values = None
         if absorbed or _is_tracking(module):
             mean, var, weight, shift, count = (
@@ -243,7 +243,7 @@ class _Places:
         if missing:
             raise ValueError(f'missing: {some(missing)}')
         if values is not None:
-            channels = (kernel.shape[0],)
+            channels = (block.out_channels,)
             for entry, value in zip(NORM_ENTRIES[:4], values[:4]):
                 if value is not None and tuple(value.shape) != channels:
                     raise ValueError(

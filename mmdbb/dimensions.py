@@ -1,0 +1,90 @@
+# Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
+"""torch's layers and functions by the number of dimensions of their images.
+
+An image has one dimension (a sound, the time of a pose), two (a picture) or
+three (a video, a volume). torch has a class for each. All that is written
+about geometry and algebra in this package holds for any number of them, and
+asks here for the class or the function of torch.
+"""
+
+from __future__ import annotations
+
+from typing import Dict, NamedTuple, Optional, Tuple, Type
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+class LayerKind(NamedTuple):
+    """What a convolution is, apart from its numbers.
+
+    Attributes:
+        dims: Number of dimensions of the images: 1, 2 or 3.
+        transposed: Whether it is a transposed convolution.
+    """
+
+    dims: int = 2
+    transposed: bool = False
+
+    @property
+    def name(self) -> str:
+        """Name of torch's class, such as ``nn.Conv3d``."""
+        return f'nn.{CONV_TYPES[self].__name__}'
+
+
+#: Kind -> torch's class.
+CONV_TYPES: Dict[LayerKind, Type[nn.Module]] = {
+    LayerKind(1): nn.Conv1d,
+    LayerKind(2): nn.Conv2d,
+    LayerKind(3): nn.Conv3d,
+    LayerKind(1, True): nn.ConvTranspose1d,
+    LayerKind(2, True): nn.ConvTranspose2d,
+    LayerKind(3, True): nn.ConvTranspose3d,
+}
+#: All of torch's convolutions, for ``isinstance``.
+CONVS: Tuple[Type[nn.Module], ...] = tuple(CONV_TYPES.values())
+#: Those that read their input through a kernel, for ``isinstance``.
+FORWARD_CONVS: Tuple[Type[nn.Module], ...] = CONVS[:3]
+#: Those that spread their input by a kernel, for ``isinstance``.
+TRANSPOSED_CONVS: Tuple[Type[nn.Module], ...] = CONVS[3:]
+#: Number of dimensions -> torch's batch norm.
+NORM_TYPES: Dict[int, Type[_BatchNorm]] = {
+    1: nn.BatchNorm1d,
+    2: nn.BatchNorm2d,
+    3: nn.BatchNorm3d,
+}
+
+#: Number of dimensions -> torch's functions.
+CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+CONV_TRANSPOSE = {
+    1: F.conv_transpose1d,
+    2: F.conv_transpose2d,
+    3: F.conv_transpose3d,
+}
+AVG_POOL = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
+
+
+def per_channel(values: Tensor, dims: int) -> Tensor:
+    """Shape one value a channel so that it broadcasts over images.
+
+    Args:
+        values: Shape (channels,).
+        dims: Number of dimensions of the images.
+
+    Returns:
+        Tensor: Shape (channels, 1, ...), with ``dims`` ones.
+    """
+    return values.reshape(-1, *[1] * dims)
+
+
+def kind_of(layer: nn.Module) -> Optional[LayerKind]:
+    """The kind of one of torch's convolutions; None for other layers.
+
+    Args:
+        layer: An instance of one of :data:`CONVS`, or of a subclass.
+    """
+    for kind, conv_type in CONV_TYPES.items():
+        if isinstance(layer, conv_type):
+            return kind
+    return None
