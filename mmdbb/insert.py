@@ -32,6 +32,7 @@ from mmdbb.merge_back import Replaced, merge_before_fuse_
 from mmdbb.modules import has_hooks, memory_format_of, to_layout_
 from mmdbb.plain.blocks import BRANCH_SCALE, copy_entries_, plain_start
 from mmdbb.plain.branch_sums import NormValues
+from mmdbb.ports import PORTS
 from mmdbb.reparam import find_blocks
 from mmdbb.stock_weights import stock_state
 from mmdbb.tracing import outside_blocks, own_readers
@@ -118,7 +119,7 @@ def insert_blocks_(
     blocks = find_blocks(model)
     inside = tuple(f'{name}.' for name in blocks)
     new: Dict[nn.Module, nn.Module] = {}
-    names, candidates = [], []
+    names, candidates, others = [], [], []
     for name, conv in model.named_modules():
         if not name or conv not in readers or not _is_plain(conv):
             continue
@@ -128,6 +129,8 @@ def insert_blocks_(
             continue
         candidates.append(name)
         form = forms[kind_of(conv)]
+        if form is None:
+            others.append(kind_of(conv).name)
         if form is None or not where(name, conv):
             continue
         norm = readers[conv]
@@ -147,14 +150,19 @@ def insert_blocks_(
             new[norm] = place
         names.append(name)
     if not names:
-        has = f'; it has blocks already: {some([*blocks])}' if blocks else ''
+        has = ''
+        if others:
+            kinds = ', '.join(dict.fromkeys(others))
+            has = f'; {block_type.__name__} has no form for {kinds}'
+        if blocks:
+            has += f'; it has blocks already: {some([*blocks])}'
         raise ValueError(
             f'nothing to replace in {type(model).__name__}: {rule} chose '
             f'none of its {len(candidates)} plain convolutions inside{has}'
             if candidates
-            else f'{type(model).__name__} has no plain convolution of torch '
-            'inside that a run reaches, and that nothing else reads, shares or holds'
-            f'{has}'
+            else f'{type(model).__name__} has no plain convolution inside '
+            'that a run reaches, and that nothing else reads, shares or '
+            f'holds{has}'
         )
     places = [
         (parent, attribute, new[child])
@@ -325,4 +333,4 @@ def _held(model: nn.Module) -> Set[nn.Module]:
 
 
 def _is_plain(conv: nn.Module) -> bool:
-    return type(conv) in CONVS and not has_hooks(conv)
+    return PORTS.class_of_layer(conv) in CONVS and not has_hooks(conv)

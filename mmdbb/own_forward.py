@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from mmdbb.blocks.base import ReparamConv2d
+from mmdbb.dimensions import CONVS, FORWARD_CONVS
 from mmdbb.files.sources import some
 from mmdbb.modules import small_size
 
-_PRODUCTS = ('conv2d', 'linear')
+_PRODUCTS = ('conv1d', 'conv2d', 'conv3d', 'linear')
 
 
 class Product(NamedTuple):
@@ -80,8 +81,9 @@ def is_plain(layer: nn.Module) -> bool:
     before, as layers do that pad by themselves.
 
     Args:
-        layer: A block, or an ``nn.Conv2d`` or ``nn.Linear``, or an instance
-            of a subclass. It stays unchanged.
+        layer: A block, or a convolution of torch (a transposed one is not
+            known) or ``nn.Linear``, or an instance of a subclass. It stays
+            unchanged.
     """
     if 'forward' in vars(layer):
         return False
@@ -89,9 +91,10 @@ def is_plain(layer: nn.Module) -> bool:
         return type(layer).forward is ReparamConv2d.forward
     if layer._parameters.get('weight') is None:
         return False  # computed before each pass, such as a masked one
-    if type(layer).forward is nn.Linear.forward or (
-        type(layer).forward is nn.Conv2d.forward
-        and type(layer)._conv_forward is nn.Conv2d._conv_forward
+    if type(layer).forward is nn.Linear.forward or any(
+        type(layer).forward is conv.forward
+        and type(layer)._conv_forward is conv._conv_forward
+        for conv in FORWARD_CONVS
     ):
         return True
     return _returns_its_product(layer)
@@ -135,6 +138,6 @@ def _returns_its_product(layer: nn.Module) -> bool:
 def _example(layer: nn.Module) -> Tensor:
     """A small input for a layer."""
     weight = layer.weight
-    if not isinstance(layer, nn.Conv2d):
+    if not isinstance(layer, CONVS):
         return weight.new_ones(2, layer.in_features)
     return weight.new_ones(2, layer.in_channels, *small_size(layer))

@@ -76,6 +76,8 @@ class Ports:
             such a config; else None.
         replaced_layer: Gets a block's class. While an OpenMMLab package
             builds a network, returns what the block's config replaces there.
+        class_of_layer: The class of a convolution; torch's own for a subclass
+            of a package's that computes the same.
         log: Writes a message to the log.
         read_address: Reads a checkpoint from an address such as
             ``torchvision://resnet50``.
@@ -106,6 +108,7 @@ class Ports:
         self.replaced_layer: Callable[[type], ReplacedLayer] = lambda block: (
             ReplacedLayer()
         )
+        self.class_of_layer: Callable[[nn.Module], type] = type
         self.log: Callable[..., None] = _log
         self.read_address: Callable[[str], dict] = _read_address
         self.data_samples: Callable[[Tensor], Optional[list]] = (

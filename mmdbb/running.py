@@ -74,7 +74,7 @@ def run_network(
         torch.manual_seed(0)
         if hasattr(model, 'extract_feat'):
             try:
-                features = model.extract_feat(images)
+                features = _features(model, images)
             except Exception as error:  # networks raise all kinds of errors
                 return _parts(model, images, error, once)
             return _heads(model, images, features, None if once else reached)
@@ -82,6 +82,16 @@ def run_network(
             return Outputs(_tensors('output', model(images)), {})
         except Exception as error:
             return _parts(model, images, error, once)
+
+
+def _features(model: nn.Module, images: Tensor) -> Any:
+    try:
+        return model.extract_feat(images)
+    except Exception:
+        if images.dim() != 5:
+            raise
+        # A recogniser of videos takes several views of each.
+        return model.extract_feat(images[:, None])
 
 
 def is_of_head(name: str) -> bool:
@@ -105,7 +115,9 @@ def takes_other_images(model: nn.Module, images: Tensor) -> bool:
         images: Images of shape (N, C, H, W).
     """
     for size in (224, 64, 512):
-        other = images.new_zeros(2, images.shape[1], size, size)
+        shape = [2, *images.shape[1:]]
+        shape[-min(2, images.dim() - 2) :] = [size] * min(2, images.dim() - 2)
+        other = images.new_zeros(shape)
         with contextlib.suppress(CannotRun):
             if WHOLE not in run_network(model, other).left_out:
                 return True

@@ -52,7 +52,7 @@ class BranchSumConv2d(ReparamConv2d):
             block).
         norm_cfg: Config of the norms, ``dict(type='BN')`` if None.
         shift: Whether norms subtract a mean and add a bias. If not, they only
-            scale (:class:`~mmdbb.scale_norm.ScaleNorm2d`), and the merged
+            scale (:class:`~mmdbb.scale_norm.ScaleNorm`), and the merged
             convolution has a bias only with ``bias=True``.
         sum_norm: Whether a norm follows the sum; by default the preset
             decides.

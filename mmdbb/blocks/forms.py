@@ -132,11 +132,10 @@ class OREPARepVGG3d(OREPARepVGG):
     dims = 3
 
 
-class _Transposed(DBB):
+class _Transposed:
     """The order of arguments is that of ``nn.ConvTranspose2d``."""
 
     transposed = True
-    preset = ('kxk', '1x1', '1x1_kxk')
 
     def __init__(
         self,
@@ -167,15 +166,20 @@ class _Transposed(DBB):
         )
 
 
+#: Pooling reads; nothing that a transposed convolution computes is like it.
+_TRANSPOSED_DBB = ('kxk', '1x1', '1x1_kxk')
+
+
 @register_conv_layer('DBBTranspose1d')
-class DBBTranspose1d(_Transposed):
+class DBBTranspose1d(_Transposed, DBB):
     """:class:`DBB` in place of an ``nn.ConvTranspose1d``."""
 
     dims = 1
+    preset = _TRANSPOSED_DBB
 
 
 @register_conv_layer('DBBTranspose2d')
-class DBBTranspose2d(_Transposed):
+class DBBTranspose2d(_Transposed, DBB):
     """:class:`DBB` in place of an ``nn.ConvTranspose2d``.
 
     The sum of a KxK, a 1x1 and a 1x1-KxK branch. The first norm of the last
@@ -194,9 +198,31 @@ class DBBTranspose2d(_Transposed):
         torch.Size([2, 8, 10, 12])
     """
 
+    preset = _TRANSPOSED_DBB
+
 
 @register_conv_layer('DBBTranspose3d')
-class DBBTranspose3d(_Transposed):
+class DBBTranspose3d(_Transposed, DBB):
     """:class:`DBB` in place of an ``nn.ConvTranspose3d``."""
+
+    dims = 3
+    preset = _TRANSPOSED_DBB
+
+
+@register_conv_layer('ConvBNTranspose1d')
+class ConvBNTranspose1d(_Transposed, ConvBN):
+    """:class:`ConvBN` in place of an ``nn.ConvTranspose1d``."""
+
+    dims = 1
+
+
+@register_conv_layer('ConvBNTranspose2d')
+class ConvBNTranspose2d(_Transposed, ConvBN):
+    """:class:`ConvBN` in place of an ``nn.ConvTranspose2d``."""
+
+
+@register_conv_layer('ConvBNTranspose3d')
+class ConvBNTranspose3d(_Transposed, ConvBN):
+    """:class:`ConvBN` in place of an ``nn.ConvTranspose3d``."""
 
     dims = 3

@@ -10,12 +10,15 @@ from torch import nn
 
 from mmdbb.blocks.base import ReparamConv2d
 from mmdbb.compare import network_outputs
+from mmdbb.dimensions import CONVS
 from mmdbb.found_norms import FoundNorms, find_norms
 from mmdbb.modules import tensors_of
 from mmdbb.running import CannotRun
 
 #: Height and width of the image in pixels, large enough for most networks.
 IMAGE_SIZE = (224, 224)
+#: Frames of a video, or slices of a volume: enough for most networks too.
+FRAMES = 8
 
 
 def norms_of(
@@ -45,7 +48,7 @@ def run_on_image(
     """
     tensor = next(tensors_of(model), torch.empty(0))
     generator = torch.Generator().manual_seed(0)
-    shape = (1, channels_of(model), *image_size)
+    shape = (1, *image_shape(model, channels_of(model), image_size))
     image = torch.rand(shape, generator=generator).to(tensor.device)
     if tensor.is_floating_point():
         image = image.to(tensor.dtype)
@@ -59,6 +62,28 @@ def run_on_image(
             raise
 
 
+def image_shape(
+    model: nn.Module, channels: int, image_size: Tuple[int, int]
+) -> Tuple[int, ...]:
+    """Shape of one image that a network takes.
+
+    Args:
+        model: The network. Its first convolution or block reads the images.
+        channels: Number of channels of the images.
+        image_size: Height and width in pixels.
+
+    Returns:
+        tuple: (C, H, W); for a network of videos or volumes (C, T, H, W) with
+        :data:`FRAMES` frames, for one of lines (C, W).
+    """
+    sizes = {1: image_size[1:], 3: (FRAMES, *image_size)}
+    for module in model.modules():
+        if isinstance(module, (*CONVS, ReparamConv2d)):
+            dims = len(module.kernel_size)
+            return (channels, *sizes.get(dims, image_size))
+    return (channels, *image_size)
+
+
 def channels_of(model: nn.Module) -> int:
     """Number of channels of the images that a network takes.
 
@@ -67,7 +92,7 @@ def channels_of(model: nn.Module) -> int:
             without any, they have three channels. The ``Focus`` of YOLOX
             makes four channels of each before its convolution reads them.
     """
-    convs, pixels = (nn.Conv2d, ReparamConv2d), 1
+    convs, pixels = (*CONVS, ReparamConv2d), 1
     for module in model.modules():
         if type(module).__name__ == 'Focus':
             pixels = 4

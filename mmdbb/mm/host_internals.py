@@ -34,7 +34,7 @@ from typing import (
 )
 
 import numpy as np
-from mmcv.cnn import build_conv_layer
+from mmcv.cnn import build_conv_layer, build_upsample_layer
 from mmengine.config import Config
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.hooks import CheckpointHook
@@ -60,6 +60,9 @@ LAUNCHED = {
 #: mmdet's model for test-time augmentation. mmdet registers it in mmengine's
 #: root registry, not in its own.
 DET_TTA_MODEL = 'DetTTAModel'
+#: mmcv's type of the transposed convolutions that ``build_upsample_layer``
+#: makes.
+UPSAMPLE_TYPE = 'deconv'
 #: Name of the file that holds the path of the checkpoint written last.
 POINTER = 'last_checkpoint'
 #: Default names of checkpoints of epochs and of iterations.
@@ -80,6 +83,7 @@ def plug_in(ports: Ports) -> None:
     ports.initialize = initialize
     ports.is_host_rule = is_init_rule
     ports.refuse_fusion = refuse_wrong_fusion
+    ports.class_of_layer = class_of_layer
     ports.log = log
     ports.history = history
     ports.classes = {
@@ -178,15 +182,39 @@ def refuse_wrong_fusion(block: nn.Module, caller: FrameType) -> None:
         child, outer = parent, outer.f_back
 
 
-def builds_conv_layer(caller: FrameType) -> bool:
-    """Whether a frame is one of mmcv's ``build_conv_layer`` (mmcv 2.1.0).
+def class_of_layer(layer: nn.Module) -> type:
+    """The class of a layer, but torch's for mmcv's wrapper of a layer.
 
-    It calls a class that is the ``type`` of a layer's config directly.
+    The types ``Conv``, ``Conv3d`` and ``deconv`` name subclasses of torch's
+    layers, in ``mmcv.cnn.bricks.wrappers`` (mmcv 2.1.0). They compute the
+    same; for a torch before 1.5 they gave an empty output for no images.
+
+    Args:
+        layer: The layer.
+    """
+    is_wrapper = type(layer).__module__ == 'mmcv.cnn.bricks.wrappers'
+    return type(layer).__mro__[1 if is_wrapper else 0]
+
+
+def builds_conv_layer(caller: FrameType) -> bool:
+    """Whether a frame is of a function of mmcv's that builds layers.
+
+    ``build_conv_layer`` and ``build_upsample_layer`` (mmcv 2.1.0) call a class
+    that is the ``type`` of a layer's config directly.
 
     Args:
         caller: The frame.
     """
-    return caller.f_code is build_conv_layer.__code__
+    builders = build_conv_layer.__code__, build_upsample_layer.__code__
+    return caller.f_code in builders
+
+
+def _builds_upsample_layer() -> bool:
+    """Whether ``build_upsample_layer`` asked for the layer being built."""
+    frame = sys._getframe(1)
+    while frame.f_globals.get('__name__', '').startswith('mmdbb.'):
+        frame = frame.f_back
+    return frame.f_code is build_upsample_layer.__code__
 
 
 def replaced_layer(is_block: Callable[[dict], bool]) -> ReplacedLayer:
@@ -199,6 +227,8 @@ def replaced_layer(is_block: Callable[[dict], bool]) -> ReplacedLayer:
     Args:
         is_block: Whether a layer's config names the block.
     """
+    if _builds_upsample_layer():
+        return ReplacedLayer('build_upsample_layer', UPSAMPLE_TYPE)
     found, spectral, frame = None, False, sys._getframe(1)
     while frame is not None and found is None:
         if frame.f_code.co_name == '__init__':

@@ -36,7 +36,7 @@ from mmdbb.plain.branch_sums import (
 )
 from mmdbb.plain.kernels import start_as_
 from mmdbb.ports import PORTS
-from mmdbb.scale_norm import ScaleNorm2d
+from mmdbb.scale_norm import ScaleNorm
 from mmdbb.transforms import KernelBias, bn_scale_shift, fuse_conv_bn
 
 #: Default of ``branch_scale`` in :func:`plain_start`.
@@ -191,7 +191,8 @@ def _start_composed(
 
 
 def _only_scales(block: nn.Module) -> bool:
-    return any(isinstance(m, ScaleNorm2d) for m in block.modules())
+    branches = getattr(block, 'branches', {}).values()
+    return any(isinstance(b.last_norm, ScaleNorm) for b in branches)
 
 
 def _check(block: nn.Module, plain: KernelBias, branch_scale: float) -> None:

@@ -16,7 +16,7 @@ from mmdbb.blocks.branch_sum import BranchSumConv2d
 from mmdbb.branches.base import leaf_dtype
 from mmdbb.branches.norm import norm_scale_shift
 from mmdbb.plain.kernels import start_as_
-from mmdbb.scale_norm import ScaleNorm2d
+from mmdbb.scale_norm import ScaleNorm
 from mmdbb.transforms import KernelBias, add_branches, unfuse_conv_bn
 
 # The least gamma of a channel that the plain network switched off, so that the
@@ -91,7 +91,7 @@ def start_sum(
     values = _start_of_norm(plain, norm, absorbed, start.eps)
     # The plain bias is missing in the mean of the branch's convolution.
     mean = values.mean - plain.bias
-    if isinstance(start, ScaleNorm2d):
+    if isinstance(start, ScaleNorm):
         values = _about_zero(values, mean, start.eps)
         mean = 0 * mean
     start.running_mean.copy_(mean)
@@ -125,7 +125,7 @@ def start_sum(
         start.bias.copy_(shift)
     elif exact.own_bias is not None:
         exact.own_bias.copy_(shift)
-    elif isinstance(start, ScaleNorm2d):
+    elif isinstance(start, ScaleNorm):
         if shift.any():
             raise ValueError(
                 'the plain convolution has a bias, the block with shift=False '

@@ -13,9 +13,10 @@ from mmengine.structures import BaseDataElement, InstanceData
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 
+from mmdbb.dimensions import per_channel
 from mmdbb.errors import UserError
 from mmdbb.files.checkpoints import check_regular
-from mmdbb.mm.data_flow import channels_of
+from mmdbb.mm.data_flow import channels_of, image_shape
 
 #: Images with more pixels are refused, because a small file can claim to be a
 #: large image and fill the memory.
@@ -34,10 +35,15 @@ def random_batch(model: nn.Module, size: Tuple[int, int], seed: int) -> Tensor:
     Returns:
         Tensor: Normalised images (2, C, H, W). C is 3, but for a network
         without a mean of 3 channels whose first convolution takes another
-        number.
+        number. For a network of videos (2, C, T, H, W), for one of lines
+        (2, C, W).
     """
     generator = np.random.default_rng(seed)
     channels = _channels(model)
+    shape = image_shape(model, channels, size)
+    if len(shape) != 3:
+        pixels = generator.integers(0, 256, (2, *shape), dtype=np.uint8)
+        return _normalised(model, torch.from_numpy(pixels).float())
     images = [
         generator.integers(0, 256, (*size, channels), dtype=np.uint8)
         for _ in range(2)
@@ -66,7 +72,17 @@ def given_batch(
     """
     if isinstance(image, Tensor):
         return image
-    return _preprocessed(model, [mmcv.imresize(_read(image), size[::-1])])
+    pixels = mmcv.imresize(_read(image), size[::-1])
+    sizes = image_shape(model, pixels.shape[2], size)[1:]
+    if len(sizes) == 1:
+        raise UserError(
+            f'{image} is a picture, but the network takes images of one '
+            'dimension; leave the image out'
+        )
+    batch = _preprocessed(model, [pixels])
+    if len(sizes) == 3:  # a video that stands still
+        batch = batch[:, :, None].expand(-1, -1, sizes[0], -1, -1)
+    return batch
 
 
 def _read(path: str) -> np.ndarray:
@@ -105,15 +121,17 @@ def _preprocessed(model: nn.Module, images: List[np.ndarray]) -> Tensor:
     except Exception:
         # Some preprocessors of videos, of points and of pairs of images need
         # more than images.
-        return _normalised(preprocessor, torch.stack(tensors).float())
+        return _normalised(model, torch.stack(tensors).float())
 
 
-def _normalised(preprocessor: nn.Module, images: Tensor) -> Tensor:
+def _normalised(model: nn.Module, images: Tensor) -> Tensor:
     """Images on the scale of a preprocessor that does not take images."""
+    preprocessor = getattr(model, 'data_preprocessor', None)
     mean, std = (getattr(preprocessor, n, None) for n in ('mean', 'std'))
     if not isinstance(mean, Tensor) or not isinstance(std, Tensor):
         return images / 255
-    return (images - mean.reshape(-1, 1, 1)) / std.reshape(-1, 1, 1)
+    dims = images.dim() - 2
+    return (images - per_channel(mean, dims)) / per_channel(std, dims)
 
 
 def _channels(model: nn.Module) -> int:

@@ -17,6 +17,7 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from mmdbb.dimensions import CONVS
 from mmdbb.errors import UserError
 from mmdbb.files.checkpoints import load_strictly, read_checkpoint
 from mmdbb.mm.structure import Structure, written_structure
@@ -115,7 +116,7 @@ def _give_fused_(model: nn.Module, state: Dict[str, Tensor]) -> None:
     """
     present = {name.rpartition('.')[0] for name in state}
     for name, module in list(model.named_modules(remove_duplicate=False)):
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, CONVS):
             bias = state.get(f'{name}.bias')
             if module.bias is None and bias is not None:
                 # In the precision of the network, to which all is loaded.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mmdbb.blocks.base import ReparamConv2d
 from mmdbb.branches.base import leaf_dtype
+from mmdbb.dimensions import CONVS
 from mmdbb.errors import UserError
 from mmdbb.files.checkpoints import load_strictly
 from mmdbb.files.sources import some, with_versions_of
@@ -282,7 +283,7 @@ def _in_names_of(trained: nn.Module, stock: nn.Module, pairs: Pairs) -> Pairs:
     """Translate pairs of the stock network for the one that was trained."""
     renamed = names_in(stock, trained)
     # The name of a container may be that of a layer in the other network.
-    layers = (ReparamConv2d, nn.Conv2d, nn.Identity)
+    layers = (ReparamConv2d, *CONVS, nn.Identity)
     own = {
         renamed(name): name
         for module, names in names_of(trained).items()
@@ -369,7 +370,7 @@ def _partly_merged(
 
 def _converted(
     name: str, block: ReparamConv2d, dtype: torch.dtype
-) -> nn.Conv2d:
+) -> nn.Module:
     try:
         return block.to_conv(dtype)
     except ValueError as error:

@@ -14,9 +14,10 @@ from mmengine.config import Config
 from torch import nn
 
 from mmdbb.blocks.base import ReparamConv2d
+from mmdbb.dimensions import CONVS
 from mmdbb.errors import UserError
 from mmdbb.mm.config_types import class_of
-from mmdbb.mm.stock.config import named_block
+from mmdbb.mm.stock.config import UPSAMPLE_KEY, named_block
 
 
 class Asked(NamedTuple):
@@ -26,7 +27,8 @@ class Asked(NamedTuple):
         place: Its dotted key in the model's config, such as
             ``'roi_head.mask_head'``; empty for the model itself.
         kind: The class or function that its ``type`` names; None if unknown.
-        key: The key that asks: ``conv_cfg``, or ``block`` of a ready backbone.
+        key: The key that asks: ``conv_cfg``, ``upsample_cfg``, or ``block`` of
+            a ready backbone.
         sizes: Smallest and largest kernel (longer side, in taps) that becomes
             a block.
     """
@@ -90,7 +92,7 @@ def parts_of(cfg: Config, model: nn.Module) -> List[Part]:
         plain = {
             m
             for m in inside
-            if isinstance(m, nn.Conv2d)
+            if isinstance(m, CONVS)
             and m not in own
             and low <= max(m.kernel_size) <= high
         }
@@ -135,7 +137,8 @@ def _asked_in(node: Any, place: str, scope: Optional[str]) -> Iterator[Asked]:
         kind = class_of(node.get('type'), scope)
         for key, value in node.items():
             block = named_block(value, scope)
-            if block and (key == 'block' or key.endswith('conv_cfg')):
+            keys = ('conv_cfg', UPSAMPLE_KEY)
+            if block and (key == 'block' or key.endswith(keys)):
                 low, high = block.kernel_sizes
                 low = value.get('min_kernel_size', low)
                 high = value.get('max_kernel_size', high)

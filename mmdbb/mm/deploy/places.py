@@ -82,6 +82,6 @@ def _shapes_only(blocks: Iterable[ReparamConv2d]) -> Iterator[None]:
 
 
 def _zeros_of(spec: ConvSpec, x: Tensor) -> Tensor:
-    kernel = torch.empty(spec.kernel_shape, dtype=x.dtype, device='meta')
-    like = convolve(x.to('meta'), kernel, None, spec.at_size(x.shape[-2:]))
+    kernel = torch.empty(spec.weight_shape, dtype=x.dtype, device='meta')
+    like = convolve(x.to('meta'), kernel, None, spec.at_size(x.shape[-spec.dims :]))
     return x.new_zeros(like.shape)

@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from mmdbb.blocks.base import ReparamConv2d
 from mmdbb.branches.identity import Identity
 from mmdbb.conv_norms import conv_norm_pairs
+from mmdbb.dimensions import CONVS
 
 NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)
 #: The parts of a backbone before its first stage, under the names that the
@@ -312,6 +313,6 @@ def _names(module: nn.Module, prefix: str) -> Iterator[str]:
 
 def _is_depthwise(module: nn.Module) -> bool:
     return (
-        isinstance(module, (nn.Conv2d, ReparamConv2d))
+        isinstance(module, (*CONVS, ReparamConv2d))
         and module.groups == module.in_channels > 1
     )

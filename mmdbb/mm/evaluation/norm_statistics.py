@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdbb.compare import network_outputs
+from mmdbb.dimensions import NORM_TYPES
 from mmdbb.modules import is_known
 
 _BATCH = 32
@@ -50,10 +51,11 @@ def channel_statistics(
 
     def watch(name: str, module: nn.Module, args, output: Tensor) -> None:
         x = (args[0] if of_input else output).detach().double()
+        over = (0, *range(2, x.dim()))
         terms = (
             x.new_tensor(x.numel() / x.shape[1]),
-            x.sum((0, 2, 3)),
-            x.square().sum((0, 2, 3)),
+            x.sum(over),
+            x.square().sum(over),
         )
         before = sums.get(name, (0, 0, 0))
         sums[name] = tuple(a + b for a, b in zip(before, terms))
@@ -95,7 +97,7 @@ def calibrate_norms_(model: nn.Module, images: Tensor) -> None:
     norms = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm))
+        if isinstance(module, (*NORM_TYPES.values(), nn.SyncBatchNorm))
         and module.affine
         and module.running_mean is not None
         and is_known(module)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from mmdbb.compare import Difference, relative_error
 from mmdbb.errors import UserError
+from mmdbb.mm.data_flow import image_shape
 from mmdbb.mm.export.folding import fold_norms_
 from mmdbb.mm.export.formats import INPUT, file_format, silence
 from mmdbb.mm.export.modules import (
@@ -181,7 +182,7 @@ def write_network(
             merged_blocks=len(find_blocks(reference)),
             input=dict(
                 name=INPUT,
-                shape=['batch', channels, *proof.image_size],
+                shape=['batch', *batches[0].shape[1:]],
                 **preprocessing(model),
             ),
             outputs=names,
@@ -241,7 +242,7 @@ def exportable(
 
 def _batches(model: nn.Module, channels: int, proof: Proof) -> List[Tensor]:
     generator = torch.Generator().manual_seed(proof.seed)
-    shape = (channels, *proof.image_size)
+    shape = image_shape(model, channels, proof.image_size)
     batches = [
         torch.randn(count, *shape, generator=generator)
         for count in _VERIFIED_BATCHES

@@ -127,7 +127,7 @@ def kernel_penalty(
         )
     # A block that the model uses in several places counts once.
     blocks = set(penalized_blocks(model, layers).values())
-    kernels = (b.get_equivalent_kernel_bias().kernel for b in blocks)
+    kernels = map(_kernel_of, blocks)
     return sum(KINDS[kind](kernel) for kernel in kernels)
 
 
@@ -203,10 +203,15 @@ def filter_lengths(model: nn.Module) -> Dict[str, List[float]]:
         each output channel.
     """
     return {
-        name: block.get_equivalent_kernel_bias()
-        .kernel.detach()
-        .flatten(1)
-        .norm(dim=1)
-        .tolist()
+        name: _kernel_of(block).detach().flatten(1).norm(dim=1).tolist()
         for name, block in find_blocks(model).items()
     }
+
+
+def _kernel_of(block: ReparamConv2d) -> Tensor:
+    """A block's equivalent kernel, (out, in / groups, kH, kW).
+
+    Torch's weight of a transposed convolution has the inputs first.
+    """
+    merged = block.get_equivalent_kernel_bias()
+    return block.in_torchs_layout(merged).kernel

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.ao.quantization import FakeQuantize
 
 from mmdbb.blocks.base import ReparamConv2d
+from mmdbb.blocks.build import kind_of_block
+from mmdbb.dimensions import LayerKind
 from mmdbb.branches.norm import norm_scale_shift
 from mmdbb.geometry import convolve
 from mmdbb.mm.quantization.quantizers import (
@@ -172,9 +174,18 @@ def _layers(model: nn.Module) -> Dict[str, nn.Module]:
             continue
         if isinstance(module, ReparamConv2d):
             inside.update(module.modules())
-        if isinstance(module, _KINDS):
+        if isinstance(module, _KINDS) and not _is_of_other_kind(module):
             layers[name] = module
     return layers
+
+
+def _is_of_other_kind(module: nn.Module) -> bool:
+    """Whether a block stands for another layer than an ``nn.Conv2d``.
+
+    It stays in float, as torch's own layers of those kinds do.
+    """
+    is_block = isinstance(module, ReparamConv2d)
+    return is_block and kind_of_block(module) != LayerKind(2)
 
 
 def add_quantizers_(

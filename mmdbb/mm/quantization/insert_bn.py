@@ -21,8 +21,9 @@ from mmengine.config import Config
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from mmdbb.blocks import ConvBN
 from mmdbb.blocks.base import ReparamConv2d
-from mmdbb.branches.base import zero_bias
+from mmdbb.blocks.build import kind_of_block, registered_blocks
 from mmdbb.branches.norm import norm_scale_shift
 from mmdbb.compare import Difference, compare_networks
 from mmdbb.errors import UserError
@@ -34,7 +35,12 @@ from mmdbb.mm.evaluation.images import Calibration
 from mmdbb.mm.evaluation.norm_statistics import channel_statistics
 from mmdbb.mm.outputs import Contents, Source, output_paths, writing
 from mmdbb.mm.quantization.network import fill_network
-from mmdbb.mm.stock.config import named_block, without_own_starts
+from mmdbb.mm.stock.config import (
+    UPSAMPLE_KEY,
+    UPSAMPLE_KEYS,
+    named_block,
+    without_own_starts,
+)
 from mmdbb.mm.structure import Structure
 from mmdbb.reparam import find_blocks
 from mmdbb.transforms import KernelBias, fuse_conv_bn
@@ -151,7 +157,7 @@ def conv_bn_config(cfg: Config, model: nn.Module) -> Config:
         default = getattr(kind, 'default_block', None)
         if default is not None and node.get('block') is None:
             node['block'] = dict(default)
-        for key in ('conv_cfg', 'block'):
+        for key in ('conv_cfg', 'block', UPSAMPLE_KEY):
             block = named_block(node.get(key), scope)
             if block is not None:
                 node[key] = _conv_bn(node[key], block, sizes)
@@ -175,11 +181,14 @@ def _conv_bn(
     smallest, largest = block.kernel_sizes
     low = layer.get('min_kernel_size', smallest)
     high = layer.get('max_kernel_size', largest)
+    kinds = registered_blocks(kind_of_block(block))
     new = dict(
-        type='ConvBN',
+        type=next(n for n, kind in kinds.items() if issubclass(kind, ConvBN)),
         min_kernel_size=max(low, min(sizes)),
         max_kernel_size=min(high, max(sizes)),
     )
+    if block.transposed:
+        new.update({k: layer[k] for k in UPSAMPLE_KEYS if k in layer})
     if layer.get('norm_cfg'):
         new['norm_cfg'] = layer['norm_cfg']
     return new
@@ -262,9 +271,11 @@ def _load_rest(
 
 def _merged(block: ReparamConv2d, end: nn.Module) -> KernelBias:
     """The kernel and bias of a block and, if it ends in one, of its norm."""
-    conv = block.to_conv()
-    bias = zero_bias(conv.weight) if conv.bias is None else conv.bias
+    conv, layout = block.to_conv(), block.in_torchs_layout
+    bias = conv.weight.new_zeros(conv.out_channels)
+    bias = bias if conv.bias is None else conv.bias
     if end is block:
         return KernelBias(conv.weight, bias)
-    exact = KernelBias(conv.weight.double(), bias.double())
-    return fuse_conv_bn(exact, norm_scale_shift(copy.deepcopy(end).double()))
+    exact = layout(KernelBias(conv.weight.double(), bias.double()))
+    norm = norm_scale_shift(copy.deepcopy(end).double())
+    return layout(fuse_conv_bn(exact, norm))

@@ -22,9 +22,11 @@ from mmengine.registry import (
     WEIGHT_INITIALIZERS,
     Registry,
 )
+from torch import nn
 
 from mmdbb.blocks.base import ReparamConv2d
-from mmdbb.blocks.build import ADAPTIVE_TYPES
+from mmdbb.blocks.build import ADAPTIVE_TYPES, LAYER_KINDS, kind_of_block
+from mmdbb.dimensions import LayerKind
 from mmdbb.mm.config_types import (
     class_of,
     dicts_of,
@@ -40,6 +42,15 @@ from mmdbb.mm.hosts import HOSTS
 
 #: Arguments of ``nn.Conv2d`` that the config of a block may have.
 CONV_KEYS = ('padding_mode', 'bias')
+#: Argument of the hosts' classes that holds the config of an upsample layer,
+#: and what of a block's config there is ``nn.ConvTranspose2d``'s.
+UPSAMPLE_KEY = 'upsample_cfg'
+UPSAMPLE_KEYS = tuple(inspect.signature(nn.ConvTranspose2d).parameters)
+#: Kinds of layers -> their types in configs.
+TYPES = {
+    LayerKind(2): 'Conv2d',
+    **{kind: name for name, kind in reversed(LAYER_KINDS.items())},
+}
 
 #: Packages whose classes configs can name without ``custom_imports``.
 PACKAGES = (*HOSTS, 'torch', 'torchvision')
@@ -69,8 +80,12 @@ def stock_config(cfg: Config) -> Config:
 
     def without_blocks(node: dict, scope: Optional[str]) -> dict:
         kind = class_of(node.get('type'), scope)
-        if named_block(node.get('conv_cfg'), scope):
-            node['conv_cfg'] = _plain_layer(node['conv_cfg'], kind)
+        block = named_block(node.get('conv_cfg'), scope)
+        if block:
+            node['conv_cfg'] = _plain_layer(node['conv_cfg'], block, kind)
+        block = named_block(node.get(UPSAMPLE_KEY), scope)
+        if block:
+            node[UPSAMPLE_KEY] = _plain_upsample(node[UPSAMPLE_KEY], block)
         if not hasattr(kind, 'plain_cfg'):
             return node
         merged.add(kind)
@@ -149,22 +164,41 @@ def named_block(
     return None
 
 
-def _plain_layer(layer: dict, owner: Any) -> Optional[dict]:
+def _plain_layer(
+    layer: dict, block: Type[ReparamConv2d], owner: Any
+) -> Optional[dict]:
     """The config of the plain convolution in the place of a block.
 
     Args:
         layer: The block's config.
+        block: The block that it names.
         owner: The class, or function, that takes it as ``conv_cfg``.
 
     Returns:
-        dict: With those keys of the block that are ``nn.Conv2d``'s; None,
+        dict: With those keys of the block that are torch's layer's; None,
         the usual default, where that means the same.
     """
     keys = {k: layer[k] for k in CONV_KEYS if k in layer}
     default = default_conv_type(owner) if isinstance(owner, type) else None
     if layer.get('adaptive_padding', default in ADAPTIVE_TYPES):
         return dict(type=ADAPTIVE_TYPES[0], **keys)
-    return dict(type='Conv2d', **keys) if keys or default else None
+    kind = kind_of_block(block)
+    if kind == LayerKind(2):  # it takes the form that the network needs
+        kind = LAYER_KINDS.get(default, kind)
+    plain = dict(type=TYPES[kind], **keys)
+    return plain if keys or default or plain['type'] != 'Conv2d' else None
+
+
+def _plain_upsample(layer: dict, block: Type[ReparamConv2d]) -> dict:
+    """The config of the transposed convolution in the place of a block.
+
+    Args:
+        layer: The block's config.
+        block: The block that it names.
+    """
+    kind = kind_of_block(block)._replace(transposed=True)
+    keys = {k: layer[k] for k in UPSAMPLE_KEYS if k in layer}
+    return dict(type=TYPES[kind], **keys)
 
 
 def without_own_starts(fields: dict) -> dict:
