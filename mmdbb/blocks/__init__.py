@@ -7,6 +7,9 @@ from .branch_sum import BranchSumConv2d
 from .composed import ComposedKernelConv2d
 from .conv_bn import ConvBN
 from .dbb import DBB
+from .dilated import DilatedReparamConv
+from .large_kernel import LargeKernelConv
+from .mobileone import MobileOneConv
 from .orepa import OREPAConv, OREPARepVGG
 from .qarepvgg import QARepVGGConv
 from .repvgg import RepVGGConv
@@ -17,6 +20,9 @@ __all__ = [
     'ConvBN',
     'DBB',
     'ComposedKernelConv2d',
+    'DilatedReparamConv',
+    'LargeKernelConv',
+    'MobileOneConv',
     'OREPAConv',
     'OREPARepVGG',
     'QARepVGGConv',

@@ -14,7 +14,9 @@ from mmdbb.blocks.fast import fast_forward
 from mmdbb.branches.base import (
     Branch,
     build_branch,
+    is_served,
     leaf_dtype,
+    named,
     split_branch_cfg,
 )
 from mmdbb.branches.norm import (
@@ -167,7 +169,8 @@ class BranchSumConv2d(ReparamConv2d):
         It is the one that can take any plain kernel. None if the block has no
         such branch.
         """
-        return next((n for n in DENSE_BRANCHES if n in self.branches), None)
+        dense = (n for n, b in self.branches.items() if b.is_dense)
+        return next(dense, None)
 
     @classmethod
     def preset_for(cls, spec: ConvSpec) -> Sequence[BranchCfg]:
@@ -180,14 +183,17 @@ class BranchSumConv2d(ReparamConv2d):
         """
         return cls.preset
 
+    def _preset(self) -> Sequence[BranchCfg]:
+        """The preset's branches; a subclass may look at its arguments."""
+        return self.preset_for(self.spec)
+
     def _served_preset(self) -> Sequence[BranchCfg]:
         served = []
-        for cfg in self.preset_for(self.spec):
-            name, _ = split_branch_cfg(cfg)
-            if BRANCHES.get(name).supports(self.spec):
+        for cfg in self._preset():
+            if is_served(cfg, self.spec):
                 served.append(cfg)
             else:
-                self.left_out.append(name)
+                self.left_out.append(named(cfg))
         return served
 
     def add_module(self, name: str, module: Optional[nn.Module]) -> None:

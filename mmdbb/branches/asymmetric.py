@@ -28,8 +28,7 @@ class Vertical(_Asymmetric):
         norm: Whether a norm follows the convolution.
     """
 
-    @staticmethod
-    def size(spec: ConvSpec) -> IntPair:
+    def size(self, spec: ConvSpec) -> IntPair:
         return (spec.kernel_size[0], 1)
 
 
@@ -43,6 +42,5 @@ class Horizontal(_Asymmetric):
         norm: Whether a norm follows the convolution.
     """
 
-    @staticmethod
-    def size(spec: ConvSpec) -> IntPair:
+    def size(self, spec: ConvSpec) -> IntPair:
         return (1, spec.kernel_size[1])

@@ -19,7 +19,12 @@ from mmdbb.branches.norm import (
 from mmdbb.geometry import ConvSpec, IntPair, Pads, pad2d
 from mmdbb.modules import tensors_of
 from mmdbb.registry import BRANCHES
-from mmdbb.transforms import KernelBias, fuse_conv_bn, pad_kernel
+from mmdbb.transforms import (
+    KernelBias,
+    dilate_kernel,
+    fuse_conv_bn,
+    pad_kernel,
+)
 
 
 class Branch(nn.Module):
@@ -36,6 +41,10 @@ class Branch(nn.Module):
 
     #: What :meth:`supports` requires, as an error message says it.
     requirement = 'any geometry'
+
+    #: Whether the branch is a kernel of the block's full size and one norm,
+    #: so that it can take any plain kernel.
+    is_dense = False
 
     def __init__(
         self, spec: ConvSpec, norm_cfg: Optional[dict] = None
@@ -101,6 +110,9 @@ class Branch(nn.Module):
     def supports(cls, spec: ConvSpec) -> bool:
         """Whether a branch of this kind can be built for a geometry.
 
+        A subclass may take arguments of its own here as well, by the names
+        that they have in its constructor, with the same defaults.
+
         Args:
             spec: Geometry of the block's convolution.
         """
@@ -131,8 +143,9 @@ class Branch(nn.Module):
 class ConvNormBranch(Branch):
     """A convolution and a norm; its kernel may be smaller than the block's.
 
-    A subclass gives the size of its kernel in :meth:`size`. A smaller kernel
-    reads the same pixels as the block's kernel does at the same taps (see
+    A subclass gives the size of its kernel in :meth:`size`, and the distance
+    between its taps in :attr:`tap_dilation`. A smaller kernel reads the same
+    pixels as the block's kernel does at the same taps (see
     :mod:`mmdbb.geometry`).
 
     Args:
@@ -160,7 +173,7 @@ class ConvNormBranch(Branch):
         )
 
     def _own_geometry(self, spec: ConvSpec) -> Tuple[Optional[Pads], dict]:
-        top, bottom, left, right = pads = spec.pads_of(self.size(spec))
+        top, bottom, left, right = pads = self._pads(spec)
         own_padding = top == bottom >= 0 and left == right >= 0
         own_padding = own_padding and spec.padding != 'adaptive'
         # nn.Conv2d cannot pad unevenly, nor crop, nor look at the image.
@@ -168,14 +181,16 @@ class ConvNormBranch(Branch):
         return explicit_pads, dict(
             stride=spec.stride,
             padding=(top, left) if own_padding else (0, 0),
-            dilation=spec.dilation,
+            dilation=tuple(
+                d * r for d, r in zip(spec.dilation, self._dilation(spec))
+            ),
             padding_mode=spec.padding_mode if own_padding else 'zeros',
         )
 
     def take_size(self, spec: ConvSpec) -> None:
         """See :meth:`Branch.take_size`."""
         super().take_size(spec)
-        self.explicit_pads = spec.pads_of(self.size(spec))
+        self.explicit_pads = self._pads(spec)
 
     def set_spec(self, spec: ConvSpec) -> None:
         """See :meth:`Branch.set_spec`."""
@@ -183,14 +198,23 @@ class ConvNormBranch(Branch):
         self.explicit_pads, geometry = self._own_geometry(spec)
         take_geometry(self.conv, geometry)
 
-    @staticmethod
-    def size(spec: ConvSpec) -> IntPair:
+    #: Distance between two neighbouring taps of the branch's kernel, in taps
+    #: of the block's kernel (rows, columns); None means 1.
+    tap_dilation: Optional[IntPair] = None
+
+    def size(self, spec: ConvSpec) -> IntPair:
         """Height and width of the branch's kernel in taps.
 
         Args:
             spec: Geometry of the block's convolution.
         """
         raise NotImplementedError
+
+    def _dilation(self, spec: ConvSpec) -> IntPair:
+        return self.tap_dilation or (1,) * len(spec.kernel_size)
+
+    def _pads(self, spec: ConvSpec) -> Pads:
+        return spec.pads_of(self.size(spec), self._dilation(spec))
 
     @property
     def last_norm(self) -> Optional[_BatchNorm]:
@@ -205,7 +229,9 @@ class ConvNormBranch(Branch):
     def equivalent_kernel_bias(self) -> KernelBias:
         kernel, bias = fuse_kernel_norm(self.conv.weight, self.norm)
         spec = self.spec
-        offset = spec.offset_of(self.size(spec))
+        dilation = self._dilation(spec)
+        offset = spec.offset_of(self.size(spec), dilation)
+        kernel = dilate_kernel(kernel, dilation)
         return KernelBias(pad_kernel(kernel, spec.kernel_size, offset), bias)
 
 
@@ -268,11 +294,6 @@ def build_branch(
     """
     name, args = split_branch_cfg(cfg)
     branch_type = BRANCHES.get(name)
-    if not branch_type.supports(spec):
-        raise ValueError(
-            f'branch {name!r} needs {branch_type.requirement}, got {spec}; '
-            'leave it out of branches'
-        )
     allowed = [
         parameter
         for parameter in inspect.signature(branch_type).parameters
@@ -283,6 +304,11 @@ def build_branch(
         raise TypeError(
             f'branch {name!r} got unknown keys {unknown}; allowed: '
             f'{["type", *allowed]}'
+        )
+    if not is_served(cfg, spec):
+        raise ValueError(
+            f'branch {named(cfg)!r} needs {branch_type.requirement}, got '
+            f'{spec}; leave it out of branches'
         )
     branch = branch_type(spec, norm_cfg, **args)
     branch.refuse_changed_geometry()  # notes the geometry it is built with
@@ -314,6 +340,41 @@ def split_branch_cfg(cfg: Union[str, dict]) -> tuple:
             f'unknown branch {name!r}; allowed: {sorted(BRANCHES.module_dict)}'
         )
     return name, args
+
+
+def is_served(cfg: Union[str, dict], spec: ConvSpec) -> bool:
+    """Whether the branch that a config describes can be built.
+
+    Args:
+        cfg: A name such as ``'1x1_kxk'``, or ``dict(type=name, ...)``.
+        spec: Geometry of the block's convolution.
+
+    Raises:
+        TypeError: If ``cfg`` is neither a name nor a config, or an argument
+            that decides has the wrong type.
+        ValueError: If no branch has this name, or such an argument is out of
+            range.
+    """
+    name, args = split_branch_cfg(cfg)
+    supports = BRANCHES.get(name).supports
+    deciding = inspect.signature(supports).parameters
+    return supports(spec, **{k: args[k] for k in args if k in deciding})
+
+
+def named(cfg: Union[str, dict]) -> str:
+    """A branch's name for messages, with the arguments that decide its form.
+
+    Args:
+        cfg: A name such as ``'1x1_kxk'``, or ``dict(type=name, ...)``.
+
+    Examples:
+        >>> named('1x1'), named(dict(type='kxk', kernel_size=5, dilation=2))
+        ('1x1', 'kxk (kernel_size=5, dilation=2)')
+    """
+    name, args = split_branch_cfg(cfg)
+    deciding = inspect.signature(BRANCHES.get(name).supports).parameters
+    given = [f'{k}={v!r}' for k, v in args.items() if k in deciding]
+    return f'{name} ({", ".join(given)})' if given else name
 
 
 def leaf_dtype(module: nn.Module) -> torch.dtype:
