@@ -50,7 +50,9 @@ class BranchSumConv2d(ReparamConv2d):
             stride, padding, dilation, groups, bias, padding mode.
         branches: Names or configs of the branches; by default those of the
             preset. A name may occur more than once (the paper's "duplicate"
-            block).
+            block). The attribute ``branches`` has them by name; a second one
+            of a name ends in ``_2``, and a kernel smaller than the block's
+            says so (``kxk_k5_d2``: 5x5 taps, dilation 2).
         norm_cfg: Config of the norms, ``dict(type='BN')`` if None.
         shift: Whether norms subtract a mean and add a bias. If not, they only
             scale (:class:`~mmdbb.scale_norm.ScaleNorm2d`), and the merged
@@ -135,12 +137,13 @@ class BranchSumConv2d(ReparamConv2d):
     ) -> None:
         self.branches = nn.ModuleDict()
         for cfg in branches:
-            name = key = split_branch_cfg(cfg)[0]
+            branch = build_branch(cfg, self.spec, norm_cfg)
+            name = key = split_branch_cfg(cfg)[0] + branch.suffix
             count = 1
             while key in self.branches:
                 count += 1
                 key = f'{name}_{count}'
-            self.branches[key] = build_branch(cfg, self.spec, norm_cfg)
+            self.branches[key] = branch
         self.norm = (
             build_branch_norm(norm_cfg, self.out_channels)
             if sum_norm

@@ -36,7 +36,7 @@ class LargeKernelConv(BranchSumConv2d):
 
     Examples:
         >>> conv = LargeKernelConv(4, 4, 13, padding=6, groups=4)
-        >>> conv.branches['kxk_2'].conv.kernel_size
+        >>> conv.branches['kxk_k5'].conv.kernel_size
         (5, 5)
     """
 

@@ -46,6 +46,10 @@ class Branch(nn.Module):
     #: so that it can take any plain kernel.
     is_dense = False
 
+    #: Ending of the branch's key in a block. Branches of one name that differ
+    #: in form can have keys that say how.
+    suffix = ''
+
     def __init__(
         self, spec: ConvSpec, norm_cfg: Optional[dict] = None
     ) -> None:

@@ -9,7 +9,7 @@ https://arxiv.org/abs/2311.15599).
 
 from __future__ import annotations
 
-from typing import Optional, Union
+from typing import Optional, Sequence, Union
 
 from torch import Tensor
 
@@ -69,6 +69,16 @@ class KxK(ConvNormBranch):
     def is_dense(self) -> bool:
         return self._size == self.spec.kernel_size
 
+    @property
+    def suffix(self) -> str:
+        """Says size and dilation of a kernel of its own: ``_k5_d2``."""
+        if self.is_dense:
+            return ''
+        text = f'_k{_short(self._size)}'
+        if set(self.tap_dilation) == {1}:
+            return text
+        return f'{text}_d{_short(self.tap_dilation)}'
+
     def size(self, spec: ConvSpec) -> IntPair:
         return self._size
 
@@ -76,6 +86,12 @@ class KxK(ConvNormBranch):
     def kernel(self) -> Tensor:
         """Shape (out, in / groups, kH, kW)."""
         return self.conv.weight
+
+
+def _short(numbers: Sequence[int]) -> str:
+    """One number where all are equal, else all of them, as in ``3x1``."""
+    different = numbers if len(set(numbers)) > 1 else numbers[:1]
+    return 'x'.join(map(str, different))
 
 
 def _inner(spec: ConvSpec, kernel_size, dilation) -> tuple:
