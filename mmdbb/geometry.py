@@ -335,34 +335,86 @@ class ConvSpec:
             )
         )
 
-    def offset_of(self, size: IntPair) -> IntPair:
+    def inner_kernel(self, size, dilation) -> Tuple[IntPair, IntPair]:
+        """Check and complete a smaller kernel that a user describes.
+
+        Args:
+            size: Size of the smaller kernel in taps, in each dimension, or
+                one number for all.
+            dilation: How many of this kernel's taps lie between the starts of
+                two of its taps, in each dimension, or one number for all.
+
+        Returns:
+            tuple: The size and the dilation, in each dimension.
+
+        Raises:
+            TypeError: If one of them is no number and not as many as there
+                are dimensions.
+            ValueError: If a number is smaller than 1.
+        """
+        return (
+            _numbers('kernel_size', size, 1, self.dims),
+            _numbers('dilation', dilation, 1, self.dims),
+        )
+
+    def has_room_for(self, size: IntPair, dilation: IntPair) -> bool:
+        """Whether a smaller kernel fits into this one, around its middle.
+
+        It has to end inside, and the number of taps that it spans has to be
+        even or odd as this kernel's is; otherwise its middle would lie
+        between two taps.
+
+        Args:
+            size: Height and width of the smaller kernel in taps.
+            dilation: As in :meth:`inner_kernel`.
+        """
+        return all(
+            span <= k and (k - span) % 2 == 0
+            for span, k in zip(_spans(size, dilation), self.kernel_size)
+        )
+
+    def offset_of(
+        self, size: IntPair, dilation: Optional[IntPair] = None
+    ) -> IntPair:
         """Where a smaller kernel's first tap (row, column) stands in this one.
 
         Args:
             size: Size of the smaller kernel in each dimension: either 1, which
-                stands at the centre, or as large as in this kernel.
+                stands at the centre, or a number for which
+                :meth:`has_room_for` holds.
+            dilation: As in :meth:`inner_kernel`; 1 by default.
         """
         return tuple(
-            0 if s == k else c
-            for s, k, c in zip(size, self.kernel_size, self.centre)
+            c if s == 1 < k else (k - span) // 2
+            for s, span, k, c in zip(
+                size, _spans(size, dilation), self.kernel_size, self.centre
+            )
         )
 
-    def pads_of(self, size: IntPair) -> Pads:
+    def pads_of(
+        self, size: IntPair, dilation: Optional[IntPair] = None
+    ) -> Pads:
         """Padding with which a smaller kernel reads the pixels of its taps.
 
         Args:
             size: Size of the smaller kernel, see :meth:`offset_of`.
+            dilation: As in :meth:`inner_kernel`; 1 by default.
 
         Returns:
             tuple: Pixels before and after, in each dimension; a negative
             number crops. If transposed, those of the output.
         """
         pads = []
-        for side, (first, s, k, d) in enumerate(
-            zip(self.offset_of(size), size, self.kernel_size, self.dilation)
+        for side, (first, span, k, d) in enumerate(
+            zip(
+                self.offset_of(size, dilation),
+                _spans(size, dilation),
+                self.kernel_size,
+                self.dilation,
+            )
         ):
             before, after = self.pads[2 * side : 2 * side + 2]
-            pads += [before - d * first, after - d * (k - first - s)]
+            pads += [before - d * first, after - d * (k - first - span)]
         if self.transposed:
             pads = [-n for n in pads]
             pads[1::2] = [
@@ -560,6 +612,12 @@ def border_mask(x: Tensor, pads: Pads) -> Tensor:
         (1, 1, *x.shape[2:]), dtype=torch.bool, device=x.device
     )
     return F.pad(inside, _for_torch(pads), value=True)
+
+
+def _spans(size: IntPair, dilation: Optional[IntPair]) -> IntPair:
+    """How many taps a kernel reaches across, from its first to its last."""
+    dilation = dilation or (1,) * len(size)
+    return tuple(r * (s - 1) + 1 for s, r in zip(size, dilation))
 
 
 def _is_int(value) -> bool:

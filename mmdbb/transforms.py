@@ -7,7 +7,8 @@ Inception-like Unit", CVPR 2021 (https://arxiv.org/abs/2103.13425).
 Pure functions on kernels and biases. They are differentiable and keep dtype
 and device. All algebra of mmdbb stands here and nowhere else. No function
 mixes the taps of a kernel but where it says so, so all of them hold for
-kernels of one, two and three dimensions; (kH, kW) stands for any of these.
+kernels of one, two and three dimensions; (kH, kW) stands for any of these. The
+last row is UniRepLKNet's (CVPR 2024).
 
 =====  =========================================  =====================
 I      a convolution followed by a BN             :func:`fuse_conv_bn`
@@ -16,13 +17,14 @@ III    a 1x1 followed by a KxK                    :func:`fuse_1x1_kxk`
 IV     the concatenation of branches              :func:`concat_branches`
 V      average pooling                            :func:`avg_pool_kernel`
 VI     a small kernel as a large one              :func:`pad_kernel`
+(VI)   a dilated kernel as one without dilation   :func:`dilate_kernel`
 =====  =========================================  =====================
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, Optional, Tuple
+from typing import NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -342,6 +344,44 @@ def swap_channels(kernel: Tensor, groups: int = 1) -> Tensor:
     first, second, *size = kernel.shape
     grouped = kernel.reshape(groups, first // groups, second, *size)
     return grouped.transpose(1, 2).reshape(-1, first // groups, *size)
+
+
+def dilate_kernel(kernel: Tensor, dilation: Sequence[int]) -> Tensor:
+    """Write a dilated kernel as a larger one, with zeros between its taps.
+
+    Source: Ding et al., "UniRepLKNet", CVPR 2024, sec. 3.2, "Dilated Reparam
+    Block" (https://arxiv.org/abs/2311.15599).
+
+    Args:
+        kernel: Shape (out, in / groups, *taps), of any number of dimensions.
+        dilation: Distance between two neighbouring taps, in taps of the
+            larger kernel, for each dimension.
+
+    Returns:
+        Tensor: Shape (out, in / groups, *spans), where a span is
+        ``dilation * (taps - 1) + 1``.
+
+    Raises:
+        ValueError: If there is not one dilation for each dimension.
+
+    Examples:
+        >>> dilate_kernel(torch.ones(1, 1, 1, 3), (1, 2)).tolist()
+        [[[[1.0, 0.0, 1.0, 0.0, 1.0]]]]
+    """
+    if len(dilation) != kernel.dim() - 2:
+        raise ValueError(
+            f'dilation must be {kernel.dim() - 2} numbers, one for each '
+            f'dimension of the kernel, got {tuple(dilation)}'
+        )
+    for axis, step in enumerate(dilation, 2):
+        if step == 1:
+            continue
+        # Zeros behind each tap, of which those behind the last one go again.
+        span = step * (kernel.shape[axis] - 1) + 1
+        behind = [0, 0] * (kernel.dim() - axis - 1) + [0, step - 1]
+        kernel = torch.nn.functional.pad(kernel.unsqueeze(axis + 1), behind)
+        kernel = kernel.flatten(axis, axis + 1).narrow(axis, 0, span)
+    return kernel
 
 
 # ------------------------------------------------- composed kernels (OREPA)

@@ -144,6 +144,11 @@ def papers():
     return {name: getattr(official, name) for name in official.__all__}
 
 
+def has_usual_arguments(kind):
+    """Whether it takes nn.Conv2d's arguments, and ``deploy``, as a DBB."""
+    return all(takes(name)(kind) for name in ('padding', 'deploy'))
+
+
 def takes(argument):
     """The property of a class that it can be built with this argument."""
     return lambda kind: argument in inspect.signature(kind).parameters

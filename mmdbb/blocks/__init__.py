@@ -7,6 +7,9 @@ from .branch_sum import BranchSumConv2d
 from .composed import ComposedKernelConv2d
 from .conv_bn import ConvBN
 from .dbb import DBB
+from .dilated import DilatedReparamConv
+from .large_kernel import LargeKernelConv
+from .mobileone import MobileOneConv
 from .forms import (
     ACB3d,
     ConvBN1d,
@@ -19,6 +22,12 @@ from .forms import (
     DBBTranspose1d,
     DBBTranspose2d,
     DBBTranspose3d,
+    DilatedReparamConv1d,
+    DilatedReparamConv3d,
+    LargeKernelConv1d,
+    LargeKernelConv3d,
+    MobileOneConv1d,
+    MobileOneConv3d,
     OREPAConv1d,
     OREPAConv3d,
     OREPARepVGG1d,
@@ -49,6 +58,15 @@ __all__ = [
     'DBBTranspose1d',
     'DBBTranspose2d',
     'DBBTranspose3d',
+    'DilatedReparamConv',
+    'DilatedReparamConv1d',
+    'DilatedReparamConv3d',
+    'LargeKernelConv',
+    'LargeKernelConv1d',
+    'LargeKernelConv3d',
+    'MobileOneConv',
+    'MobileOneConv1d',
+    'MobileOneConv3d',
     'OREPAConv',
     'OREPAConv1d',
     'OREPAConv3d',

@@ -14,7 +14,9 @@ from mmdbb.blocks.fast import fast_forward
 from mmdbb.branches.base import (
     Branch,
     build_branch,
+    is_served,
     leaf_dtype,
+    named,
     split_branch_cfg,
 )
 from mmdbb.branches.norm import (
@@ -49,7 +51,9 @@ class BranchSumConv2d(ReparamConv2d):
             stride, padding, dilation, groups, bias, padding mode.
         branches: Names or configs of the branches; by default those of the
             preset. A name may occur more than once (the paper's "duplicate"
-            block).
+            block). The attribute ``branches`` has them by name; a second one
+            of a name ends in ``_2``, and a kernel smaller than the block's
+            says so (``kxk_k5_d2``: 5x5 taps, dilation 2).
         norm_cfg: Config of the norms, ``dict(type='BN')`` if None.
         shift: Whether norms subtract a mean and add a bias. If not, they only
             scale (:class:`~mmdbb.scale_norm.ScaleNorm`), and the merged
@@ -134,12 +138,13 @@ class BranchSumConv2d(ReparamConv2d):
     ) -> None:
         self.branches = nn.ModuleDict()
         for cfg in branches:
-            name = key = split_branch_cfg(cfg)[0]
+            branch = build_branch(cfg, self.spec, norm_cfg)
+            name = key = split_branch_cfg(cfg)[0] + branch.suffix
             count = 1
             while key in self.branches:
                 count += 1
                 key = f'{name}_{count}'
-            self.branches[key] = build_branch(cfg, self.spec, norm_cfg)
+            self.branches[key] = branch
         self.norm = (
             build_branch_norm(norm_cfg, self.out_channels, self.dims)
             if sum_norm
@@ -168,7 +173,8 @@ class BranchSumConv2d(ReparamConv2d):
         It is the one that can take any plain kernel. None if the block has no
         such branch.
         """
-        return next((n for n in DENSE_BRANCHES if n in self.branches), None)
+        dense = (n for n, b in self.branches.items() if b.is_dense)
+        return next(dense, None)
 
     @classmethod
     def preset_for(cls, spec: ConvSpec) -> Sequence[BranchCfg]:
@@ -181,14 +187,17 @@ class BranchSumConv2d(ReparamConv2d):
         """
         return cls.preset
 
+    def _preset(self) -> Sequence[BranchCfg]:
+        """The preset's branches; a subclass may look at its arguments."""
+        return self.preset_for(self.spec)
+
     def _served_preset(self) -> Sequence[BranchCfg]:
         served = []
-        for cfg in self.preset_for(self.spec):
-            name, _ = split_branch_cfg(cfg)
-            if BRANCHES.get(name).supports(self.spec):
+        for cfg in self._preset():
+            if is_served(cfg, self.spec):
                 served.append(cfg)
             else:
-                self.left_out.append(name)
+                self.left_out.append(named(cfg))
         return served
 
     def add_module(self, name: str, module: Optional[nn.Module]) -> None:

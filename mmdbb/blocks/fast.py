@@ -12,8 +12,9 @@ branch     where                                       way
 =========  ==========================================  ====================
 (all)      other than two dimensions, and transposed   branches one by one
 (all)      small batches                               branches one by one
-(all)      depthwise blocks                            the whole sum is
-                                                       computed again
+(all)      depthwise blocks, unless the kernel is      the whole sum is
+           large (:data:`_LARGE`)                      computed again
+kxk        smaller than a large depthwise kernel       ``_again_as_it_is``
 1x1_kxk    many pixels for its channels                ``_collapsed``
 1x1_kxk    elsewhere                                   ``_in_sequence``
 1x1_avg    depthwise blocks                            ``_pooled_once``
@@ -67,6 +68,7 @@ from mmdbb.blocks.frozen import frozen_forward
 from mmdbb.branches.base import ConvNormBranch
 from mmdbb.branches.composed import ComposedKxK
 from mmdbb.branches.identity import Identity
+from mmdbb.branches.kxk import KxK
 from mmdbb.branches.moments import (
     Maps,
     Moments,
@@ -258,6 +260,11 @@ class _Batch(NamedTuple):
         return self.borders[key]
 
 
+#: Taps from which on a depthwise kernel runs once and its output is kept.
+#: Measured on a CPU: computed again as a whole, a step of 9x9 takes a tenth
+#: longer, one of 31x31 a third, and keeps half as much.
+_LARGE = 13 * 13
+
 # Forward methods that read no state but the border, which is kept. So they
 # compute the same when they are run again in the backward pass.
 _KNOWN = (
@@ -277,7 +284,7 @@ def _training_forward(
     def branches(of_block: nn.Module, x: Tensor) -> Tensor:
         return _training_sum(list(of_block.values()), x, dtype, borders)
 
-    if not block.spec.is_depthwise:
+    if not block.spec.is_depthwise or _is_large(block.spec):
         y = branches(block.branches, x)
     elif all(type(b).forward in _KNOWN for b in block.branches.values()):
         y = again(branches, x, module=block.branches)
@@ -286,6 +293,12 @@ def _training_forward(
     if block.own_bias is not None:
         y = y + block.own_bias.to(y.dtype).reshape(-1, 1, 1)
     return y if block.norm is None else run_norm(block.norm, y)
+
+
+def _is_large(spec: ConvSpec) -> bool:
+    """Whether a depthwise kernel is too large to run again."""
+    taps = spec.kernel_size[0] * spec.kernel_size[1]
+    return spec.is_depthwise and taps >= _LARGE
 
 
 def _training_sum(
@@ -369,6 +382,11 @@ def _always(branch: nn.Module, batch: _Batch) -> bool:
 
 def _is_depthwise(branch: nn.Module, batch: _Batch) -> bool:
     return branch.spec.is_depthwise
+
+
+def _is_small_in_large(branch: KxK, batch: _Batch) -> bool:
+    """Whether running a depthwise kernel again costs little beside the sum."""
+    return _is_large(branch.spec) and not branch.is_dense
 
 
 def _has_moments(branch: nn.Module, batch: _Batch) -> bool:
@@ -516,6 +534,7 @@ def _again_as_it_is(branch: nn.Module, batch: _Batch) -> Tensor:
 #: how a branch of this kind is computed; where none does, and for all other
 #: kinds, the branch's own forward is.
 _WAYS = {
+    KxK: ((_is_small_in_large, _again_as_it_is),),
     PointwiseKxK: (
         (_collapses_here, _collapsed),
         (_always, _in_sequence),

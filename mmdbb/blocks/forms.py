@@ -20,6 +20,9 @@ from mmdbb.blocks.acb import ACB
 from mmdbb.blocks.build import register_conv_layer
 from mmdbb.blocks.conv_bn import ConvBN
 from mmdbb.blocks.dbb import DBB
+from mmdbb.blocks.mobileone import MobileOneConv
+from mmdbb.blocks.large_kernel import LargeKernelConv
+from mmdbb.blocks.dilated import DilatedReparamConv
 from mmdbb.blocks.orepa import OREPAConv, OREPARepVGG
 from mmdbb.blocks.qarepvgg import QARepVGGConv
 from mmdbb.blocks.repvgg import RepVGGConv
@@ -128,6 +131,48 @@ class OREPARepVGG1d(OREPARepVGG):
 @register_conv_layer('OREPARepVGG3d')
 class OREPARepVGG3d(OREPARepVGG):
     """:class:`OREPARepVGG` in place of an ``nn.Conv3d``."""
+
+    dims = 3
+
+
+@register_conv_layer('MobileOneConv1d')
+class MobileOneConv1d(MobileOneConv):
+    """:class:`MobileOneConv` in place of an ``nn.Conv1d``."""
+
+    dims = 1
+
+
+@register_conv_layer('MobileOneConv3d')
+class MobileOneConv3d(MobileOneConv):
+    """:class:`MobileOneConv` in place of an ``nn.Conv3d``."""
+
+    dims = 3
+
+
+@register_conv_layer('LargeKernelConv1d')
+class LargeKernelConv1d(LargeKernelConv):
+    """:class:`LargeKernelConv` in place of an ``nn.Conv1d``."""
+
+    dims = 1
+
+
+@register_conv_layer('LargeKernelConv3d')
+class LargeKernelConv3d(LargeKernelConv):
+    """:class:`LargeKernelConv` in place of an ``nn.Conv3d``."""
+
+    dims = 3
+
+
+@register_conv_layer('DilatedReparamConv1d')
+class DilatedReparamConv1d(DilatedReparamConv):
+    """:class:`DilatedReparamConv` in place of an ``nn.Conv1d``."""
+
+    dims = 1
+
+
+@register_conv_layer('DilatedReparamConv3d')
+class DilatedReparamConv3d(DilatedReparamConv):
+    """:class:`DilatedReparamConv` in place of an ``nn.Conv3d``."""
 
     dims = 3
 

@@ -28,10 +28,9 @@ class _Asymmetric(ConvNormBranch):
             and any(k > 1 for i, k in enumerate(spec.kernel_size) if i != own)
         )
 
-    @classmethod
-    def size(cls, spec: ConvSpec) -> IntPair:
+    def size(self, spec: ConvSpec) -> IntPair:
         return tuple(
-            k if i == cls.direction else 1
+            k if i == self.direction else 1
             for i, k in enumerate(spec.kernel_size)
         )
 

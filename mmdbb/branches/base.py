@@ -22,6 +22,7 @@ from mmdbb.modules import tensors_of
 from mmdbb.registry import BRANCHES
 from mmdbb.transforms import (
     KernelBias,
+    dilate_kernel,
     fuse_conv_bn,
     pad_kernel,
     swap_channels,
@@ -42,6 +43,14 @@ class Branch(nn.Module):
 
     #: What :meth:`supports` requires, as an error message says it.
     requirement = 'any geometry'
+
+    #: Whether the branch is a kernel of the block's full size and one norm,
+    #: so that it can take any plain kernel.
+    is_dense = False
+
+    #: Ending of the branch's key in a block. Branches of one name that differ
+    #: in form can have keys that say how.
+    suffix = ''
 
     def __init__(
         self, spec: ConvSpec, norm_cfg: Optional[dict] = None
@@ -107,6 +116,9 @@ class Branch(nn.Module):
     def supports(cls, spec: ConvSpec) -> bool:
         """Whether a branch of this kind can be built for a geometry.
 
+        A subclass may take arguments of its own here as well, by the names
+        that they have in its constructor, with the same defaults.
+
         Args:
             spec: Geometry of the block's convolution.
         """
@@ -144,8 +156,9 @@ class Branch(nn.Module):
 class ConvNormBranch(Branch):
     """A convolution and a norm; its kernel may be smaller than the block's.
 
-    A subclass gives the size of its kernel in :meth:`size`. A smaller kernel
-    reads the same pixels as the block's kernel does at the same taps (see
+    A subclass gives the size of its kernel in :meth:`size`, and the distance
+    between its taps in :attr:`tap_dilation`. A smaller kernel reads the same
+    pixels as the block's kernel does at the same taps (see
     :mod:`mmdbb.geometry`).
 
     Args:
@@ -173,8 +186,13 @@ class ConvNormBranch(Branch):
         )
 
     def _own_geometry(self, spec: ConvSpec) -> Tuple[Optional[Pads], dict]:
-        pads = spec.pads_of(self.size(spec))
-        moves = dict(stride=spec.stride, dilation=spec.dilation)
+        pads = self._pads(spec)
+        moves = dict(
+            stride=spec.stride,
+            dilation=tuple(
+                d * r for d, r in zip(spec.dilation, self._dilation(spec))
+            ),
+        )
         if spec.transposed:
             if self.size(spec) != spec.kernel_size:
                 return pads, moves
@@ -193,7 +211,7 @@ class ConvNormBranch(Branch):
     def take_size(self, spec: ConvSpec) -> None:
         """See :meth:`Branch.take_size`."""
         super().take_size(spec)
-        self.explicit_pads = spec.pads_of(self.size(spec))
+        self.explicit_pads = self._pads(spec)
         if spec.transposed:
             self.explicit_pads, geometry = self._own_geometry(spec)
             vars(self.conv).update(geometry)  # of a twin of the branch
@@ -204,14 +222,23 @@ class ConvNormBranch(Branch):
         self.explicit_pads, geometry = self._own_geometry(spec)
         take_geometry(self.conv, geometry)
 
-    @staticmethod
-    def size(spec: ConvSpec) -> IntPair:
+    #: Distance between two neighbouring taps of the branch's kernel, in taps
+    #: of the block's kernel, in each dimension; None means 1.
+    tap_dilation: Optional[IntPair] = None
+
+    def size(self, spec: ConvSpec) -> IntPair:
         """Size of the branch's kernel in taps, in each dimension.
 
         Args:
             spec: Geometry of the block's convolution.
         """
         raise NotImplementedError
+
+    def _dilation(self, spec: ConvSpec) -> IntPair:
+        return self.tap_dilation or (1,) * len(spec.kernel_size)
+
+    def _pads(self, spec: ConvSpec) -> Pads:
+        return spec.pads_of(self.size(spec), self._dilation(spec))
 
     @property
     def last_norm(self) -> Optional[_BatchNorm]:
@@ -230,7 +257,9 @@ class ConvNormBranch(Branch):
         spec = self.spec
         kernel = kernel_of(self.conv.weight, spec)
         kernel, bias = fuse_kernel_norm(kernel, self.norm)
-        offset = spec.offset_of(self.size(spec))
+        dilation = self._dilation(spec)
+        offset = spec.offset_of(self.size(spec), dilation)
+        kernel = dilate_kernel(kernel, dilation)
         return KernelBias(pad_kernel(kernel, spec.kernel_size, offset), bias)
 
 
@@ -313,11 +342,6 @@ def build_branch(
     """
     name, args = split_branch_cfg(cfg)
     branch_type = BRANCHES.get(name)
-    if not branch_type.supports(spec):
-        raise ValueError(
-            f'branch {name!r} needs {branch_type.requirement}, got {spec}; '
-            'leave it out of branches'
-        )
     allowed = [
         parameter
         for parameter in inspect.signature(branch_type).parameters
@@ -328,6 +352,11 @@ def build_branch(
         raise TypeError(
             f'branch {name!r} got unknown keys {unknown}; allowed: '
             f'{["type", *allowed]}'
+        )
+    if not is_served(cfg, spec):
+        raise ValueError(
+            f'branch {named(cfg)!r} needs {branch_type.requirement}, got '
+            f'{spec}; leave it out of branches'
         )
     branch = branch_type(spec, norm_cfg, **args)
     branch.refuse_changed_geometry()  # notes the geometry it is built with
@@ -359,6 +388,41 @@ def split_branch_cfg(cfg: Union[str, dict]) -> tuple:
             f'unknown branch {name!r}; allowed: {sorted(BRANCHES.module_dict)}'
         )
     return name, args
+
+
+def is_served(cfg: Union[str, dict], spec: ConvSpec) -> bool:
+    """Whether the branch that a config describes can be built.
+
+    Args:
+        cfg: A name such as ``'1x1_kxk'``, or ``dict(type=name, ...)``.
+        spec: Geometry of the block's convolution.
+
+    Raises:
+        TypeError: If ``cfg`` is neither a name nor a config, or an argument
+            that decides has the wrong type.
+        ValueError: If no branch has this name, or such an argument is out of
+            range.
+    """
+    name, args = split_branch_cfg(cfg)
+    supports = BRANCHES.get(name).supports
+    deciding = inspect.signature(supports).parameters
+    return supports(spec, **{k: args[k] for k in args if k in deciding})
+
+
+def named(cfg: Union[str, dict]) -> str:
+    """A branch's name for messages, with the arguments that decide its form.
+
+    Args:
+        cfg: A name such as ``'1x1_kxk'``, or ``dict(type=name, ...)``.
+
+    Examples:
+        >>> named('1x1'), named(dict(type='kxk', kernel_size=5, dilation=2))
+        ('1x1', 'kxk (kernel_size=5, dilation=2)')
+    """
+    name, args = split_branch_cfg(cfg)
+    deciding = inspect.signature(BRANCHES.get(name).supports).parameters
+    given = [f'{k}={v!r}' for k, v in args.items() if k in deciding]
+    return f'{name} ({", ".join(given)})' if given else name
 
 
 def leaf_dtype(module: nn.Module) -> torch.dtype:

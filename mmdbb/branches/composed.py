@@ -39,6 +39,8 @@ class ComposedKxK(Branch):
             groups.
     """
 
+    is_dense = True
+
     def __init__(
         self,
         spec: ConvSpec,

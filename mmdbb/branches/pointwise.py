@@ -22,6 +22,5 @@ class Pointwise(ConvNormBranch):
     def supports(cls, spec: ConvSpec) -> bool:
         return not spec.is_pointwise
 
-    @staticmethod
-    def size(spec: ConvSpec) -> IntPair:
+    def size(self, spec: ConvSpec) -> IntPair:
         return (1,) * spec.dims

@@ -4,9 +4,12 @@
 For the repositories of DBB (https://github.com/DingXiaoH/DiverseBranchBlock),
 ACNet (https://github.com/DingXiaoH/ACNet), RepVGG
 (https://github.com/DingXiaoH/RepVGG) and OREPA
-(https://github.com/JUGGHM/OREPA_CVPR2022), in all of their revisions. The
-papers' classes (:mod:`mmdbb.official.blocks`) load state dicts by it, and the
-layers in whole files (:mod:`mmdbb.mm.official.recognise`) are known by it.
+(https://github.com/JUGGHM/OREPA_CVPR2022), in all of their revisions, and for
+those of UniRepLKNet (https://github.com/AILab-CVC/UniRepLKNet), RepLKNet
+(https://github.com/DingXiaoH/RepLKNet-pytorch) and MobileOne
+(https://github.com/apple/ml-mobileone). The papers' classes
+(:mod:`mmdbb.official.blocks`) load state dicts by it, and the layers in whole
+files (:mod:`mmdbb.mm.official.recognise`) are known by it.
 """
 
 from __future__ import annotations
@@ -14,6 +17,8 @@ from __future__ import annotations
 from typing import Dict, NamedTuple, Optional, Tuple
 
 from torch import Tensor
+
+from mmdbb.blocks.dilated import SMALL_KERNELS
 
 #: Starts of names -> starts of names.
 Names = Tuple[Tuple[str, str], ...]
@@ -80,6 +85,8 @@ def settle_entries_(entries: Dict[str, Tensor], prefix: str = '') -> None:
       to be.
     - RepVGG's code of February 2021 (commit 656c29b) stores the merged kernel
       beside the branches that it comes from.
+    - UniRepLKNet's code keeps the merged kernel under the name that the large
+      kernel had. It has a bias, which the large kernel has not.
 
     Args:
         entries: Their names -> tensors.
@@ -91,6 +98,10 @@ def settle_entries_(entries: Dict[str, Tensor], prefix: str = '') -> None:
     if f'{dense}conv.weight' in entries:
         for name in ('fused_weight', 'fused_bias'):
             entries.pop(prefix + name, None)
+    if f'{prefix}lk_origin.bias' in entries:
+        for name in ('weight', 'bias'):
+            value = entries.pop(f'{prefix}lk_origin.{name}')
+            entries[f'{prefix}{DILATED.merged}{name}'] = value
 
 
 #: Entries of OREPA's KxK kernels; ``{}`` is ``orepa`` or ``rbr``.
@@ -108,6 +119,10 @@ _KXK = (
     ('id_tensor', 'identity'),
     ('vector', 'scale'),
 )
+
+#: Largest number of MobileOne's parallel convolutions whose names are known;
+#: the paper has 4 at most, its ablations 5.
+_BRANCHES = 16
 
 #: Largest stack whose names are known: kernels of 31x31.
 _LAYERS = 15
@@ -226,7 +241,71 @@ OREPA_LARGE_BASE = BlockNames(
     norm=True,
 )
 
-#: All of them.
+#: Sizes and dilations of UniRepLKNet's small kernels, in all of its blocks.
+_DILATED = sorted({small for row in SMALL_KERNELS.values() for small in row})
+
+
+def _dilated(size: int, dilation: int) -> Names:
+    """Names of one small kernel of UniRepLKNet's block."""
+    branch = f'branches.kxk_k{size}' + f'_d{dilation}' * (dilation > 1)
+    return (
+        (f'dil_conv_k{size}_{dilation}.', f'{branch}.conv.'),
+        (f'dil_bn_k{size}_{dilation}.', f'{branch}.norm.'),
+    )
+
+
+DILATED = BlockNames(
+    'lk_origin.weight',
+    'lk_merged.',  # given by settle_entries_
+    (
+        ('lk_origin.', 'branches.kxk.conv.'),
+        ('origin_bn.', 'branches.kxk.norm.'),
+        *(pair for small in _DILATED for pair in _dilated(*small)),
+    ),
+    'DilatedReparamConv',
+)
+MOBILEONE = BlockNames(
+    'rbr_conv.0.conv.weight',
+    'reparam_conv.',
+    (
+        ('rbr_skip.', 'branches.identity.norm.'),
+        ('rbr_scale.conv.', 'branches.1x1.conv.'),
+        ('rbr_scale.bn.', 'branches.1x1.norm.'),
+        *(
+            (f'rbr_conv.{i}.{theirs}.', f'branches.{branch}.{ours}.')
+            for i in range(_BRANCHES)
+            for branch in [f'kxk_{i + 1}' if i else 'kxk']
+            for theirs, ours in (('conv', 'conv'), ('bn', 'norm'))
+        ),
+    ),
+    'MobileOneConv',
+)
+
+
+def large_kernel(small_kernel: Optional[int]) -> BlockNames:
+    """Names in RepLKNet's block, where ours depend on the small kernel.
+
+    Args:
+        small_kernel: Its height and width; None if there is none.
+    """
+    branch = f'branches.kxk_k{small_kernel}'
+    small = (
+        ('small_conv.conv.', f'{branch}.conv.'),
+        ('small_conv.bn.', f'{branch}.norm.'),
+    )
+    return BlockNames(
+        'lkb_origin.conv.weight',
+        'lkb_reparam.',
+        (
+            ('lkb_origin.conv.', 'branches.kxk.conv.'),
+            ('lkb_origin.bn.', 'branches.kxk.norm.'),
+            *(() if small_kernel is None else small),
+        ),
+        'LargeKernelConv',
+    )
+
+
+#: Those in the networks of DBB's and OREPA's repositories.
 BLOCKS = (
     DBB,
     ACB,

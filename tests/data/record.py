@@ -2,16 +2,19 @@
 
     git clone https://github.com/DingXiaoH/DiverseBranchBlock dbb
     git clone https://github.com/JUGGHM/OREPA_CVPR2022 orepa
-    python tests/data/record.py --dbb dbb --orepa orepa --check
-    python tests/data/record.py --dbb dbb --orepa orepa --out FOLDER
+    git clone https://github.com/AILab-CVC/UniRepLKNet unireplknet
+    git clone https://github.com/DingXiaoH/RepLKNet-pytorch replknet
+    git clone https://github.com/apple/ml-mobileone mobileone
+    python tests/data/record.py --checkouts . --check
+    python tests/data/record.py --checkouts . --out FOLDER
 
-It needs PyTorch and NumPy, and nothing of mmdbb. ``--check`` computes again
+It needs PyTorch, NumPy and timm, and nothing of mmdbb. ``--check`` computes again
 what the files beside it hold, from the states, inputs and gradients of outputs
 in them, and exits with 1 where a number differs. ``--out`` writes files with
 the same cases and fields, of random numbers of its own.
 
 What each file is, and where it comes from (DiverseBranchBlock at 8d2b16b,
-OREPA_CVPR2022 at 3ed037b, in float64):
+OREPA_CVPR2022 at 3ed037b, the newest of the others in 2026, in float64):
 
 - ``dbb``: DBB's ``DiverseBranchBlock`` of ``diversebranchblock.py``
 - ``acb``: its ``ACBlock`` of ``acb.py``
@@ -19,6 +22,9 @@ OREPA_CVPR2022 at 3ed037b, in float64):
   ``OREPA_LargeConvBase`` of ``blocks.py``
 - ``repvgg``: its ``RepVGGBlock`` and ``RepVGGBlock_OREPA`` of
   ``blocks_repvgg.py``
+- ``newer``: UniRepLKNet's ``DilatedReparamBlock`` of ``unireplknet.py``,
+  RepLKNet's ``ReparamLargeKernelConv`` of ``replknet.py``, MobileOne's
+  ``MobileOneBlock`` of ``mobileone.py``
 - ``two_forwards``: one 3x3 block of most of these classes, two batches before
   one backward pass; written by ``--out``
 
@@ -26,6 +32,8 @@ The first four are the project's reference vectors (``shared/reference``): all
 cases of its ``dbb`` and ``acb``, 7 of 10 of its ``orepa`` and 4 of 5 of its
 ``repvgg``; the tests' data stay below 4 MB. ``--check FOLDER`` holds the whole
 reference to the papers' code as well, with ``--files`` naming these four.
+(The reference has a ``newer`` with the same cases. Its running statistics
+before the step are those after it, so ours was written by ``--out``.)
 
 This script makes no other file here. ``official/`` has tiny networks in the
 papers' own checkpoint format with an input and an output each, and the names
@@ -58,7 +66,7 @@ import torch
 from torch import nn
 
 HERE = Path(__file__).resolve().parent
-FILES = ('dbb', 'acb', 'orepa', 'repvgg', 'two_forwards')
+FILES = ('dbb', 'acb', 'orepa', 'repvgg', 'newer', 'two_forwards')
 TOLERANCE = 1e-12  # of the largest magnitude
 #: By class, the checkout and the module that it stands in.
 SOURCES = dict(
@@ -70,7 +78,13 @@ SOURCES = dict(
     OREPA_LargeConvBase=('orepa', 'blocks'),
     RepVGGBlock=('orepa', 'blocks_repvgg'),
     RepVGGBlock_OREPA=('orepa', 'blocks_repvgg'),
+    DilatedReparamBlock=('unireplknet', 'unireplknet'),
+    ReparamLargeKernelConv=('replknet', 'replknet'),
+    MobileOneBlock=('mobileone', 'mobileone'),
 )
+CHECKOUTS = sorted({checkout for checkout, _ in SOURCES.values()})
+#: Arguments that their code wants, and that are not part of a case.
+MORE = dict(DilatedReparamBlock=dict(deploy=False, attempt_use_lk_impl=False))
 
 
 def two_forwards(cls, inside, outside, groups=1):
@@ -102,16 +116,21 @@ TWO_FORWARDS = dict(
 class Papers:
     """The papers' classes, whose modules have the same names twice."""
 
-    def __init__(self, **checkouts):
+    def __init__(self, folder):
+        self.folder = folder
         self.classes = {}
-        for name, (checkout, module) in SOURCES.items():
-            with imported_from(checkouts[checkout]):
-                found = importlib.import_module(module)
-            self.classes[name] = getattr(found, name)
+
+    def _import(self, name):
+        checkout, module = SOURCES[name]
+        with imported_from(self.folder / checkout):
+            self.classes[name] = getattr(importlib.import_module(module), name)
 
     def build(self, meta):
         with contextlib.redirect_stdout(io.StringIO()):
-            return self.classes[meta['cls']](**meta['kwargs'])
+            if meta['cls'] not in self.classes:
+                self._import(meta['cls'])
+            kwargs = {**MORE.get(meta['cls'], {}), **meta['kwargs']}
+            return self.classes[meta['cls']](**kwargs).double()
 
 
 @contextlib.contextmanager
@@ -153,15 +172,12 @@ def write(folder, name, metas, arrays):
         for case, fields in arrays.items()
         for field, value in fields.items()
     }
-    if name == 'two_forwards':
-        # Many small arrays: packed as a whole they are half as large.
-        stored = io.BytesIO()
-        np.savez(stored, **flat)
-        (folder / f'{name}.npz.xz').write_bytes(
-            lzma.compress(stored.getvalue(), preset=9)
-        )
-    else:
-        np.savez_compressed(folder / f'{name}.npz', **flat)
+    # Many small arrays: packed as a whole they are much smaller.
+    stored = io.BytesIO()
+    np.savez(stored, **flat)
+    (folder / f'{name}.npz.xz').write_bytes(
+        lzma.compress(stored.getvalue(), preset=9)
+    )
     text = json.dumps(metas, indent=1)
     (folder / f'{name}.json').write_text(text + '\n')
 
@@ -201,9 +217,33 @@ def computed(block, meta, given):
     if not several(meta):
         with torch.no_grad():
             found['eval/output'] = block.eval()(inputs[0])
-            kernel, bias = block.get_equivalent_kernel_bias()
+            kernel, bias = merged(block)
         found.update({'eval/kernel': kernel, 'eval/bias': bias})
     return {name: value.detach().clone() for name, value in found.items()}
+
+
+def merged(block):
+    """Kernel and bias by their own method of merging."""
+    if hasattr(block, '_get_kernel_bias'):  # MobileOne's
+        return block._get_kernel_bias()
+    if hasattr(block, 'merge_dilated_branches'):
+        block = copy.deepcopy(block)
+        block.merge_dilated_branches()
+        return block.lk_origin.weight, block.lk_origin.bias
+    return block.get_equivalent_kernel_bias()
+
+
+def switch(block):
+    """Merge in place, by the method that there is."""
+    for name in (
+        'switch_to_deploy',
+        'merge_dilated_branches',
+        'merge_kernel',
+        'reparameterize',
+    ):
+        if hasattr(block, name):
+            getattr(block, name)()
+            return
 
 
 def group(arrays, prefix):
@@ -261,7 +301,7 @@ def merging_error(block, x):
     """Largest difference that the papers' own merging makes."""
     with torch.no_grad():
         y = block.eval()(x)
-        block.switch_to_deploy()
+        switch(block)
         return (block(x) - y).abs().max().item()
 
 
@@ -325,10 +365,12 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    for name in ('dbb', 'orepa'):
-        parser.add_argument(
-            f'--{name}', type=Path, required=True, help='a checkout'
-        )
+    parser.add_argument(
+        '--checkouts',
+        type=Path,
+        required=True,
+        help=f'folder with {", ".join(CHECKOUTS)}; what the files need',
+    )
     parser.add_argument('--files', nargs='+', choices=FILES, default=FILES)
     parser.add_argument('--seed', type=int, default=0)
     ways = parser.add_mutually_exclusive_group(required=True)
@@ -348,7 +390,7 @@ def main():
     # The papers' code makes some constants in the default type.
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)
-    papers = Papers(dbb=args.dbb, orepa=args.orepa)
+    papers = Papers(args.checkouts)
     if args.out:
         record(papers, args.out, args.files, args.seed)
     elif check(papers, args.check, args.files):

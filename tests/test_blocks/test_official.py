@@ -5,16 +5,19 @@ import inspect
 import pytest
 import torch
 from helpers import EXACT, distance, image, randomize
-from registered import each_paper, size_of
+from registered import each_paper, has_usual_arguments, size_of
 from torch import nn
 
 from mmdbb import (
     OREPA,
     ACBlock,
+    DilatedReparamBlock,
     DiverseBranchBlock,
+    MobileOneBlock,
     OREPA_1x1,
     OREPA_LargeConv,
     OREPA_LargeConvBase,
+    ReparamLargeKernelConv,
     RepVGGBlock,
     RepVGGBlock_OREPA,
     official,
@@ -22,7 +25,8 @@ from mmdbb import (
 from mmdbb.blocks import ReparamConv2d
 from mmdbb.official.names import BLOCKS
 
-EACH = each_paper()
+#: Those that are built as a DBB is; test_official_newer.py has the others.
+EACH = each_paper(has_usual_arguments)
 
 #: Those of the papers' code, so by hand.
 SIGNATURES = {
@@ -66,6 +70,20 @@ SIGNATURES = {
         "dilation=1, groups=1, padding_mode='zeros', deploy=False, "
         'use_se=False, nonlinear=ReLU()'
     ),
+    # Their ``deploy`` has no default.
+    DilatedReparamBlock: (
+        'channels, kernel_size, deploy=False, use_sync_bn=False, '
+        'attempt_use_lk_impl=True'
+    ),
+    ReparamLargeKernelConv: (
+        'in_channels, out_channels, kernel_size, stride, groups, '
+        'small_kernel, small_kernel_merged=False'
+    ),
+    MobileOneBlock: (
+        'in_channels, out_channels, kernel_size, stride=1, padding=0, '
+        'dilation=1, groups=1, inference_mode=False, use_se=False, '
+        'num_conv_branches=1'
+    ),
 }
 
 
@@ -95,7 +113,7 @@ def small(block, **options):
     return block(4, 4, size, padding=size // 2, **options)
 
 
-@EACH
+@each_paper()
 def test_arguments(block):
     assert block in SIGNATURES, 'give SIGNATURES that of the paper'
     parameters = inspect.signature(block).parameters.values()

@@ -10,6 +10,7 @@ from registered import (
     each_block,
     each_paper,
     has_custom_l2,
+    has_usual_arguments,
     size_of,
     takes,
 )
@@ -129,7 +130,7 @@ def build(kind, **kwargs):
     return randomize(block.double()).eval()
 
 
-@each_paper(argument='kind')
+@each_paper(has_usual_arguments, argument='kind')
 @pytest.mark.parametrize('groups', [1, 2])
 def test_merging_folds_the_norm(kind, groups):
     """The paper's code crashes on groups of the large form."""
@@ -148,7 +149,7 @@ def test_merging_folds_the_norm(kind, groups):
     )
 
 
-@each_paper(argument='kind')
+@each_paper(has_usual_arguments, argument='kind')
 def test_built_merged_it_loads_what_was_merged(kind):
     block = build(kind)
     block.switch_to_deploy()

@@ -4,6 +4,7 @@ The vectors in tests/data are recorded and checked by its ``record.py``, which
 runs that code.
 """
 
+import functools
 import io
 import json
 import lzma
@@ -19,21 +20,32 @@ import mmdbb
 
 OURS = Path(__file__).resolve().parents[1] / 'data'
 # All cases, where the folder is there that the data were taken from.
-DATA = Path(os.environ.get('MMDBB_REFERENCE') or OURS)
-FILES = ('dbb', 'acb', 'orepa', 'repvgg')
+THEIRS = Path(os.environ.get('MMDBB_REFERENCE') or OURS)
+FILES = ('dbb', 'acb', 'orepa', 'repvgg', 'newer')
+DATA = {name: OURS if name == 'newer' else THEIRS for name in FILES}
 META = {
-    name: json.loads((DATA / f'{name}.json').read_text()) for name in FILES
+    name: json.loads((folder / f'{name}.json').read_text())
+    for name, folder in DATA.items()
 }
 CASES = [(name, case) for name in FILES for case in META[name]]
 #: Several forward passes before one backward pass: a shared head's step.
 SHARED = json.loads((OURS / 'two_forwards.json').read_text())
 
 
+@functools.lru_cache(maxsize=1)
+def stored(folder, file):
+    """The bytes of a file of arrays, which is packed in the tests' data."""
+    packed = folder / f'{file}.npz.xz'
+    if packed.exists():
+        return lzma.decompress(packed.read_bytes())
+    return (folder / f'{file}.npz').read_bytes()
+
+
 class Reference:
     """One case: the block, and the arrays that the papers' code gave."""
 
-    def __init__(self, meta, stored, case):
-        with np.load(stored) as arrays:
+    def __init__(self, meta, folder, file, case):
+        with np.load(io.BytesIO(stored(folder, file))) as arrays:
             self.arrays = {
                 key[len(case) + 1 :]: torch.from_numpy(np.array(arrays[key]))
                 for key in arrays.files
@@ -78,13 +90,13 @@ class Reference:
 @pytest.fixture(params=CASES, ids='/'.join)
 def reference(request):
     file, case = request.param
-    return Reference(META[file][case], DATA / f'{file}.npz', case)
+    return Reference(META[file][case], DATA[file], file, case)
 
 
 @pytest.fixture(params=SHARED)
 def shared(request):
-    stored = lzma.decompress((OURS / 'two_forwards.npz.xz').read_bytes())
-    return Reference(SHARED[request.param], io.BytesIO(stored), request.param)
+    case = request.param
+    return Reference(SHARED[case], OURS, 'two_forwards', case)
 
 
 def assert_close(found, expected, what, scale=None):

@@ -17,6 +17,7 @@ from .resnet import (
     ResNetV1dDBB,
     ResNeXtDBB,
 )
+from .unireplknet import PlainUniRepLKNet, UniRepLKNet
 from .vgg import VGGDBB
 
 __all__ = [
@@ -28,10 +29,12 @@ __all__ = [
     'PlainRepVGG',
     'PlainResNeXt',
     'PlainResNet',
+    'PlainUniRepLKNet',
     'ReparamRepVGG',
     'ResNeXtDBB',
     'ResNetDBB',
     'ResNetV1cDBB',
     'ResNetV1dDBB',
+    'UniRepLKNet',
     'VGGDBB',
 ]

@@ -53,6 +53,10 @@ class BlocksForConvNorm:
     #: its convolutions have a bias instead.
     norms_return = True
 
+    #: Whether the blocks do what the norms behind them did. If not, those
+    #: norms stay, whatever norms the blocks have.
+    absorbs_norms = True
+
     def __init__(
         self,
         *args,
@@ -80,7 +84,8 @@ class BlocksForConvNorm:
         elif issubclass(block_type, BranchSumConv2d):
             block.setdefault('norm_cfg', norm_cfg)
         super().__init__(*args, conv_cfg=block, norm_cfg=norm_cfg, **kwargs)
-        self._absorb_norms()
+        if self.absorbs_norms:
+            self._absorb_norms()
         if deploy:
             self.switch_to_deploy()
         if hasattr(self, '_freeze_stages'):
