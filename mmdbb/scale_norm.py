@@ -72,7 +72,9 @@ class ScaleNorm(_BatchNorm):
                 mean square with the same processes.
             dims: Number of dimensions of the images.
         """
-        new = SCALE_NORMS[dims](norm.num_features, norm.eps, norm.momentum, norm.affine)
+        new = SCALE_NORMS[dims](
+            norm.num_features, norm.eps, norm.momentum, norm.affine
+        )
         if norm.affine:
             new.weight.requires_grad_(norm.weight.requires_grad)
         new.synchronize_like(norm)

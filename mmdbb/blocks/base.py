@@ -29,6 +29,7 @@ from mmdbb.modules import (
 from mmdbb.plain_conv import AdaptiveConv2d, plain_conv
 from mmdbb.ports import PORTS
 from mmdbb.recompute import without_autocast
+from mmdbb.registry import BLOCKS
 from mmdbb.transforms import KernelBias, swap_channels
 
 #: Precisions in which kernels can be composed.
@@ -183,7 +184,7 @@ class ReparamConv2d(TakesPlainWeights, metaclass=BlockType):
                     f'kernel_size must be {self.dims} numbers or one, got '
                     f'{kernel_size!r}: a {type(self).__name__} stands for an '
                     f'{LayerKind(self.dims, self.transposed).name}, not for '
-                    f'an {kind.name}'
+                    f'an {kind.name}{_hint(type(self), kind)}'
                 )
 
     def set_spec(self, spec: ConvSpec) -> None:
@@ -484,9 +485,7 @@ class ReparamConv2d(TakesPlainWeights, metaclass=BlockType):
                 own_dtype,
                 copy=True,
                 memory_format=(
-                    layout
-                    if value.dim() > 1
-                    else torch.contiguous_format
+                    layout if value.dim() > 1 else torch.contiguous_format
                 ),
             )
             # The sum is finite exactly if all terms are: in double precision
@@ -613,6 +612,15 @@ class ReparamConv2d(TakesPlainWeights, metaclass=BlockType):
             if getattr(spec, name) != default:
                 text += f', {name}={getattr(spec, name)}'
         return text
+
+
+def _hint(block: type, kind: LayerKind) -> str:
+    """Name the form of a block that stands for another layer, if any."""
+    for name, form in BLOCKS.module_dict.items():
+        own = LayerKind(form.dims, form.transposed)
+        if issubclass(form, block) and own == kind:
+            return f', as {name} does'
+    return ''
 
 
 def refuse_merged(block: nn.Module, missing: str) -> None:

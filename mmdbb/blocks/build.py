@@ -239,9 +239,7 @@ def build_conv(
     plain = {k: conv_args.pop(k) for k in _NOT_GEOMETRY if k in conv_args}
     if kwargs.get('adaptive_padding'):
         conv_args['padding'] = 'adaptive'
-    spec = ConvSpec(
-        **conv_args, dims=kind.dims, transposed=kind.transposed
-    )
+    spec = ConvSpec(**conv_args, dims=kind.dims, transposed=kind.transposed)
     low, high = kernel_sizes
     for name, size in (('min_kernel_size', low), ('max_kernel_size', high)):
         if not isinstance(size, (int, float)) or isinstance(size, bool):

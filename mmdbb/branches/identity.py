@@ -44,9 +44,7 @@ class Identity(Branch):
 
     @classmethod
     def supports(cls, spec: ConvSpec) -> bool:
-        return (
-            not spec.is_strided and spec.in_channels == spec.out_channels
-        )
+        return not spec.is_strided and spec.in_channels == spec.out_channels
 
     @property
     def last_norm(self) -> Optional[_BatchNorm]:

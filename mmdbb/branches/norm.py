@@ -56,7 +56,7 @@ def build_branch_norm(
     if norm is None:
         reason = 'it is not a batch norm'
     elif isinstance(norm, others):
-        reason = f'it does not take images of {dims} dimensions'
+        reason = f'it does not take images of dims={dims}'
     elif not norm.track_running_stats:
         reason = (
             'without running statistics its function depends on the batch '
@@ -75,9 +75,7 @@ def build_branch_norm(
     return ScaleNorm.like(norm, dims)
 
 
-def _build(
-    norm_cfg: dict, channels: int, dims: int
-) -> Optional[_BatchNorm]:
+def _build(norm_cfg: dict, channels: int, dims: int) -> Optional[_BatchNorm]:
     """Build the norm that a config names; None if it is not a batch norm."""
     if not isinstance(norm_cfg, dict) or 'type' not in norm_cfg:
         raise TypeError(

@@ -66,7 +66,9 @@ class PointwiseAvg(Branch):
     def _pool(self, x: Tensor) -> Tensor:
         spec = self.spec
         if not spec.is_dilated:
-            return AVG_POOL[spec.dims](x, spec.kernel_size, spec.stride)
+            y = AVG_POOL[spec.dims](x, spec.kernel_size, spec.stride)
+            # Autocast on CPUs pools volumes in float32.
+            return y.to(x.dtype)
         channels = spec.out_channels
         kernel = avg_pool_kernel(
             channels, spec.kernel_size, channels, x.dtype, x.device

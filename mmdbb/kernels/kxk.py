@@ -81,9 +81,7 @@ class KxKKernel(ComposedKernel):
         self.depthwise = empty_kernel(
             spec.in_channels * SEPARABLE_EXPANSION, 1, *size
         )
-        self.separable = empty_kernel(
-            out, inside * SEPARABLE_EXPANSION, *one
-        )
+        self.separable = empty_kernel(out, inside * SEPARABLE_EXPANSION, *one)
         rows = len(self.scales) - (not with_1x1)
         self.scale = nn.Parameter(torch.empty(rows, out))
         # Constants. They are buffers because the paper's checkpoints hold
@@ -189,9 +187,7 @@ class KxKKernel(ComposedKernel):
                     cropped, self.pointwise, stride=spec.stride, groups=groups
                 )
             )
-        wide = conv(
-            padded, self.depthwise, groups=spec.in_channels, **moves
-        )
+        wide = conv(padded, self.depthwise, groups=spec.in_channels, **moves)
         # From the order of compose_separable to that of a grouped convolution.
         rows = self.separable.unflatten(0, (-1, groups)).transpose(0, 1)
         outputs.append(conv(wide, rows.flatten(0, 1), groups=groups))

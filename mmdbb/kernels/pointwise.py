@@ -45,9 +45,7 @@ class PointwiseKernel(ComposedKernel):
         eye, drawn = pair if grows else pair[::-1]
         for kernel in (self.origin, drawn):
             nn.init.kaiming_uniform_(kernel, a=1.0)
-        same = identity_kernel(
-            len(eye), self.spec.groups, dims=self.spec.dims
-        )
+        same = identity_kernel(len(eye), self.spec.groups, dims=self.spec.dims)
         eye.copy_(same)
         self.scale.copy_(torch.tensor(self.scales)[:, None])
 

@@ -83,5 +83,7 @@ def _shapes_only(blocks: Iterable[ReparamConv2d]) -> Iterator[None]:
 
 def _zeros_of(spec: ConvSpec, x: Tensor) -> Tensor:
     kernel = torch.empty(spec.weight_shape, dtype=x.dtype, device='meta')
-    like = convolve(x.to('meta'), kernel, None, spec.at_size(x.shape[-spec.dims :]))
+    like = convolve(
+        x.to('meta'), kernel, None, spec.at_size(x.shape[-spec.dims :])
+    )
     return x.new_zeros(like.shape)
