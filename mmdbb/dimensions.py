@@ -33,6 +33,8 @@ class LayerKind(NamedTuple):
         return f'nn.{CONV_TYPES[self].__name__}'
 
 
+#: The kind of ``nn.Conv2d``.
+CONV2D = LayerKind()
 #: Kind -> torch's class.
 CONV_TYPES: Dict[LayerKind, Type[nn.Module]] = {
     LayerKind(1): nn.Conv1d,

@@ -18,6 +18,7 @@ from mmdbb.blocks.build import (
 )
 from mmdbb.blocks.offers import AbsorbedNorm
 from mmdbb.dimensions import (
+    CONV2D,
     CONV_TYPES,
     CONVS,
     NORM_TYPES,
@@ -71,8 +72,9 @@ def insert_blocks_(
         model: Any model, with its weights.
         block: Config of the block, ``dict(type='DBB')`` by default.
         where: Decides by name and module whether to replace a convolution
-            for which the block has a form. By default those are replaced whose kernels are within the limits of
-            the block (DBB: 2 to 6 taps) and that the block can start as.
+            for which the block has a form. By default those are replaced
+            whose kernels are within the limits of the block (DBB: 2 to 6
+            taps) and that the block can start as.
         example: Input to run the model on: a tensor, a tuple of arguments or
             a dict of keywords. Needed only where torch.fx cannot trace the
             model.
@@ -260,7 +262,7 @@ def _forms_of(block_type: type) -> Dict[LayerKind, Optional[type]]:
     """The form of a block for each kind of convolution; None without one."""
     own = kind_of_block(block_type)
     forms = dict.fromkeys(CONV_TYPES)
-    for kind in [own] if own != LayerKind(2) else forms:
+    for kind in [own] if own != CONV2D else forms:
         with contextlib.suppress(ValueError):
             forms[kind] = form_of(block_type, kind)
     return forms

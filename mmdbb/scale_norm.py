@@ -29,9 +29,9 @@ class ScaleNorm(_BatchNorm):
     """A batch norm without mean and bias, see the module's docstring.
 
     The classes below are each a ``BatchNorm1d``, ``2d`` or ``3d`` too, so that
-    trainers freeze, average and decay them like one. ``running_var`` is the running mean square. ``running_mean`` is always
-    zero and not in the state dict, so that weights of a norm with a shift do
-    not load by mistake.
+    trainers freeze, average and decay them like one. ``running_var`` is the
+    running mean square. ``running_mean`` is always zero and not in the state
+    dict, so that weights of a norm with a shift do not load by mistake.
 
     Args:
         num_features: Number of channels.

@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mmdbb.blocks.base import ReparamConv2d
 from mmdbb.blocks.build import kind_of_block
 from mmdbb.blocks.offers import AbsorbedNorm
-from mmdbb.dimensions import LayerKind
+from mmdbb.dimensions import CONV2D
 from mmdbb.errors import UserError
 from mmdbb.files.sources import some
 from mmdbb.found_norms import absorbed_norms, find_norms
@@ -91,7 +91,7 @@ def folded_by_order(model: nn.Module) -> Iterator[Tuple[str, str]]:
         for child, module in parent.named_children():
             path = f'{name}.{child}' if name else child
             is_block = isinstance(module, ReparamConv2d)
-            if is_block and kind_of_block(module) != LayerKind(2):
+            if is_block and kind_of_block(module) != CONV2D:
                 continue  # merged it is no nn.Conv2d, which mmcv passes by
             if is_block or isinstance(module, nn.Conv2d):
                 last = path

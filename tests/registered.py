@@ -16,13 +16,18 @@ from mmdbb import official
 from mmdbb.blocks import BranchSumConv2d, ComposedKernelConv2d
 from mmdbb.blocks.build import registered_blocks
 from mmdbb.branches import Identity
+from mmdbb.geometry import ConvSpec
 from mmdbb.kernels import ComposedKernel
+from mmdbb.registry import BRANCHES
 
 # Blocks
 
 
 def each_block(*properties, argument='kind'):
     """Run a test with every registered block that has these properties.
+
+    Those that stand for an nn.Conv2d. The others are forms of them, see
+    test_blocks/test_forms.py.
 
     Args:
         properties: Functions from a block's class to whether it does.
@@ -40,6 +45,16 @@ def blocks(*properties):
     ]
     assert found, f'no registered block has {properties}'
     return found
+
+
+def branches_of_pictures():
+    """Names of the branches that an nn.Conv2d can have."""
+    spec = ConvSpec(4, 4, 3, padding=1)
+    return sorted(
+        name
+        for name, branch in BRANCHES.module_dict.items()
+        if branch.supports(spec)
+    )
 
 
 def name_of(kind):

@@ -528,8 +528,8 @@ def test_a_second_time_there_is_nothing_to_replace(watched):
 @pytest.mark.parametrize(
     ('model', 'block', 'error', 'message'),
     [
-        (nn.Linear(3, 3), None, ValueError, 'no plain nn.Conv2d inside'),
-        (nn.Conv2d(3, 3, 3), None, ValueError, 'no plain nn.Conv2d inside'),
+        (nn.Linear(3, 3), None, ValueError, 'no plain convolution inside'),
+        (nn.Conv2d(3, 3, 3), None, ValueError, 'no plain convolution inside'),
         (Misleading(), dict(type='Conv2d'), ValueError, "'DBB'"),
         (Misleading(), dict(type='No'), ValueError, "'DBB'"),
         (Misleading(), dict(type='DBB', size=3), TypeError, 'size'),

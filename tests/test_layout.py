@@ -18,7 +18,7 @@ FACES = ('backbones', 'deploy', 'export', 'prune', 'quantize')
 #: The lower storey, which needs torch only. Each part may import from those
 #: above it, and from itself. What is new belongs somewhere here.
 LOWER = (
-    ('version', 'errors', 'registry', 'scale_norm'),
+    ('version', 'errors', 'registry', 'scale_norm', 'dimensions'),
     ('ports', 'modules'),
     ('recompute',),
     ('geometry',),
@@ -44,7 +44,7 @@ UPPER = (
     ('mm',),
     ('mm.host_internals',),
     ('mm.host_loading', 'mm.config_files', 'mm.config_types', 'mm.data_flow'),
-    ('mm.backbones', 'mm.stock', 'mm.structure'),
+    ('mm.backbones', 'mm.stock', 'mm.structure', 'mm.upsample'),
     # What outputs are read again by.
     ('mm.deploy.load', 'mm.deploy.images'),
     ('mm.outputs',),
@@ -255,6 +255,7 @@ MOST_PARAMETERS = 8
 #: reason, and their names.
 TAKE_MORE = {
     "nn.Conv2d's arguments": ('blocks.base.ReparamConv2d.__init__',),
+    "nn.ConvTranspose2d's": ('blocks.forms._Transposed.__init__',),
     "nn.Conv2d's arguments and the papers', by position too": (
         'official.blocks.ACBlock.__init__',
         'official.blocks.DiverseBranchBlock.__init__',
@@ -276,7 +277,6 @@ TAKE_MORE = {
 #: Functions whose results are tuples of a form that others laid down.
 #: Name -> what stands in the tuple.
 UNPACKED = {
-    'pads_of': 'pixels above, below, left and right',
     '_of': "an argument of numpy's own pickles",
 }
 

@@ -8,8 +8,6 @@ from .composed import ComposedKernelConv2d
 from .conv_bn import ConvBN
 from .dbb import DBB
 from .dilated import DilatedReparamConv
-from .large_kernel import LargeKernelConv
-from .mobileone import MobileOneConv
 from .forms import (
     ACB3d,
     ConvBN1d,
@@ -37,6 +35,8 @@ from .forms import (
     RepVGGConv1d,
     RepVGGConv3d,
 )
+from .large_kernel import LargeKernelConv
+from .mobileone import MobileOneConv
 from .orepa import OREPAConv, OREPARepVGG
 from .qarepvgg import QARepVGGConv
 from .repvgg import RepVGGConv

@@ -9,7 +9,7 @@ from typing import Callable, Dict, Iterable, Optional, Tuple, Type
 from torch import nn
 
 from mmdbb.blocks.base import ReparamConv2d
-from mmdbb.dimensions import CONV_TYPES, LayerKind
+from mmdbb.dimensions import CONV2D, CONV_TYPES, LayerKind
 from mmdbb.geometry import ConvSpec
 from mmdbb.plain_conv import plain_conv
 from mmdbb.ports import PORTS, ReplacedLayer
@@ -73,7 +73,7 @@ def register_conv_layer(
 
 
 def registered_blocks(
-    kind: Optional[LayerKind] = LayerKind(2),
+    kind: Optional[LayerKind] = CONV2D,
 ) -> Dict[str, Type[ReparamConv2d]]:
     """Names of blocks in configs -> their classes.
 
@@ -127,8 +127,7 @@ def _family(block: Type[ReparamConv2d]) -> Type[ReparamConv2d]:
     return next(
         cls
         for cls in block.__mro__
-        if issubclass(cls, ReparamConv2d)
-        and kind_of_block(cls) == LayerKind(2)
+        if issubclass(cls, ReparamConv2d) and kind_of_block(cls) == CONV2D
     )
 
 
@@ -267,7 +266,7 @@ def _form_for(
     A name such as ``DBB3d`` asks for that form wherever it stands.
     """
     own = kind_of_block(block)
-    if own != LayerKind(2):
+    if own != CONV2D:
         return block
     kind = LAYER_KINDS.get(replaced.type.rpartition('.')[2], own)
     size = kwargs.get('kernel_size', args[2] if len(args) > 2 else None)
@@ -290,7 +289,7 @@ def keeps_adaptive(
     """
     kind = replaced.type.rpartition('.')[2]
     if kind in ADAPTIVE_TYPES:
-        return kind_of_block(block) == LayerKind(2)
+        return kind_of_block(block) == CONV2D
     if kind in PLAIN_TYPES or kind in LAYER_KINDS:
         return False
     reason = 'a block computes a convolution of torch, and no other layer'

@@ -90,7 +90,7 @@ from mmdbb.branches.pointwise_kxk import (
     PointwiseKxK,
     mask_kernel,
 )
-from mmdbb.dimensions import LayerKind
+from mmdbb.dimensions import CONV2D
 from mmdbb.geometry import (
     ConvSpec,
     add_shift,
@@ -124,7 +124,7 @@ def fast_forward(block: nn.Module, x: Tensor) -> Tensor:
     """
     norms = _norms_of(block)
     modes = {norm.training for norm in norms}
-    literal = block.spec.kind != LayerKind(2) or _stays_literal(block, x)
+    literal = block.spec.kind != CONV2D or _stays_literal(block, x)
     if len(modes) != 1 or (modes == {True} and literal):
         return block.forward_branches(x)
     y, dtype = None, _conv_dtype(block, norms, x)

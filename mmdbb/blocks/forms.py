@@ -20,9 +20,9 @@ from mmdbb.blocks.acb import ACB
 from mmdbb.blocks.build import register_conv_layer
 from mmdbb.blocks.conv_bn import ConvBN
 from mmdbb.blocks.dbb import DBB
-from mmdbb.blocks.mobileone import MobileOneConv
-from mmdbb.blocks.large_kernel import LargeKernelConv
 from mmdbb.blocks.dilated import DilatedReparamConv
+from mmdbb.blocks.large_kernel import LargeKernelConv
+from mmdbb.blocks.mobileone import MobileOneConv
 from mmdbb.blocks.orepa import OREPAConv, OREPARepVGG
 from mmdbb.blocks.qarepvgg import QARepVGGConv
 from mmdbb.blocks.repvgg import RepVGGConv

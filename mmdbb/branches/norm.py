@@ -1,11 +1,11 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
 """The batch norms inside branches.
 
-They are real ``nn.BatchNorm2d`` modules (``1d``, ``3d``), so that trainers freeze, synchronise
-and average them like any norm. The functions here add what branches need: they
-check that a norm can be merged, run it without a second update when a
-checkpointed segment is computed again, run SyncBN on CPUs, and compute its
-output on a zero-padded border.
+They are real ``nn.BatchNorm2d`` modules (``1d``, ``3d``), so that trainers
+freeze, synchronise and average them like any norm. The functions here add what
+branches need: they check that a norm can be merged, run it without a second
+update when a checkpointed segment is computed again, run SyncBN on CPUs, and
+compute its output on a zero-padded border.
 """
 
 from __future__ import annotations

@@ -10,7 +10,10 @@ import mmcv.cnn  # noqa: F401  (registers the norms)
 from mmengine.registry import MODELS
 
 from mmdbb.blocks.build import layer_of
-from mmdbb.mm import host_internals
+from mmdbb.mm import (
+    host_internals,
+    upsample,  # noqa: F401
+)
 from mmdbb.mm.data_flow import run_on_image
 from mmdbb.mm.deploy.images import data_samples
 from mmdbb.mm.engine import (  # noqa: F401

@@ -13,11 +13,10 @@ from helpers import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from registered import each_block
+from registered import branches_of_pictures, each_block
 
 from mmdbb.blocks import DBB, BranchSumConv2d
 from mmdbb.geometry import ConvSpec
-from mmdbb.registry import BRANCHES
 
 
 def check(block, shape, tolerance, dtype):
@@ -52,7 +51,7 @@ def test_block_in_float32(block, case):
 @given(
     case=geometries(kernels=(2, 3, 5, (2, 3)), same_channels=True),
     names=st.lists(
-        st.sampled_from(sorted(BRANCHES.module_dict)), min_size=1, max_size=5
+        st.sampled_from(branches_of_pictures()), min_size=1, max_size=5
     ),
 )
 @settings(max_examples=40)

@@ -508,19 +508,19 @@ def test_sequences_are_as_torch_takes_them():
     x = torch.rand(2, 4, 5, 6)
     assert block(x).shape == conv(x).shape
     # torch builds this one, but cannot run it.
-    with pytest.raises(ValueError, match='kernel_size must be one or two'):
+    with pytest.raises(ValueError, match='kernel_size must be 2 numbers or'):
         DBB(4, 6, (3,))
     for wrong in (None, {}, '3', 1.0):
         with pytest.raises(TypeError, match='kernel_size must be an int or'):
             DBB(4, 6, wrong)
     with pytest.raises(TypeError, match='padding must be an int.*got None'):
         DBB(4, 6, 3, padding=None)
-    with pytest.raises(ValueError, match='blocks are two-dimensional'):
+    with pytest.raises(ValueError, match='not for an nn.Conv3d, as DBB3d d'):
         DBB(4, 6, (1, 7, 7))
 
 
 def test_maps_of_a_conv1d_are_refused():
-    with pytest.raises(ValueError, match='Blocks are two-dimensional'):
+    with pytest.raises(ValueError, match='it stands for an nn.Conv2d'):
         DBB(4, 4, 3, padding=1)(torch.rand(2, 4, 30))
 
 

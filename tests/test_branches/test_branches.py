@@ -17,6 +17,7 @@ from helpers import (
     state,
 )
 from hypothesis import assume, event, given, settings
+from registered import branches_of_pictures
 from torch import nn
 
 from mmdbb.blocks import BranchSumConv2d
@@ -25,7 +26,7 @@ from mmdbb.geometry import ConvSpec
 from mmdbb.registry import BRANCHES
 from mmdbb.transforms import identity_kernel
 
-NAMES = sorted(BRANCHES.module_dict)
+NAMES = branches_of_pictures()
 
 
 def build(name, arguments, dtype=torch.float64, seed=0, **options):

@@ -108,15 +108,6 @@ def test_the_padding_of_the_config_can_be_asked_for():
     assert AdaptiveConv2d in kinds  # of 5x5, which stay plain
 
 
-@pytest.mark.parametrize('layer', ['DBB', DBB, 'OREPA'])
-def test_hosts_of_other_dimensions_are_refused_by_name(layer):
-    cfg = dict(type='mmseg.PointHead', in_channels=[8], in_index=[0])
-    cfg.update(channels=8, num_classes=3, conv_cfg=dict(type=layer))
-    message = "PointHead has convolutions of type 'Conv1d' by default.*two-dim"
-    with pytest.raises(Exception, match=message):
-        MODELS.build(cfg)
-
-
 def test_layers_of_another_kind_are_refused_by_name():
     class Standardized(nn.Module):
         def __init__(self, conv_cfg=dict(type='ConvWS')):  # noqa: B006

@@ -21,8 +21,8 @@ from torch.ao.quantization import FakeQuantize
 
 from mmdbb.blocks.base import ReparamConv2d
 from mmdbb.blocks.build import kind_of_block
-from mmdbb.dimensions import LayerKind
 from mmdbb.branches.norm import norm_scale_shift
+from mmdbb.dimensions import CONV2D
 from mmdbb.geometry import convolve
 from mmdbb.mm.quantization.quantizers import (
     ActivationQuantizer,
@@ -185,7 +185,7 @@ def _is_of_other_kind(module: nn.Module) -> bool:
     It stays in float, as torch's own layers of those kinds do.
     """
     is_block = isinstance(module, ReparamConv2d)
-    return is_block and kind_of_block(module) != LayerKind(2)
+    return is_block and kind_of_block(module) != CONV2D
 
 
 def add_quantizers_(

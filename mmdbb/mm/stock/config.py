@@ -26,7 +26,7 @@ from torch import nn
 
 from mmdbb.blocks.base import ReparamConv2d
 from mmdbb.blocks.build import ADAPTIVE_TYPES, LAYER_KINDS, kind_of_block
-from mmdbb.dimensions import LayerKind
+from mmdbb.dimensions import CONV2D
 from mmdbb.mm.config_types import (
     class_of,
     dicts_of,
@@ -48,7 +48,7 @@ UPSAMPLE_KEY = 'upsample_cfg'
 UPSAMPLE_KEYS = tuple(inspect.signature(nn.ConvTranspose2d).parameters)
 #: Kinds of layers -> their types in configs.
 TYPES = {
-    LayerKind(2): 'Conv2d',
+    CONV2D: 'Conv2d',
     **{kind: name for name, kind in reversed(LAYER_KINDS.items())},
 }
 
@@ -183,7 +183,7 @@ def _plain_layer(
     if layer.get('adaptive_padding', default in ADAPTIVE_TYPES):
         return dict(type=ADAPTIVE_TYPES[0], **keys)
     kind = kind_of_block(block)
-    if kind == LayerKind(2):  # it takes the form that the network needs
+    if kind == CONV2D:  # it takes the form that the network needs
         kind = LAYER_KINDS.get(default, kind)
     plain = dict(type=TYPES[kind], **keys)
     return plain if keys or default or plain['type'] != 'Conv2d' else None
