@@ -39,8 +39,8 @@ class KxK(ConvNormBranch):
     """
 
     requirement = (
-        'a kernel that ends inside the block\'s and has the same middle: '
-        'dilation * (kernel_size - 1) + 1 must be at most the block\'s '
+        "a kernel that ends inside the block's and has the same middle: "
+        "dilation * (kernel_size - 1) + 1 must be at most the block's "
         'kernel_size, and both odd or both even'
     )
 
