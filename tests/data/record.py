@@ -8,9 +8,9 @@
     python tests/data/record.py --checkouts . --check
     python tests/data/record.py --checkouts . --out FOLDER
 
-It needs PyTorch, NumPy and timm, and nothing of mmdbb. ``--check`` computes again
-what the files beside it hold, from the states, inputs and gradients of outputs
-in them, and exits with 1 where a number differs. ``--out`` writes files with
+It needs PyTorch, NumPy and timm, and nothing of mmdbb. ``--check`` computes
+again what the files beside it hold, from the states, inputs and gradients of
+outputs in them, and exits with 1 where a number differs. ``--out`` writes files with
 the same cases and fields, of random numbers of its own.
 
 What each file is, and where it comes from (DiverseBranchBlock at 8d2b16b,

@@ -2,8 +2,9 @@
 """Convert checkpoints of the papers' repositories into mmpretrain's form.
 
 Here are read all files that the repositories of DBB, OREPA, UniRepLKNet,
-RepLKNet and MobileOne write: of training-time and of converted networks, as ``.pth``, ``.pth.tar``, or in the
-old form ``.hdf5`` with a data set for each parameter.
+RepLKNet and MobileOne write: of training-time and of converted networks, as
+``.pth``, ``.pth.tar``, or in the old form ``.hdf5`` with a data set for each
+parameter.
 """
 
 from __future__ import annotations
