@@ -23,7 +23,7 @@ from mmdbb.registry import BRANCHES
 # Blocks
 
 
-def each_block(*properties, argument='kind'):
+def each_block(*properties, argument='kind', alike=False):
     """Run a test with every registered block that has these properties.
 
     Those that stand for an nn.Conv2d. The others are forms of them, see
@@ -32,15 +32,26 @@ def each_block(*properties, argument='kind'):
     Args:
         properties: Functions from a block's class to whether it does.
         argument: The test's, which gets the class.
+        alike: As of :func:`blocks`.
     """
-    return pytest.mark.parametrize(argument, blocks(*properties))
+    found = blocks(*properties, alike=alike)
+    return pytest.mark.parametrize(argument, found)
 
 
-def blocks(*properties):
-    """The registered blocks with these properties, named as in configs."""
+def blocks(*properties, alike=False):
+    """The registered blocks with these properties, named as in configs.
+
+    Args:
+        properties: Functions from a block's class to whether it does.
+        alike: Whether to count those that differ from an earlier one in
+            nothing but the number of their branches, or for large kernels
+            only. What tests look at is a kernel of 3x3; see
+            test_large_kernels.py for the others.
+    """
+    kinds = registered_blocks() if alike else distinct_blocks()
     found = [
         pytest.param(kind, id=name)
-        for name, kind in registered_blocks().items()
+        for name, kind in kinds.items()
         if all(has(kind) for has in properties)
     ]
     assert found, f'no registered block has {properties}'
@@ -55,6 +66,33 @@ def branches_of_pictures():
         for name, branch in BRANCHES.module_dict.items()
         if branch.supports(spec)
     )
+
+
+def distinct_blocks():
+    """Names -> registered blocks that are, at 3x3, no sum of another one."""
+    found = {}
+    for name, kind in registered_blocks().items():
+        first = found.setdefault(_sort_of(kind), (name, kind))
+        if len(_branches(kind)) < len(_branches(first[1])):
+            found[_sort_of(kind)] = (name, kind)
+    return dict(found.values())
+
+
+def _branches(kind):
+    if not sums_branches(kind):
+        return []
+    return list(example_of(kind).branches.values())
+
+
+def _sort_of(kind):
+    """What distinguishes a block from others, whatever its name."""
+    if not sums_branches(kind):
+        return kind
+    branches = frozenset(
+        (type(branch), branch.last_norm is None) for branch in _branches(kind)
+    )
+    own = [getattr(kind, name) for name in ('_compose', 'forward_branches')]
+    return branches, example_of(kind).norm is None, *own
 
 
 def name_of(kind):

@@ -14,17 +14,17 @@ import pytest
 
 HERE = Path(__file__).resolve().parent
 
-#: A block of MobileOne, as in docs/add_a_block.md.
+#: A block that no other one is, as in docs/add_a_block.md.
 RIGHT = """
 from mmdbb.blocks import BranchSumConv2d
 from mmdbb.blocks.build import register_conv_layer
 
 
-@register_conv_layer('MobileOneConv')
-class MobileOneConv(BranchSumConv2d):
-    '''Four KxK, 1x1 and, where the shapes agree, the identity, summed.'''
+@register_conv_layer('CrossConv')
+class CrossConv(BranchSumConv2d):
+    '''KxK, Kx1, 1xK, 1x1 and, where the shapes agree, the identity.'''
 
-    preset = ('identity', '1x1', 'kxk', 'kxk', 'kxk', 'kxk')
+    preset = ('identity', '1x1', '1xk', 'kx1', 'kxk')
 """
 WRONG = """
 from mmpretrain.models import ResNet
@@ -179,13 +179,13 @@ def test_a_right_block_passes_and_is_in_every_test(tmp_path):
         'tests/test_backbones/test_repvgg.py',
         'tests/test_plain/test_weights.py',
         '-k',
-        'MobileOneConv and (test_properties or test_registered or test_build'
+        'CrossConv and (test_properties or test_registered or test_build'
         ' or test_merged_is_equal) and not float32 and not mmseg',
     )
     assert found['passed'] and not found['failed'], found['text']
     # As many tests as another sum of branches has that none of them names.
     collected = found['collected']
-    new = functions(collected, 'MobileOneConv')
+    new = functions(collected, 'CrossConv')
     assert functions(collected, 'ConvBN') <= new
-    count = sum('MobileOneConv' in name for name in collected)
+    count = sum('CrossConv' in name for name in collected)
     assert len(new) >= 40 and count > 300

@@ -8,10 +8,10 @@
     python tests/data/record.py --checkouts . --check
     python tests/data/record.py --checkouts . --out FOLDER
 
-It needs PyTorch, NumPy and timm, and nothing of mmdbb. ``--check`` computes again
-what the files beside it hold, from the states, inputs and gradients of outputs
-in them, and exits with 1 where a number differs. ``--out`` writes files with
-the same cases and fields, of random numbers of its own.
+It needs PyTorch, NumPy and timm, and nothing of mmdbb. ``--check`` computes
+again what the files beside it hold, from the states, inputs and gradients of
+outputs in them, and exits with 1 where a number differs. ``--out`` writes
+files with the same cases and fields, of random numbers of its own.
 
 What each file is, and where it comes from (DiverseBranchBlock at 8d2b16b,
 OREPA_CVPR2022 at 3ed037b, the newest of the others in 2026, in float64):
@@ -38,7 +38,8 @@ before the step are those after it, so ours was written by ``--out``.)
 This script makes no other file here. ``official/`` has tiny networks in the
 papers' own checkpoint format with an input and an output each, and the names
 and shapes of the full-size ones (``keys.json.xz``): copies of the reference's
-``checkpoints`` and ``official_keys``. ``papers.json.xz`` has starts and
+``checkpoints`` and ``official_keys``; ``record_networks.py`` makes those of
+UniRepLKNet, RepLKNet and MobileOne. ``papers.json.xz`` has starts and
 training steps that the papers' code computed; ``tests/papers.py`` has what the
 code was given.
 

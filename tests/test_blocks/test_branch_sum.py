@@ -91,7 +91,8 @@ def test_options_of_one_branch():
         (
             TypeError,
             [dict(type='kxk', wide=1)],
-            r"'kxk' got unknown keys \['wide'\]; allowed: \['type', 'norm'\]",
+            r"'kxk' got unknown keys \['wide'\]; allowed: \['type', 'norm', "
+            r"'kernel_size', 'dilation'\]",
         ),
         (
             TypeError,

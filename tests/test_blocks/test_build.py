@@ -12,20 +12,21 @@ from mmdbb.blocks import ACB, DBB
 from mmdbb.blocks.build import block_arguments
 
 
-@each_block()
+@each_block(alike=True)
 @pytest.mark.parametrize(
     'scope', ['mmengine', 'mmcv', 'mmpretrain', 'mmdet', 'mmseg']
 )
 def test_bare_name_in_every_scope(kind, scope):
     name = name_of(kind)
+    size = max(3, kind.kernel_sizes[0])  # large kernels only, some of them
     with DefaultScope.overwrite_default_scope(scope):
-        block = build_conv_layer(dict(type=name), 4, 8, 3, padding=1)
+        block = build_conv_layer(dict(type=name), 4, 8, size, padding=1)
         module = ConvModule(
-            4, 8, 3, conv_cfg=dict(type=name), norm_cfg=dict(type='BN')
+            4, 8, size, conv_cfg=dict(type=name), norm_cfg=dict(type='BN')
         )
     assert type(block) is kind
     assert type(module.conv) is kind
-    assert module(image(2, 4, 5, 6, dtype=torch.float32)).shape[1] == 8
+    assert module(image(2, 4, 7, 8, dtype=torch.float32)).shape[1] == 8
 
 
 @pytest.mark.parametrize('package', ['mmpretrain', 'mmdet', 'mmseg'])

@@ -9,12 +9,11 @@ import copy
 import pytest
 import torch
 from helpers import EXACT, distance, image, randomize
+from registered import distinct_blocks
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from mmdbb.blocks.build import registered_blocks
-
-BLOCKS = registered_blocks()
+BLOCKS = distinct_blocks()
 
 
 class Shared(nn.Module):

@@ -10,13 +10,12 @@ import pytest
 import torch
 import torch.autograd.forward_ad as fwAD
 from helpers import assert_same, image, randomize, state
+from registered import distinct_blocks
 from torch import nn
 from torch.func import functional_call, stack_module_state
 from torch.utils.checkpoint import checkpoint
 
-from mmdbb.blocks.build import registered_blocks
-
-BLOCKS = registered_blocks()
+BLOCKS = distinct_blocks()
 #: By name: the block's arguments, and the sides of its images.
 GEOMETRIES = dict(
     collapsed=(dict(in_channels=4, out_channels=4), (12, 13)),

@@ -38,7 +38,9 @@ CASES = dict(
     large=(large, 'small_kernel_merged', 'merge_kernel'),
     mobileone=(mobileone, 'inference_mode', 'reparameterize'),
 )
-EACH = pytest.mark.parametrize('build, merged, method', CASES.values(), ids=CASES)
+EACH = pytest.mark.parametrize(
+    'build, merged, method', CASES.values(), ids=CASES
+)
 
 
 def theirs(block):
@@ -107,7 +109,9 @@ def test_the_papers_sizes():
         found = [(c.kernel_size[0], c.dilation[0]) for c in convs]
         assert found == [(size, 1), *small]
         # Each keeps the size of the image by itself.
-        assert all(2 * c.padding[0] == d * (k - 1) for c, (k, d) in zip(convs, found))
+        assert all(
+            2 * c.padding[0] == d * (k - 1) for c, (k, d) in zip(convs, found)
+        )
 
 
 @pytest.mark.parametrize('size', [3, 6, '7', 4.0])
@@ -119,7 +123,7 @@ def test_sizes_without_a_middle_are_refused(size):
 def test_sync_bn():
     block = DilatedReparamBlock(4, 5, use_sync_bn=True)
     norms = [b.norm for b in block.block.branches.values()]
-    assert {type(norm) for norm in norms} == {nn.SyncBatchNorm}
+    assert all(isinstance(norm, nn.SyncBatchNorm) for norm in norms)
 
 
 def test_no_small_kernel_or_one_of_the_same_size():

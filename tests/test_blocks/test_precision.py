@@ -8,15 +8,19 @@ import copy
 import pytest
 import torch
 from helpers import distance, image, randomize
-from registered import each_block, is_composed, keeps_its_kernel
+from registered import (
+    distinct_blocks,
+    each_block,
+    is_composed,
+    keeps_its_kernel,
+)
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmdbb import DBB, RepVGGConv
 from mmdbb.blocks import fast
-from mmdbb.blocks.build import registered_blocks
 
-BLOCKS = registered_blocks()
+BLOCKS = distinct_blocks()
 GEOMETRIES = dict(
     dense=dict(in_channels=16, out_channels=16),
     depthwise=dict(in_channels=16, out_channels=16, groups=16),

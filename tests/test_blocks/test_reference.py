@@ -34,23 +34,25 @@ SHARED = json.loads((OURS / 'two_forwards.json').read_text())
 
 @functools.lru_cache(maxsize=1)
 def stored(folder, file):
-    """The bytes of a file of arrays, which is packed in the tests' data."""
+    """The arrays of a file, which is packed in the tests' data."""
     packed = folder / f'{file}.npz.xz'
     if packed.exists():
-        return lzma.decompress(packed.read_bytes())
-    return (folder / f'{file}.npz').read_bytes()
+        content = lzma.decompress(packed.read_bytes())
+    else:
+        content = (folder / f'{file}.npz').read_bytes()
+    with np.load(io.BytesIO(content)) as arrays:
+        return {key: np.array(arrays[key]) for key in arrays.files}
 
 
 class Reference:
     """One case: the block, and the arrays that the papers' code gave."""
 
     def __init__(self, meta, folder, file, case):
-        with np.load(io.BytesIO(stored(folder, file))) as arrays:
-            self.arrays = {
-                key[len(case) + 1 :]: torch.from_numpy(np.array(arrays[key]))
-                for key in arrays.files
-                if key.startswith(f'{case}/')
-            }
+        self.arrays = {
+            key[len(case) + 1 :]: torch.from_numpy(value.copy())
+            for key, value in stored(folder, file).items()
+            if key.startswith(f'{case}/')
+        }
         self.block = getattr(mmdbb, meta['cls'])(**meta['kwargs']).double()
         self.block.load_state_dict(self.group('state/'))
 

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 from helpers import EXACT, distance, image, randomize
+from registered import distinct_blocks
 from torch import nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 from mmdbb import DBB, OREPAConv, QARepVGGConv, reparameterize
-from mmdbb.blocks.build import registered_blocks
 
-BLOCKS = registered_blocks()
+BLOCKS = distinct_blocks()
 
 # Hooks
 

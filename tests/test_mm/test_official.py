@@ -70,6 +70,8 @@ ALL_FILES = (
     else []
 )
 KEYS = json.loads(lzma.open(DATA / 'keys.json.xz').read())
+#: Of UniRepLKNet, RepLKNet and MobileOne, made by data/record_networks.py.
+NEWER_KEYS = json.loads(lzma.open(DATA / 'newer_keys.json.xz').read())
 
 
 def unpack(name, folder):
@@ -180,6 +182,72 @@ def test_every_name_has_one_place(name, part, monkeypatch):
             'ResNet-18-2x': 'ResNet-18 of 128 base channels,',
         }.get(expected, f'{expected},')
     )
+
+
+@pytest.mark.parametrize('part', ['train', 'deploy'])
+@pytest.mark.parametrize('name', NEWER_KEYS)
+def test_every_name_of_the_newer_networks_has_a_place(name, part, monkeypatch):
+    monkeypatch.setattr(
+        torch, 'linspace', functools.partial(torch.linspace, device='cpu')
+    )
+    with torch.device('meta'):
+        shapes = NEWER_KEYS[name][part]
+        network = recognise({k: torch.zeros(s) for k, s in shapes.items()}, '')
+        backbone = MODELS.build(network.backbone)
+        found = backbone_state(network, backbone)
+    family, _, size = name.partition('_')
+    kinds = dict(
+        unireplknet='UniRepLKNet', replknet='RepLKNet', mobileone='MobileOne'
+    )
+    size = re.sub('unireplknet_|create_RepLKNet', '', size)
+    title = f'{kinds[family]}-{size.upper()}'
+    block = 'no blocks' if part == 'deploy' else network.block
+    structure = 'converted' if part == 'deploy' else 'training-time'
+    assert str(network) == f'{title}, {block}, {structure}'
+    assert network.backbone['arch'].lower() == size.lower()
+    assert set(network.head) == {'weight', 'bias'}
+    expected = {k: v.shape for k, v in backbone.state_dict().items()}
+    assert {k: v.shape for k, v in found.items()} == expected
+    # Nothing is made up but the norms that were folded.
+    if part == 'train':
+        assert len(found) == len(shapes) - 2
+
+
+@pytest.fixture(params=['unireplknet', 'replknet', 'mobileone'])
+def newer(request, tmp_path):
+    """A training-time file of one of these networks, and its state."""
+    path = unpack(f'{request.param}_train.pth', tmp_path)
+    state = torch.load(path, weights_only=True)
+    return path, state.get('model', state)
+
+
+@pytest.mark.parametrize('kind', ['missing', 'unknown', 'half merged', 'lost'])
+def test_what_is_wrong_in_a_newer_file(newer, kind, tmp_path):
+    path, state = newer
+    name = next(n for n in state if 'stage' in n and n.endswith('weight'))
+    merged = torch.load(
+        unpack(Path(path).name.replace('train', 'deploy'), tmp_path),
+        weights_only=True,
+    )
+    unit = re.compile(
+        r'(stages\.2\.0\.|stages\.2\.blocks\.0\.|stage2\.0\.)'
+    )
+    if kind == 'missing':
+        del state[name]
+        message = 'lacks|missing'
+    elif kind == 'unknown':
+        state['stages.0.extra.weight'] = torch.ones(1)
+        message = 'extra'
+    elif kind == 'half merged':
+        state = {k: v for k, v in state.items() if not unit.match(k)}
+        state.update({k: v for k, v in merged.items() if unit.match(k)})
+        message = 'neither a training-time nor a converted file: 1 of its'
+    else:
+        state = {k: v for k, v in state.items() if not unit.match(k)}
+        message = 'lacks|missing'
+    torch.save(state, path)
+    with pytest.raises(UserError, match=message):
+        convert_official(path, str(tmp_path / 'out.pth'))
 
 
 def test_stock_networks_need_no_mmdbb():

@@ -236,18 +236,32 @@ class PlainUniRepLKNet(BaseBackbone):
             4,
             self.channels,
             out_indices,
-            min(frozen_stages, 3),
+            -1,
             'four positive numbers',
         )
+        if frozen_stages not in range(-1, 5):
+            raise ValueError(
+                f'frozen_stages must be one of -1 to 4, got {frozen_stages}'
+            )
         self.out_indices = tuple(out_indices)
         self.gap_before_final_norm = gap_before_final_norm
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
         #: Number of units of each stage.
         self.depths = tuple(map(len, sizes))
+        first = self.channels[0]
         self.downsample_layers = nn.ModuleList(
-            self._downsampling(*pair)
-            for pair in zip((in_channels, *self.channels), self.channels)
+            [
+                nn.Sequential(
+                    *_halved(in_channels, first // 2),
+                    nn.GELU(),
+                    *_halved(first // 2, first),
+                ),
+                *(
+                    nn.Sequential(*_halved(*pair))
+                    for pair in zip(self.channels, self.channels[1:])
+                ),
+            ]
         )
         rates = torch.linspace(0, drop_path_rate, sum(self.depths)).tolist()
         unit_args = dict(
@@ -300,24 +314,6 @@ class PlainUniRepLKNet(BaseBackbone):
         if base_channels is not None:
             channels = tuple(base_channels * 2**i for i in range(4))
         return channels, sizes
-
-    @staticmethod
-    def _downsampling(inside: int, outside: int) -> nn.Sequential:
-        """Halve height and width; the stem, whose input are images, twice."""
-
-        def conv(inside: int, outside: int) -> nn.Conv2d:
-            return nn.Conv2d(inside, outside, 3, stride=2, padding=1)
-
-        if outside == 2 * inside:
-            return nn.Sequential(conv(inside, outside), _layer_norm(outside))
-        half = outside // 2
-        return nn.Sequential(
-            conv(inside, half),
-            _layer_norm(half),
-            nn.GELU(),
-            conv(half, outside),
-            _layer_norm(outside),
-        )
 
     def forward(self, x: Tensor) -> Tuple[Tensor, ...]:
         outputs = []
@@ -405,6 +401,12 @@ class UniRepLKNet(BlocksForConvNorm, PlainUniRepLKNet):
         init_cfg=dict(type='TruncNormal', layer='Conv2d', std=0.02),
     )
     absorbs_norms = False
+
+
+def _halved(inside: int, outside: int) -> Tuple[nn.Module, nn.Module]:
+    """A convolution that halves height and width, and its norm."""
+    conv = nn.Conv2d(inside, outside, 3, stride=2, padding=1)
+    return conv, _layer_norm(outside)
 
 
 def _layer_norm(channels: int) -> nn.Module:

@@ -1,14 +1,15 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
 """Convert checkpoints of the papers' repositories into mmpretrain's form.
 
-Here are read all files that the repositories of DBB and OREPA write: of
-training-time and of converted networks, as ``.pth``, ``.pth.tar``, or in the
-old form ``.hdf5`` with a data set for each parameter.
+Here are read all files that the repositories of DBB, OREPA, UniRepLKNet,
+RepLKNet and MobileOne write: of training-time and of converted networks, as
+``.pth``, ``.pth.tar``, or in the old form ``.hdf5`` with a data set for each
+parameter.
 """
 
 from __future__ import annotations
 
-from typing import Dict, NamedTuple, Optional
+from typing import Dict, NamedTuple, Optional, Union
 
 import torch
 from mmengine.config import Config
@@ -20,11 +21,14 @@ from mmdbb.files.checkpoints import in_mmengine_form, load_strictly
 from mmdbb.files.hdf5 import is_hdf5, read_hdf5
 from mmdbb.mm.deploy.load import build_model
 from mmdbb.mm.hosts import require
+from mmdbb.mm.official.newer import NewerNetwork
 from mmdbb.mm.official.recognise import OfficialNetwork, recognise
 from mmdbb.mm.outputs import Contents, Source, output_paths, writing
 from mmdbb.mm.structure import Structure
 from mmdbb.reparam import find_blocks
 from mmdbb.stock_weights import norm_that_adds
+
+AnyNetwork = Union[OfficialNetwork, NewerNetwork]
 
 #: The validation pipeline of the papers' code (val_preprocess in utils.py),
 #: which reads and resizes images with PIL.
@@ -52,7 +56,7 @@ class ConvertedOfficial(NamedTuple):
 
     checkpoint: str
     config: str
-    network: OfficialNetwork
+    network: AnyNetwork
     entries: int
 
 
@@ -163,7 +167,7 @@ def _read(source: Source) -> dict:
 
 
 def backbone_state(
-    network: OfficialNetwork, backbone: nn.Module
+    network: AnyNetwork, backbone: nn.Module
 ) -> Dict[str, Tensor]:
     """Weights for a backbone under its own names.
 
@@ -180,6 +184,8 @@ def backbone_state(
         dict: Names -> tensors, for all entries of the file. It is not checked
         that they fit the backbone.
     """
+    if isinstance(network, NewerNetwork):
+        return network.state_for(backbone)
     modules = dict(backbone.named_modules())
     expected = backbone.state_dict()
     hosts = not find_blocks(backbone)
@@ -225,7 +231,11 @@ def load_official_backbone_(backbone: nn.Module, path: str) -> None:
     network = recognise(read_official(path), path)
     has_blocks = bool(find_blocks(backbone))
     # Both mmpretrain and mmdbb have RepVGG's own block, so both kinds fit.
-    own_block = network.block and network.block == network.network.host_block
+    own_block = (
+        isinstance(network, OfficialNetwork)
+        and network.block
+        and network.block == network.network.host_block
+    )
     if has_blocks != network.has_blocks and not own_block:
         fits = network.backbone['type']
         raise UserError(
@@ -239,7 +249,7 @@ def load_official_backbone_(backbone: nn.Module, path: str) -> None:
     )
 
 
-def classifier_config(network: OfficialNetwork) -> Config:
+def classifier_config(network: AnyNetwork) -> Config:
     """Config of an image classifier in mmpretrain.
 
     For a classifier of 1000 classes (ImageNet's) the config also tests the
@@ -281,15 +291,29 @@ def classifier_config(network: OfficialNetwork) -> Config:
                     type='ImageNet',
                     data_root='data/imagenet',
                     split='val',
-                    pipeline=list(TEST_PIPELINE),
+                    pipeline=tests_of(network),
                 ),
                 sampler=dict(type='DefaultSampler', shuffle=False),
             ),
             test_evaluator=dict(type='Accuracy', topk=(1, 5)),
             test_cfg=dict(),
         )
+    if 'UniRepLKNet' in network.backbone['type']:  # which pools by itself
+        del cfg['model']['neck']
     if network.needs_mmdbb:
         cfg['custom_imports'] = dict(
             imports=['mmdbb.backbones'], allow_failed_imports=False
         )
     return Config(cfg)
+
+
+def tests_of(network: AnyNetwork) -> list:
+    """The pipeline by which the paper's code tests a network.
+
+    Args:
+        network: The network in an official file.
+    """
+    load, resize, *others = TEST_PIPELINE
+    if isinstance(network, NewerNetwork):
+        resize = dict(resize, interpolation=network.interpolation)
+    return [load, resize, *others]

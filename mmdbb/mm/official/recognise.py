@@ -2,7 +2,8 @@
 """Recognise the network in a checkpoint of the papers' repositories.
 
 For the repositories of DBB (https://github.com/DingXiaoH/DiverseBranchBlock)
-and of OREPA (https://github.com/JUGGHM/OREPA_CVPR2022). The name of an entry
+and of OREPA (https://github.com/JUGGHM/OREPA_CVPR2022); the others are in
+:mod:`mmdbb.mm.official.newer`. The name of an entry
 is the name of a layer (convolution and norm, or a block) followed by a rest.
 The rests tell the kind of a layer; the names of the layers and the shapes of
 their kernels tell the network.
@@ -11,7 +12,7 @@ their kernels tell the network.
 from __future__ import annotations
 
 import re
-from typing import Dict, List, NamedTuple, Optional, Tuple
+from typing import Dict, List, NamedTuple, Optional, Tuple, Union
 
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from mmdbb.errors import UserError
 from mmdbb.files.sources import some
 from mmdbb.mm.config_types import class_of, is_own
 from mmdbb.mm.official.networks import NETWORKS, Network, Place
+from mmdbb.mm.official.newer import NewerNetwork, newer_network
 from mmdbb.official import names as official_names
 from mmdbb.official.names import BlockNames, settle_entries_, translate
 
@@ -157,7 +159,9 @@ class OfficialNetwork(NamedTuple):
         return f'{name}, {self.block or "no blocks"}, {structure}'
 
 
-def recognise(state: Dict[str, Tensor], path: str) -> OfficialNetwork:
+def recognise(
+    state: Dict[str, Tensor], path: str
+) -> Union[OfficialNetwork, NewerNetwork]:
     """Recognise architecture, block and structure by names and shapes.
 
     Args:
@@ -168,6 +172,9 @@ def recognise(state: Dict[str, Tensor], path: str) -> OfficialNetwork:
         UserError: If it is not a network of the papers, or a layer is missing
             or unknown.
     """
+    newer = newer_network(state, path)
+    if newer is not None:
+        return newer
     state = _with_stage0(state)
     network = _network_of(state, path)
     head = {
