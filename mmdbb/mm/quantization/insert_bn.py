@@ -160,7 +160,11 @@ def conv_bn_config(cfg: Config, model: nn.Module) -> Config:
         for key in ('conv_cfg', 'block', UPSAMPLE_KEY):
             block = named_block(node.get(key), scope)
             if block is not None:
-                node[key] = _conv_bn(node[key], block, sizes)
+                new = _conv_bn(node[key], block, sizes)
+                if key == UPSAMPLE_KEY:
+                    own = node[key].items()
+                    new.update({k: v for k, v in own if k in UPSAMPLE_KEYS})
+                node[key] = new
         return node
 
     fields = without_own_starts(cfg.to_dict())
@@ -187,8 +191,6 @@ def _conv_bn(
         min_kernel_size=max(low, min(sizes)),
         max_kernel_size=min(high, max(sizes)),
     )
-    if block.transposed:
-        new.update({k: layer[k] for k in UPSAMPLE_KEYS if k in layer})
     if layer.get('norm_cfg'):
         new['norm_cfg'] = layer['norm_cfg']
     return new
