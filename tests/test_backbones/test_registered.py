@@ -18,11 +18,12 @@ from mmdbb.stock_weights import stock_state
 
 pytestmark = pytest.mark.usefixtures('quiet')
 
-#: Blocks and what merges some of them are functions there, no classes.
+#: Blocks and what merges some of them are functions there, no classes. The
+#: upsample module of U-Nets is a layer, see test_mm/test_forms.py.
 BACKBONES = {
     name: kind
     for name, kind in registered_here(MODELS).items()
-    if inspect.isclass(kind)
+    if inspect.isclass(kind) and kind.__module__ != 'mmdbb.mm.upsample'
 }
 EACH = pytest.mark.parametrize('name', sorted(set(BACKBONES) & set(SMALL)))
 
