@@ -5,8 +5,7 @@
 
 times one training step of each form, on one thread, by processor time, the
 smallest of several runs; and adds up the tensors that autograd keeps for the
-backward pass. For pictures it also runs the branches one by one, as the other
-forms do.
+backward pass. It also runs the branches one by one.
 """
 
 import contextlib
@@ -15,10 +14,18 @@ import time
 import torch
 from torch import nn
 
-from mmdbb.blocks import ACB3d, DBB, DBB1d, DBB3d, DBBTranspose2d, OREPAConv3d
+from mmdbb.blocks import (
+    DBB,
+    ACB3d,
+    DBB1d,
+    DBB3d,
+    DBBTranspose2d,
+    OREPAConv3d,
+    RepVGGConv3d,
+)
 from mmdbb.reparam import literal_forward
 
-RUNS = 7
+RUNS = 5
 #: What is measured, and the shape of its batch.
 CASES = (
     ('1d, 3 taps', nn.Conv1d, nn.BatchNorm1d, [DBB1d], (8, 64, 2048)),
@@ -27,8 +34,8 @@ CASES = (
         '3d, 3x3x3',
         nn.Conv3d,
         nn.BatchNorm3d,
-        [DBB3d, ACB3d, OREPAConv3d],
-        (2, 32, 8, 28, 28),
+        [DBB3d, ACB3d, RepVGGConv3d, OREPAConv3d],
+        (2, 64, 8, 28, 28),
     ),
     (
         'transposed 2d, 4x4',
@@ -79,7 +86,7 @@ def main():
             if kind is OREPAConv3d:
                 own.append(norm(width))
             ways = dict(own=contextlib.nullcontext)
-            if kind is DBB:
+            if kind in (DBB1d, DBB, DBB3d):
                 ways['one by one'] = lambda own=own: literal_forward(own)
             for way, context in ways.items():
                 with context():

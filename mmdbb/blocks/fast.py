@@ -10,7 +10,7 @@ batch; for each branch the first row that applies is taken:
 =========  ==========================================  ====================
 branch     where                                       way
 =========  ==========================================  ====================
-(all)      other than two dimensions, and transposed   branches one by one
+(all)      transposed convolutions                     branches one by one
 (all)      small batches                               branches one by one
 (all)      depthwise blocks, unless the kernel is      the whole sum is
            large (:data:`_LARGE`)                      computed again
@@ -57,10 +57,10 @@ digits of that difference.
 
 from __future__ import annotations
 
+import math
 from typing import Callable, Dict, List, NamedTuple, Optional, Union
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -90,7 +90,7 @@ from mmdbb.branches.pointwise_kxk import (
     PointwiseKxK,
     mask_kernel,
 )
-from mmdbb.dimensions import CONV2D
+from mmdbb.dimensions import AVG_POOL, CONV, per_channel
 from mmdbb.geometry import (
     ConvSpec,
     add_shift,
@@ -124,7 +124,7 @@ def fast_forward(block: nn.Module, x: Tensor) -> Tensor:
     """
     norms = _norms_of(block)
     modes = {norm.training for norm in norms}
-    literal = block.spec.kind != CONV2D or _stays_literal(block, x)
+    literal = block.transposed or _stays_literal(block, x)
     if len(modes) != 1 or (modes == {True} and literal):
         return block.forward_branches(x)
     y, dtype = None, _conv_dtype(block, norms, x)
@@ -220,9 +220,9 @@ def _is_small(spec: ConvSpec, pixels: int) -> bool:
 
 def _batch_pixels(spec: ConvSpec, x: Tensor) -> int:
     """Number of pixels in the block's output, over the whole batch."""
-    top, bottom, left, right = spec.pads
-    size = (x.shape[-2] + top + bottom, x.shape[-1] + left + right)
-    count = x.shape[0]
+    count, pads = x.shape[0], spec.pads
+    sides = zip(x.shape[2:], pads[::2], pads[1::2])
+    size = [n + before + after for n, before, after in sides]
     for n, k, d, s in zip(size, spec.kernel_size, spec.dilation, spec.stride):
         count *= (n - d * (k - 1) - 1) // s + 1
     return count
@@ -291,13 +291,13 @@ def _training_forward(
     else:
         return None  # an unknown branch may read state that has changed
     if block.own_bias is not None:
-        y = y + block.own_bias.to(y.dtype).reshape(-1, 1, 1)
+        y = y + per_channel(block.own_bias.to(y.dtype), block.dims)
     return y if block.norm is None else run_norm(block.norm, y)
 
 
 def _is_large(spec: ConvSpec) -> bool:
     """Whether a depthwise kernel is too large to run again."""
-    taps = spec.kernel_size[0] * spec.kernel_size[1]
+    taps = math.prod(spec.kernel_size)
     return spec.is_depthwise and taps >= _LARGE
 
 
@@ -353,7 +353,7 @@ def _collapses(branch: nn.Module, x: Tensor) -> bool:
     if not _is_a(branch, PointwiseKxK):
         return False
     spec = branch.spec
-    taps = spec.kernel_size[0] * spec.kernel_size[1]
+    taps = math.prod(spec.kernel_size)
     work = 4 * spec.out_channels // spec.groups * taps
     # Processes that share statistics must all take the same way, whatever the
     # size of their own images. So a fixed number stands for the pixels.
@@ -410,8 +410,8 @@ def _scales_its_kernel(branch: Pointwise, batch: _Batch) -> bool:
         branch.norm is not None
         and _has_moments(branch, batch)
         and not spec.is_depthwise
-        and spec.stride == (1, 1)
-        and not any(spec.pads_of((1, 1)))
+        and not spec.is_strided
+        and not any(spec.pads_of((1,) * spec.dims))
     )
 
 
@@ -435,8 +435,9 @@ def _scaled_before(branch: Pointwise, batch: _Batch) -> Tensor:
         kernel = exact.to(x.dtype)
         # The norm centres the output of the rounded kernel, not of the exact.
         shift = shift + moments.mean_through(exact - kernel)
-        z = F.conv2d(x, kernel, groups=branch.spec.groups)
-        return add_shift(z, shift.reshape(-1, 1, 1))
+        dims = branch.spec.dims
+        z = CONV[dims](x, kernel, groups=branch.spec.groups)
+        return add_shift(z, per_channel(shift, dims))
 
 
 def _collapsed(branch: PointwiseKxK, batch: _Batch) -> Tensor:
@@ -455,10 +456,10 @@ def _collapsed(branch: PointwiseKxK, batch: _Batch) -> Tensor:
         )
         # This is the constant inside the image. On the border it differs.
         constant = mask_kernel(kernel2, shift, spec.groups)
-        constant = constant.sum((1, 2, 3)).reshape(-1, 1, 1)
+        constant = per_channel(constant.flatten(1).sum(1), spec.dims)
         if spec.has_border:
             value = batch.border(branch.norm1, stats.mean.detach)
-            constant = constant + F.conv2d(
+            constant = constant + CONV[spec.dims](
                 border_mask(x, spec.pads).to(near),
                 mask_kernel(kernel2, value.to(near) - shift, spec.groups),
                 stride=spec.stride,
@@ -471,7 +472,7 @@ def _collapsed(branch: PointwiseKxK, batch: _Batch) -> Tensor:
 def _pooled_first(branch: PointwiseAvg, batch: _Batch) -> Tensor:
     """Pool, then run 1x1 and norm; see "Pooled first" above."""
     spec, x, weight = branch.spec, batch.half, branch.conv1.weight
-    area = spec.kernel_size[0] * spec.kernel_size[1]
+    area, dims = math.prod(spec.kernel_size), spec.dims
     with without_autocast(x.device):
         stats = batch.stats.through(weight)
         scale, shift = batch_scale_shift(branch.norm1, stats)
@@ -488,12 +489,13 @@ def _pooled_first(branch: PointwiseAvg, batch: _Batch) -> Tensor:
             norm: nn.Module, x: Tensor, kernel: Tensor, shift: Tensor
         ) -> Tensor:
             q = pool_sum(x, spec)
-            z = F.conv2d(q, kernel, groups=spec.groups)
-            constant = shift.reshape(-1, 1, 1)
+            z = CONV[dims](q, kernel, groups=spec.groups)
+            constant = per_channel(shift, dims)
             if spec.has_border:
                 border = border_mask(x, spec.pads).to(shift.dtype)
                 b = pool_sum(border, spec, padded=True) / area
-                constant = constant + (value.reshape(-1, 1, 1) - constant) * b
+                outside = per_channel(value, dims) - constant
+                constant = constant + outside * b
             return run_norm(norm, add_shift(z, constant))
 
         return again(pooled, x, kernel, shift, module=branch.norm2)
@@ -569,7 +571,8 @@ def pool_sum(
         padded: Whether ``x`` is padded already.
         mean: Whether to average instead of summing.
     """
-    if x.device.type == 'cpu' or spec.dilation != (1, 1):
+    # torch's pooling of lines cannot sum.
+    if x.device.type == 'cpu' or spec.is_dilated or spec.dims == 1:
         return pool_by_convolution(x, spec, padded, mean)
     return pool_by_torch(x, spec, padded, mean)
 
@@ -583,12 +586,12 @@ def pool_by_convolution(
         padding = 0
     elif isinstance(padding, str) or spec.padding_mode != 'zeros':
         x, padding = pad2d(x, spec.pads, spec.padding_mode), 0
-    dtype, area = x.dtype, spec.kernel_size[0] * spec.kernel_size[1]
+    dtype, area = x.dtype, math.prod(spec.kernel_size)
     if mean:  # so that the result is rounded once, as torch's pooling is
         x = x.to(near_dtype(dtype))
     ones = x.new_ones(channels, 1, *spec.kernel_size)
     with without_autocast(x.device):
-        y = F.conv2d(
+        y = CONV[spec.dims](
             x, ones, None, spec.stride, padding, spec.dilation, channels
         )
     return y.div_(area).to(dtype) if mean else y
@@ -601,10 +604,10 @@ def pool_by_torch(
     if not padded:
         x = pad2d(x, spec.pads, spec.padding_mode)
     divisor = None if mean else 1
-    return F.avg_pool2d(
+    return AVG_POOL[spec.dims](
         x, spec.kernel_size, spec.stride, divisor_override=divisor
     )
 
 
 def _scaled(kernel: Tensor, scale: Tensor) -> Tensor:
-    return kernel * scale.reshape(-1, 1, 1, 1)
+    return kernel * per_channel(scale, kernel.dim() - 1)

@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from mmdbb.dimensions import CONV
 from mmdbb.recompute import again, is_compiling, without_autocast
 
 # How many numbers are held in the wider precision at once; they should fit
@@ -125,9 +126,10 @@ class Maps(NamedTuple):
         """
 
         def statistics(x: Tensor, kernel: Tensor) -> Tensor:
-            z = F.conv2d(x, kernel.to(x.dtype), groups=self.groups)
+            z = CONV[x.dim() - 2](x, kernel.to(x.dtype), groups=self.groups)
             z = z.to(near_dtype(x.dtype))
-            var, mean = torch.var_mean(z, (0, 2, 3), correction=0)
+            over = (0, *range(2, z.dim()))
+            var, mean = torch.var_mean(z, over, correction=0)
             return torch.stack([mean, var])
 
         with without_autocast(self.x.device):
@@ -148,6 +150,8 @@ def moments_of(
         norm: The norm whose processes share the batch; None for no other
             process.
     """
+    if x.dim() != 4:
+        x = x.flatten(2)[..., None]  # as pictures; statistics know no places
     with without_autocast(x.device):
         found = Moments(*_MomentsOf.apply(x, groups), pixels_of(x))
         return _over_processes(found, norm)
@@ -161,8 +165,6 @@ def stats_of(x: Tensor, norm: Optional[_BatchNorm] = None) -> BatchStats:
         norm: The norm whose processes share the batch; None for no other
             process.
     """
-    if x.dim() != 4:
-        x = x.flatten(2)[..., None]  # as pictures; statistics have no places
     found = moments_of(x, x.shape[1], norm)
     return BatchStats(found.mean[:, 0], found.cov[:, 0, 0], found.count)
 
