@@ -545,9 +545,7 @@ def frequency_prior(out_channels: int, kernel_size: Tuple[int, ...]) -> Tensor:
     share = out_channels / dims
     patterns = torch.zeros(out_channels, *kernel_size, dtype=torch.float64)
     for i, size in enumerate(kernel_size):
-        own = (channel - 1 >= i * share) & (channel - 1 < (i + 1) * share)
-        if i == dims - 1:
-            own = channel - 1 >= i * share
+        own = channel - 1 >= i * share  # the next dimension takes the rest
         tap = torch.arange(size, dtype=torch.float64) + 0.5
         frequency = (channel - i * share)[:, None]
         cosines = torch.cos(torch.pi * tap * frequency / size)
