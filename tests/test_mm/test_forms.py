@@ -179,6 +179,10 @@ def test_the_stock_config_names_the_layer():
     resnet = dict(type='mmseg.ResNet', depth=18)
     assert layer(resnet, type='DBB') is None
     assert layer(resnet, type='DBB3d') == conv3d
+    # A pathway of SlowFast, of a type that no registry knows.
+    own = dict(type='resnet3d', conv_cfg=dict(type='DBB'), depth=18)
+    found = stock_of(dict(type='Any', slow_pathway=own))['slow_pathway']
+    assert found == dict(type='resnet3d', depth=18)
     deconv = dict(type='deconv', bias=False)
     for name in ('DBB', 'DBBTranspose2d'):
         assert layer(up, 'upsample_cfg', type=name, bias=False) == deconv

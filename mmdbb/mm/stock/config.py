@@ -82,7 +82,12 @@ def stock_config(cfg: Config) -> Config:
         kind = class_of(node.get('type'), scope)
         block = named_block(node.get('conv_cfg'), scope)
         if block:
-            node['conv_cfg'] = _plain_layer(node['conv_cfg'], block, kind)
+            plain = _plain_layer(node['conv_cfg'], block, kind)
+            node['conv_cfg'] = plain
+            if plain is None and not isinstance(kind, type):
+                # A part that a network builds by itself, such as a pathway of
+                # SlowFast; its default is not known, and need not be None.
+                del node['conv_cfg']
         block = named_block(node.get(UPSAMPLE_KEY), scope)
         if block:
             node[UPSAMPLE_KEY] = _plain_upsample(node[UPSAMPLE_KEY], block)
