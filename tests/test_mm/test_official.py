@@ -229,9 +229,7 @@ def test_what_is_wrong_in_a_newer_file(newer, kind, tmp_path):
         unpack(Path(path).name.replace('train', 'deploy'), tmp_path),
         weights_only=True,
     )
-    unit = re.compile(
-        r'(stages\.2\.0\.|stages\.2\.blocks\.0\.|stage2\.0\.)'
-    )
+    unit = re.compile(r'(stages\.2\.0\.|stages\.2\.blocks\.0\.|stage2\.0\.)')
     if kind == 'missing':
         del state[name]
         message = 'lacks|missing'
