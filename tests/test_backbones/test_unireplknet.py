@@ -11,15 +11,18 @@ import pytest
 import torch
 from helpers import EXACT, deploy, distance, image, randomize
 from mmengine.config import Config
+from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, DefaultScope
 from mmpretrain import get_model
+from mmpretrain.structures import DataSample
 from torch import nn
 
-from mmdbb import LargeKernelConv
+from mmdbb import LargeKernelConv, reparameterize
 from mmdbb.errors import UserError
 from mmdbb.mm.backbones import PlainUniRepLKNet, UniRepLKNet
 from mmdbb.mm.official.convert import convert_official, load_official_backbone_
+from mmdbb.mm.stock.config import stock_config
 from mmdbb.reparam import find_blocks
 
 pytestmark = pytest.mark.usefixtures('quiet')
@@ -310,6 +313,8 @@ def test_imagenet_is_the_papers(name, drop, mixup, cutmix, batch, processes):
     assert config.train_cfg.max_epochs == 300
     assert config.model.head.loss.label_smooth_val == 0.1
     assert not config.get('custom_hooks')
+    if name != 'n':
+        return
     # As optim_factory.py: what has one dimension, and biases, do not decay.
     config.model.backbone.base_channels = 8
     config.model.head.in_channels = 64
@@ -353,3 +358,58 @@ def test_coco_is_the_papers(name, drop):
     heads = config.model.roi_head.bbox_head
     assert [h.type for h in heads] == ['ConvFCBBoxHead'] * 3
     assert [h.loss_bbox.type for h in heads] == ['GIoULoss'] * 3
+
+
+@pytest.mark.parametrize('block', ['dilated', 'plain'])
+def test_imagenet_trains_and_merges(block):
+    config = Config.fromfile(CONFIGS / f'unireplknet-t_{block}_imagenet.py')
+    model = config.model
+    model.data_preprocessor = config.data_preprocessor
+    model.backbone.update(base_channels=8)
+    model.head.in_channels = 64
+    config.optim_wrapper.accumulative_counts = 1
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        model = MODELS.build(model)
+        wrapper = build_optim_wrapper(model, config.optim_wrapper)
+    model.init_weights()
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    batch = dict(
+        inputs=[torch.randint(256, (3, 64, 96)).byte() for _ in range(2)],
+        data_samples=[
+            DataSample().set_gt_label(torch.tensor(i)) for i in range(2)
+        ],
+    )
+    losses = model.train().train_step(batch, wrapper)
+    assert torch.isfinite(losses['loss'])
+    moved = [
+        not torch.equal(p, before[n]) for n, p in model.named_parameters()
+    ]
+    assert sum(moved) > len(moved) // 2
+    model = randomize(model.double()).eval()
+    x = image(1, 3, 64, 96)
+    expected = model(x)
+    assert bool(find_blocks(model)) == (block == 'dilated')
+    if block == 'dilated':
+        assert len(find_blocks(model)) == 15
+        assert distance(reparameterize(model)(x), expected) < EXACT
+
+
+def test_coco_builds_and_merges():
+    path = CONFIGS / 'unireplknet-t_dilated_cascade_coco.py'
+    config = Config.fromfile(path)
+    model = config.model
+    model.backbone.update(base_channels=8, init_cfg=None)
+    model.neck.in_channels = [8, 16, 32, 64]
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        parts = [MODELS.build(model[name]) for name in ('backbone', 'neck')]
+        stock = stock_config(config).model.backbone
+    model = revert_sync_batchnorm(nn.Sequential(*parts))
+    model = randomize(model.double()).eval()
+    x = image(1, 3, 64, 96)
+    expected = model(x)
+    sides = [tuple(y.shape[2:]) for y in expected]
+    assert sides == [(16, 24), (8, 12), (4, 6), (2, 3), (1, 2)]
+    for y, z in zip(reparameterize(model)(x), expected):
+        assert distance(y, z) < EXACT
+    assert stock.type == 'mmpretrain.PlainUniRepLKNet'
+    assert 'block' not in stock and stock.arch == 't'
