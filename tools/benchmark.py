@@ -129,7 +129,7 @@ def print_kernels(args):
     rows = benchmark.large_kernels(
         args.block, args.kernels, args.batch, device_of(args), args.repeats
     )
-    cells = []
+    cells, plain = [], None
     for row in rows:
         plain = row if row.variant == 'plain' else plain
         cells.append(

@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 import time
-from typing import Dict, Iterator, NamedTuple
+from typing import Callable, Dict, Iterator, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mmdbb.blocks.build import registered_blocks
 from workshop.benchmark.measure import interleaved, kept_megabytes
@@ -54,40 +54,36 @@ def large_kernels(
         layer = registered_blocks()[block](WIDTH, WIDTH, size, **args)
         conv = nn.Conv2d(WIDTH, WIDTH, size, **args)
         plain = nn.Sequential(conv, nn.BatchNorm2d(WIDTH)).to(device)
-        layer = layer.to(device)
         x = torch.randn(batch, WIDTH, SIDE, SIDE, device=device)
-        x.requires_grad_()
-        forwards = dict(
-            plain=plain, literal=layer.forward_branches, default=layer
-        )
-        train = _fastest(
-            {
-                name: lambda run=run: run(x).mean().backward()
-                for name, run in forwards.items()
-            },
-            device,
-            repeats,
-        )
-        kept = {
-            name: kept_megabytes(lambda run=run: run(x))
-            for name, run in forwards.items()
-        }
-        for net in (plain, layer):
-            net.eval()
-        with torch.no_grad():
-            evaluation = _fastest(
-                {n: lambda run=run: run(x) for n, run in forwards.items()},
-                device,
-                repeats,
-            )
-        for name in forwards:
-            yield KernelRow(
-                size, name, train[name], kept[name], evaluation[name]
-            )
+        yield from _rows(size, layer.to(device), plain, x, repeats)
+
+
+def _rows(
+    size: int, layer: nn.Module, plain: nn.Module, x: Tensor, repeats: int
+) -> Iterator[KernelRow]:
+    x.requires_grad_()
+    forwards = dict(
+        plain=lambda: plain(x),
+        literal=lambda: layer.forward_branches(x),
+        default=lambda: layer(x),
+    )
+
+    def step(forward: Callable) -> Callable:
+        return lambda: forward().mean().backward()
+
+    steps = {name: step(forward) for name, forward in forwards.items()}
+    train = _fastest(steps, x.device, repeats)
+    kept = {name: kept_megabytes(run) for name, run in forwards.items()}
+    for net in (plain, layer):
+        net.eval()
+    with torch.no_grad():
+        evaluation = _fastest(forwards, x.device, repeats)
+    for name in forwards:
+        yield KernelRow(size, name, train[name], kept[name], evaluation[name])
 
 
 def _fastest(
-    runs: Dict[str, object], device: torch.device, repeats: int
+    runs: Dict[str, Callable], device: torch.device, repeats: int
 ) -> Dict[str, float]:
     clock = time.process_time if device.type == 'cpu' else None
     found = interleaved(runs, repeats, clock)
