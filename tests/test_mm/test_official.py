@@ -231,7 +231,8 @@ def test_newer_networks_start_detectors(newer):
     with DefaultScope.overwrite_default_scope('mmpretrain'):
         one, other = MODELS.build(maps), MODELS.build(backbone)
     for model in (one, other):
-        load_official_backbone_(model.eval(), path)
+        load_official_backbone_(model, path)
+        model.eval()
     x = torch.rand(1, 3, 64, 96)
     with torch.no_grad():
         *_, last = one(x)
