@@ -145,7 +145,7 @@ TABLE = (
     Mutation(
         'mmdbb/geometry.py',
         'inside, _for_torch(pads), value',
-        'inside, _for_torch(pads[::-1]), value',
+        'inside, _for_torch([*pads[:2], *pads[:1:-1]]), value',
         'the sides of the border',
         (GEOMETRY,),
     ),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import distance, randomize
+from helpers import distance, randomize, run_tool
 from workshop import benchmark
 from workshop.benchmark import papers
 
@@ -110,6 +110,15 @@ def test_imports():
     )
     assert 'without hosts' in run.stdout
     assert 'beyond it' in run.stdout
+
+
+def test_large_kernels(capsys):
+    options = ('--kernels', 3, 7, '--block', 'LargeKernelConv')
+    more = ('--batch', 1, '--repeats', 1)
+    assert run_tool('benchmark', *options, *more) == 0
+    printed = capsys.readouterr().out
+    for word in ('3x3', '7x7', 'plain', 'literal', 'default'):
+        assert word in printed
 
 
 def test_command(tmp_path):

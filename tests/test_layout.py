@@ -260,6 +260,7 @@ TAKE_MORE = {
         'official.blocks.ACBlock.__init__',
         'official.blocks.DiverseBranchBlock.__init__',
         'official.blocks.RepVGGBlock.__init__',
+        'official.mobileone.MobileOneBlock.__init__',
         'official.orepa.OREPA.__init__',
         'official.orepa.OREPA_1x1.__init__',
         'official.orepa.OREPA_LargeConvBase.__init__',
@@ -269,6 +270,7 @@ TAKE_MORE = {
         'mm.backbones.alexnet.PlainAlexNet.__init__',
         'mm.backbones.mobilenet.MobileNetV1.__init__',
         'mm.backbones.repvgg.RepVGGUnit.__init__',
+        'mm.backbones.unireplknet.PlainUniRepLKNet.__init__',
     ),
     "arguments of torch's _rebuild_tensor_v3, as files have them": (
         'files.values.Values._tensor_3',

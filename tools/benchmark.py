@@ -9,6 +9,10 @@ how a block's time and memory grow with batch, width and resolution.
   python tools/benchmark.py --import
 
 prints what `import mmdbb` takes beyond `import torch`.
+
+  python tools/benchmark.py --kernels 7 13 31 --block DilatedReparamConv
+
+measures large depthwise kernels beside plain ones.
 """
 
 import json
@@ -86,6 +90,13 @@ def parse_args():
         action='store_true',
         help='measure `import mmdbb` and nothing else',
     )
+    parser.add_argument(
+        '--kernels',
+        nargs='+',
+        type=at_least_one,
+        metavar='SIZE',
+        help='measure one depthwise block of each size and nothing else',
+    )
     parser.add_argument('--out', help='write the rows to this JSON file')
     parser.add_argument('--plot', help='draw the growth of one block here')
     parser.add_argument(
@@ -98,16 +109,48 @@ def main():
     args = parse_args()
     if args.imports:
         print_imports(args.repeats)
+    elif args.kernels:
+        print_kernels(args)
     else:
         write_report(args)
 
 
-def write_report(args):
+def device_of(args):
     try:
-        device = torch.device(args.device)
-        images = torch.randn(args.batch, 3, *args.image_size, device=device)
+        return torch.zeros(1, device=args.device).device
     except RuntimeError as error:
         raise UserError(f'--device {args.device}: {error}') from error
+
+
+def print_kernels(args):
+    check_block(args.block)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    rows = benchmark.large_kernels(
+        args.block, args.kernels, args.batch, device_of(args), args.repeats
+    )
+    cells, plain = [], None
+    for row in rows:
+        plain = row if row.variant == 'plain' else plain
+        cells.append(
+            (
+                f'{row.size}x{row.size}',
+                row.variant,
+                f'{row.train_ms:.1f}',
+                ratio(row.train_ms, plain.train_ms),
+                f'{row.kept_mb:.1f}',
+                ratio(row.kept_mb, plain.kept_mb),
+                f'{row.eval_ms:.1f}',
+                ratio(row.eval_ms, plain.eval_ms),
+            )
+        )
+    header = ('kernel', args.block, 'step ms', '/ plain', 'kept MB')
+    print_table(header + ('/ plain', 'eval ms', '/ plain'), cells)
+
+
+def write_report(args):
+    device = device_of(args)
+    images = torch.randn(args.batch, 3, *args.image_size, device=device)
     check_block(args.block)
     check_picture(args.plot)
     if args.graphs and device.type != 'cuda':

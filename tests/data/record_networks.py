@@ -9,7 +9,7 @@ It needs PyTorch, NumPy and timm, and nothing of mmdbb. For each repository it
 builds a tiny network by the repository's own code, draws its parameters and
 running statistics, and writes in the code's own form
 
-- ``NAME_train.pth.xz``, and ``NAME_deploy.pth.xz`` after the code's own merging
+- ``NAME_train.pth.xz``, and after its own merging ``NAME_deploy.pth.xz``
 - ``NAME_io.npz``: images, and what the code computes from them in float32
 
 and into ``newer_keys.json.xz`` names and shapes of all entries of networks of

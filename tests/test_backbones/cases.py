@@ -38,6 +38,17 @@ DILATED = dict(NARROW, strides=(1, 1), dilations=(1, 2))
 GROUPS = dict(depth=50, groups=4, width_per_group=4)
 
 #: Name in configs -> row.
+UNIREPLKNET = Row(
+    4,
+    dict(
+        arch=dict(
+            channels=(4, 8, 12, 8), kernel_sizes=((3,), (7,), (5, 7), (7,))
+        ),
+        gap_before_final_norm=False,
+        layer_scale_init_value=0.5,
+    ),
+    (96, 64),
+)
 SMALL = {
     'AlexNetDBB': ALEXNET,
     'MobileNetV1': MOBILENET,
@@ -46,11 +57,13 @@ SMALL = {
     'PlainRepVGG': REPVGG,
     'PlainResNeXt': Row(2, dict(GROUPS, stage_blocks=(2, 1), **STAGES)),
     'PlainResNet': Row(2, dict(depth=18, stage_blocks=(1, 2), **STAGES)),
+    'PlainUniRepLKNet': UNIREPLKNET,
     'ReparamRepVGG': REPVGG,
     'ResNeXtDBB': Row(2, dict(GROUPS, **STAGES)),
     'ResNetDBB': Row(2, dict(depth=18, **STAGES)),
     'ResNetV1cDBB': Row(2, dict(depth=50, **DILATED)),
     'ResNetV1dDBB': Row(2, dict(depth=18, **STAGES)),
+    'UniRepLKNet': UNIREPLKNET,
     'VGGDBB': Row(
         2, dict(depth=11, num_stages=2, dilations=(1, 1), out_indices=(1,))
     ),

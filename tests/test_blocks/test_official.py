@@ -23,7 +23,7 @@ from mmdbb import (
     official,
 )
 from mmdbb.blocks import ReparamConv2d
-from mmdbb.official.names import BLOCKS
+from mmdbb.official.names import BLOCKS, DILATED, MOBILEONE, large_kernel
 
 #: Those that are built as a DBB is; test_official_newer.py has the others.
 EACH = each_paper(has_usual_arguments)
@@ -369,6 +369,11 @@ def test_any_geometry_where_the_papers_code_fails():
 
 
 def test_all_classes_read_their_names_from_one_table():
-    classes = [getattr(official, name) for name in official.__all__]
-    table = [names.within('block.') for names in BLOCKS]
+    classes = {getattr(official, name) for name in official.__all__}
+    # MobileOne's have those of its SE too, RepLKNet's depend on the block.
+    assert MobileOneBlock.names[:-2] == MOBILEONE.within('block.')
+    block = ReparamLargeKernelConv(4, 4, 9, 1, 1, small_kernel=3)
+    assert block.names == large_kernel(3).within('block.')
+    classes -= {MobileOneBlock, ReparamLargeKernelConv}
+    table = [names.within('block.') for names in (*BLOCKS, DILATED)]
     assert sorted(block.names for block in classes) == sorted(table)

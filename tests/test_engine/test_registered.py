@@ -69,11 +69,24 @@ def of_the_papers(cfg, folder):
     return str(path)
 
 
+def rate_of_unireplknet(cfg, folder):
+    """A rate, and a backbone that knows its layers."""
+    sizes = ((3,), (7,), (3,), (3,))
+    cfg.model.backbone = dict(
+        type='UniRepLKNet',
+        arch=dict(channels=(4, 4, 8, 8), kernel_sizes=sizes),
+        gap_before_final_norm=False,
+    )
+    cfg.model.head.in_channels = 8
+    return 0.8
+
+
 #: Name -> arguments; those that are functions are told config and folder.
 ROWS = {
     'BackbonePretrained': dict(checkpoint=of_the_network),
     'BlocksHook': dict(),
     'KernelPenaltyHook': dict(weight=1e-4),
+    'LayerDecayOptimWrapperConstructor': dict(decay_rate=rate_of_unireplknet),
     'OfficialPretrained': dict(checkpoint=of_the_papers),
     'PlainPretrained': dict(
         checkpoint=of_the_stock_network, prefix='backbone.'

@@ -221,6 +221,33 @@ def newer(request, tmp_path):
     return path, state.get('model', state)
 
 
+def test_newer_networks_start_detectors(newer):
+    """Norms of outputs that the file does not have start anew."""
+    path, state = newer
+    backbone = recognise(dict(state), path).backbone
+    maps = dict(backbone, out_indices=(0, 1, 2, 3))
+    if 'UniRepLKNet' in backbone['type']:
+        maps['gap_before_final_norm'] = False
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        one, other = MODELS.build(maps), MODELS.build(backbone)
+    for model in (one, other):
+        load_official_backbone_(model, path)
+        model.eval()
+    x = torch.rand(1, 3, 64, 96)
+    with torch.no_grad():
+        *_, last = one(x)
+        (expected,) = other(x)
+    assert len(one(x)) == 4
+    if 'UniRepLKNet' not in backbone['type']:
+        assert torch.equal(last, expected)
+    others = [
+        value
+        for name, value in one.state_dict().items()
+        if re.match(r'norm[012]|stages\.[012]\.norm', name)
+    ]
+    assert all(v.min() == v.max() and v.min() in (0, 1) for v in others)
+
+
 @pytest.mark.parametrize('kind', ['missing', 'unknown', 'half merged', 'lost'])
 def test_what_is_wrong_in_a_newer_file(newer, kind, tmp_path):
     path, state = newer
@@ -229,9 +256,7 @@ def test_what_is_wrong_in_a_newer_file(newer, kind, tmp_path):
         unpack(Path(path).name.replace('train', 'deploy'), tmp_path),
         weights_only=True,
     )
-    unit = re.compile(
-        r'(stages\.2\.0\.|stages\.2\.blocks\.0\.|stage2\.0\.)'
-    )
+    unit = re.compile(r'(stages\.2\.0\.|stages\.2\.blocks\.0\.|stage2\.0\.)')
     if kind == 'missing':
         del state[name]
         message = 'lacks|missing'

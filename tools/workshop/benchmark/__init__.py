@@ -3,6 +3,7 @@
 
 from .growth import AXES, Point, growth
 from .imports import ImportTime, import_times
+from .large_kernels import KernelRow, large_kernels
 from .measure import Spread, interleaved, kept_megabytes, peak_megabytes
 from .papers import papers_way
 from .phases import (
@@ -18,6 +19,7 @@ from .processes import sync_rows
 __all__ = [
     'AXES',
     'ImportTime',
+    'KernelRow',
     'NETWORKS',
     'PHASES',
     'PRECISIONS',
@@ -29,6 +31,7 @@ __all__ = [
     'import_times',
     'interleaved',
     'kept_megabytes',
+    'large_kernels',
     'papers_way',
     'peak_megabytes',
     'run_phase',

@@ -20,15 +20,24 @@ class Spread(NamedTuple):
 
 
 def interleaved(
-    runs: Dict[str, Callable[[], None]], repeats: int
+    runs: Dict[str, Callable[[], None]],
+    repeats: int,
+    clock: Optional[Callable[[], float]] = None,
 ) -> Dict[str, Spread]:
-    """Time callables in turns, after one run each to warm up."""
+    """Time callables in turns, after one run each to warm up.
+
+    Args:
+        runs: Names -> what to run.
+        repeats: How often each runs.
+        clock: Returns seconds; by default the GPU's events where there is
+            one, else the time that passes.
+    """
     seconds = {name: [] for name in runs}
     for run in runs.values():
         run()
     for _ in range(repeats):
         for name, run in runs.items():
-            seconds[name].append(_seconds(run))
+            seconds[name].append(_seconds(run, clock))
     return {
         name: Spread(
             1e3 * statistics.median(values),
@@ -119,11 +128,14 @@ def peak_megabytes(run: Callable[[], None], device: torch.device) -> float:
     return peak / 1e6
 
 
-def _seconds(run: Callable[[], None]) -> float:
-    if not torch.cuda.is_available():
-        start = time.perf_counter()
+def _seconds(
+    run: Callable[[], None], clock: Optional[Callable[[], float]]
+) -> float:
+    if clock is not None or not torch.cuda.is_available():
+        clock = clock or time.perf_counter
+        start = clock()
         run()
-        return time.perf_counter() - start
+        return clock() - start
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     run()
