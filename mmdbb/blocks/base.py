@@ -7,6 +7,7 @@ import contextlib
 import copy
 import dataclasses
 import sys
+from types import MethodType
 from typing import Callable, Iterator, Optional, Sequence, Tuple, Union
 
 import torch
@@ -231,6 +232,10 @@ class ReparamConv2d(TakesPlainWeights, metaclass=BlockType):
         twin = shadow(self, lambda owner, name, tensor: tensor)
         twin.spec = spec
         twin._take_size(spec)
+        # Verification puts another method of the block there.
+        method = vars(self).get('forward_train')
+        if isinstance(method, MethodType):
+            twin.forward_train = MethodType(method.__func__, twin)
         return twin
 
     def _take_size(self, spec: ConvSpec) -> None:

@@ -256,6 +256,8 @@ def test_transposed_takes_an_output_size():
             # The cached kernel knows no size; branch by branch it is told.
             training = copy.deepcopy(block).train()
             assert training(x, size).shape == y.shape
+            with literal_forward(nn.Sequential(block)):
+                assert distance(block(x, size), y) < EXACT
     for wrong in ((15, 17), (17,), (12, 17)):
         with pytest.raises(ValueError, match='output_size must be a size'):
             block(x, wrong)

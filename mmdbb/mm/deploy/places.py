@@ -9,7 +9,7 @@ Before a group norm it can hold it nowhere.
 from __future__ import annotations
 
 import contextlib
-import functools
+from types import MethodType
 from typing import Dict, Iterable, Iterator, NamedTuple, Tuple
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mmdbb.blocks.base import ReparamConv2d
 from mmdbb.found_norms import absorbed_norms
-from mmdbb.geometry import ConvSpec, convolve
+from mmdbb.geometry import convolve
 from mmdbb.mm.data_flow import norms_of
 from mmdbb.modules import drops_bias, takes_bias
 from mmdbb.reparam import find_blocks
@@ -73,7 +73,7 @@ def _shapes_only(blocks: Iterable[ReparamConv2d]) -> Iterator[None]:
     """
     changed = [block for block in blocks if not block.deploy]
     for block in changed:
-        block.forward_train = functools.partial(_zeros_of, block.spec)
+        block.forward_train = MethodType(_zeros_of, block)
     try:
         yield
     finally:
@@ -81,7 +81,8 @@ def _shapes_only(blocks: Iterable[ReparamConv2d]) -> Iterator[None]:
             vars(block).pop('forward_train', None)
 
 
-def _zeros_of(spec: ConvSpec, x: Tensor) -> Tensor:
+def _zeros_of(block: ReparamConv2d, x: Tensor) -> Tensor:
+    spec = block.spec
     kernel = torch.empty(spec.weight_shape, dtype=x.dtype, device='meta')
     like = convolve(
         x.to('meta'), kernel, None, spec.at_size(x.shape[-spec.dims :])
