@@ -31,6 +31,7 @@ BASES = (
     'branches.base',
     'branches.norm',
     'errors',
+    'dimensions',
     'geometry',
     'kernels',
     'mm.hosts',
