@@ -61,6 +61,12 @@ class Mutation(NamedTuple):
 
 
 GEOMETRY = 'tests/test_geometry.py'
+KXK = 'tests/test_branches/test_kxk.py'
+LARGE = 'tests/test_blocks/test_large_kernels.py'
+UNIREPLKNET = 'tests/test_backbones/test_unireplknet.py'
+FILES_OF_THEIRS = (
+    'tests/test_mm/test_official.py::test_file_gives_the_recorded_output'
+)
 TRANSFORMS = 'tests/test_transforms.py'
 KERNELS = 'tests/test_kernels.py'
 BRANCHES = 'tests/test_branches/test_branches.py'
@@ -99,6 +105,115 @@ REPLACED = 'tests/test_mm/test_replaced.py'
 OFFICIAL = 'tests/test_blocks/test_official.py'
 
 TABLE = (
+    # -------------------------------------- smaller kernels, large kernels
+    Mutation(
+        'mmdbb/geometry.py',
+        'span <= k and (k - span) % 2 == 0',
+        'span <= k',
+        'kernels whose middle lies between two taps',
+        (KXK,),
+    ),
+    Mutation(
+        'mmdbb/geometry.py',
+        'c if s == 1 < k else (k - span) // 2',
+        'c if s == 1 < k else (k - s) // 2',
+        'where a dilated kernel begins',
+        (KXK,),
+    ),
+    Mutation(
+        'mmdbb/geometry.py',
+        'pads += [before - d * first, after - d * (k - first - span)]',
+        'pads += [before - d * first, after - d * (k - first)]',
+        'the pads behind a smaller kernel',
+        (
+            GEOMETRY,
+            KXK,
+        ),
+    ),
+    Mutation(
+        'mmdbb/transforms.py',
+        '        span = step * (kernel.shape[axis] - 1) + 1\n        behind',
+        '        span = step * kernel.shape[axis]\n        behind',
+        'the zeros behind the last tap',
+        (KXK,),
+    ),
+    Mutation(
+        'mmdbb/branches/base.py',
+        'd * r for d, r in zip(spec.dilation, self._dilation(spec))',
+        'r for d, r in zip(spec.dilation, self._dilation(spec))',
+        'a dilated kernel in a dilated block',
+        (KXK,),
+    ),
+    Mutation(
+        'mmdbb/branches/base.py',
+        'kernel = dilate_kernel(kernel, dilation)',
+        'kernel = dilate_kernel(kernel, (1, 1))',
+        'a dilated kernel, merged',
+        (KXK,),
+    ),
+    Mutation(
+        'mmdbb/branches/kxk.py',
+        'return self._size == self.spec.kernel_size',
+        'return True',
+        'which branch takes plain weights',
+        (KXK,),
+    ),
+    Mutation(
+        'mmdbb/blocks/fast.py',
+        'return _is_large(branch.spec) and not branch.is_dense',
+        'return _is_large(branch.spec)',
+        'that a large kernel runs once',
+        (LARGE,),
+    ),
+    Mutation(
+        'mmdbb/blocks/fast.py',
+        'if not block.spec.is_depthwise or _is_large(block.spec):',
+        'if not block.spec.is_depthwise:',
+        "that a large kernel's sum is not run again",
+        (LARGE,),
+    ),
+    Mutation(
+        'mmdbb/blocks/dilated.py',
+        'known = [size for size in SMALL_KERNELS if size <= shorter]',
+        'known = [size for size in SMALL_KERNELS if size >= shorter]',
+        'which row of the table',
+        (LARGE,),
+    ),
+    Mutation(
+        'mmdbb/mm/backbones/absorbed.py',
+        '        if self.absorbs_norms:\n            self._absorb',
+        '        if True:\n            self._absorb',
+        "UniRepLKNet's norms behind blocks",
+        (UNIREPLKNET,),
+    ),
+    Mutation(
+        'mmdbb/mm/backbones/unireplknet.py',
+        'return tuple(3 if i % n else 13 for i in range(count))',
+        'return tuple(13 if i % n else 3 for i in range(count))',
+        'which units have large kernels',
+        (UNIREPLKNET,),
+    ),
+    Mutation(
+        'mmdbb/mm/engine/layer_decay.py',
+        'scale = rate ** (count - depth - 1)',
+        'scale = rate ** (count - depth)',
+        'the rate of the last layer',
+        (UNIREPLKNET,),
+    ),
+    Mutation(
+        'mmdbb/mm/official/newer.py',
+        "ones = name.endswith('.gamma')",
+        'ones = False',
+        'factors that were folded',
+        (FILES_OF_THEIRS,),
+    ),
+    Mutation(
+        'mmdbb/mm/official/newer.py',
+        'and bias in state',
+        'and False',
+        'norms that were folded',
+        (FILES_OF_THEIRS,),
+    ),
     # ------------------------------------------------------------- geometry
     Mutation(
         'mmdbb/geometry.py',

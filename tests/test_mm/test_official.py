@@ -248,7 +248,9 @@ def test_newer_networks_start_detectors(newer):
     assert all(v.min() == v.max() and v.min() in (0, 1) for v in others)
 
 
-@pytest.mark.parametrize('kind', ['missing', 'unknown', 'half merged', 'lost'])
+@pytest.mark.parametrize(
+    'kind', ['missing', 'unknown', 'half merged', 'lost', 'flat']
+)
 def test_what_is_wrong_in_a_newer_file(newer, kind, tmp_path):
     path, state = newer
     name = next(n for n in state if 'stage' in n and n.endswith('weight'))
@@ -267,9 +269,12 @@ def test_what_is_wrong_in_a_newer_file(newer, kind, tmp_path):
         state = {k: v for k, v in state.items() if not unit.match(k)}
         state.update({k: v for k, v in merged.items() if unit.match(k)})
         message = 'neither a training-time nor a converted file: 1 of its'
-    else:
+    elif kind == 'lost':
         state = {k: v for k, v in state.items() if not unit.match(k)}
         message = 'lacks|missing'
+    else:
+        state = {k: v.flatten()[0] for k, v in state.items()}
+        message = 'kernels of other shapes'
     torch.save(state, path)
     with pytest.raises(UserError, match=message):
         convert_official(path, str(tmp_path / 'out.pth'))

@@ -95,7 +95,8 @@ def convert_official(
         network = recognise(state, source)
         if len(network.head) != 2 or network.head['weight'].dim() != 2:
             raise UserError(
-                f'{source} has no classifier: linear.weight and linear.bias'
+                f'{source} has no classifier: linear.weight and linear.bias, '
+                'or head.weight and head.bias'
             )
         require('mmpretrain')
         import mmdbb.mm.backbones  # noqa: F401

@@ -162,6 +162,11 @@ def newer_network(state: State, path: str) -> Optional[NewerNetwork]:
                 raise UserError(
                     f'{path} lacks {error.args[0]} of its {family.name}'
                 ) from error
+            except (IndexError, ZeroDivisionError) as error:
+                raise UserError(
+                    f'{path} looks like a {family.name} of the papers, but '
+                    'has kernels of other shapes'
+                ) from error
     return None
 
 

@@ -223,7 +223,9 @@ def _network_of(state: Dict[str, Tensor], path: str) -> Network:
             return network
     raise UserError(
         f'{path} holds no network of the papers, whose names start as in '
-        f'stage1.0.conv1 or stem.0.depthwise; found {some(list(state))}'
+        'stage1.0.conv1, stem.0.depthwise, stages.0.0.pwconv1.1, '
+        'stages.0.blocks.0.large_kernel or stage1.0.rbr_conv; found '
+        f'{some(list(state))}'
     )
 
 
