@@ -175,11 +175,13 @@ def branch_kernels(block: ReparamConv2d) -> Dict[str, Tensor]:
     with fresh_weights(copied), without_autocast(torch.device('cpu')):
         if isinstance(copied, BranchSumConv2d):
             return _of_sum(copied)
+        generator = getattr(copied, 'generator', None)
+        if hasattr(generator, 'branch_kernels'):
+            return generator.branch_kernels()
         rows = _rows_of(copied)
         if not rows:
             return {'kernel': copied.get_equivalent_kernel_bias().kernel}
-        generator, kernels = copied.generator, {}
-        scales = generator.scale
+        kernels, scales = {}, generator.scale
         for i, name in enumerate(rows):
             # The kernel is linear in its scales. The copy may share them with
             # the block, so they are replaced and not written to.

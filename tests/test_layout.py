@@ -28,7 +28,7 @@ LOWER = (
     ('blocks',),
     ('own_blocks',),
     ('reparam', 'conv_norms', 'tracing', 'files'),
-    ('found_norms', 'running', 'shares'),
+    ('found_norms', 'repopt', 'running', 'shares'),
     ('stock_weights', 'own_forward', 'folding'),
     ('plain', 'untouched'),
     ('official', 'merge_back'),

@@ -19,6 +19,7 @@ FACES = (
     'prune',
     'quantize',
     'reparam',
+    'repopt',
     'shares',
     'yolo',
 )

@@ -7,6 +7,7 @@ from .branch_sum import BranchSumConv2d
 from .composed import ComposedKernelConv2d
 from .conv_bn import ConvBN
 from .dbb import DBB
+from .linear_add import LinearAddConv
 from .orepa import OREPAConv, OREPARepVGG
 from .qarepvgg import QARepVGGConv
 from .repvgg import RepVGGConv
@@ -17,6 +18,7 @@ __all__ = [
     'ConvBN',
     'DBB',
     'ComposedKernelConv2d',
+    'LinearAddConv',
     'OREPAConv',
     'OREPARepVGG',
     'QARepVGGConv',
