@@ -97,7 +97,7 @@ def insert_blocks_(
             return fits and block_type.starts_plain(size)
 
     readers = own_readers(model, example)
-    held = _held(model)
+    held = held_layers(model)
     blocks = find_blocks(model)
     inside = tuple(f'{name}.' for name in blocks)
     new: Dict[nn.Module, nn.Module] = {}
@@ -270,7 +270,7 @@ def _block_for(
     return block.train(conv.training)
 
 
-def _held(model: nn.Module) -> Set[nn.Module]:
+def held_layers(model: nn.Module) -> Set[nn.Module]:
     """Layers that a model can reach by more than its registered names.
 
     Whoever holds a layer in a list would go on calling it, after another took

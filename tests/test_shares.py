@@ -40,7 +40,7 @@ def test_kernels_are_the_branches_responses(kind):
 
 def rows_of(block):
     generator = block.generator
-    if hasattr(generator, 'scales'):
+    if hasattr(generator, 'branch_kernels'):
         return generator.scales.values()
     return list(generator.scale)
 
