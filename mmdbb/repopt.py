@@ -27,6 +27,7 @@ from typing import Dict, List, NamedTuple, Tuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from mmdbb.blocks.base import ReparamConv2d
 from mmdbb.blocks.linear import (
@@ -43,7 +44,7 @@ from mmdbb.files.formats import SUFFIXES, content_sum, write_checkpoint
 from mmdbb.files.sources import some
 from mmdbb.geometry import ConvSpec
 from mmdbb.gradient_map import NOTE, GradientMap, Scaling
-from mmdbb.modules import is_parametrized, unwrapped
+from mmdbb.modules import unwrapped
 from mmdbb.plain_conv import plain_conv
 from mmdbb.reparam import find_blocks
 

@@ -41,19 +41,14 @@ class LinearBranch(NamedTuple):
             (out, in / groups, taps) times this is the kernel. Without a
             weight it is the constant kernel (out, in / groups, kH, kW). In
             float64.
+        is_dense: Whether the weight is the kernel itself.
     """
 
     cfg: BranchCfg
     key: str
     size: Optional[Tuple[int, ...]]
     basis: Tensor
-
-    @property
-    def is_dense(self) -> bool:
-        """Whether the weight is the kernel itself."""
-        if self.size is None or self.basis.shape[0] != self.basis.shape[1]:
-            return False
-        return torch.equal(self.basis, torch.eye(len(self.basis)).double())
+    is_dense: bool = False
 
 
 class LinearBranches(NamedTuple):
@@ -102,7 +97,10 @@ def linear_branches(
     for cfg in branches if listed else kind.preset_for(spec):
         name = split_branch_cfg(cfg)[0]
         served = BRANCHES.get(name).supports(spec)
-        branch = _probed(cfg, spec) if served or listed else None
+        branch = None
+        if served or listed:
+            with torch.device('cpu'):
+                branch = _probed(cfg, spec)
         if branch is None and listed:
             raise ValueError(
                 f'branch {name!r} is not linear in one weight, so it has no '
@@ -154,12 +152,13 @@ def _probed(cfg: BranchCfg, spec: ConvSpec) -> Optional[LinearBranch]:
         expected = (weight.flatten(2) @ basis).reshape(small.kernel_shape)
     if not torch.allclose(_kernel(branch), expected, atol=1e-12):
         return None
-    return LinearBranch(cfg, '', tuple(weight.shape[2:]), basis)
+    size, dense = tuple(weight.shape[2:]), torch.eye(*basis.shape)
+    is_dense = torch.equal(basis, dense.double())
+    return LinearBranch(cfg, '', size, basis, is_dense)
 
 
 def _neutral(cfg: BranchCfg, spec: ConvSpec) -> Branch:
-    with torch.device('cpu'):
-        return build_branch(cfg, spec, _NEUTRAL).double().eval()
+    return build_branch(cfg, spec, _NEUTRAL).double().eval()
 
 
 @torch.no_grad()

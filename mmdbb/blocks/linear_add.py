@@ -210,7 +210,9 @@ class LinearAddKernel(ComposedKernel):
         outputs = []
         for _, kernel, scale in self._parts():
             y = convolve(x, kernel, None, self.spec)
-            outputs.append(y * scale.reshape(1, -1, *[1] * (y.dim() - 2)))
+            # In half precision where autocast says so, as norms compute.
+            scale = scale.to(y.dtype).reshape(1, -1, *[1] * (y.dim() - 2))
+            outputs.append(y * scale)
         return sum(outputs[1:], outputs[0])
 
     def _parts(self) -> Iterator[Tuple[str, Tensor, Tensor]]:
