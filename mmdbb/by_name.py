@@ -180,7 +180,8 @@ def _layers(model: nn.Module) -> List[nn.Module]:
         for module in model.modules()
         if module is not model
         and module not in inside
-        and module not in held
+        # The place of a norm that a block absorbed remembers the block.
+        and (module not in held or getattr(module, '_absorbed', ()))
         and not has_hooks(module)
         and (
             type(module) is nn.Conv2d

@@ -13,7 +13,9 @@ from torch import nn
 
 from mmdbb import DBB, reparameterize
 from mmdbb.blocks import LinearAddConv
+from mmdbb.blocks.linear import linear_branches
 from mmdbb.errors import UserError
+from mmdbb.geometry import ConvSpec
 from mmdbb.repopt import (
     ConvScales,
     branch_scales,
@@ -449,3 +451,130 @@ def test_optimizers_that_do_not_fit():
     stranger = torch.optim.SGD(plain[1].parameters(), lr=0.1)
     with pytest.raises(ValueError, match='does not train 0, 3'):
         scale_gradients_(stranger, plain, scales)
+
+
+# Which branches are linear, and how
+
+
+def linear_of(spec, **kwargs):
+    found = linear_branches(
+        ConvSpec(**{**dict(kernel_size=3), **spec}), **kwargs
+    )
+    return {b.key: b for b in found.branches}, found.left_out
+
+
+@pytest.mark.parametrize(
+    ('name', 'expected', 'left_out'),
+    [
+        ('RepVGGConv', ['identity', 'kxk', '1x1'], []),
+        ('ACB', ['kxk', 'kx1', '1xk'], []),
+        ('DBB', ['kxk', '1x1', '1x1_avg'], ['1x1_kxk']),
+        ('QARepVGGConv', ['kxk', '1x1', 'identity'], []),
+        ('OREPARepVGG', ['identity', '1x1'], ['orepa']),
+    ],
+)
+def test_the_linear_branches_of_presets(name, expected, left_out):
+    spec = dict(in_channels=4, out_channels=4)
+    branches, found = linear_of(spec, block=dict(type=name))
+    assert (list(branches), found) == (expected, left_out)
+    block = LinearAddConv(4, 4, 3, block=dict(type=name))
+    assert block.left_out == left_out
+    assert [*block.generator.scales] == expected
+
+
+def test_maps_by_hand():
+    spec = dict(in_channels=2, out_channels=2, kernel_size=(2, 3))
+    names = ['kxk', '1x1', 'kx1', '1xk', '1x1_avg', 'identity', 'kxk']
+    branches, _ = linear_of(spec, branches=names)
+    assert [b.is_dense for b in branches.values()] == [True] + [False] * 5 + [
+        True
+    ]
+    assert 'kxk_2' in branches
+    # Of the two middle rows the 1x1 takes the one that the block's does.
+    assert branches['1x1'].basis.reshape(2, 3).nonzero().tolist() == [[0, 1]]
+    assert branches['1x1_avg'].basis.unique().tolist() == [1 / 6]
+    assert branches['kx1'].basis.sum(0).tolist() == [0, 1, 0, 0, 1, 0]
+    assert branches['identity'].basis.nonzero().tolist() == [
+        [0, 0, 0, 1],
+        [1, 1, 0, 1],
+    ]
+    assert not linear_of(dict(spec, kernel_size=2), branches=['1x1'])[0][
+        '1x1'
+    ].is_dense
+
+
+def test_a_branch_of_ones_own_counts(monkeypatch):
+    """Whether it is linear is found by probing it."""
+    from mmdbb.branches.kxk import KxK
+    from mmdbb.registry import BRANCHES
+    from mmdbb.transforms import KernelBias
+
+    monkeypatch.setattr(BRANCHES, 'module_dict', dict(BRANCHES.module_dict))
+
+    class Mirrored(KxK):
+        def equivalent_kernel_bias(self):
+            kernel, bias = super().equivalent_kernel_bias()
+            return KernelBias(kernel.flip(3), bias)
+
+    class Squared(KxK):
+        def equivalent_kernel_bias(self):
+            kernel, bias = super().equivalent_kernel_bias()
+            return KernelBias(kernel.square(), bias)
+
+    BRANCHES.register_module('mirrored', module=Mirrored)
+    BRANCHES.register_module('squared', module=Squared)
+    spec = dict(in_channels=2, out_channels=2)
+    branches, _ = linear_of(spec, branches=['mirrored'])
+    expected = torch.eye(9).reshape(9, 3, 3).flip(2).reshape(9, 9)
+    assert torch.equal(branches['mirrored'].basis, expected.double())
+    with pytest.raises(ValueError, match="'squared' is not linear"):
+        linear_of(spec, branches=['squared'])
+
+
+@pytest.mark.parametrize(
+    ('kwargs', 'error', 'message'),
+    [
+        (dict(block=dict(type='OREPA')), ValueError, 'composes its kernel'),
+        (dict(branches='kxk'), TypeError, 'branches must be a list'),
+        (dict(branches=[]), TypeError, 'branches must be a list'),
+        (dict(branches=['1x1_kxk']), ValueError, "'1x1_kxk' is not linear"),
+        (dict(branches=['identity']), ValueError, 'as many channels out'),
+        (dict(scale_init=0), ValueError, 'scale_init must be a positive'),
+        (dict(scale_init=True), ValueError, 'scale_init must be a positive'),
+        (dict(train_scales=1), TypeError, 'train_scales must be True or'),
+        (dict(foo=1), TypeError, 'unexpected keyword'),
+    ],
+)
+def test_blocks_that_cannot_be_built(kwargs, error, message):
+    with pytest.raises(error, match=message):
+        LinearAddConv(2, 4, 3, **kwargs)
+
+
+def test_a_stride_that_a_branch_does_not_serve():
+    block = LinearAddConv(4, 4, 3, padding=1)
+    with pytest.raises(ValueError, match=r'do not serve.*\[.kxk., .1x1.\]'):
+        block.stride = 2
+    block.dilation = 2
+    block.padding = 2
+    x = torch.rand(1, 4, 7, 6)
+    assert distance(block(x), block.forward_branches(x)) < 1e-5
+
+
+def test_constant_scales_stay_constant():
+    block = LinearAddConv(4, 4, 3, train_scales=False).requires_grad_(True)
+    trained = [name for name, _ in block.named_parameters()]
+    assert trained == [
+        'bias',
+        'generator.weights.kxk',
+        'generator.weights.1x1',
+        'generator.scales.identity',
+    ]
+    other = LinearAddConv(4, 4, 3, scale_init=2.0)
+    scales = {
+        key: value[0].item()
+        for key, value in zip(
+            other.generator.scales, other.generator.scales.values()
+        )
+    }
+    assert scales == dict(identity=1.0, kxk=2.0) | {'1x1': 2.0}
+    assert other.state_dict().keys() == block.state_dict().keys()

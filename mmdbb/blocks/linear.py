@@ -152,7 +152,7 @@ def _probed(cfg: BranchCfg, spec: ConvSpec) -> Optional[LinearBranch]:
         expected = (weight.flatten(2) @ basis).reshape(small.kernel_shape)
     if not torch.allclose(_kernel(branch), expected, atol=1e-12):
         return None
-    size, dense = tuple(weight.shape[2:]), torch.eye(*basis.shape)
+    size, dense = tuple(weight.shape[2:]), torch.eye(basis.shape[1])
     is_dense = torch.equal(basis, dense.double())
     return LinearBranch(cfg, '', size, basis, is_dense)
 

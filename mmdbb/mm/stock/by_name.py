@@ -22,6 +22,7 @@ from mmdbb.drop_branches import drop_branches_
 from mmdbb.errors import UserError
 from mmdbb.mm.config_types import class_of
 from mmdbb.mm.stock.config import imports_of
+from mmdbb.mm.stock.partial import scoped
 
 TYPE = 'WithBlocks'
 #: Keys of its own.
@@ -115,10 +116,7 @@ def without_branches(
     model = fields['model']
     scope = fields.get('default_scope')
     if class_of(model['type'], scope) is not build_with_blocks:
-        network = model['type']
-        if isinstance(network, str) and '.' not in network and scope:
-            network = f'{scope}.{network}'
-        model.update(type=TYPE, network=network)
+        model.update(type=TYPE, network=scoped(model['type'], scope))
     before = {k: list(v) for k, v in (model.get('dropped') or {}).items()}
     for name, keys in dropped.items():
         before[name] = [*before.get(name, ()), *keys]
