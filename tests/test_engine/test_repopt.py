@@ -1,6 +1,7 @@
 """RepOptimizer from configs: search, file of scales, training."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -67,11 +68,12 @@ def searched(tmp_path_factory):
 def test_the_search_trains_scales(searched):
     path, checkpoint, out = searched
     scales = load_scales(out)
-    state = torch.load(checkpoint, weights_only=False)['ema_state_dict']
+    # mmengine swaps the two: these are the averaged weights.
+    state = torch.load(checkpoint, weights_only=False)['state_dict']
     assert len(scales) == 8  # two stages of two blocks of two
     own = scales['backbone.layer1.0.conv1'].scales
     assert list(own) == ['identity', 'kxk', '1x1']
-    averaged = state['module.backbone.layer1.0.conv1.generator.scales.kxk']
+    averaged = state['backbone.layer1.0.conv1.generator.scales.kxk']
     assert torch.equal(own['kxk'], averaged)
     assert (own['kxk'] != 1).any()
 
@@ -266,3 +268,65 @@ def test_the_papers_file_of_scales(tmp_path, capsys):
     assert 'other are none' in capsys.readouterr().err
     with pytest.raises(ValueError, match='no LinearAdd'):
         branch_scales(model)
+
+
+# The configs
+
+
+SEARCHES = ('repvgg-b1', 'repvgg-l1', 'resnet18')
+#: By config, the widths for tests.
+NARROW = {
+    'repvgg-b1': dict(base_channels=4),
+    'repvgg-l1': dict(base_channels=4),
+    'resnet18': dict(base_channels=4, stem_channels=4),
+}
+
+
+@pytest.mark.parametrize('name', SEARCHES)
+def test_configs_of_search_and_training(name, tmp_path):
+    root = Path(__file__).resolve().parents[2] / 'configs/repopt'
+    search = Config.fromfile(root / f'{name}_search_cifar100.py')
+    target = Config.fromfile(root / f'{name}_imagenet.py')
+    place = f'work_dirs/{name}_search_cifar100/scales.pth'
+    rules = target.optim_wrapper.paramwise_cfg
+    assert rules.scales == target.model.init_cfg.scales == place
+    for cfg in (search, target):
+        cfg.model.backbone.update(NARROW[name])
+        width = 32 if name == 'resnet18' else 128
+        cfg.model.head.in_channels = width
+    model = build_model(search)
+    scales = branch_scales(model)
+    starts = {
+        block: own.scales['kxk'][0].item() for block, own in scales.items()
+    }
+    optimizer = build_optim_wrapper(model, search.optim_wrapper).optimizer
+    decays = {
+        id(p): group['weight_decay']
+        for group in optimizer.param_groups
+        for p in group['params']
+    }
+    for own, parameter in model.named_parameters():
+        whole = parameter.dim() > 1 or 'identity' in own
+        assert decays[id(parameter)] == (4e-5 if whole else 0.0), own
+    out = str(tmp_path / 'scales.pth')
+    save_scales(scales, out)
+    rules.scales = target.model.init_cfg.scales = out
+    plain = build_model(target)
+    convs = {
+        n
+        for n, m in plain.named_modules()
+        if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)
+    }
+    assert scales.keys() == convs
+    if name == 'resnet18':
+        assert all(
+            '1x1_avg' in own.scales and '1x1_kxk' not in own.scales
+            for own in scales.values()
+        )
+    else:
+        third = 'backbone.stage_2.3.branch_reparam'
+        assert starts[third] == pytest.approx((2 / 3) ** 0.5)
+        assert starts['backbone.stage_2.0.branch_reparam'] == 1
+        assert starts['backbone.stem.branch_reparam'] == 1
+    build_optim_wrapper(plain, target.optim_wrapper)
+    plain.init_weights()
