@@ -26,8 +26,8 @@ model = dict(
         init_cfg=start,
     ),
 )
-# AUG.PRESET raug15: two transformations of magnitudes 0 to 14. mmpretrain's
-# list of them is not quite the code's.
+# AUG.PRESET raug15: two transformations of uniform magnitudes, in the code up
+# to 14 of 10; mmpretrain's go up to 10, and its list is not quite the code's.
 train_pipeline = [
     dict(
         type='LoadImageFromFile',
@@ -41,7 +41,7 @@ train_pipeline = [
         policies='timm_increasing',
         num_policies=2,
         total_level=10,
-        magnitude_level=7,
+        magnitude_level=10,
         magnitude_std='inf',
     ),
     dict(type='PackInputs'),
