@@ -346,16 +346,23 @@ def test_some_merged_and_some_dropped(tmp_path):
         only=['backbone.layer1.*'],
         image_size=(32, 40),
     )
+    fewer = drop_branches_checkpoint(
+        Source(Config.fromfile(some.config), some.checkpoint),
+        str(tmp_path / 'e.pth'),
+        0.5,
+        Proof(image_size=(32, 40)),
+    )
+    assert all('backbone.layer2' in name for name in fewer.dropped)
     rest = deploy(
-        Config.fromfile(some.config),
-        some.checkpoint,
+        Config.fromfile(fewer.config),
+        fewer.checkpoint,
         tmp_path / 'd.pth',
         image_size=(32, 40),
     )
     assert not rest.left and Config.fromfile(rest.config).model.type.endswith(
         'ImageClassifier'
     )
-    for files in (dropped, some, rest):
+    for files in (dropped, some, fewer, rest):
         model = load_deployed(files.config, files.checkpoint)
         assert distance(model(x)[0], expected) < 1e-4
 

@@ -22,6 +22,7 @@ from mmdbb.drop_branches import drop_branches_
 from mmdbb.errors import UserError
 from mmdbb.mm.config_types import class_of
 from mmdbb.mm.stock.config import imports_of
+from mmdbb.mm.stock.partial import TYPE as PARTLY_MERGED
 from mmdbb.mm.stock.partial import scoped
 
 TYPE = 'WithBlocks'
@@ -115,8 +116,10 @@ def without_branches(
     fields = cfg.to_dict()
     model = fields['model']
     scope = fields.get('default_scope')
-    if class_of(model['type'], scope) is not build_with_blocks:
-        model.update(type=TYPE, network=scoped(model['type'], scope))
+    # Blocks are merged in the network that does without branches already.
+    key = 'network_type' if model['type'] == PARTLY_MERGED else 'type'
+    if class_of(model[key], scope) is not build_with_blocks:
+        model.update({key: TYPE, 'network': scoped(model[key], scope)})
     before = {k: list(v) for k, v in (model.get('dropped') or {}).items()}
     for name, keys in dropped.items():
         before[name] = [*before.get(name, ()), *keys]
