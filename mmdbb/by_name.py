@@ -87,6 +87,11 @@ def put_blocks_(
     parsed = _parsed(rules)
     layers = _layers(model)
     names = names_of(model)
+    if not layers:
+        raise UserError(
+            f'{type(model).__name__} has no convolution inside that a block '
+            'could take the place of'
+        )
     _refuse_idle_patterns(parsed, [n for m in layers for n in names[m]])
     new: Dict[nn.Module, nn.Module] = {}
     used, changed = set(), {}
@@ -143,6 +148,12 @@ def _parsed(rules: Sequence[dict]) -> List[_Rule]:
             args.pop('min_kernel_size', low),
             args.pop('max_kernel_size', high),
         )
+        for key, size in zip(('min', 'max'), sizes):
+            if not isinstance(size, (int, float)) or isinstance(size, bool):
+                raise TypeError(
+                    f'blocks[{number}].{key}_kernel_size must be a number of '
+                    f'taps, got {size!r}'
+                )
         if block is not nn.Conv2d:
             refuse_unknown_keys(block, args)
         elif args:

@@ -146,7 +146,14 @@ def _checked(
         )
     if len(keys) == len(block.branches):
         raise ValueError(f'no branch would be left of {list(block.branches)}')
-    return _folded(block, keys) if fold and keys else {}
+    changes = _folded(block, keys) if fold and keys else {}
+    if not all(value.isfinite().all() for value in changes.values()):
+        raise ValueError(
+            'what would be folded is not finite: a parameter or a running '
+            'statistic of the block is NaN or infinite, or a variance is '
+            'negative'
+        )
+    return changes
 
 
 def _target(

@@ -125,8 +125,11 @@ def save_scales(
         overwrite: Whether an existing file may be replaced.
 
     Raises:
+        TypeError: If ``scales`` is something else.
         UserError: If the file cannot be written.
+        ValueError: If there are no scales.
     """
+    _check_dict(scales)
     path = os.fspath(path)
     if not path.endswith(SUFFIXES):
         raise UserError(
@@ -267,7 +270,12 @@ def start_as_branches_(
     Raises:
         ValueError: If the scales do not fit the network.
     """
-    fitted = list(_fitted(model, scales))
+    fitted = _fitted(model, scales)
+    for name, conv, _ in fitted:
+        if conv.weight.is_meta:
+            raise ValueError(
+                f'{name} is on the meta device, where it has no values'
+            )
     done = set()
     for name, conv, linear in fitted:
         if conv in done:
@@ -309,16 +317,15 @@ def _fitted(
     Raises:
         ValueError: If the scales do not fit the network.
     """
+    _check_dict(scales)
     model = unwrapped(model)
     modules = dict(model.named_modules(remove_duplicate=False))
     missing = [name for name in scales if name not in modules]
-    if missing or not scales:
+    if missing:
         convs = [n for n, m in modules.items() if isinstance(m, nn.Conv2d)]
         raise ValueError(
             f'the scales are of another network: it has no {some(missing)}; '
-            f'its convolutions are {some(convs)}'
-            if scales
-            else 'there are no scales'
+            f'its convolutions are {some(convs) or "none"}'
         )
     found = []
     for name, own in scales.items():
@@ -332,6 +339,18 @@ def _fitted(
     return found
 
 
+def _check_dict(scales: Dict[str, ConvScales]) -> None:
+    if not isinstance(scales, dict) or not all(
+        isinstance(own, ConvScales) for own in scales.values()
+    ):
+        raise TypeError(
+            'scales must be a dict of names and ConvScales, as load_scales '
+            f'returns it; got a {type(scales).__name__}'
+        )
+    if not scales:
+        raise ValueError('there are no scales')
+
+
 def _branches(module: nn.Module, own: ConvScales) -> List[LinearBranch]:
     if isinstance(module, ReparamConv2d):
         raise ValueError(
@@ -343,12 +362,14 @@ def _branches(module: nn.Module, own: ConvScales) -> List[LinearBranch]:
     if is_parametrized(module) or 'weight' not in module._parameters:
         raise ValueError('its weight is computed from other parameters')
     linear = linear_branches(
-        _spec_of(module), branches=list(own.branches)
+        _spec_of(module), branches=own.branches or []
     ).branches
     keys = [branch.key for branch in linear]
     if set(keys) != set(own.scales):
         raise ValueError(f'branches {keys}, but scales of {list(own.scales)}')
     for key, scale in own.scales.items():
+        if not isinstance(scale, Tensor):
+            raise TypeError(f'{key} must be a tensor, got {scale!r}')
         if scale.shape != (module.out_channels,):
             raise ValueError(
                 f'{key} has {tuple(scale.shape)} scales, and the layer '

@@ -169,6 +169,14 @@ def test_what_cannot_be_dropped(dropped, message):
     assert len(net[0].branches) == 4
 
 
+def test_what_is_not_finite_is_not_folded():
+    net = built()
+    net[0].branches['1x1'].norm.running_var[2] = float('nan')
+    with pytest.raises(UserError, match='0: what would be folded is not fin'):
+        drop_branches_(net, {'0': ['1x1']})
+    assert '1x1' in net[0].branches and '0' not in weak_branches(net)
+
+
 def test_blocks_that_cannot_drop_any():
     with pytest.raises(UserError, match='composes its kernel'):
         drop_branches_(nn.Sequential(OREPAConv(2, 2, 3)), {'0': ['1x1']})

@@ -387,7 +387,7 @@ def test_scales_in_a_file(tmp_path, suffix):
 def test_files_that_are_none_of_scales(tmp_path):
     path = tmp_path / 'a.pth'
     with pytest.raises(UserError, match=r'must end in .pth or .safetensors'):
-        save_scales({}, tmp_path / 'a.txt')
+        save_scales(branch_scales(scaled_net()), tmp_path / 'a.txt')
     torch.save(scaled_net().state_dict(), path)
     with pytest.raises(UserError, match='is no file of scales: tools/repopt'):
         load_scales(path)
@@ -412,6 +412,8 @@ def of(value, branches=('kxk', '1x1')):
     ('layer', 'scales', 'message'),
     [
         (nn.Conv2d(2, 3, 3), {}, 'there are no scales'),
+        (nn.Conv2d(2, 3, 3), of([1, 2, 3]), 'kxk must be a tensor'),
+        (nn.Conv2d(2, 3, 3), of(torch.ones(3), []), 'must be a list'),
         (nn.Conv2d(2, 3, 3), {'9': of(1)['0']}, "has no '?9.*are '?0"),
         (nn.Conv2d(2, 3, 3), of(torch.ones(4)), r'0: kxk has \(4,\) scales'),
         (nn.Conv2d(2, 3, 3), of(torch.ones(3) * np.nan), 'finite number'),
@@ -439,6 +441,19 @@ def test_scales_that_do_not_fit(layer, scales, message):
         scale_gradients_(optimizer, model, scales)
     with pytest.raises(ValueError, match=message):
         start_as_branches_(model, scales)
+
+
+def test_scales_of_other_types(tmp_path):
+    model = nn.Sequential(nn.Conv2d(2, 3, 3))
+    for wrong in ('scales.pth', None, {'0': dict(kxk=torch.ones(3))}):
+        with pytest.raises(TypeError, match='a dict of names and ConvScales'):
+            start_as_branches_(model, wrong)
+        with pytest.raises(TypeError, match='a dict of names and ConvScales'):
+            save_scales(wrong, tmp_path / 'a.pth')
+    with pytest.raises(ValueError, match='there are no scales'):
+        save_scales({}, tmp_path / 'a.pth')
+    with pytest.raises(ValueError, match='0 is on the meta device'):
+        start_as_branches_(model.to('meta'), of(torch.ones(3)))
 
 
 def test_optimizers_that_do_not_fit():

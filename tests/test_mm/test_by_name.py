@@ -144,6 +144,11 @@ def test_layers_that_stay():
         ([dict(type='DBB', only=[1])], TypeError, 'only must be shell patt'),
         ([dict(type='DBB', foo=1)], TypeError, r"unknown keys \['foo'\]"),
         ([dict(type='Conv2d', bias=1)], TypeError, 'leaves a layer plain'),
+        (
+            [dict(type='DBB', max_kernel_size='7')],
+            TypeError,
+            r'blocks\[0\].max_kernel_size must be a number',
+        ),
         ([dict(type='DBBB')], ValueError, "got type='DBBB'; allowed: .*ACB"),
         (
             [dict(type='DBB', only='layer9.*')],
@@ -184,6 +189,12 @@ def test_wrong_rules(rules, error, message):
     with pytest.raises(error, match=message):
         put_blocks_(model, rules)
     assert not find_blocks(model)
+
+
+def test_a_network_without_convolutions():
+    for model in (nn.Conv2d(3, 4, 3), nn.Sequential(nn.Linear(2, 2))):
+        with pytest.raises(UserError, match='has no convolution inside'):
+            put_blocks_(model, [dict(type='DBB')])
 
 
 # In a config
