@@ -141,6 +141,7 @@ def save_scales(
     note = {name: list(each.branches) for name, each in scales.items()}
     with all_or_nothing(path, overwrite=overwrite) as (draft,):
         write_checkpoint(draft, state, {NOTE: note})
+        load_scales(draft)  # a branch's config may hold more than data
 
 
 def load_scales(path: str) -> Dict[str, ConvScales]:

@@ -122,7 +122,6 @@ def write_scales(
         except ValueError as error:
             raise UserError(f'{path}: {error}') from error
         save_scales(scales, drafts.paths[0])
-        load_scales(drafts.paths[0])
     return scales
 
 
