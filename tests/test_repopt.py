@@ -15,6 +15,7 @@ from mmdbb import DBB, reparameterize
 from mmdbb.blocks import LinearAddConv
 from mmdbb.blocks.linear import linear_branches
 from mmdbb.errors import UserError
+from mmdbb.files.formats import write_checkpoint
 from mmdbb.geometry import ConvSpec
 from mmdbb.repopt import (
     ConvScales,
@@ -391,10 +392,15 @@ def test_files_that_are_none_of_scales(tmp_path):
     torch.save(scaled_net().state_dict(), path)
     with pytest.raises(UserError, match='is no file of scales: tools/repopt'):
         load_scales(path)
-    broken = dict(a=ConvScales(['kxk', '1x1'], dict(kxk=torch.ones(4))))
-    save_scales(broken, path, overwrite=True)
+    note = dict(branch_scales=dict(a=['kxk', '1x1']))
+    write_checkpoint(str(path), {'a/kxk': torch.ones(4)}, note)
     with pytest.raises(UserError, match=r'is damaged: a has the branches'):
         load_scales(path)
+    strange = dict(type='kxk', norm_cfg=dict(type=nn.BatchNorm2d))
+    scales = dict(a=ConvScales([strange], dict(kxk=torch.ones(4))))
+    with pytest.raises(UserError, match='no file of scales'):
+        save_scales(scales, tmp_path / 'b.pth')
+    assert not (tmp_path / 'b.pth').exists()
 
 
 def test_networks_without_scales():
