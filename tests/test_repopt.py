@@ -548,6 +548,7 @@ def test_a_branch_of_ones_own_counts(monkeypatch):
     branches, _ = linear_of(spec, branches=['mirrored'])
     expected = torch.eye(9).reshape(9, 3, 3).flip(2).reshape(9, 9)
     assert torch.equal(branches['mirrored'].basis, expected.double())
+    assert not branches['mirrored'].is_dense
     with pytest.raises(ValueError, match="'squared' is not linear"):
         linear_of(spec, branches=['squared'])
 
