@@ -50,6 +50,8 @@ _OF_HOSTS = {
     'PlainPretrainedInit': 'mmdbb.mm.starts.plain',
     'ReparamHook': 'mmdbb.mm.engine.reparam_hook',
     'ReparamOptimWrapperConstructor': 'mmdbb.mm.engine.optim',
+    'RepOptInit': 'mmdbb.mm.starts.repopt',
+    'RepOptimWrapperConstructor': 'mmdbb.mm.engine.repopt',
     'RepeatableHook': 'mmdbb.mm.engine.repeatable',
     'TorchDefaultInit': 'mmdbb.mm.starts.torch_default',
     'WholeCheckpointHook': 'mmdbb.mm.engine.whole_checkpoints',

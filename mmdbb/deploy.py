@@ -2,6 +2,11 @@
 """Deploying: from a trained checkpoint to a merged one, proven equal."""
 
 from mmdbb.mm.deploy.checkpoint import Deployed, deploy_checkpoint
+from mmdbb.mm.deploy.drop import (
+    BranchesDropped,
+    branch_report,
+    drop_branches_checkpoint,
+)
 from mmdbb.mm.deploy.load import build_model, load_deployed
 from mmdbb.mm.deploy.merge import Merged, MergeOptions, merge_checkpoint
 from mmdbb.mm.official.convert import ConvertedOfficial, convert_official
@@ -11,6 +16,7 @@ from mmdbb.mm.structure import Structure
 from mmdbb.stock_weights import stock_state
 
 __all__ = [
+    'BranchesDropped',
     'Contents',
     'ConvertedOfficial',
     'Deployed',
@@ -19,9 +25,11 @@ __all__ = [
     'Proof',
     'Source',
     'Structure',
+    'branch_report',
     'build_model',
     'convert_official',
     'deploy_checkpoint',
+    'drop_branches_checkpoint',
     'load_deployed',
     'merge_checkpoint',
     'stock_config',

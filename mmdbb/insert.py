@@ -117,7 +117,7 @@ def insert_blocks_(
 
     forms = _forms_of(block_type)
     readers = own_readers(model, example)
-    held = _held(model)
+    held = held_layers(model)
     blocks = find_blocks(model)
     inside = tuple(f'{name}.' for name in blocks)
     new: Dict[nn.Module, nn.Module] = {}
@@ -311,7 +311,7 @@ def _block_for(
     return block.train(conv.training)
 
 
-def _held(model: nn.Module) -> Set[nn.Module]:
+def held_layers(model: nn.Module) -> Set[nn.Module]:
     """Layers that a model can reach by more than its registered names.
 
     Whoever holds a layer in a list would go on calling it, after another took

@@ -22,7 +22,7 @@ __all__ = ['find_blocks', 'literal_forward', 'reparameterize']
 #: Matches names of entries that only a block has that is not merged.
 _OF_A_BLOCK = re.compile(
     r'\bbranches\.(?!\d+\.)\w+\.'  # HRNet's branches have numbers
-    r'|\bgenerator\.(layers\.\d+\.)?(origin|scale)$'
+    r'|\bgenerator\.(layers\.\d+\.)?(origin|scale|scales\.\w+)$'
 )
 
 # Where torch keeps hooks. Those on a block move to the convolution that takes

@@ -103,6 +103,10 @@ CONTRACT = 'tests/test_blocks/test_contract.py'
 ADAPTIVE = 'tests/test_blocks/test_adaptive.py'
 REPLACED = 'tests/test_mm/test_replaced.py'
 OFFICIAL = 'tests/test_blocks/test_official.py'
+SHARES = 'tests/test_shares.py'
+REPOPT = 'tests/test_repopt.py'
+BY_NAME = 'tests/test_mm/test_by_name.py'
+DROP = 'tests/test_drop_branches.py'
 
 TABLE = (
     # -------------------------------------- smaller kernels, large kernels
@@ -213,6 +217,162 @@ TABLE = (
         'and False',
         'norms that were folded',
         (FILES_OF_THEIRS,),
+    ),
+    # -------------------------------------------- RepOptimizer, by name, drop
+    Mutation(
+        'mmdbb/gradient_map.py',
+        'scales[branch.key].double().square()',
+        'scales[branch.key].double().abs()',
+        'gradients take the square of the scales',
+        (REPOPT,),
+    ),
+    Mutation(
+        'mmdbb/gradient_map.py',
+        'matrix = branch.basis.t() @ branch.basis',
+        'matrix = branch.basis.t() @ branch.basis / 2',
+        'how much a spread branch adds',
+        (REPOPT,),
+    ),
+    Mutation(
+        'mmdbb/gradient_map.py',
+        '            factor = factor + pattern.square()',
+        '            factor = factor + 0 * pattern',
+        'the identity adds 1 on the diagonal',
+        (REPOPT,),
+    ),
+    Mutation(
+        'mmdbb/gradient_map.py',
+        '            weight.grad = grad\n',
+        '            pass\n',
+        'gradients are put back after the step',
+        (REPOPT,),
+    ),
+    Mutation(
+        'mmdbb/gradient_map.py',
+        '            if group.get(NOTE) != self.digest:',
+        '            if False:',
+        'a state of other scales is refused',
+        (REPOPT,),
+    ),
+    Mutation(
+        'mmdbb/gradient_map.py',
+        '        return args, dict(kwargs, closure=mapped)',
+        '        return args, kwargs',
+        'gradients that a closure computes',
+        (REPOPT,),
+    ),
+    Mutation(
+        'mmdbb/repopt.py',
+        '                generator.weights[dense].copy_(conv.weight)',
+        '                pass',
+        'the start takes the kernel that is there',
+        (REPOPT,),
+    ),
+    Mutation(
+        'mmdbb/repopt.py',
+        '        if weight in maps and not maps[weight].equals(new):',
+        '        if False:',
+        'two scales of one weight',
+        (REPOPT,),
+    ),
+    Mutation(
+        'mmdbb/blocks/linear.py',
+        '    if not torch.allclose(_kernel(branch), expected, atol=1e-12):',
+        '    if False:',
+        'a branch that is not linear',
+        (REPOPT,),
+    ),
+    Mutation(
+        'mmdbb/blocks/linear.py',
+        '    is_dense = torch.equal(basis, dense.double())',
+        '    is_dense = len(basis) == len(dense)',
+        'which branch is the whole kernel',
+        (REPOPT,),
+    ),
+    Mutation(
+        'mmdbb/blocks/linear_add.py',
+        '            trained = train_scales or branch.size is None',
+        '            trained = train_scales',
+        'the scale of a branch without a weight is trained',
+        (REPOPT,),
+    ),
+    Mutation(
+        'mmdbb/blocks/linear_add.py',
+        '        self.set_maps(self.branches)\n        return self',
+        '        return self',
+        'constants are exact in double precision',
+        (REPOPT,),
+    ),
+    Mutation(
+        'mmdbb/by_name.py',
+        '            and not _matches(name, self.skip)',
+        '            and True',
+        'layers to skip',
+        (BY_NAME,),
+    ),
+    Mutation(
+        'mmdbb/by_name.py',
+        '    for place in absorbed:\n        place.belong_to(new)',
+        '    pass',
+        'a block takes over an absorbed norm',
+        (BY_NAME,),
+    ),
+    Mutation(
+        'mmdbb/by_name.py',
+        '        new.requires_grad_(False)',
+        '        pass',
+        'a frozen layer becomes a frozen block',
+        (BY_NAME,),
+    ),
+    Mutation(
+        'mmdbb/drop_branches.py',
+        '    shift = mean - bias',
+        '    shift = -bias',
+        'the mean that dropped branches add',
+        (DROP,),
+    ),
+    Mutation(
+        'mmdbb/drop_branches.py',
+        '    tiny = size < _TINY * kernel.flatten(1).norm(dim=1)',
+        '    tiny = size < 0',
+        'channels without a scale',
+        (DROP,),
+    ),
+    Mutation(
+        'mmdbb/drop_branches.py',
+        '        spread = (scale.square() * norm.running_var + var) / (',
+        '        spread = (scale.square() * norm.running_var) / (',
+        'the variance that dropped branches add',
+        (DROP,),
+    ),
+    Mutation(
+        'mmdbb/drop_branches.py',
+        'if key != target and branch.share <= threshold',
+        'if branch.share <= threshold',
+        'the kxk branch is never dropped',
+        (DROP,),
+    ),
+    # --------------------------------------------------------------- shares
+    Mutation(
+        'mmdbb/shares.py',
+        'name: kernel * scale.reshape(',
+        'name: kernel * scale.square().reshape(',
+        'the norm behind the sum, in the kernels of branches',
+        (SHARES,),
+    ),
+    Mutation(
+        'mmdbb/shares.py',
+        "vars(generator)['scale'] = alone",
+        'generator.scale.copy_(alone)',
+        'a block that is measured keeps its scales',
+        (SHARES,),
+    ),
+    Mutation(
+        'mmdbb/shares.py',
+        'projection=_ratio(float(kernel @ merged), norm**2)',
+        'projection=_ratio(float(kernel @ merged), norm * length)',
+        'projections add up to 1',
+        (SHARES,),
     ),
     # ------------------------------------------------------------- geometry
     Mutation(

@@ -26,16 +26,14 @@ LOWER = (
     ('kernels',),
     ('branches',),
     ('blocks',),
-    ('own_blocks',),
+    ('own_blocks', 'gradient_map'),
     ('reparam', 'conv_norms', 'tracing', 'files'),
-    (
-        'found_norms',
-        'running',
-    ),
+    ('found_norms', 'repopt', 'running', 'shares'),
     ('stock_weights', 'own_forward', 'folding'),
     ('plain', 'untouched'),
     ('official', 'merge_back'),
     ('insert', 'compare'),
+    ('by_name', 'drop_branches'),
     ('yolo', 'proof'),
 )
 #: The upper storey: folders and files of `mmdbb.mm`, on top of the lower.

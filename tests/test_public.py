@@ -19,6 +19,8 @@ FACES = (
     'prune',
     'quantize',
     'reparam',
+    'repopt',
+    'shares',
     'yolo',
 )
 #: What else users import, for parts of their own.

@@ -36,6 +36,7 @@ from .forms import (
     RepVGGConv3d,
 )
 from .large_kernel import LargeKernelConv
+from .linear_add import LinearAddConv
 from .mobileone import MobileOneConv
 from .orepa import OREPAConv, OREPARepVGG
 from .qarepvgg import QARepVGGConv
@@ -64,6 +65,7 @@ __all__ = [
     'LargeKernelConv',
     'LargeKernelConv1d',
     'LargeKernelConv3d',
+    'LinearAddConv',
     'MobileOneConv',
     'MobileOneConv1d',
     'MobileOneConv3d',

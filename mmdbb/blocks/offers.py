@@ -84,10 +84,18 @@ class AbsorbedNorm(nn.Identity):
         self.affine = getattr(norm, 'affine', True)
         #: Added to the variance by the norm that was here.
         self.eps = getattr(norm, 'eps', 0.0)
+        self._offers: Dict[str, _Offer] = {}
+        self.belong_to(block)
+
+    def belong_to(self, block: nn.Module) -> None:
+        """Remember that a block does what the norm did.
+
+        Args:
+            block: The block.
+        """
         # In tuples, because an attribute that is a module would be a child.
         self._block = (block,)
         block._absorbed = (self,)
-        self._offers: Dict[str, _Offer] = {}
 
     @property
     def block(self) -> nn.Module:

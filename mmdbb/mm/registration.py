@@ -22,6 +22,7 @@ from mmdbb.mm.engine import (  # noqa: F401
     optim,
     reparam_hook,
     repeatable,
+    repopt,
     whole_checkpoints,
 )
 from mmdbb.mm.host_loading import read_address, read_as_data
@@ -31,6 +32,8 @@ from mmdbb.mm.starts import (  # noqa: F401
     plain,
     torch_default,
 )
+from mmdbb.mm.starts import repopt as repopt_start  # noqa: F401
+from mmdbb.mm.stock import by_name  # noqa: F401
 from mmdbb.mm.stock.config import named_block
 from mmdbb.ports import PORTS, ReplacedLayer
 from mmdbb.registry import BLOCKS

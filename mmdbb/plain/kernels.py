@@ -48,6 +48,9 @@ def start_as_(
         ValueError: If the composed kernel is a stack, for which there is
             nothing to solve.
     """
+    if hasattr(generator, 'start_as_'):
+        generator.start_as_(kernel, share, dtype)
+        return
     if not isinstance(generator, (KxKKernel, PointwiseKernel)):
         size = 'x'.join(map(str, generator.spec.kernel_size))
         raise ValueError(

@@ -1,5 +1,6 @@
 """Every hook, start and constructor of mmdbb: named, run, and left again."""
 
+import copy
 import importlib
 import inspect
 import json
@@ -26,6 +27,7 @@ import mmdbb
 from mmdbb.blocks.build import registered_blocks
 from mmdbb.mm.deploy.load import build_model
 from mmdbb.mm.stock.config import stock_config
+from mmdbb.repopt import branch_scales, save_scales
 
 pytestmark = pytest.mark.usefixtures('quiet')
 
@@ -81,6 +83,16 @@ def rate_of_unireplknet(cfg, folder):
     return 0.8
 
 
+def of_a_search(cfg, folder):
+    """A file of scales, and the plain network that they are of."""
+    cfg.model = stock_config(cfg).model
+    search = copy.deepcopy(cfg)
+    search.model.backbone.conv_cfg = dict(type='LinearAdd')
+    path = str(folder / 'scales.pth')
+    save_scales(branch_scales(build_model(search)), path)
+    return path
+
+
 #: Name -> arguments; those that are functions are told config and folder.
 ROWS = {
     'BackbonePretrained': dict(checkpoint=of_the_network),
@@ -94,6 +106,8 @@ ROWS = {
     'QATHook': dict(image_size=(24, 32)),
     'ReparamHook': dict(image_size=(24, 32)),
     'ReparamOptimWrapperConstructor': dict(bias_lr_mult=2.0),
+    'RepOpt': dict(scales=of_a_search),
+    'RepOptimWrapperConstructor': dict(scales=of_a_search),
     'RepeatableHook': dict(),
     'TorchDefault': dict(),
     'WholeCheckpointHook': dict(interval=1),
@@ -124,8 +138,8 @@ def test_nothing_else_is_registered():
         if not inspect.isclass(part)
     }
     layers = set(registered_blocks(None))
-    # Tested in test_mm/test_partial.py.
-    assert functions == layers | {'PartlyMerged'}
+    # Tested in test_mm/test_partial.py and test_mm/test_by_name.py.
+    assert functions == layers | {'PartlyMerged', 'WithBlocks'}
 
 
 KNOWN = """
@@ -198,7 +212,9 @@ def config_with(name, folder):
         else:
             cfg.custom_hooks = [part]
     elif name in WEIGHT_INITIALIZERS.module_dict:
-        cfg.model.backbone.init_cfg = part
+        whole = name == 'RepOpt'  # its file has names of the whole model
+        place = cfg.model if whole else cfg.model.backbone
+        place.init_cfg = part
     else:
         cfg.optim_wrapper.constructor = name
         cfg.optim_wrapper.paramwise_cfg = arguments

@@ -8,7 +8,16 @@ Then the part trains as a plain one, and nothing else tells.
 from __future__ import annotations
 
 import math
-from typing import Any, Iterator, List, NamedTuple, Optional, Set, Tuple
+from typing import (
+    Any,
+    Iterator,
+    List,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Set,
+    Tuple,
+)
 
 from mmengine.config import Config
 from torch import nn
@@ -17,6 +26,7 @@ from mmdbb.blocks.base import ReparamConv2d
 from mmdbb.dimensions import CONVS
 from mmdbb.errors import UserError
 from mmdbb.mm.config_types import class_of
+from mmdbb.mm.stock.by_name import build_with_blocks
 from mmdbb.mm.stock.config import UPSAMPLE_KEY, named_block
 
 
@@ -27,8 +37,8 @@ class Asked(NamedTuple):
         place: Its dotted key in the model's config, such as
             ``'roi_head.mask_head'``; empty for the model itself.
         kind: The class or function that its ``type`` names; None if unknown.
-        key: The key that asks: ``conv_cfg``, ``upsample_cfg``, or ``block`` of
-            a ready backbone.
+        key: The key that asks: ``conv_cfg``, ``upsample_cfg``, ``block`` of a
+            ready backbone, or ``blocks`` of a model of type ``WithBlocks``.
         sizes: Smallest and largest kernel (longer side, in taps) that becomes
             a block.
     """
@@ -96,9 +106,11 @@ def parts_of(cfg: Config, model: nn.Module) -> List[Part]:
             and m not in own
             and low <= max(m.kernel_size) <= high
         }
-        kind = getattr(asked.kind, '__name__', type(modules[0]).__name__)
+        kind = asked.kind
+        if not isinstance(kind, type):
+            kind = type(modules[0])
         listed = list(dict.fromkeys(names[block] for block in blocks))
-        found.append(Part(asked, kind, listed, len(plain)))
+        found.append(Part(asked, kind.__name__, listed, len(plain)))
     return found
 
 
@@ -139,10 +151,9 @@ def _asked_in(node: Any, place: str, scope: Optional[str]) -> Iterator[Asked]:
             block = named_block(value, scope)
             keys = ('conv_cfg', UPSAMPLE_KEY)
             if block and (key == 'block' or key.endswith(keys)):
-                low, high = block.kernel_sizes
-                low = value.get('min_kernel_size', low)
-                high = value.get('max_kernel_size', high)
-                yield Asked(place, kind, key, (low, high))
+                yield Asked(place, kind, key, _sizes([value], scope))
+        if kind is build_with_blocks and node.get('blocks'):
+            yield Asked(place, kind, 'blocks', _sizes(node['blocks'], scope))
         if hasattr(kind, 'default_block') and not node.get('block'):
             block = named_block(kind.default_block, scope)
             yield Asked(place, kind, 'block', block.kernel_sizes)
@@ -154,6 +165,19 @@ def _asked_in(node: Any, place: str, scope: Optional[str]) -> Iterator[Asked]:
     for key, value in items:
         inner = f'{place}.{key}' if place else str(key)
         yield from _asked_in(value, inner, scope)
+
+
+def _sizes(blocks: Sequence[dict], scope: Optional[str]) -> Tuple[int, float]:
+    """Smallest and largest kernel that becomes one of these blocks."""
+    sizes = []
+    for cfg in blocks:
+        block = named_block(cfg, scope)
+        if block is not None:  # else it is for layers that stay plain
+            low, high = block.kernel_sizes
+            low = cfg.get('min_kernel_size', low)
+            sizes.append((low, cfg.get('max_kernel_size', high)))
+    lows, highs = zip(*(sizes or [(1, math.inf)]))
+    return min(lows), max(highs)
 
 
 def _modules_of(asked: Asked, model: nn.Module) -> List[nn.Module]:

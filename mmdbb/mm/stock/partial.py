@@ -11,7 +11,7 @@ load it.
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
-from typing import Dict, List, Sequence
+from typing import Dict, List, Optional, Sequence
 
 from mmengine.config import Config
 from mmengine.registry import MODELS
@@ -91,11 +91,7 @@ def partial_config(cfg: Config, merged: Sequence[str]) -> Config:
     fields = without_own_starts(whole_config(cfg).to_dict())
     model = fields['model']
     scope = fields.get('default_scope')
-    network_type = model['type']
-    # If an OpenMMLab package's own registry is asked to build PartlyMerged,
-    # no default scope is left when that looks up the network's type.
-    if isinstance(network_type, str) and '.' not in network_type and scope:
-        network_type = f'{scope}.{network_type}'
+    network_type = scoped(model['type'], scope)
     model.update(
         type=TYPE, network_type=network_type, merged=sorted(set(merged))
     )
@@ -104,6 +100,22 @@ def partial_config(cfg: Config, merged: Sequence[str]) -> Config:
         fields['custom_imports'] = dict(imports, imports=[*names, 'mmdbb'])
     fields.update(load_from=None, resume=False)
     return Config(fields)
+
+
+def scoped(type_: object, scope: Optional[str]) -> object:
+    """A type that no default scope is needed for.
+
+    If an OpenMMLab package's own registry is asked to build a network of
+    mmdbb's, no default scope is left when that looks up the network in it.
+
+    Args:
+        type_: The type in a config.
+        scope: The config's default scope.
+    """
+    if not isinstance(type_, str) or '.' in type_ or not scope:
+        return type_
+    # What all packages share has no scope.
+    return type_ if type_ in MODELS.module_dict else f'{scope}.{type_}'
 
 
 def whole_config(cfg: Config) -> Config:

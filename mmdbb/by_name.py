@@ -1,0 +1,264 @@
+# Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
+"""Choose the block of each convolution of a network by the layer's name."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from typing import Dict, List, NamedTuple, Optional, Sequence, Union
+
+from torch import nn
+
+from mmdbb.blocks.base import ReparamConv2d
+from mmdbb.blocks.branch_sum import BranchSumConv2d
+from mmdbb.blocks.build import (
+    ADAPTIVE_TYPES,
+    block_of,
+    refuse_unknown_keys,
+)
+from mmdbb.errors import UserError
+from mmdbb.files.sources import some
+from mmdbb.insert import held_layers
+from mmdbb.modules import has_hooks, memory_format_of, names_of
+from mmdbb.plain_conv import plain_conv
+
+Patterns = Union[str, Sequence[str], None]
+
+
+class _Rule(NamedTuple):
+    """Which layers become what.
+
+    Attributes:
+        number: Its place in the list, from 0 on, for messages.
+        block: The class; ``nn.Conv2d`` for none.
+        args: The block's own arguments.
+        sizes: Smallest and largest kernel (longer side, in taps).
+        only: Shell patterns, of which one must match; empty for any name.
+        skip: Shell patterns, of which none may match.
+    """
+
+    number: int
+    block: type
+    args: dict
+    sizes: tuple
+    only: List[str]
+    skip: List[str]
+
+    def takes(self, names: Sequence[str], size: Sequence[int]) -> bool:
+        """Whether the rule is for a layer of these names and this size."""
+        low, high = self.sizes
+        return low <= max(size) <= high and any(
+            (not self.only or _matches(name, self.only))
+            and not _matches(name, self.skip)
+            for name in names
+        )
+
+
+def put_blocks_(
+    model: nn.Module, rules: Sequence[dict]
+) -> Dict[str, Optional[str]]:
+    """Put blocks into a network that was just built, layer by layer.
+
+    The blocks start as they do under ``conv_cfg``: by their own rules and not
+    as the convolutions that they replace, which is what ``insert_blocks_``
+    does. The norms behind them stay.
+
+    Args:
+        model: The network, with random weights; changed in place.
+        rules: Configs of blocks. Of each, the keys ``only`` and ``skip`` are
+            shell patterns of whole names of layers, one or a list. The first
+            rule that matches a convolution's name and has its size within the
+            limits of its block decides; the others do not count.
+            ``dict(type='Conv2d')`` is for layers that stay plain. A block
+            that is there already is replaced.
+
+    Returns:
+        dict: Names of the layers that changed -> names of their blocks.
+
+    Raises:
+        TypeError: If the rules have another form, or unknown keys.
+        UserError: If a pattern fits no convolution, a rule decides for none,
+            or a layer cannot become such a block.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 7), nn.Conv2d(8, 8, 3))
+        >>> put_blocks_(model, [dict(type='DBB', only='1')])
+        {'1': 'DBB'}
+    """
+    parsed = _parsed(rules)
+    layers = _layers(model)
+    names = names_of(model)
+    if not layers:
+        raise UserError(
+            f'{type(model).__name__} has no convolution inside that a block '
+            'could take the place of'
+        )
+    _refuse_idle_patterns(parsed, [n for m in layers for n in names[m]])
+    new: Dict[nn.Module, nn.Module] = {}
+    used, changed = set(), {}
+    for layer in layers:
+        rule = next(
+            (r for r in parsed if r.takes(names[layer], layer.kernel_size)),
+            None,
+        )
+        if rule is None:
+            continue
+        used.add(rule.number)
+        if rule.block is nn.Conv2d and not isinstance(layer, ReparamConv2d):
+            continue
+        try:
+            new[layer] = _built(rule, layer)
+        except (TypeError, ValueError) as error:
+            raise UserError(f'{names[layer][0]}: {error}') from error
+        changed[names[layer][0]] = rule.block.__name__
+    idle = [rule for rule in parsed if rule.number not in used]
+    if idle:
+        raise UserError(
+            f'blocks[{idle[0].number}] decides for no convolution: earlier '
+            'ones take those that its patterns match, or their kernels are '
+            f'not of {idle[0].sizes[0]} to {idle[0].sizes[1]} taps'
+        )
+    for parent in model.modules():
+        for attribute, child in parent._modules.items():
+            if child in new:
+                parent._modules[attribute] = new[child]
+    return changed
+
+
+def _parsed(rules: Sequence[dict]) -> List[_Rule]:
+    if not isinstance(rules, (list, tuple)) or not rules:
+        raise TypeError(
+            'blocks must be a list of configs such as dict(type="DBB", '
+            f'only="backbone.*"), got {rules!r}'
+        )
+    found = []
+    for number, rule in enumerate(rules):
+        if not isinstance(rule, dict) or 'type' not in rule:
+            raise TypeError(
+                f'blocks[{number}] must be a config with a type, got {rule!r}'
+            )
+        rule = dict(rule)
+        only, skip = (
+            _patterns(f'blocks[{number}].{key}', rule.pop(key, None))
+            for key in ('only', 'skip')
+        )
+        block, args = block_of(rule, plain=True)
+        del args['type']
+        low, high = getattr(block, 'kernel_sizes', (1, float('inf')))
+        sizes = (
+            args.pop('min_kernel_size', low),
+            args.pop('max_kernel_size', high),
+        )
+        for key, size in zip(('min', 'max'), sizes):
+            if not isinstance(size, (int, float)) or isinstance(size, bool):
+                raise TypeError(
+                    f'blocks[{number}].{key}_kernel_size must be a number of '
+                    f'taps, got {size!r}'
+                )
+        if block is not nn.Conv2d:
+            refuse_unknown_keys(block, args)
+        elif args:
+            raise TypeError(
+                f'blocks[{number}]: Conv2d leaves a layer plain, and takes no '
+                f'{sorted(args)}'
+            )
+        found.append(_Rule(number, block, args, sizes, only, skip))
+    return found
+
+
+def _patterns(key: str, value: Patterns) -> List[str]:
+    patterns = [value] if isinstance(value, str) else list(value or ())
+    if not all(isinstance(pattern, str) for pattern in patterns):
+        raise TypeError(f'{key} must be shell patterns, got {value!r}')
+    return patterns
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _layers(model: nn.Module) -> List[nn.Module]:
+    """The convolutions and blocks that another block can take the place of."""
+    held = held_layers(model)
+    inside = {
+        part
+        for module in model.modules()
+        if isinstance(module, ReparamConv2d)
+        for part in module.modules()
+        if part is not module
+    }
+    return [
+        module
+        for module in model.modules()
+        if module is not model
+        and module not in inside
+        # The place of a norm that a block absorbed remembers the block.
+        and (module not in held or getattr(module, '_absorbed', ()))
+        and not has_hooks(module)
+        and (
+            type(module) is nn.Conv2d
+            or _is_adaptive(module)
+            or (isinstance(module, ReparamConv2d) and not module.deploy)
+        )
+    ]
+
+
+def _is_adaptive(module: nn.Module) -> bool:
+    return type(module).__name__ in ADAPTIVE_TYPES
+
+
+def _refuse_idle_patterns(rules: Sequence[_Rule], names: List[str]) -> None:
+    for rule in rules:
+        for key in ('only', 'skip'):
+            for pattern in getattr(rule, key):
+                if not any(fnmatchcase(name, pattern) for name in names):
+                    raise UserError(
+                        f'blocks[{rule.number}].{key}: {pattern!r} fits no '
+                        f'convolution; they are {some(names, 5)}'
+                    )
+
+
+def _built(rule: _Rule, layer: nn.Module) -> nn.Module:
+    """Build the block that a rule puts into a layer's place."""
+    absorbed = getattr(layer, '_absorbed', ())
+    if absorbed and not issubclass(rule.block, BranchSumConv2d):
+        raise ValueError(
+            f'the {type(layer).__name__} there does what the norm behind it '
+            f'did, and a {rule.block.__name__} has no norm to do so; use the '
+            "package's own backbone in place of the one with blocks"
+        )
+    if isinstance(layer, ReparamConv2d):
+        spec, bias = layer.spec, layer._wants_bias
+        adaptive = layer.adaptive_padding
+    else:
+        spec, bias = None, layer.bias is not None
+        adaptive = _is_adaptive(layer)
+    if rule.block is nn.Conv2d:
+        new = plain_conv(spec, bias=bias)
+    else:
+        args = dict(rule.args)
+        if adaptive:
+            args.setdefault('adaptive_padding', True)
+        if absorbed:  # the norm that it does the work of is its backbone's
+            first = next(iter(layer.branches.values()))
+            args.setdefault('norm_cfg', first.norm_cfg)
+        new = rule.block(
+            layer.in_channels,
+            layer.out_channels,
+            layer.kernel_size,
+            layer.stride,
+            layer.padding,
+            layer.dilation,
+            layer.groups,
+            bias=bias,
+            padding_mode=layer.padding_mode,
+            **args,
+        )
+    tensors = list(layer.parameters())
+    floating = next(t for t in tensors if t.is_floating_point())
+    new.to(floating.device, floating.dtype)
+    new.to(memory_format=memory_format_of(layer))
+    if not any(tensor.requires_grad for tensor in tensors):
+        new.requires_grad_(False)
+    for place in absorbed:
+        place.belong_to(new)
+    return new.train(layer.training)

@@ -1,0 +1,401 @@
+"""Blocks chosen by the names of layers, in a config of type WithBlocks."""
+
+import copy
+
+import mmpretrain
+import mmpretrain.registry
+import pytest
+import torch
+from helpers import EXACT, deploy, distance, image, randomize, run_tool
+from mmcv.cnn.bricks import Conv2dAdaptivePadding
+from mmengine.config import Config
+from mmengine.registry import MODELS
+from networks import CONFIGS, write_checkpoint
+from runs import run_config, train
+from torch import nn
+
+from mmdbb import ACB, DBB, OREPAConv, load_deployed
+from mmdbb.by_name import put_blocks_
+from mmdbb.deploy import Proof, Source, drop_branches_checkpoint, stock_config
+from mmdbb.errors import UserError
+from mmdbb.mm.deploy.load import build_model
+from mmdbb.mm.deploy.parts import parts_of, refuse_no_block
+from mmdbb.mm.engine.blocks_hook import BlocksHook
+from mmdbb.reparam import find_blocks
+
+pytestmark = pytest.mark.usefixtures('quiet')
+RULES = [
+    dict(type='ACB', only='backbone.layer1.0.*'),
+    dict(type='Conv2d', only=['backbone.layer1.*']),
+    dict(type='OREPA', only='backbone.layer2.*', skip='*.downsample.*'),
+]
+
+
+def net():
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 7, padding=3),
+        nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)),
+        nn.Conv2d(8, 8, 5, bias=False, groups=2, padding_mode='reflect'),
+        nn.Conv2d(8, 4, 1),
+        nn.ConvTranspose2d(4, 4, 3),
+    )
+
+
+def kinds(model):
+    return {n: type(b).__name__ for n, b in find_blocks(model).items()}
+
+
+def config(task='classifier', rules=RULES, **changes):
+    """A stock network of a task, with blocks chosen by name."""
+    cfg = stock_config(Config.fromstring(CONFIGS[task], '.py'))
+    network = cfg.model.type
+    cfg.merge_from_dict(
+        dict(
+            custom_imports=dict(imports=['mmdbb'], allow_failed_imports=False),
+            model=dict(type='WithBlocks', network=network, **changes),
+        )
+    )
+    cfg.model.blocks = rules
+    return cfg
+
+
+# In a network, in plain torch
+
+
+def test_the_first_rule_decides():
+    model = net()
+    found = put_blocks_(
+        model,
+        [
+            dict(type='ACB', only=['1.*', '3'], skip='3'),
+            dict(type='OREPA', only='0', min_kernel_size=7),
+            dict(type='DBB', norm_cfg=dict(type='BN', eps=1e-3)),
+        ],
+    )
+    assert found == {'0': 'OREPAConv', '1.0': 'ACB', '2': 'DBB'}
+    assert kinds(model) == found
+    assert type(model[3]) is nn.Conv2d  # a 1x1, as under conv_cfg
+    assert model[2].branches['kxk'].norm.eps == 1e-3
+    spec = model[2].spec
+    assert (spec.groups, spec.padding_mode) == (2, 'reflect')
+    assert model[2].kernel_size == (5, 5) and not model[2]._wants_bias
+    assert model(torch.rand(2, 3, 12, 11)).shape == (2, 4, 8, 7)
+
+
+def test_layers_keep_what_they_had():
+    model = net().double().to(memory_format=torch.channels_last).eval()
+    model[2].requires_grad_(False)
+    put_blocks_(model, [dict(type='DBB')])
+    for name in ('1.0', '2'):
+        block = model.get_submodule(name)
+        kernel = block.branches['kxk'].conv.weight
+        assert kernel.dtype == torch.float64 and not block.training
+        assert kernel.is_contiguous(memory_format=torch.channels_last)
+        trained = {p.requires_grad for p in block.parameters()}
+        assert trained == {name == '1.0'}
+
+
+def test_a_layer_in_two_places_stays_one():
+    conv = nn.Conv2d(4, 4, 3)
+    model = nn.Sequential(conv, nn.ReLU(), conv)
+    assert put_blocks_(model, [dict(type='DBB', only='2')]) == {'0': 'DBB'}
+    assert model[0] is model[2] and isinstance(model[0], DBB)
+
+
+def test_blocks_give_way_to_others():
+    model = nn.Sequential(DBB(4, 4, 3), OREPAConv(4, 4, 3, bias=False))
+    found = put_blocks_(
+        model, [dict(type='Conv2d', only='0'), dict(type='ACB')]
+    )
+    assert found == {'0': 'Conv2d', '1': 'ACB'}
+    assert type(model[0]) is nn.Conv2d and model[0].bias is not None
+    assert not model[1]._wants_bias
+
+
+def test_padding_by_the_image_is_kept():
+    model = nn.Sequential(Conv2dAdaptivePadding(3, 4, 3, stride=2))
+    put_blocks_(model, [dict(type='DBB')])
+    assert model[0].adaptive_padding
+    assert model(torch.rand(1, 3, 9, 8)).shape == (1, 4, 5, 4)
+
+
+def test_layers_that_stay():
+    class Held(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = (nn.Conv2d(2, 2, 3) for _ in range(3))
+            self.held = [self.a]  # it would go on calling this one
+            self.b.register_forward_hook(lambda *_: None)
+
+    model = Held()
+    assert put_blocks_(model, [dict(type='DBB')]) == {'c': 'DBB'}
+    with pytest.raises(UserError, match=r"blocks\[0\].only: 'a' fits no"):
+        put_blocks_(model, [dict(type='DBB', only='a')])
+
+
+@pytest.mark.parametrize(
+    ('rules', 'error', 'message'),
+    [
+        (None, TypeError, 'blocks must be a list of configs'),
+        ([], TypeError, 'blocks must be a list of configs'),
+        (dict(type='DBB'), TypeError, 'blocks must be a list of configs'),
+        (['DBB'], TypeError, r'blocks\[0\] must be a config with a type'),
+        ([dict(only='1')], TypeError, r'blocks\[0\] must be a config with a'),
+        ([dict(type='DBB', only=[1])], TypeError, 'only must be shell patt'),
+        ([dict(type='DBB', foo=1)], TypeError, r"unknown keys \['foo'\]"),
+        ([dict(type='Conv2d', bias=1)], TypeError, 'leaves a layer plain'),
+        (
+            [dict(type='DBB', max_kernel_size='7')],
+            TypeError,
+            r'blocks\[0\].max_kernel_size must be a number',
+        ),
+        ([dict(type='DBBB')], ValueError, "got type='DBBB'; allowed: .*ACB"),
+        (
+            [dict(type='DBB', only='layer9.*')],
+            UserError,
+            r"blocks\[0\].only: 'layer9\.\*' fits no convolution; they are",
+        ),
+        (
+            [dict(type='DBB', skip=['0', '9'])],
+            UserError,
+            r"blocks\[0\].skip: '9' fits no",
+        ),
+        (
+            [dict(type='DBB'), dict(type='ACB', only='1.0')],
+            UserError,
+            r'blocks\[1\] decides for no convolution',
+        ),
+        (
+            [dict(type='DBB', only='3')],
+            UserError,
+            r'blocks\[0\] decides for no convolution: .* of 2 to 6 taps',
+        ),
+        (
+            [
+                dict(
+                    type='DBB',
+                    branches=['identity'],
+                    only='0',
+                    max_kernel_size=9,
+                )
+            ],
+            UserError,
+            "^0: branch 'identity' needs",
+        ),
+    ],
+)
+def test_wrong_rules(rules, error, message):
+    model = net()
+    with pytest.raises(error, match=message):
+        put_blocks_(model, rules)
+    assert not find_blocks(model)
+
+
+def test_a_network_without_convolutions():
+    for model in (nn.Conv2d(3, 4, 3), nn.Sequential(nn.Linear(2, 2))):
+        with pytest.raises(UserError, match='has no convolution inside'):
+            put_blocks_(model, [dict(type='DBB')])
+
+
+# In a config
+
+
+@pytest.mark.parametrize('task', CONFIGS)
+def test_the_stock_network_comes_out(task, tmp_path):
+    cfg = config(task)
+    stock = stock_config(Config.fromstring(CONFIGS[task], '.py'))
+    path = str(tmp_path / 'config.py')
+    cfg.dump(path)
+    model = build_model(cfg)
+    found = kinds(model)
+    assert set(found.values()) == {'ACB', 'OREPAConv'}
+    assert not any(n.startswith('backbone.layer1.1') for n in found)
+    checkpoint = write_checkpoint(path, tmp_path / 'trained.pth')
+    result = deploy(
+        Config.fromfile(path),
+        checkpoint,
+        tmp_path / 'out.pth',
+        image_size=(64, 48),
+    )
+    assert result.blocks == len(found) and not result.left
+    written = Config.fromfile(result.config)
+    assert written.model.type.split('.')[-1] == stock.model.type.split('.')[-1]
+    assert 'custom_imports' not in written or 'mmdbb' not in str(
+        written.custom_imports
+    )
+    plain = build_model(stock)
+    plain.load_state_dict(torch.load(result.checkpoint)['state_dict'])
+
+
+def test_a_base_of_the_package_is_inherited(tmp_path):
+    """Only two keys are new; all others stay where they are."""
+    path = tmp_path / 'config.py'
+    path.write_text(
+        "_base_ = 'mmpretrain::resnet/resnet18_8xb32_in1k.py'\n"
+        "custom_imports = dict(imports=['mmdbb'])\n"
+        "model = dict(type='WithBlocks', network='ImageClassifier',\n"
+        '    backbone=dict(base_channels=8, stem_channels=8),\n'
+        '    head=dict(in_channels=64),\n'
+        "    blocks=[dict(type='DBB', only='backbone.layer[34].*')])\n"
+    )
+    model = mmpretrain.get_model(str(path))
+    assert type(model).__name__ == 'ImageClassifier'
+    assert len(find_blocks(model)) == 8
+    assert model.backbone.conv1.out_channels == 8
+    # A package's own registry leaves no default scope.
+    cfg = Config.fromfile(path).model
+    again = mmpretrain.registry.MODELS.build(copy.deepcopy(cfg))
+    assert kinds(again) == kinds(model)
+    with pytest.raises(KeyError, match="'Nobodys' of WithBlocks is in no"):
+        MODELS.build(dict(cfg, network='Nobodys'))
+    with pytest.raises(ValueError, match='WithBlocks: blocks.0..only'):
+        MODELS.build(dict(cfg, blocks=[dict(type='DBB', only='x')]))
+
+
+def test_ready_backbones_take_other_blocks():
+    """The norms stay absorbed, by the block that is there now."""
+    cfg = Config.fromstring(CONFIGS['classifier'], '.py')
+    cfg.model.update(
+        type='WithBlocks',
+        network='ImageClassifier',
+        blocks=[dict(type='ACB', only='backbone.layer2.*')],
+    )
+    model = build_model(cfg)
+    layer = model.backbone.layer2[1]
+    assert type(layer.conv2) is ACB
+    assert layer.bn2.block is layer.conv2
+    assert layer.conv2.branches['kxk'].norm_cfg == dict(
+        type='BN', requires_grad=True
+    )
+    assert type(model.backbone.layer1[0].conv1) is DBB
+    wrong = copy.deepcopy(cfg)
+    wrong.model.blocks[0].type = 'OREPA'
+    with pytest.raises(UserError, match='has no norm to do so'):
+        build_model(wrong)
+
+
+def test_trained_resumed_and_averaged(tmp_path):
+    """The optimizer has the blocks' parameters, a plain start loads."""
+    start = build_model(stock_config(config()))
+    torch.save(dict(state_dict=start.state_dict()), tmp_path / 'plain.pth')
+    cfg = run_config(tmp_path / 'a')
+    new = config()
+    new.model.init_cfg = dict(
+        type='PlainPretrained', checkpoint=str(tmp_path / 'plain.pth')
+    )
+    cfg.model, cfg.custom_imports = new.model, new.custom_imports
+    runner = train(copy.deepcopy(cfg))
+    model = runner.model
+    assert kinds(model) == kinds(build_model(config()))
+    known = {p for g in runner.optim_wrapper.param_groups for p in g['params']}
+    assert {*model.parameters()} <= known
+    cfg.resume, cfg.train_cfg.max_epochs = True, 2
+    last = torch.load(tmp_path / 'a/epoch_2.pth', weights_only=False)
+    averaged = [n for n in last['ema_state_dict'] if '.branches.kx1.' in n]
+    assert averaged
+    again = train(cfg)
+    assert_equal = zip(
+        model.state_dict().values(), again.model.state_dict().values()
+    )
+    assert all(torch.equal(a, b) for a, b in assert_equal)
+
+
+def test_the_plain_start_is_the_plain_network(tmp_path):
+    plain = randomize(build_model(stock_config(config())))
+    torch.save(dict(state_dict=plain.state_dict()), tmp_path / 'plain.pth')
+    cfg = config()
+    cfg.model.init_cfg = dict(
+        type='PlainPretrained', checkpoint=str(tmp_path / 'plain.pth')
+    )
+    model = build_model(cfg)
+    model.init_weights()
+    x = image(2, 3, 32, 40, dtype=torch.float32)
+    model, plain = model.double().eval(), plain.double().eval()
+    found, expected = model(x.double()), plain(x.double())
+    assert distance(found[0], expected[0]) < 1e-5
+
+
+def test_what_the_hook_says():
+    cfg = config()
+    model = build_model(cfg)
+    (part,) = parts_of(cfg, model)
+    assert part.asked.place == '' and part.asked.key == 'blocks'
+    assert part.asked.sizes == (1, float('inf'))
+    assert len(part.blocks) == len(find_blocks(model))
+    refuse_no_block(cfg, model)
+    assert BlocksHook()  # which reads these
+    plain = build_model(stock_config(cfg))
+    with pytest.raises(UserError, match='no block: blocks is set in model'):
+        refuse_no_block(cfg, plain)
+
+
+def test_some_merged_and_some_dropped(tmp_path):
+    """--only, then the rest; branches dropped in between."""
+    path = str(tmp_path / 'config.py')
+    cfg = config(rules=[dict(type='DBB', only='backbone.layer*')])
+    cfg.dump(path)
+    checkpoint = write_checkpoint(path, tmp_path / 'a.pth')
+    trained = load_deployed(path, checkpoint)
+    x = image(2, 3, 32, 40, dtype=torch.float32)
+    expected = trained(x)[0]
+    dropped = drop_branches_checkpoint(
+        Source(Config.fromfile(path), checkpoint),
+        str(tmp_path / 'b.pth'),
+        0.2,
+        Proof(image_size=(32, 40)),
+    )
+    written = Config.fromfile(dropped.config)
+    assert written.model.type == 'WithBlocks'
+    assert written.model.network == 'ImageClassifier'
+    assert written.model.dropped == dropped.dropped
+    assert dropped.parameters[1] < dropped.parameters[0]
+    assert dropped.difference.largest < EXACT
+    some = deploy(
+        written,
+        dropped.checkpoint,
+        tmp_path / 'c.pth',
+        only=['backbone.layer1.*'],
+        image_size=(32, 40),
+    )
+    fewer = drop_branches_checkpoint(
+        Source(Config.fromfile(some.config), some.checkpoint),
+        str(tmp_path / 'e.pth'),
+        0.5,
+        Proof(image_size=(32, 40)),
+    )
+    assert all('backbone.layer2' in name for name in fewer.dropped)
+    rest = deploy(
+        Config.fromfile(fewer.config),
+        fewer.checkpoint,
+        tmp_path / 'd.pth',
+        image_size=(32, 40),
+    )
+    assert not rest.left and Config.fromfile(rest.config).model.type.endswith(
+        'ImageClassifier'
+    )
+    for files in (dropped, some, fewer, rest):
+        model = load_deployed(files.config, files.checkpoint)
+        assert distance(model(x)[0], expected) < 1e-4
+
+
+def test_the_tool_shows_and_drops(tmp_path, capsys):
+    path, out = str(tmp_path / 'config.py'), tmp_path / 'out.pth'
+    config().dump(path)
+    checkpoint = write_checkpoint(path, tmp_path / 'a.pth')
+    assert run_tool('branches', path, checkpoint) == 0
+    text = capsys.readouterr().out
+    assert 'backbone.layer1.0.conv1  kx1 ' in text
+    assert 'backbone.layer2.0.conv1  separable ' in text
+    size = ('--image-size', 32, 40)
+    options = ('--drop', 0.5, '--out', out)
+    assert run_tool('branches', path, checkpoint, *options, *size) == 0
+    assert f'weights: {out}' in capsys.readouterr().out
+    build_model(Config.fromfile(tmp_path / 'out.py'))
+    for wrong, message in (
+        (('--drop', 0.5), '--drop SHARE and --out FILE go together'),
+        (('--drop', 0.0, '--out', tmp_path / 'x.pth'), 'no branch that'),
+        (options, 'output exists'),
+    ):
+        assert run_tool('branches', path, checkpoint, *wrong) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / 'x.pth').exists()
