@@ -1116,6 +1116,42 @@ TABLE = (
         'a line that was cut',
         (f'{SWEEP}::test_a_run_goes_on_where_it_was_cut',),
     ),
+    Mutation(
+        'tools/workshop/sweep/verdicts.py',
+        'if warned and works',
+        'if warned',
+        'a network that no form holds is no success',
+        (f'{SWEEP}::test_verdicts',),
+    ),
+    Mutation(
+        'tools/workshop/sweep/architectures.py',
+        'if not _USUAL.match(name):',
+        'if name not in ("None",):',
+        'batch norms make no other architecture',
+        (f'{SWEEP}::test_unusual_layers_make_another_architecture',),
+    ),
+    # ---------------------------------------------------- weights that come in
+    Mutation(
+        'mmdbb/plain/blocks.py',
+        'var = one if found else exactly(one) - norm.eps',
+        'var = one',
+        'a merged convolution holds its norm already',
+        (f'{OFFERS}::test_a_merged_file_starts_blocks_that_absorbed_norms',),
+    ),
+    Mutation(
+        'mmdbb/insert.py',
+        'given = sorted(args.keys() & _OF_CONV)',
+        'given = []',
+        'a block takes its geometry from the convolution',
+        (f'{INSERT}::test_the_convolution_gives_its_own_arguments',),
+    ),
+    Mutation(
+        'mmdbb/blocks/equivalent.py',
+        '        _refuse_weight_norm(block)',
+        '        pass',
+        'a weight norm of a block',
+        (f'{WATCHED}::test_a_weight_norm_of_the_block_itself_is_refused',),
+    ),
     # ------------------------------------------------------------ recompute
     Mutation(
         'mmdbb/recompute.py',

@@ -115,7 +115,8 @@ def start_offered(
         block: The block, merged or not; unchanged.
         plain: The plain convolution.
         norm: The norm that the block absorbed, if its entries are known. What
-            is missing of them is as in a new norm.
+            is missing of them is as in a new norm. Without any, the plain
+            convolution is a merged one, which holds that norm already.
 
     Raises:
         ValueError: If the block cannot start so.
@@ -124,9 +125,11 @@ def start_offered(
     if norm is not None:
         one = torch.ones_like(plain.bias)
         found = norm.entries
+        # With the variance 1 - eps a norm computes the identity.
+        var = one if found else exactly(one) - norm.eps
         values = NormValues(
             found.get('running_mean', 0 * one),
-            found.get('running_var', one),
+            found.get('running_var', var),
             found.get('weight'),
             found.get('bias'),
             norm.eps,

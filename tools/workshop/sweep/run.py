@@ -118,7 +118,10 @@ def _read_all(paths: List[Path], package: str) -> List[Read]:
 
 
 def sweep(
-    architectures: List[Architecture], results: Results, limits: Limits
+    architectures: List[Architecture],
+    results: Results,
+    limits: Limits,
+    commit: str,
 ) -> Iterator[dict]:
     """Try architectures that have no row yet.
 
@@ -126,6 +129,7 @@ def sweep(
         architectures: What to try.
         results: The rows; each new one is added when it is there.
         limits: What each may use.
+        commit: The commit that is tried, for the rows.
 
     Yields:
         dict: Each new row, as described in
@@ -138,6 +142,7 @@ def sweep(
     for key, row in run_isolated(tasks, limits):
         if isinstance(row, str):
             row = {**Trial(left[key]).row, 'ended': row}
+        row = dict(row, commit=commit)
         results.add(row)
         yield row
 

@@ -8,6 +8,7 @@ its outcome noted. A step that fails ends nothing but itself.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import tempfile
 import traceback
@@ -104,7 +105,7 @@ class Trial:
             return self.row
         self.row['parameters'] = count_parameters(model)
         with self._step('trains') as step:
-            step['how'] = _train(model, self.size)
+            step['how'] = _train(model, self.size, self.architecture.package)
         with self._step('starts') as step:
             step['how'] = self._start()
         with self._step('merges') as step:
@@ -199,6 +200,7 @@ class Trial:
             how=f'{result.difference.largest:.0e}',
             merged=result.blocks,
             compared=len(result.difference.compared),
+            left_out=dict(result.difference.left_out),
         )
 
     def _batches(self, model: nn.Module) -> List[Tensor]:
@@ -227,7 +229,7 @@ def _size_for(model: nn.Module) -> Optional[list]:
     return None
 
 
-def _train(model: nn.Module, size: Optional[list]) -> str:
+def _train(model: nn.Module, size: Optional[list], package: str) -> str:
     """Take a step of training in every block.
 
     The network's own loss is taken where its package has inputs for it, else
@@ -247,7 +249,8 @@ def _train(model: nn.Module, size: Optional[list]) -> str:
         for block in blocks
     ]
     how = 'blocks alone'
-    for name, loss in (('loss', losses_of), ('features', _features)):
+    own_loss = functools.partial(losses_of, package=package)
+    for name, loss in (('loss', own_loss), ('features', _features)):
         if size is None:
             break
         ran.clear()
