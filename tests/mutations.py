@@ -1133,7 +1133,7 @@ TABLE = (
     # ---------------------------------------------------- weights that come in
     Mutation(
         'mmdbb/plain/blocks.py',
-        'var = one if found else exactly(one) - norm.eps',
+        'var = exactly(one) - norm.eps if is_merged else one',
         'var = one',
         'a merged convolution holds its norm already',
         (f'{OFFERS}::test_a_merged_file_starts_blocks_that_absorbed_norms',),
