@@ -176,8 +176,12 @@ def _size_of(model: Any) -> float:
             elif 'channels' in str(key) and isinstance(value, int):
                 width += value
             elif key in ('arch', 'type') and isinstance(value, str):
-                width += len(value)
+                width += len(value) + 100 * (value in _LARGE)
     return depth + width / 1e6
+
+
+#: Names of the larger networks of a kind.
+_LARGE = ('m', 'l', 'x', 'xl', 'h', 'medium', 'large', 'huge')
 
 
 def _dicts(node: Any) -> Iterator[dict]:
