@@ -12,7 +12,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from torch import nn
-from workshop.sweep import table, verdicts, whole
+from workshop.sweep import table, training, verdicts, whole
 from workshop.sweep.architectures import (
     Architecture,
     Read,
@@ -128,6 +128,49 @@ def test_it_sees_an_error_in_a_block(monkeypatch):
     row = row_of('mmpretrain', 'resnet/resnet18_8xb32_in1k.py')
     assert verdict_of(row) is Verdict.FAILS
     assert row['steps']['trains']['reason'] == 'RuntimeError: of a test'
+
+
+def tiny(conv):
+    return nn.Sequential(conv(3, 4, 3), nn.ReLU(), conv(4, 4, 3))
+
+
+@pytest.mark.parametrize('plain', [DBB, nn.Conv2d])
+def test_a_loss_that_overflows(monkeypatch, plain):
+    """It is no fault of a block's, unless the plain network has none."""
+
+    def loss(model, size, package):
+        x = torch.rand(2, 3, *size, requires_grad=True)
+        inner = model[0](x)
+        if type(model[0]) is DBB:
+            inner = inner * float('inf')
+        return model[2](inner).sum()
+
+    monkeypatch.setattr(training, 'losses_of', loss)
+    model = tiny(DBB)
+    if plain is DBB:
+        how = training.train(model, [8, 8], '', lambda: tiny(plain))
+        assert how == 'features'
+        return
+    with pytest.raises(ValueError, match=r'^0\..* not finite'):
+        training.train(model, [8, 8], '', lambda: tiny(plain))
+
+
+def test_a_block_that_gets_no_gradient_runs_by_itself(monkeypatch):
+    ran = []
+    model = tiny(DBB)
+    monkeypatch.setattr(training, '_features', lambda m, s: m[0](X).sum())
+    monkeypatch.setattr(
+        training, '_input_of', lambda block: ran.append(block) or X4
+    )
+    assert training.train(model, [8, 8], '', None) == 'features'
+    assert ran == [model[2]]
+    monkeypatch.setattr(DBB, 'forward_train', lambda self, x: 0 * x[:, :1])
+    with pytest.raises(ValueError, match='0 gets no gradient'):
+        training.train(model, None, '', None)
+
+
+X = torch.rand(2, 3, 8, 8)
+X4 = torch.rand(2, 4, 8, 8, requires_grad=True)
 
 
 def test_all_parts_get_blocks_and_narrow_networks_fit():

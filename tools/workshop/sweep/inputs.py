@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from typing import Any, Callable, Dict, Tuple
 
 import torch
 from torch import Tensor, nn
+
+from mmdbb.deploy import Proof
 
 Size = Tuple[int, int]
 
@@ -31,6 +34,23 @@ def losses_of(model: nn.Module, size: Size, package: str) -> Tensor:
     data = model.data_preprocessor(data, True)
     total, _ = model.parse_losses(model(**data, mode='loss'))
     return total
+
+
+def images_for(model: nn.Module, size: Size) -> Tensor:
+    """Random images, preprocessed if the model's preprocessor takes images.
+
+    Those of mmpose, mmaction and mmdet3d want more than images.
+
+    Args:
+        model: The network.
+        size: Height and width of the images in pixels.
+    """
+    with contextlib.suppress(Exception):
+        images = Proof(image_size=size).batches(model)[0]
+        if images.dim() == 4:
+            return images
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(2, 3, *size, generator=generator)
 
 
 def _pad_no_further(preprocessor: nn.Module, size: Size) -> None:
