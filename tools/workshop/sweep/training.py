@@ -17,12 +17,7 @@ from mmdbb.reparam import find_blocks
 from .inputs import Size, images_for, losses_of
 
 
-def train(
-    model: nn.Module,
-    size: Optional[list],
-    package: str,
-    plain: Callable[[], nn.Module],
-) -> str:
+def train(model: nn.Module, size: Optional[list], package: str) -> str:
     """Take a step of training in every block.
 
     The network's own loss is taken where its package has inputs for it, else
@@ -33,15 +28,14 @@ def train(
         size: Height and width of the images in pixels; None if the network
             cannot be run on images.
         package: Import name of the package whose config it is.
-        plain: Builds the stock network. Where its gradients are not finite
-            either, the loss has no use here.
 
     Returns:
         str: What was trained on: ``'loss'``, ``'features'`` or ``'blocks
         alone'``.
 
     Raises:
-        ValueError: If a gradient is missing or not finite.
+        ValueError: If a gradient is missing; or not finite, although the
+            gradient that comes to the block is.
     """
     model.train()
     losses = dict(
@@ -49,12 +43,9 @@ def train(
     )
     how = 'blocks alone'
     for name, loss in losses.items() if size else ():
-        if not _backward(model, loss, size):
-            continue
-        if _unfinite(model) and _overflows(plain(), loss, size):
-            continue
-        how = name
-        break
+        if _backward(model, loss, size):
+            how = name
+            break
     else:
         model.zero_grad()
     for name, block in find_blocks(model).items():
@@ -71,23 +62,39 @@ def train(
 
 
 def _backward(model: nn.Module, loss: Callable, size: list) -> bool:
-    """Compute gradients, if the network can be run so.
+    """Compute gradients, if the network can be run so and they are finite.
 
     Raises:
-        Exception: If a block cannot.
+        Exception: If a block cannot be run.
+        ValueError: If a block makes a gradient that is not finite. Some
+            losses do, for random boxes.
     """
     model.zero_grad()
+    spoilt: set = set()
+
+    def watch(block: nn.Module, _: tuple, output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(functools.partial(see, block))
+
+    def see(block: nn.Module, gradient: Tensor) -> None:
+        if not gradient.isfinite().all():
+            spoilt.add(block)
+
+    blocks = find_blocks(model)
+    hooks = [each.register_forward_hook(watch) for each in blocks.values()]
     try:
         loss(model, tuple(size)).backward()
     except Exception as error:  # not all networks can be run so
         if _is_in(error, 'mmdbb/blocks/'):
             raise
         return False
-    return True
-
-
-def _overflows(plain: nn.Module, loss: Callable, size: list) -> bool:
-    return _backward(plain.train(), loss, size) and bool(_unfinite(plain))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for name, block in blocks.items():
+        if _unfinite(block) and block not in spoilt:
+            raise ValueError(f'{name} makes a gradient that is not finite')
+    return not _unfinite(model)
 
 
 def _unfinite(model: nn.Module) -> str:

@@ -104,9 +104,7 @@ class Trial:
             return self.row
         self.row['parameters'] = count_parameters(model)
         with self._step('trains') as step:
-            step['how'] = train(
-                model, self.size, self.architecture.package, self._plain
-            )
+            step['how'] = train(model, self.size, self.architecture.package)
         with self._step('starts') as step:
             step['how'] = self._start()
         with self._step('merges') as step:
@@ -173,13 +171,9 @@ class Trial:
             counts[part] = counts.get(part, 0) + 1
         self.row['blocks'] = counts
 
-    def _plain(self) -> nn.Module:
-        """The stock network, with random weights."""
-        return build(stock_config(self.cfg))
-
     def _start(self) -> str:
         """Start from the stock network's weights, and compare the two."""
-        plain = self._plain().double()
+        plain = build(stock_config(self.cfg)).double()
         model = build(self.cfg).double()
         load_plain_weights_(model, plain.state_dict())
         found = compare_networks(model, plain, self._batches(model))
