@@ -316,7 +316,7 @@ def test_verdicts():
 def test_the_page_is_written_between_its_marks(tmp_path):
     rows = tmp_path / 'rows.jsonl'
     package = dict(key='package mmdet', package='mmdet', version='3.3.0')
-    package.update(files=7, lifted='', unread={})
+    package.update(files=7, architectures=6, lifted='', unread={})
     each = [package, *rows_of_each_kind().values()]
     rows.write_text(''.join(json.dumps(row) + '\n' for row in each))
     page = tmp_path / table.PAGE
@@ -327,7 +327,7 @@ def test_the_page_is_written_between_its_marks(tmp_path):
     assert text.startswith('before') and text.endswith('after\n')
     assert 'old' not in text
     assert 'Commit: abc123 (5 architectures)' in text
-    assert '| mmdet | 7 | 5 | 5 | 64 | 1 | 1 | 1 | 2 | 0 | 0 |' in text
+    assert '| mmdet | 7 | 6 | 5 | 5 | 64 | 1 | 1 | 1 | 2 | 0 | 0 |' in text
     assert 'Of 4 architectures that get blocks, 1 (25.0%) train' in text
     assert '1 that were warned of and deploy in another form, 50.0%' in text
     assert 'the own loss of 4, the features of 0, in 0 each block' in text

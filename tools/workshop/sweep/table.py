@@ -102,10 +102,13 @@ def _heading(packages: Dict[str, dict], tried: List[dict]) -> Iterator[str]:
             yield f'{name} was not tried: {package["absent"]}.'
 
 
+#: What a package's own row has for the table.
+_KNOWN = ('files', 'architectures')
 _COLUMNS = (
     'package',
     'configs',
     'architectures',
+    'tried',
     'take `conv_cfg`',
     'blocks',
     *(verdict.value for verdict in Verdict),
@@ -120,7 +123,8 @@ def _table(packages: Dict[str, dict], tried: List[dict]) -> Iterator[str]:
     for name in PACKAGES:
         if 'version' in packages.get(name, {}):
             rows = [row for row in tried if row['package'] == name]
-            lines.append([packages[name]['files'], *_counts(rows)])
+            known = [packages[name][each] for each in _KNOWN]
+            lines.append([*known, *_counts(rows)])
             yield f'| {name} | {_numbers(lines[-1])} |'
     yield f'| all | {_numbers([sum(column) for column in zip(*lines)])} |'
 
