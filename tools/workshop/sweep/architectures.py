@@ -175,11 +175,15 @@ def _size_of(model: Any) -> float:
                 depth += value
             elif 'channels' in str(key) and isinstance(value, int):
                 width += value
+            elif key in _FACTORS and isinstance(value, (int, float)):
+                width += 100 * value
             elif key in ('arch', 'type') and isinstance(value, str):
                 width += len(value) + 100 * (value in _LARGE)
     return depth + width / 1e6
 
 
+#: What YOLO's networks multiply their depths and widths by.
+_FACTORS = ('deepen_factor', 'widen_factor')
 #: Names of the larger networks of a kind.
 _LARGE = ('m', 'l', 'x', 'xl', 'h', 'medium', 'large', 'huge')
 
