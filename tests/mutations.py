@@ -1130,6 +1130,13 @@ TABLE = (
         'batch norms make no other architecture',
         (f'{SWEEP}::test_unusual_layers_make_another_architecture',),
     ),
+    Mutation(
+        'mmdbb/mm/engine/blocks_hook.py',
+        '        if changed:',
+        '        if False:',
+        'blocks that cannot be merged are named before training',
+        (f'{BLOCKS_HOOK}::test_layers_that_another_changed_are_named',),
+    ),
     # ---------------------------------------------------- weights that come in
     Mutation(
         'mmdbb/plain/blocks.py',

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import tempfile
 import traceback
 from types import SimpleNamespace
@@ -30,6 +31,7 @@ from mmdbb.deploy import (
 from mmdbb.errors import UserError
 from mmdbb.modules import count_parameters
 from mmdbb.reparam import find_blocks
+from mmdbb.running import run_network
 
 from .architectures import Architecture
 from .inputs import images_for
@@ -98,6 +100,8 @@ class Trial:
             self.cfg = self._with_all_blocks(cfg)
             model = build(self.cfg)
             self._count_blocks(model)
+        if not self.row['steps']['builds']['ok']:
+            return self.row
         with self._step('says') as step:
             step['said'] = _said(self.cfg, model)
         if not self.row['blocks']:
@@ -136,8 +140,9 @@ class Trial:
         for embeddings in (True, False):
             with contextlib.suppress(Exception):  # what does not fit together
                 quarter = narrow(cfg, embeddings)
-                size = _size_for(build(quarter))
-                if size is not None:
+                model = build(quarter)
+                size = _size_for(model)
+                if size is not None and _fits(model, size):
                     self.row['narrow'] = True
                     return quarter, size
         self.row['narrow'] = False
@@ -226,6 +231,19 @@ def _size_for(model: nn.Module) -> Optional[list]:
             network_outputs(model, images_for(model, size))
             return list(size)
     return None
+
+
+def _fits(model: nn.Module, size: list) -> bool:
+    """Whether the heads of a narrow network read as many channels as come."""
+    with torch.no_grad():
+        found = run_network(model, images_for(model, size), once=True)
+    return not any(map(_MISFIT.search, found.left_out.values()))
+
+
+#: What torch says of tensors that do not fit together.
+_MISFIT = re.compile(
+    r'cannot be multiplied|expected input|must match|normalized_shape'
+)
 
 
 def _one_line(error: BaseException) -> str:
