@@ -90,8 +90,8 @@ class BlocksHook(Hook):
             train = 'block trains' if len(changed) == 1 else 'blocks train'
             runner.logger.warning(
                 f'{len(changed)} {train}, but cannot be merged in this '
-                f'network: {first}: {reason}. To merge them, load the weights into '
-                'the network without it'
+                f'network: {first}: {reason}. To merge them, load the '
+                'weights into the network without it'
             )
         with random_numbers_kept():
             homeless = without_place(model)
