@@ -1137,6 +1137,13 @@ TABLE = (
         'blocks that cannot be merged are named before training',
         (f'{BLOCKS_HOOK}::test_layers_that_another_changed_are_named',),
     ),
+    Mutation(
+        'mmdbb/untouched.py',
+        '_arguments(other) != _arguments(module)',
+        'other.extra_repr() != module.extra_repr()',
+        "numbers of numpy's in a stock network",
+        (f'{FLOW}::test_numbers_of_numpy_are_numbers',),
+    ),
     # ---------------------------------------------------- weights that come in
     Mutation(
         'mmdbb/plain/blocks.py',
