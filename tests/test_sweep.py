@@ -327,6 +327,7 @@ def test_the_page_is_written_between_its_marks(tmp_path):
     assert text.startswith('before') and text.endswith('after\n')
     assert 'old' not in text
     assert 'Commit: abc123 (5 architectures)' in text
+    assert 'cut: 5 of 6 architectures have a result' in text
     assert '| mmdet | 7 | 6 | 5 | 5 | 64 | 1 | 1 | 1 | 2 | 0 | 0 |' in text
     assert 'Of 4 architectures that get blocks, 1 (25.0%) train' in text
     assert '1 that were warned of and deploy in another form, 50.0%' in text

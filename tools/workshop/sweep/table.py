@@ -87,6 +87,13 @@ def _heading(packages: Dict[str, dict], tried: List[dict]) -> Iterator[str]:
         f'took {hours:.1f} hours of one core ({_processor()}). Commit: '
         f'{commits}. Packages: torch {torch.__version__}, {versions}.'
     )
+    known = sum(row.get('architectures', 0) for row in packages.values())
+    if len(tried) < known:
+        yield ''
+        yield (
+            f'**The run was cut: {len(tried):,} of {known:,} architectures '
+            'have a result.** The others say nothing yet.'
+        )
     lifted = [name for name in packages if packages[name].get('lifted')]
     if lifted:
         yield ''
@@ -148,7 +155,10 @@ def _shares(tried: List[dict]) -> Iterator[str]:
     if not built:
         return
     works, warned = len(of[Verdict.WORKS]), len(of[Verdict.WARNED])
-    none = sum(not row['blocks'] for row in of[Verdict.REFUSED])
+    none = sum(
+        row['steps']['builds']['ok'] and not row['blocks']
+        for row in of[Verdict.REFUSED]
+    )
     yield ''
     yield (
         f'Of {len(built):,} architectures that get blocks, {works:,} '
