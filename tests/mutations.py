@@ -1103,7 +1103,7 @@ TABLE = (
     ),
     # ---------------------------------------------------------------- sweep
     Mutation(
-        'tools/workshop/sweep/trial.py',
+        'tools/workshop/sweep/training.py',
         "if _is_in(error, 'mmdbb/blocks/'):",
         'if False:',
         'an error in a block is no network that cannot be run',
