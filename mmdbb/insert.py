@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from typing import Any, Callable, Dict, List, Optional, Set, Tuple
 
 from torch import nn
@@ -40,6 +41,13 @@ from mmdbb.tracing import outside_blocks, own_readers
 from mmdbb.transforms import KernelBias
 
 __all__ = ['insert_blocks_', 'merge_into_']
+
+#: Arguments of a block that the convolution gives which it replaces.
+_OF_CONV = {
+    *inspect.signature(nn.Conv2d).parameters,
+    'output_padding',
+    'adaptive_padding',
+}
 
 Where = Callable[[str, nn.Module], bool]
 
@@ -89,7 +97,8 @@ def insert_blocks_(
         holds in a plain list or dict too, and those inside blocks.
 
     Raises:
-        TypeError: If ``block`` is not a dict, or has unknown keys.
+        TypeError: If ``block`` is not a dict, or has unknown keys or those
+            that the convolutions give (``bias``, ``stride``, ``dtype``, ...).
         ValueError: If there is nothing to replace, ``block`` names no block
             or one that cannot start as a plain convolution, or the model
             cannot be traced. The model is then unchanged.
@@ -255,6 +264,12 @@ def _block_config(block: Optional[dict]) -> Tuple[type, dict, tuple]:
     low = args.pop('min_kernel_size', low)
     high = args.pop('max_kernel_size', high)
     refuse_unknown_keys(block_type, args)
+    given = sorted(args.keys() & _OF_CONV)
+    if given:
+        raise TypeError(
+            f'block has {given}, but each block takes these from the '
+            'convolution that it replaces: leave them out'
+        )
     return block_type, args, (low, high)
 
 

@@ -303,6 +303,21 @@ def fresh_weights(module: nn.Module, refuse: bool = True) -> Iterator[None]:
             vars(each)[attribute] = weight
 
 
+def why_not_merged(block: nn.Module) -> str:
+    """Why a block cannot be merged as it stands; empty if it can.
+
+    Args:
+        block: A block, or any module.
+    """
+    try:
+        for name, each in block.named_modules():
+            if each is not block:
+                _refuse_changes(name, each)
+    except ValueError as error:
+        return str(error)
+    return ''
+
+
 def computes_weight(hook) -> bool:
     """Whether a forward pre-hook computes a weight of its module."""
     return isinstance(hook, (BasePruningMethod, WeightNorm, SpectralNorm))

@@ -1450,7 +1450,7 @@ TABLE = (
     ),
     # ---------------------------------------------------------------- sweep
     Mutation(
-        'tools/workshop/sweep/trial.py',
+        'tools/workshop/sweep/training.py',
         "if _is_in(error, 'mmdbb/blocks/'):",
         'if False:',
         'an error in a block is no network that cannot be run',
@@ -1462,6 +1462,56 @@ TABLE = (
         'pass',
         'a line that was cut',
         (f'{SWEEP}::test_a_run_goes_on_where_it_was_cut',),
+    ),
+    Mutation(
+        'tools/workshop/sweep/verdicts.py',
+        'if warned and works',
+        'if warned',
+        'a network that no form holds is no success',
+        (f'{SWEEP}::test_verdicts',),
+    ),
+    Mutation(
+        'tools/workshop/sweep/architectures.py',
+        'if not _USUAL.match(name):',
+        'if name not in ("None",):',
+        'batch norms make no other architecture',
+        (f'{SWEEP}::test_unusual_layers_make_another_architecture',),
+    ),
+    Mutation(
+        'mmdbb/mm/engine/blocks_hook.py',
+        '        if changed:',
+        '        if False:',
+        'blocks that cannot be merged are named before training',
+        (f'{BLOCKS_HOOK}::test_layers_that_another_changed_are_named',),
+    ),
+    Mutation(
+        'mmdbb/untouched.py',
+        '_arguments(other) != _arguments(module)',
+        'other.extra_repr() != module.extra_repr()',
+        "numbers of numpy's in a stock network",
+        (f'{FLOW}::test_numbers_of_numpy_are_numbers',),
+    ),
+    # ---------------------------------------------------- weights that come in
+    Mutation(
+        'mmdbb/plain/blocks.py',
+        'var = exactly(one) - norm.eps if is_merged else one',
+        'var = one',
+        'a merged convolution holds its norm already',
+        (f'{OFFERS}::test_a_merged_file_starts_blocks_that_absorbed_norms',),
+    ),
+    Mutation(
+        'mmdbb/insert.py',
+        'given = sorted(args.keys() & _OF_CONV)',
+        'given = []',
+        'a block takes its geometry from the convolution',
+        (f'{INSERT}::test_the_convolution_gives_its_own_arguments',),
+    ),
+    Mutation(
+        'mmdbb/blocks/equivalent.py',
+        '        _refuse_weight_norm(block)',
+        '        pass',
+        'a weight norm of a block',
+        (f'{WATCHED}::test_a_weight_norm_of_the_block_itself_is_refused',),
     ),
     # ------------------------------------------------------------ recompute
     Mutation(

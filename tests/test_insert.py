@@ -85,6 +85,14 @@ def test_composed_kernels_there_and_back(block):
         assert distance(plain(x), expected) < EXACT
 
 
+@pytest.mark.parametrize('key', ['bias', 'in_channels', 'padding', 'dtype'])
+def test_the_convolution_gives_its_own_arguments(key):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
+    with pytest.raises(TypeError, match=rf"block has \['{key}'\]"):
+        insert_blocks_(model, {'type': 'DBB', key: 1})
+    assert type(model[0]) is nn.Conv2d
+
+
 def test_composed_kernels_without_a_bias_need_no_norm():
     plain = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.ReLU())
     model = copy.deepcopy(plain)

@@ -12,12 +12,13 @@ import pytest
 import torch
 from mmengine.config import Config
 from torch import nn
-from workshop.sweep import table
+from workshop.sweep import table, training, verdicts, whole
 from workshop.sweep.architectures import (
     Architecture,
     Read,
     distinct,
     full_type,
+    parts_of,
     read_config,
 )
 from workshop.sweep.networks import (
@@ -29,8 +30,8 @@ from workshop.sweep.networks import (
 )
 from workshop.sweep.packages import config_files, import_package
 from workshop.sweep.run import Limits, Results, run_isolated
-from workshop.sweep.table import Verdict, line_of, reason_of, verdict_of
 from workshop.sweep.trial import Trial
+from workshop.sweep.verdicts import Verdict, line_of, reason_of, verdict_of
 
 import mmdbb
 from mmdbb.blocks import DBB
@@ -67,7 +68,7 @@ def test_a_network_that_works():
 def test_a_network_that_is_warned_of_and_fuses():
     config = 'vfnet/vfnet_r50_fpn_1x_coco.py'
     row = row_of('mmdet', config)
-    assert verdict_of(row) is Verdict.SAID, line_of(row)
+    assert verdict_of(row) is Verdict.WARNED, line_of(row)
     assert row['steps']['fuses']['ok']
     assert 'has no place in the stock network' in reason_of(row)
 
@@ -76,7 +77,7 @@ def test_a_network_that_gets_no_block():
     config = 'pidnet/pidnet-s_2xb6-120k_1024x1024-cityscapes.py'
     row = row_of('mmseg', config)
     assert row['takes'] and not row['blocks']
-    assert verdict_of(row) is Verdict.SAID, line_of(row)
+    assert verdict_of(row) is Verdict.REFUSED, line_of(row)
     assert row['steps']['says']['kind'] == 'refused'
 
 
@@ -127,6 +128,60 @@ def test_it_sees_an_error_in_a_block(monkeypatch):
     row = row_of('mmpretrain', 'resnet/resnet18_8xb32_in1k.py')
     assert verdict_of(row) is Verdict.FAILS
     assert row['steps']['trains']['reason'] == 'RuntimeError: of a test'
+
+
+def tiny(conv):
+    return nn.Sequential(conv(3, 4, 3), nn.ReLU(), conv(4, 4, 3))
+
+
+def test_a_loss_that_overflows_is_no_fault_of_a_block(monkeypatch):
+    def loss(model, size, package):
+        return model(torch.rand(2, 3, *size)).sum() * float('inf')
+
+    monkeypatch.setattr(training, 'losses_of', loss)
+    assert training.train(tiny(DBB), [8, 8], '') == 'features'
+
+
+def test_a_block_that_overflows_is_at_fault(monkeypatch):
+    forward = DBB.forward_train
+
+    def loss(model, size, package):
+        return model(torch.rand(2, 3, *size)).sum()
+
+    class Spoils(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient / 0
+
+    def spoils(self, x):
+        return Spoils.apply(forward(self, x))
+
+    monkeypatch.setattr(training, 'losses_of', loss)
+    monkeypatch.setattr(DBB, 'forward_train', spoils)
+    with pytest.raises(ValueError, match='^2 makes a gradient that is not'):
+        training.train(tiny(DBB), [8, 8], '')
+
+
+def test_a_block_that_gets_no_gradient_runs_by_itself(monkeypatch):
+    ran = []
+    model = tiny(DBB)
+    monkeypatch.setattr(training, '_features', lambda m, s: m[0](X).sum())
+    monkeypatch.setattr(
+        training, '_input_of', lambda block: ran.append(block) or X4
+    )
+    assert training.train(model, [8, 8], '') == 'features'
+    assert ran == [model[2]]
+    monkeypatch.setattr(DBB, 'forward_train', lambda self, x: 0 * x[:, :1])
+    with pytest.raises(ValueError, match='0 gets no gradient'):
+        training.train(model, None, '')
+
+
+X = torch.rand(2, 3, 8, 8)
+X4 = torch.rand(2, 4, 8, 8, requires_grad=True)
 
 
 def test_all_parts_get_blocks_and_narrow_networks_fit():
@@ -213,29 +268,57 @@ def test_a_run_goes_on_where_it_was_cut(tmp_path):
     assert list(Results(file).rows) == ['a', 'b']
 
 
+GOOD = dict.fromkeys(('alone', 'builds', 'starts', 'merges'), dict(ok=True))
+GOOD['trains'] = dict(ok=True, how='loss')
+
+
+def row_with(name, said=(), blocks=16, **steps):
+    return dict(
+        key=f'mmdet {name}=',
+        package='mmdet',
+        config=f'{name}.py',
+        commit='abc123',
+        takes={'model.backbone': 'ResNet'},
+        refused={},
+        blocks=dict(backbone=blocks) if blocks else {},
+        steps=dict(dict(GOOD, says=dict(ok=True, said=[*said])), **steps),
+    )
+
+
+def rows_of_each_kind():
+    bad = dict(ok=False, reason='no | place')
+    said = [f'the biases of 3 blocks {verdicts._NO_PLACE}: ...']
+    left = dict(ok=True, left_out={'roi_head': 'it reads more'})
+    refused = dict(ok=False, kind='refused', reason='no block')
+    return {
+        row['config']: row
+        for row in (
+            row_with('works', merges=left),
+            row_with('fails', merges=bad),
+            row_with('warned', said, merges=bad, fuses=dict(ok=True)),
+            row_with('neither', said, merges=bad, fuses=bad),
+            dict(row_with('none', blocks=0), steps=dict(GOOD, says=refused)),
+        )
+    }
+
+
+def test_verdicts():
+    found = {n: verdict_of(row) for n, row in rows_of_each_kind().items()}
+    assert found == {
+        'works.py': Verdict.WORKS,
+        'fails.py': Verdict.FAILS,
+        'warned.py': Verdict.WARNED,
+        'neither.py': Verdict.FAILS,
+        'none.py': Verdict.REFUSED,
+    }
+
+
 def test_the_page_is_written_between_its_marks(tmp_path):
     rows = tmp_path / 'rows.jsonl'
     package = dict(key='package mmdet', package='mmdet', version='3.3.0')
-    package.update(files=7, lifted='', unread={})
-    good = dict(ok=True)
-    steps = dict.fromkeys(
-        ('alone', 'builds', 'trains', 'starts', 'merges'), good
-    )
-    steps['says'] = dict(ok=True, said=[])
-    row = dict(
-        key='mmdet a',
-        package='mmdet',
-        config='a.py',
-        takes={'model.backbone': 'ResNet'},
-        refused={},
-        blocks=dict(backbone=16),
-        steps=steps,
-    )
-    bad = dict(row, key='mmdet b', config='b.py')
-    bad['steps'] = dict(steps, merges=dict(ok=False, reason='no | place'))
-    rows.write_text(
-        '\n'.join(json.dumps(each) for each in (package, row, bad)) + '\n'
-    )
+    package.update(files=7, architectures=6, lifted='', unread={})
+    each = [package, *rows_of_each_kind().values()]
+    rows.write_text(''.join(json.dumps(row) + '\n' for row in each))
     page = tmp_path / table.PAGE
     page.parent.mkdir()
     page.write_text(f'before\n\n{table.BEGIN}\nold\n{table.END}\n\nafter\n')
@@ -243,9 +326,66 @@ def test_the_page_is_written_between_its_marks(tmp_path):
     text = page.read_text()
     assert text.startswith('before') and text.endswith('after\n')
     assert 'old' not in text
-    assert '| mmdet | 7 | 2 | 2 | 32 | 1 | 0 | 1 | 0 | 0 |' in text
+    assert 'Commit: abc123 (5 architectures)' in text
+    assert 'cut: 5 of 6 architectures have a result' in text
+    assert '| mmdet | 7 | 6 | 5 | 5 | 64 | 1 | 1 | 1 | 2 | 0 | 0 |' in text
+    assert 'Of 4 architectures that get blocks, 1 (25.0%) train' in text
+    assert '1 that were warned of and deploy in another form, 50.0%' in text
+    assert 'the own loss of 4, the features of 0, in 0 each block' in text
+    assert '1 were refused before the training, 1 of them because' in text
     assert '- merges: no \\| place' in text
-    assert '`mmdet::b.py`' in text
+    assert '`mmdet::fails.py`' in text
+    assert 'In 1 of 2 merged architectures a part could not' in text
+    assert '| roi\\_head | 1: `mmdet::works.py` |' in text
+
+
+def test_only_what_failed_is_tried_again(tmp_path, monkeypatch):
+    rows = tmp_path / 'rows.jsonl'
+    for row in rows_of_each_kind().values():
+        Results(rows).add(row)
+    all_of = [
+        Architecture('mmdet', {name.partition('.')[0]: ''}, name, '', 1)
+        for name in rows_of_each_kind()
+    ]
+    notes = dict(package='mmdet', version='3', files=5)
+    monkeypatch.setattr(
+        whole, 'find_architectures', lambda *_: (all_of, notes)
+    )
+    tried = []
+
+    def sweep(wanted, results, limits, commit):
+        tried.extend(a.config for a in wanted if a.key not in results.rows)
+        return iter(())
+
+    monkeypatch.setattr(whole, 'sweep', sweep)
+    for again, expected in ((False, []), (True, ['fails.py', 'neither.py'])):
+        list(whole.sweep_packages(['mmdet'], rows, Limits(), again=again))
+        assert tried == expected
+
+
+def test_unusual_layers_make_another_architecture():
+    model = dict(
+        type='FasterRCNN',
+        backbone=dict(type='ResNet', norm_cfg=dict(type='SyncBN')),
+        neck=dict(type='FPN', norm_cfg=dict(type='GN', num_groups=32)),
+        roi_head=dict(type='RoIHead', conv_cfg=None),
+    )
+    assert dict(parts_of(model)) == {
+        'model': 'FasterRCNN',
+        'model.backbone': 'ResNet',
+        'model.neck': 'FPN',
+        'model.neck.norm_cfg': 'layer.GN',
+        'model.roi_head': 'RoIHead',
+    }
+    model['backbone'].update(
+        conv_cfg=dict(type='ConvWS'), dcn=dict(type='DCN')
+    )
+    layers = {k for k, v in parts_of(model) if v.startswith('layer.')}
+    assert layers == {
+        'model.backbone.conv_cfg',
+        'model.backbone.dcn',
+        'model.neck.norm_cfg',
+    }
 
 
 def test_the_docs_have_the_marks():

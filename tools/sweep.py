@@ -14,7 +14,8 @@ from pathlib import Path
 
 from workshop.sweep.packages import PACKAGES, installed
 from workshop.sweep.run import Limits
-from workshop.sweep.table import sweep_packages, write_page
+from workshop.sweep.table import write_page
+from workshop.sweep.whole import sweep_packages
 
 from mmdbb.mm.engine.command import Parser, run_command
 
@@ -45,6 +46,11 @@ def parse_args():
         help='only each N-th architecture, for a quick look',
     )
     parser.add_argument(
+        '--again',
+        action='store_true',
+        help='try architectures again that failed',
+    )
+    parser.add_argument(
         '--docs', action='store_true', help='write docs/hosts.md'
     )
     parser.add_argument(
@@ -70,7 +76,9 @@ def main():
     rows = Path(args.rows)
     limits = Limits(args.jobs, args.seconds, args.gigabytes)
     packages = args.packages or installed()
-    for line in sweep_packages(packages, rows, limits, args.only, args.every):
+    for line in sweep_packages(
+        packages, rows, limits, args.only, args.every, args.again
+    ):
         print(line, flush=True)
     if args.docs:
         print(write_page(ROOT, rows))

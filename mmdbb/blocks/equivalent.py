@@ -73,6 +73,8 @@ def equivalent(block: nn.Module, name: str) -> Optional[Tensor]:
             bias together would not be what the block computes.
     """
     modules = vars(block).get('_modules', {})
+    if not is_compiling():
+        _refuse_weight_norm(block)
     if 'reparam_conv' in modules:
         return getattr(modules['reparam_conv'], name)
     kind = type(block).__name__
@@ -104,6 +106,20 @@ def equivalent(block: nn.Module, name: str) -> Optional[Tensor]:
     if is_compiling() or is_transformed():
         return found
     return found.as_subclass(Equivalent)
+
+
+def _refuse_weight_norm(block: nn.Module) -> None:
+    """Raise if torch's function reads the weight, to put two in its place.
+
+    It would go on to a KeyError, or leave the two without effect.
+    """
+    caller = sys._getframe(3).f_globals.get('__name__')
+    if caller == torch.nn.utils.weight_norm.__module__:
+        raise ValueError(
+            f'weight_norm takes a parameter, but the weight of a '
+            f'{type(block).__name__} is computed from its branches: apply it '
+            f'to other layers, or {MERGE_FIRST}'
+        )
 
 
 def _uses_batch(module: nn.Module) -> bool:

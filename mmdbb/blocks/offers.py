@@ -163,7 +163,8 @@ class AbsorbedNorm(nn.Identity):
         Args:
             missing: The load's list of missing keys.
             prefix: Beginning of the names of the block's entries.
-            plain: The plain convolution.
+            plain: The plain convolution. Its bias is None where the weights
+                have none.
         """
         self._offers['plain'] = _Offer(missing, prefix, plain)
 
@@ -258,9 +259,8 @@ class TakesPlainWeights(nn.Module):
             place = self._absorbed[0] if self._absorbed else None
             if bias is None and self._wants_bias and place is None:
                 missing.append(f'{prefix}bias')
-            if bias is None:
-                bias = kernel.new_zeros(channels)
-            plain = KernelBias(kernel.detach(), bias.detach())
+            bias = None if bias is None else bias.detach()
+            plain = KernelBias(kernel.detach(), bias)
             norm = None if place is None else place.norm_for(args)
             if place is not None and norm is None:
                 place.wait(missing, prefix, plain)

@@ -114,20 +114,27 @@ def start_offered(
 
     Args:
         block: The block, merged or not; unchanged.
-        plain: The plain convolution.
+        plain: The plain convolution. Its bias is None where the weights have
+            none.
         norm: The norm that the block absorbed, if its entries are known. What
-            is missing of them is as in a new norm.
+            is missing of them is as in a new norm. If there are none, but a
+            bias, the convolution is a merged one, which holds the norm.
 
     Raises:
         ValueError: If the block cannot start so.
     """
-    values = None
+    values, is_merged = None, plain.bias is not None
+    if plain.bias is None:
+        plain = plain._replace(bias=torch.zeros_like(plain.kernel[:, 0, 0, 0]))
     if norm is not None:
         one = torch.ones_like(plain.bias)
         found = norm.entries
+        is_merged = is_merged and not found
+        # With the variance 1 - eps a norm computes the identity.
+        var = exactly(one) - norm.eps if is_merged else one
         values = NormValues(
             found.get('running_mean', 0 * one),
-            found.get('running_var', one),
+            found.get('running_var', var),
             found.get('weight'),
             found.get('bias'),
             norm.eps,

@@ -350,6 +350,18 @@ def test_merging_leaves_computed_weights_as_they_stood(how, refused):
     assert torch.equal(stood, values)
 
 
+@pytest.mark.filterwarnings('ignore::FutureWarning')
+@pytest.mark.parametrize('kind', [DBB, OREPAConv])
+@pytest.mark.parametrize('training', [False, True])
+def test_a_weight_norm_of_the_block_itself_is_refused(kind, training):
+    block = kind(4, 4, 3, padding=1).train(training)
+    entries = [*block.state_dict()]
+    with pytest.raises(ValueError, match=f'weight of a {kind.__name__} is co'):
+        weight_norm(block)
+    assert [*block.state_dict()] == entries
+    assert block(torch.rand(2, 4, 6, 6)).shape == (2, 4, 6, 6)
+
+
 @pytest.mark.parametrize('inner', ['generator', 'branches.orepa.generator'])
 def test_a_stateful_parametrization_takes_one_step(inner):
     """A spectral norm moves its vectors whenever its weight is read."""

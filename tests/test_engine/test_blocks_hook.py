@@ -218,6 +218,21 @@ def test_each_way_out_leads_out(way, tmp_path):
     assert result.structure == 'stock' and result.blocks == 10
 
 
+def test_layers_that_another_changed_are_named():
+    """mmpretrain's SparK gives each norm a forward of its own."""
+    cfg = detector(conv_cfg=DBB, norm_cfg=BN)
+    model = build_model(cfg)
+    assert [level for level, _ in said(cfg, model)] == ['INFO']
+    norm = model.bbox_head.cls_convs[0].conv.branches['kxk'].norm
+    norm.forward = lambda x: x
+    (_, _), (level, text) = said(cfg, model)
+    assert level == 'WARNING'
+    assert text.startswith(
+        '1 block trains, but cannot be merged in this network: '
+        'bbox_head.cls_convs.0.conv: branches.kxk.norm has a hook'
+    )
+
+
 def test_a_part_without_the_argument_is_not_promised_it():
     cfg = detector()
     cfg.model.neck.update(norm_cfg=dict(type='GN', num_groups=2), conv_cfg=DBB)

@@ -2,14 +2,16 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from helpers import EXACT, blocks_of, deploy, distance, image, randomize
+from mmcv.cnn import build_conv_layer
 from mmengine.config import Config
 from mmengine.registry import MODELS
 from torch import nn
 
-from mmdbb import load_plain_weights_
+from mmdbb import load_plain_weights_, reparameterize
 from mmdbb.compare import compare_networks, network_outputs
 from mmdbb.errors import UserError
 from mmdbb.mm.data_flow import norms_of, run_on_image
@@ -345,3 +347,19 @@ CONV = {
     'backbone.0': dict(in_channels=3, out_channels=4, kernel_size=3),
     'bbox_head.conv': dict(in_channels=4, out_channels=4, kernel_size=3),
 }
+
+
+@pytest.mark.parametrize('stride, same', [(2, True), (3, False)])
+def test_numbers_of_numpy_are_numbers(stride, same):
+    """mmdet3d's SECONDFPN computes kernels and strides by numpy."""
+    block = build_conv_layer(DBB, 3, 4, 3)
+    model = nn.Sequential(block, nn.Conv2d(4, 4, 2, stride=2)).eval()
+    merged = reparameterize(model)
+    sizes = np.int64(2), np.int64(stride)
+    merged[1] = nn.Conv2d(4, 4, sizes[0], stride=sizes[1]).eval()
+    merged[1].load_state_dict(model[1].state_dict())
+    if same:
+        prove_untouched(model, merged)
+        return
+    with pytest.raises(UserError, match='no copy .*: 1'):
+        prove_untouched(model, merged)

@@ -23,7 +23,7 @@ from mmdbb.files.sources import some
 from mmdbb.mm.deploy.parts import Part, parts_of, refuse_no_block
 from mmdbb.mm.deploy.places import NoPlace, without_place
 from mmdbb.mm.engine.random_numbers import random_numbers_kept
-from mmdbb.modules import unwrapped
+from mmdbb.modules import unwrapped, why_not_merged
 from mmdbb.reparam import find_blocks
 
 _LINE = '*' * 79
@@ -79,6 +79,19 @@ class BlocksHook(Hook):
         if ignored:
             runner.logger.warning(
                 f'these parts train as plain ones: {"; ".join(ignored)}'
+            )
+        changed = {
+            name: why_not_merged(block)
+            for name, block in find_blocks(model).items()
+        }
+        changed = {name: reason for name, reason in changed.items() if reason}
+        if changed:
+            first, reason = next(iter(changed.items()))
+            train = 'block trains' if len(changed) == 1 else 'blocks train'
+            runner.logger.warning(
+                f'{len(changed)} {train}, but cannot be merged in this '
+                f'network: {first}: {reason}. To merge them, load the '
+                'weights into the network without it'
             )
         with random_numbers_kept():
             homeless = without_place(model)

@@ -2,8 +2,9 @@
 """The distinct architectures among a package's configs.
 
 Two configs have the same architecture if their model, backbone, neck, heads
-and the like are of the same classes. Depths, widths and numbers of classes
-make no difference here; the config that looks smallest stands for all.
+and the like are of the same classes, and the norms and convolutions that the
+config gives to each are of the same kinds. Depths, widths and numbers of
+classes make no difference here; the config that looks smallest stands for all.
 """
 
 from __future__ import annotations
@@ -19,6 +20,11 @@ _PART = re.compile(
     r'(backbone|neck|head|encoder|decoder|detector|segmentor|architecture'
     r'|model|generator|student|teacher)s?$'
 )
+#: Keys of the layers that a part is built of.
+_LAYERS = ('norm_cfg', 'conv_cfg', 'dcn')
+#: Matches layers that make no other architecture, because most classes have
+#: them by default.
+_USUAL = re.compile(r'((naive|MM)?(Sync)?BN|Conv)([123]d)?$|None$')
 
 
 class Architecture(NamedTuple):
@@ -27,7 +33,8 @@ class Architecture(NamedTuple):
     Attributes:
         package: Import name of the package.
         parts: Where a part stands in the model's config -> its class, with
-            the package that it belongs to.
+            the package that it belongs to. Unusual layers of a part, such as
+            ``model.neck.norm_cfg``, count as parts too.
         config: The config that stands for all, from the package's folder of
             configs.
         path: Absolute path of that config.
@@ -116,7 +123,7 @@ def distinct(package: str, read: List[Read]) -> List[Architecture]:
 def parts_of(
     node: Any, where: str = 'model', is_part: bool = True
 ) -> Iterator[Tuple[str, Any]]:
-    """All parts of a network: where each stands, and its type.
+    """All parts of a network, and their unusual layers: place and type.
 
     Args:
         node: The model's config, or a part of it.
@@ -129,9 +136,20 @@ def parts_of(
     elif isinstance(node, dict):
         if is_part and node.get('type') is not None:
             yield where, node['type']
+            yield from _unusual_layers(node, where)
         for key, value in node.items():
             inner = bool(_PART.search(str(key)))
             yield from parts_of(value, f'{where}.{key}', inner)
+
+
+def _unusual_layers(node: dict, where: str) -> Iterator[Tuple[str, str]]:
+    for key in _LAYERS:
+        layer = node.get(key)
+        kind = layer.get('type') if isinstance(layer, dict) else None
+        name = getattr(kind, '__name__', str(kind))
+        if not _USUAL.match(name):
+            # Of torch's or mmcv's, whatever the package.
+            yield f'{where}.{key}', f'layer.{name}'
 
 
 def full_type(kind: Any, package: Optional[str]) -> str:
@@ -157,9 +175,17 @@ def _size_of(model: Any) -> float:
                 depth += value
             elif 'channels' in str(key) and isinstance(value, int):
                 width += value
+            elif key in _FACTORS and isinstance(value, (int, float)):
+                width += 100 * value
             elif key in ('arch', 'type') and isinstance(value, str):
-                width += len(value)
+                width += len(value) + 100 * (value in _LARGE)
     return depth + width / 1e6
+
+
+#: What YOLO's networks multiply their depths and widths by.
+_FACTORS = ('deepen_factor', 'widen_factor')
+#: Names of the larger networks of a kind.
+_LARGE = ('m', 'l', 'x', 'xl', 'h', 'medium', 'large', 'huge')
 
 
 def _dicts(node: Any) -> Iterator[dict]:

@@ -3,21 +3,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from typing import Any, Callable, Dict, Tuple
 
 import torch
 from torch import Tensor, nn
 
+from mmdbb.deploy import Proof
+
 Size = Tuple[int, int]
 
 
-def losses_of(model: nn.Module, size: Size) -> Tensor:
+def losses_of(model: nn.Module, size: Size, package: str) -> Tensor:
     """The loss of a network for two random images with labels.
 
     Args:
         model: A classifier, segmentor or detector in training mode.
         size: Height and width of the images in pixels.
+        package: Import name of the package whose config it is.
 
     Returns:
         Tensor: The sum of all losses.
@@ -25,12 +29,28 @@ def losses_of(model: nn.Module, size: Size) -> Tensor:
     Raises:
         Exception: Whatever the network raises for these inputs.
     """
-    package = type(model).__module__.partition('.')[0]
     data = _INPUTS[package](model, size)
     _pad_no_further(model.data_preprocessor, size)
     data = model.data_preprocessor(data, True)
     total, _ = model.parse_losses(model(**data, mode='loss'))
     return total
+
+
+def images_for(model: nn.Module, size: Size) -> Tensor:
+    """Random images, preprocessed if the model's preprocessor takes images.
+
+    Those of mmpose, mmaction and mmdet3d want more than images.
+
+    Args:
+        model: The network.
+        size: Height and width of the images in pixels.
+    """
+    with contextlib.suppress(Exception):
+        images = Proof(image_size=size).batches(model)[0]
+        if images.dim() == 4:
+            return images
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(2, 3, *size, generator=generator)
 
 
 def _pad_no_further(preprocessor: nn.Module, size: Size) -> None:
@@ -78,9 +98,30 @@ def _boxes(model: nn.Module, size: Size) -> Dict[str, Any]:
     return testing.demo_mm_inputs(2, shapes, num_classes=2, with_mask=mask)
 
 
+def _rotated_boxes(model: nn.Module, size: Size) -> Dict[str, Any]:
+    testing = importlib.import_module('mmrotate.testing')
+    return testing.demo_mm_inputs(2, (3, *size), [3, 3], 2, use_box_type=True)
+
+
+def _boxes_in_one(model: nn.Module, size: Size) -> Dict[str, Any]:
+    """mmyolo's preprocessors take all images and boxes in one tensor each."""
+    data = _boxes(model, size)
+    boxes = []
+    for number, sample in enumerate(data['data_samples']):
+        found = sample.gt_instances
+        image = torch.full_like(found.labels, number)
+        labels = torch.stack([image, found.labels], 1).float()
+        boxes.append(torch.cat([labels, found.bboxes], 1))
+    return dict(
+        inputs=torch.stack(data['inputs']),
+        data_samples=dict(bboxes_labels=torch.cat(boxes)),
+    )
+
+
 _INPUTS: Dict[str, Callable[[nn.Module, Size], Dict[str, Any]]] = {
     'mmpretrain': _classes,
     'mmseg': _maps,
     'mmdet': _boxes,
-    'mmyolo': _boxes,
+    'mmrotate': _rotated_boxes,
+    'mmyolo': _boxes_in_one,
 }

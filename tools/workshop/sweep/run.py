@@ -84,7 +84,8 @@ def find_architectures(
     Returns:
         The architectures; and notes: ``package``, ``version``, ``lifted``
         (see :class:`~workshop.sweep.packages.Imported`), ``files`` (the number
-        of its configs), ``unread`` (name of a config -> why it cannot be
+        of its configs), ``architectures`` (their number),
+        ``unread`` (name of a config -> why it cannot be
         read).
     """
     imported = import_package(package)
@@ -99,8 +100,10 @@ def find_architectures(
         if isinstance(found, str):
             raise RuntimeError(f'reading the configs of {package}: {found}')
         read += [Read(*one) for one in found]
+    architectures = distinct(package, read)
     notes = dict(
         package=package,
+        architectures=len(architectures),
         version=imported.version,
         lifted=imported.lifted,
         files=len(files),
@@ -110,7 +113,7 @@ def find_architectures(
             if one.error
         },
     )
-    return distinct(package, read), notes
+    return architectures, notes
 
 
 def _read_all(paths: List[Path], package: str) -> List[Read]:
@@ -118,7 +121,10 @@ def _read_all(paths: List[Path], package: str) -> List[Read]:
 
 
 def sweep(
-    architectures: List[Architecture], results: Results, limits: Limits
+    architectures: List[Architecture],
+    results: Results,
+    limits: Limits,
+    commit: str,
 ) -> Iterator[dict]:
     """Try architectures that have no row yet.
 
@@ -126,6 +132,7 @@ def sweep(
         architectures: What to try.
         results: The rows; each new one is added when it is there.
         limits: What each may use.
+        commit: The commit that is tried, for the rows.
 
     Yields:
         dict: Each new row, as described in
@@ -138,6 +145,7 @@ def sweep(
     for key, row in run_isolated(tasks, limits):
         if isinstance(row, str):
             row = {**Trial(left[key]).row, 'ended': row}
+        row = dict(row, commit=commit)
         results.add(row)
         yield row
 

@@ -1,137 +1,30 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""What the rows of a sweep mean, and the page that says it."""
+"""The page that says what the rows of a sweep mean."""
 
 from __future__ import annotations
 
+import contextlib
 import datetime
-import enum
+import os
+import platform
 import re
-import subprocess
 from collections import Counter, defaultdict
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Sequence
+from typing import Dict, Iterator, List, Sequence
 
 import torch
 
 from mmdbb.errors import UserError
 
 from .packages import PACKAGES
-from .run import Limits, Results, find_architectures, sweep
+from .run import Results
+from .verdicts import Verdict, reason_of, verdict_of
+from .whole import PACKAGE
 
 #: The page, from the checkout's root.
 PAGE = 'docs/hosts.md'
 BEGIN = '<!-- tools/sweep.py writes what follows -->'
 END = '<!-- tools/sweep.py wrote what stands above -->'
-#: Key of a package's own row.
-_PACKAGE = 'package '
-
-
-class Verdict(enum.Enum):
-    """What came of an architecture. The values are the words of the page."""
-
-    WORKS = 'trains, starts, merges'
-    SAID = 'said before training'
-    FAILS = 'fails'
-    NOT_BUILT = 'cannot be built here'
-    NOT_TAKEN = 'takes no `conv_cfg`'
-
-
-def verdict_of(row: Dict[str, Any]) -> Verdict:
-    """What came of an architecture.
-
-    Args:
-        row: Its row, as :class:`~workshop.sweep.trial.Trial` describes it.
-    """
-    steps = row['steps']
-    if 'ended' in row:
-        return Verdict.FAILS
-    if not row['takes']:
-        return Verdict.NOT_TAKEN
-    if not steps['alone']['ok']:
-        return Verdict.NOT_BUILT
-    if all(steps.get(name, {}).get('ok') for name in _MUST):
-        return Verdict.WORKS
-    # What the user can put right, before the first step of training.
-    refused = [steps.get(n, {}).get('kind') for n in ('builds', 'says')]
-    if 'refused' in refused:
-        return Verdict.SAID
-    warned = any(_NO_PLACE in line for line in steps.get('says', {})['said'])
-    others = [name for name in _MUST if name != 'merges']
-    works = all(steps.get(name, {}).get('ok') for name in others)
-    fuses = steps.get('fuses', {}).get('ok')
-    return Verdict.SAID if warned and works and fuses else Verdict.FAILS
-
-
-#: The steps that make an architecture work.
-_MUST = ('builds', 'says', 'trains', 'starts', 'merges')
-#: In the warning that a stock network cannot hold what blocks learn.
-_NO_PLACE = 'have no place in the stock network'
-
-
-def reason_of(row: Dict[str, Any]) -> str:
-    """Why an architecture does not work, in a line; empty if it does."""
-    if 'ended' in row:
-        return row['ended']
-    for name in ('alone', *_MUST, 'fuses'):
-        step = row['steps'].get(name)
-        if step is not None and not step['ok']:
-            where = f' ({step["where"]})' if 'where' in step else ''
-            return f'{name}: {step.get("reason", "")}{where}'
-    return ''
-
-
-def sweep_packages(
-    packages: Sequence[str],
-    path: Path,
-    limits: Limits,
-    only: str = '',
-    every: int = 1,
-) -> Iterator[str]:
-    """Try the architectures of packages.
-
-    Args:
-        packages: Import names.
-        path: The file of the rows; what it has already is not tried again.
-        limits: What each architecture may use.
-        only: Text that the config or the classes must have.
-        every: Try each architecture of this number only, for a quick look.
-
-    Yields:
-        str: A line for each package and each new row.
-    """
-    results = Results(path)
-    wanted = []
-    for package in packages:
-        try:
-            found, notes = find_architectures(package, limits)
-        except UserError as error:
-            results.add(
-                dict(
-                    key=_PACKAGE + package, package=package, absent=str(error)
-                )
-            )
-            yield str(error)
-            continue
-        results.add(dict(key=_PACKAGE + package, **notes))
-        chosen = [a for a in found if only in a.config or only in a.key]
-        yield (
-            f'{package} {notes["version"]}: {notes["files"]} configs, '
-            f'{len(found)} architectures'
-        )
-        wanted += chosen
-    for row in sweep(wanted[::every], results, limits):
-        yield line_of(row)
-
-
-def line_of(row: Dict[str, Any]) -> str:
-    """A row in a line of text."""
-    reason = reason_of(row)
-    blocks = sum(row['blocks'].values())
-    return (
-        f'{row["package"]} {row["config"]}: {verdict_of(row).value}, '
-        f'{blocks} blocks, {row.get("seconds", 0)} s'
-        + (f': {reason}' if reason else '')
-    )
 
 
 def write_page(root: Path, path: Path) -> Path:
@@ -154,38 +47,53 @@ def write_page(root: Path, path: Path) -> Path:
     head, rest = text.split(BEGIN)
     tail = rest.split(END)[1]
     rows = list(Results(path).rows.values())
-    body = '\n'.join(_body(rows, root))
+    body = '\n'.join(_body(rows))
     page.write_text(f'{head}{BEGIN}\n\n{body}\n\n{END}{tail}', 'utf-8')
     return page
 
 
-def _body(rows: List[dict], root: Path) -> Iterator[str]:
-    packages = {r['package']: r for r in rows if r['key'].startswith(_PACKAGE)}
-    tried = [r for r in rows if not r['key'].startswith(_PACKAGE)]
-    yield from _heading(packages, root)
+def _body(rows: List[dict]) -> Iterator[str]:
+    packages = {r['package']: r for r in rows if r['key'].startswith(PACKAGE)}
+    tried = [r for r in rows if not r['key'].startswith(PACKAGE)]
+    yield from _heading(packages, tried)
     yield from _table(packages, tried)
-    for verdict in (Verdict.FAILS, Verdict.SAID, Verdict.NOT_BUILT):
+    yield from _shares(tried)
+    for verdict in (
+        Verdict.FAILS,
+        Verdict.WARNED,
+        Verdict.REFUSED,
+        Verdict.NOT_BUILT,
+    ):
         chosen = [row for row in tried if verdict_of(row) is verdict]
         yield from _reasons(verdict, chosen)
     yield from _refused_parts(tried)
+    yield from _left_out(tried)
 
 
-def _heading(packages: Dict[str, dict], root: Path) -> Iterator[str]:
+def _heading(packages: Dict[str, dict], tried: List[dict]) -> Iterator[str]:
     versions = ', '.join(
         f'{name} {packages[name]["version"]}'
         for name in PACKAGES
         if 'version' in packages.get(name, {})
     )
-    commit = subprocess.run(
-        ['git', 'rev-parse', '--short', 'HEAD'],
-        cwd=root,
-        capture_output=True,
-        text=True,
-    ).stdout.strip()
-    yield (
-        f'Run on {datetime.date.today()} at commit {commit} by '
-        f'`make sweep-hosts`, with torch {torch.__version__}, {versions}.'
+    counts = Counter(row.get('commit', 'unknown') for row in tried)
+    commits = ', '.join(
+        f'{commit} ({number:,} architectures)'
+        for commit, number in counts.most_common()
     )
+    hours = sum(row.get('seconds', 0) for row in tried) / 3600
+    yield (
+        f'Written on {datetime.date.today()} by `make sweep-hosts`, which '
+        f'took {hours:.1f} hours of one core ({_processor()}). Commit: '
+        f'{commits}. Packages: torch {torch.__version__}, {versions}.'
+    )
+    known = sum(row.get('architectures', 0) for row in packages.values())
+    if len(tried) < known:
+        yield ''
+        yield (
+            f'**The run was cut: {len(tried):,} of {known:,} architectures '
+            'have a result.** The others say nothing yet.'
+        )
     lifted = [name for name in packages if packages[name].get('lifted')]
     if lifted:
         yield ''
@@ -201,10 +109,13 @@ def _heading(packages: Dict[str, dict], root: Path) -> Iterator[str]:
             yield f'{name} was not tried: {package["absent"]}.'
 
 
+#: What a package's own row has for the table.
+_KNOWN = ('files', 'architectures')
 _COLUMNS = (
     'package',
     'configs',
     'architectures',
+    'tried',
     'take `conv_cfg`',
     'blocks',
     *(verdict.value for verdict in Verdict),
@@ -219,7 +130,8 @@ def _table(packages: Dict[str, dict], tried: List[dict]) -> Iterator[str]:
     for name in PACKAGES:
         if 'version' in packages.get(name, {}):
             rows = [row for row in tried if row['package'] == name]
-            lines.append([packages[name]['files'], *_counts(rows)])
+            known = [packages[name][each] for each in _KNOWN]
+            lines.append([*known, *_counts(rows)])
             yield f'| {name} | {_numbers(lines[-1])} |'
     yield f'| all | {_numbers([sum(column) for column in zip(*lines)])} |'
 
@@ -232,6 +144,100 @@ def _counts(rows: List[dict]) -> List[int]:
         sum(sum(row['blocks'].values()) for row in rows),
         *(verdicts[verdict] for verdict in Verdict),
     ]
+
+
+def _shares(tried: List[dict]) -> Iterator[str]:
+    """The two numbers that the table is for, in words."""
+    of = {verdict: [] for verdict in Verdict}
+    for row in tried:
+        of[verdict_of(row)].append(row)
+    built = [r for v in _WITH_BLOCKS for r in of[v] if r['blocks']]
+    if not built:
+        return
+    works, warned = len(of[Verdict.WORKS]), len(of[Verdict.WARNED])
+    none = sum(
+        row['steps']['builds']['ok'] and not row['blocks']
+        for row in of[Verdict.REFUSED]
+    )
+    yield ''
+    yield (
+        f'Of {len(built):,} architectures that get blocks, {works:,} '
+        f'({works / len(built):.1%}) train and become the stock network; with '
+        f'the {warned:,} that were warned of and deploy in another form, '
+        f'{(works + warned) / len(built):.1%} train and deploy. '
+        f'{len(of[Verdict.REFUSED]):,} were refused before the training, '
+        f'{none:,} of them because no convolution of theirs becomes a block.'
+    )
+    how = Counter(
+        row['steps']['trains'].get('how')
+        for row in built
+        if 'trains' in row['steps']
+    )
+    yield ''
+    yield (
+        f'The step of training took the own loss of {how["loss"]:,}, the '
+        f'features of {how["features"]:,}, in {how["blocks alone"]:,} each '
+        'block by itself.'
+    )
+
+
+#: What can come of an architecture that has blocks.
+_WITH_BLOCKS = (
+    Verdict.WORKS,
+    Verdict.WARNED,
+    Verdict.REFUSED,
+    Verdict.FAILS,
+)
+
+
+def _left_out(tried: List[dict]) -> Iterator[str]:
+    """Parts that could not be run for the comparison after merging."""
+    rows = [row for row in tried if _not_compared(row)]
+    merged = [
+        row
+        for row in tried
+        if verdict_of(row) in (Verdict.WORKS, Verdict.WARNED)
+    ]
+    if not merged:
+        return
+    yield ''
+    yield '## Parts that were not compared as a whole'
+    yield ''
+    yield (
+        f'In {len(rows):,} of {len(merged):,} merged architectures a part '
+        'could not be run on features, nor with the whole network on random '
+        'images. Their blocks were compared one by one, each with the norm '
+        'behind it.'
+    )
+    groups: Dict[str, List[str]] = defaultdict(list)
+    for row in rows:
+        name = f'`{row["package"]}::{row["config"]}`'
+        groups[', '.join(sorted(_not_compared(row)))].append(name)
+    if groups:
+        yield ''
+        yield '| parts | architectures |'
+        yield '|---|---|'
+    for parts, names in sorted(groups.items()):
+        yield f'| {_escaped(parts)} | {len(names)}: {", ".join(names)} |'
+
+
+def _not_compared(row: dict) -> Dict[str, str]:
+    """Name of a part that was left out of the comparison -> the reason."""
+    if verdict_of(row) not in (Verdict.WORKS, Verdict.WARNED):
+        return {}
+    step = row['steps']['merges']
+    step = step if step['ok'] else row['steps']['fuses']
+    return step.get('left_out', {})
+
+
+def _processor() -> str:
+    """The processor's name, and how many of its cores there are."""
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        text = Path('/proc/cpuinfo').read_text('utf-8')
+        found = re.search(r'model name\s*: (.+)', text)
+        name = found[1] if found else name
+    return f'{name}, {os.cpu_count()} cores'
 
 
 def _numbers(values: Sequence[int]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import tempfile
 import traceback
 from types import SimpleNamespace
@@ -19,7 +20,6 @@ from mmengine.config import Config
 from torch import Tensor, nn
 
 from mmdbb import BlocksHook, load_plain_weights_
-from mmdbb.blocks import ReparamConv2d
 from mmdbb.compare import compare_networks, network_outputs
 from mmdbb.deploy import (
     MergeOptions,
@@ -31,9 +31,10 @@ from mmdbb.deploy import (
 from mmdbb.errors import UserError
 from mmdbb.modules import count_parameters
 from mmdbb.reparam import find_blocks
+from mmdbb.running import run_network
 
 from .architectures import Architecture
-from .inputs import losses_of
+from .inputs import images_for
 from .networks import (
     build,
     model_config,
@@ -41,6 +42,7 @@ from .networks import (
     parts_taking_blocks,
     with_blocks,
 )
+from .training import train
 
 #: Largest difference allowed between a network that starts from plain weights
 #: and the plain one, in float64.
@@ -98,13 +100,15 @@ class Trial:
             self.cfg = self._with_all_blocks(cfg)
             model = build(self.cfg)
             self._count_blocks(model)
+        if not self.row['steps']['builds']['ok']:
+            return self.row
         with self._step('says') as step:
             step['said'] = _said(self.cfg, model)
         if not self.row['blocks']:
             return self.row
         self.row['parameters'] = count_parameters(model)
         with self._step('trains') as step:
-            step['how'] = _train(model, self.size)
+            step['how'] = train(model, self.size, self.architecture.package)
         with self._step('starts') as step:
             step['how'] = self._start()
         with self._step('merges') as step:
@@ -136,8 +140,9 @@ class Trial:
         for embeddings in (True, False):
             with contextlib.suppress(Exception):  # what does not fit together
                 quarter = narrow(cfg, embeddings)
-                size = _size_for(build(quarter))
-                if size is not None:
+                model = build(quarter)
+                size = _size_for(model)
+                if size is not None and _fits(model, size):
                     self.row['narrow'] = True
                     return quarter, size
         self.row['narrow'] = False
@@ -199,10 +204,11 @@ class Trial:
             how=f'{result.difference.largest:.0e}',
             merged=result.blocks,
             compared=len(result.difference.compared),
+            left_out=dict(result.difference.left_out),
         )
 
     def _batches(self, model: nn.Module) -> List[Tensor]:
-        return [_images(model, tuple(self.size or SIZES[0])).double()]
+        return [images_for(model, tuple(self.size or SIZES[0])).double()]
 
 
 def _said(cfg: Config, model: nn.Module) -> List[str]:
@@ -222,91 +228,22 @@ def _size_for(model: nn.Module) -> Optional[list]:
     """The first size of images on which a network runs, None if on none."""
     for size in SIZES:
         with contextlib.suppress(Exception), torch.no_grad():
-            network_outputs(model, _images(model, size))
+            network_outputs(model, images_for(model, size))
             return list(size)
     return None
 
 
-def _train(model: nn.Module, size: Optional[list]) -> str:
-    """Take a step of training in every block.
-
-    The network's own loss is taken where its package has inputs for it, else
-    the sum of its features; blocks that neither reaches run by themselves.
-
-    Returns:
-        str: What was trained on.
-
-    Raises:
-        ValueError: If a gradient is missing or not finite.
-    """
-    model.train()
-    blocks = set(find_blocks(model).values())
-    ran: set = set()
-    hooks = [
-        block.register_forward_hook(lambda m, *_: ran.add(m))
-        for block in blocks
-    ]
-    how = 'blocks alone'
-    for name, loss in (('loss', losses_of), ('features', _features)):
-        if size is None:
-            break
-        ran.clear()
-        model.zero_grad()
-        try:
-            loss(model, tuple(size)).backward()
-        except Exception as error:  # not all networks can be run so
-            if _is_in(error, 'mmdbb/blocks/'):
-                raise
-            continue
-        how = name
-        break
-    for hook in hooks:
-        hook.remove()
-    for block in blocks - ran if how != 'blocks alone' else blocks:
-        output = block(_input_of(block)).square().sum()
-        if output.requires_grad:  # not in a frozen stage
-            output.backward()
-    for name, block in find_blocks(model).items():
-        if not any(_has_gradient(p) for p in block.parameters()):
-            if all(not p.requires_grad for p in block.parameters()):
-                continue
-            if block not in ran:
-                raise ValueError(f'{name} gets no gradient')
-        for parameter in block.parameters():
-            grad = parameter.grad
-            if grad is not None and not grad.isfinite().all():
-                raise ValueError(f'{name} gets a gradient that is not finite')
-    return how
+def _fits(model: nn.Module, size: list) -> bool:
+    """Whether the heads of a narrow network read as many channels as come."""
+    with torch.no_grad():
+        found = run_network(model, images_for(model, size), once=True)
+    return not any(map(_MISFIT.search, found.left_out.values()))
 
 
-def _images(model: nn.Module, size: Tuple[int, int]) -> Tensor:
-    """Random images, preprocessed if the model's preprocessor takes images.
-
-    Those of mmpose, mmaction and mmdet3d want more than images.
-    """
-    with contextlib.suppress(Exception):
-        images = Proof(image_size=size).batches(model)[0]
-        if images.dim() == 4:
-            return images
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(2, 3, *size, generator=generator)
-
-
-def _has_gradient(parameter: nn.Parameter) -> bool:
-    return parameter.grad is not None and bool(parameter.grad.any())
-
-
-def _features(model: nn.Module, size: Tuple[int, int]) -> Tensor:
-    outputs = network_outputs(model, _images(model, size))
-    return sum(each.square().mean() for each in outputs.values())
-
-
-def _input_of(block: ReparamConv2d) -> Tensor:
-    sizes = [
-        2 * d * k + s
-        for d, k, s in zip(block.dilation, block.kernel_size, block.stride)
-    ]
-    return torch.randn(2, block.in_channels, *sizes)
+#: What torch says of tensors that do not fit together.
+_MISFIT = re.compile(
+    r'cannot be multiplied|expected input|must match|normalized_shape'
+)
 
 
 def _one_line(error: BaseException) -> str:
@@ -320,12 +257,6 @@ def _is_own(error: BaseException) -> bool:
     """Whether mmdbb raised an error, and not what it called."""
     frames = traceback.extract_tb(error.__traceback__)
     return bool(frames) and '/mmdbb/' in frames[-1].filename
-
-
-def _is_in(error: BaseException, folder: str) -> bool:
-    """Whether an error came through the code of a folder."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return any(folder in frame.filename for frame in frames)
 
 
 def _where(error: BaseException) -> str:
