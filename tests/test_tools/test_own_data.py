@@ -33,22 +33,25 @@ CHANGES = {
         crop_size=(64, 64), batch_size=2, max_iters=2, val_interval=2
     ),
 }
-#: The networks made narrow, and no processes that load.
-NARROW = """
+#: The networks made narrow and shallow, and no processes that load.
+SMALL = """
 for loader in (train_dataloader, val_dataloader, test_dataloader):
     loader.update(num_workers=0, persistent_workers=False)
 del loader
-model['backbone'].update(base_channels=8, stem_channels=8)
-if 'neck' in model and 'in_channels' in model['neck']:
-    model['neck'].update(in_channels=[8, 16, 32, 64], out_channels=16)
+model['backbone'].update(
+    base_channels=8, stem_channels=8, num_stages=2, strides=(1, 2),
+    dilations=(1, 1), out_indices=(0, 1))
+if 'bbox_head' in model:
+    model['neck'].update(
+        in_channels=[8, 16], out_channels=16, start_level=0, num_outs=2)
     model['bbox_head'].update(
-        in_channels=16, feat_channels=16, stacked_convs=1)
-for name in ('head', 'decode_head'):
-    if name in model:
-        model[name]['in_channels'] = 64
-del name
-if 'decode_head' in model:
-    model['decode_head']['channels'] = 8
+        in_channels=16, feat_channels=16, stacked_convs=1,
+        anchor_generator=dict(strides=[4, 8]))
+elif 'decode_head' in model:
+    model['decode_head'].update(in_channels=16, in_index=1, channels=8)
+else:
+    model['backbone']['out_indices'] = (1,)
+    model['head']['in_channels'] = 16
 """
 
 
@@ -65,7 +68,7 @@ def own_config(task, folder):
         )
         assert count == 1, name
     config = folder / 'own.py'
-    config.write_text(text + NARROW)
+    config.write_text(text + SMALL)
     return config
 
 
