@@ -31,7 +31,7 @@ IN_ENV = venv=$$(requirements/install.sh $(STACK) | tail -n 1) && "$$venv/bin/py
 IN_ENV_WITH = venv=$$(requirements/install.sh $(STACK) $(1) | tail -n 1) \
   && "$$venv/bin/python"
 
-.PHONY: install demo test test-yolo lint bench fuzz mutate sweep sweep-hosts
+.PHONY: install demo test test-yolo test-boxes lint bench fuzz mutate sweep sweep-hosts
 
 install:
 	@$(IN_ENV) --version
@@ -44,6 +44,10 @@ test:
 
 test-yolo:
 	@$(call IN_ENV_WITH,yolo) -m pytest -q -m yolo tests
+
+# Write every kind of detector into a file with boxes: half a minute.
+test-boxes:
+	@MMDBB_ALL_DETECTORS=1 $(IN_ENV) -m pytest -q tests/test_mm/test_boxes.py
 
 lint:
 	@$(IN_ENV) -m ruff check .

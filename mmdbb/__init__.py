@@ -45,6 +45,7 @@ from mmdbb.version import __version__
 _OF_HOSTS = {
     'BackbonePretrainedInit': 'mmdbb.mm.starts.backbone',
     'BlocksHook': 'mmdbb.mm.engine.blocks_hook',
+    'DataCheckHook': 'mmdbb.mm.engine.data_check',
     'LayerDecayOptimWrapperConstructor': 'mmdbb.mm.engine.layer_decay',
     'OfficialPretrainedInit': 'mmdbb.mm.starts.official',
     'PlainPretrainedInit': 'mmdbb.mm.starts.plain',
@@ -55,6 +56,7 @@ _OF_HOSTS = {
     'RepeatableHook': 'mmdbb.mm.engine.repeatable',
     'TorchDefaultInit': 'mmdbb.mm.starts.torch_default',
     'WholeCheckpointHook': 'mmdbb.mm.engine.whole_checkpoints',
+    'check_data': 'mmdbb.mm.engine.data_check',
     'load_deployed': 'mmdbb.mm.deploy.load',
 }
 

@@ -9,6 +9,7 @@ from mmdbb.mm.deploy.drop import (
 )
 from mmdbb.mm.deploy.load import build_model, load_deployed
 from mmdbb.mm.deploy.merge import Merged, MergeOptions, merge_checkpoint
+from mmdbb.mm.inference.predict import predict
 from mmdbb.mm.official.convert import ConvertedOfficial, convert_official
 from mmdbb.mm.outputs import Contents, Proof, Source
 from mmdbb.mm.stock.config import stock_config
@@ -32,6 +33,7 @@ __all__ = [
     'drop_branches_checkpoint',
     'load_deployed',
     'merge_checkpoint',
+    'predict',
     'stock_config',
     'stock_state',
 ]

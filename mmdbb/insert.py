@@ -113,6 +113,11 @@ def insert_blocks_(
     """
     block_type, args, sizes = _block_config(block)
     rule = 'where()'
+    if where is not None and not callable(where):
+        raise TypeError(
+            'where must be a function of the name and the convolution, such '
+            f'as lambda name, conv: name.startswith("layer"); got {where!r}'
+        )
     if where is None:
         rule = (
             f'the default rule (kernels of {sizes[0]} to {sizes[1]} taps '

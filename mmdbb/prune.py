@@ -4,12 +4,9 @@
 from mmdbb.mm.evaluation.images import Calibration
 from mmdbb.mm.evaluation.metric import Metric
 from mmdbb.mm.outputs import Source
+from mmdbb.mm.pruning.fine_tuning import PruneOptions
 from mmdbb.mm.pruning.penalty import KernelPenaltyHook, kernel_penalty
-from mmdbb.mm.pruning.pipeline import (
-    Pruned,
-    PruneOptions,
-    prune_checkpoint,
-)
+from mmdbb.mm.pruning.pipeline import Pruned, prune_checkpoint
 from mmdbb.mm.pruning.structure import prune_
 
 __all__ = [

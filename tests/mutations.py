@@ -2015,6 +2015,95 @@ TABLE = (
             'tests/test_mm/test_export.py::test_norms_are_folded_where_that_is_right',
         ),
     ),
+    # ------------------------------------------------- boxes, own data, tools
+    Mutation(
+        'mmdbb/mm/export/boxes.py',
+        'valid, group = scores > threshold, index % classes',
+        'valid, group = scores > 0, index % classes',
+        'the threshold of a single stage',
+        ('tests/test_mm/test_boxes.py::test_boxes_are_those_of_mmdet',),
+    ),
+    Mutation(
+        'mmdbb/mm/export/boxes.py',
+        'valid = (chance > self.score_threshold) & (scores[..., None] >= 0)',
+        'valid = chance > self.score_threshold',
+        'proposals that are none',
+        ('tests/test_mm/test_boxes.py',),
+    ),
+    Mutation(
+        'mmdbb/mm/export/boxes.py',
+        'apart = boxes + found.groups[..., None].to(boxes) * step',
+        'apart = boxes + 0 * step',
+        'classes that do not suppress each other',
+        ('tests/test_mm/test_boxes.py::test_boxes_are_those_of_mmdet',),
+    ),
+    Mutation(
+        'mmdbb/mm/export/boxes.py',
+        'mine = levels == i',
+        'mine = levels >= i',
+        'the level that a region is pooled from',
+        ('tests/test_mm/test_boxes.py::test_boxes_are_those_of_mmdet',),
+    ),
+    Mutation(
+        'mmdbb/mm/export/boxes.py',
+        "if getattr(coder, 'clip_border', True):",
+        'if True:',
+        'boxes that reach beyond the border',
+        ('tests/test_mm/test_boxes.py::test_configs_are_followed',),
+    ),
+    Mutation(
+        'mmdbb/mm/export/boxes.py',
+        '(sides > least).all(-1)',
+        '(sides > least).any(-1)',
+        'boxes that are too small',
+        ('tests/test_mm/test_boxes.py',),
+    ),
+    Mutation(
+        'mmdbb/mm/export/same_boxes.py',
+        'distance[mine.labels[:, None] != theirs.labels[None]] = torch.inf',
+        'distance[mine.labels[:, None] < 0] = torch.inf',
+        'boxes of two classes are not the same',
+        ('tests/test_mm/test_boxes.py::test_comparing_boxes_bites',),
+    ),
+    Mutation(
+        'mmdbb/mm/engine/data_check.py',
+        'if classes > count:',
+        'if classes > count + 1:',
+        'one class too many for a head',
+        ('tests/test_tools/test_own_data.py',),
+    ),
+    Mutation(
+        'mmdbb/mm/engine/data_check.py',
+        'wrong = np.unique(labels[(labels < 0) | (labels >= len(classes))])',
+        'wrong = np.unique(labels[labels < 0])',
+        'labels beyond the classes',
+        ('tests/test_tools/test_own_data.py',),
+    ),
+    Mutation(
+        'mmdbb/mm/evaluation/images.py',
+        'largest = [max(pair) for pair in zip(largest, size)]',
+        'largest = size',
+        'the size that holds all images',
+        (
+            'tests/test_tools/test_own_data.py::test_default_size_holds_wide_and_tall_images',
+        ),
+    ),
+    Mutation(
+        'mmdbb/mm/inference/onnx_files.py',
+        'bboxes=boxes / scale, scores',
+        'bboxes=boxes * scale, scores',
+        'boxes in pixels of the photograph',
+        (
+            'tests/test_tools/test_own_data.py::test_boxes_of_a_file_are_those_of_the_network',
+        ),
+    ),
+    Mutation(
+        'tools/arguments/paths.py',
+        'if os.path.lexists(out) and not args.force:',
+        'if False:',
+        'an existing output is refused before the imports',
+        ('tests/test_tools/test_order.py',),
+    ),
 )
 
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from arguments import at_least_one
 from helpers import distance, randomize, run_tool
 from workshop import benchmark
 from workshop.benchmark import papers
 
 from mmdbb import DBB
 from mmdbb.kernels import ComposedKernel
-from mmdbb.mm.engine.command import at_least_one
 
 TOOL = Path(__file__).resolve().parents[1] / 'tools/benchmark.py'
 

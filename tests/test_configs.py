@@ -32,12 +32,13 @@ from mmdbb.official import OREPA
 
 ROOT = Path(__file__).resolve().parents[1] / 'configs'
 KEYS = Path(__file__).parent / 'data' / 'official' / 'keys.json.xz'
-#: But those that other files have: test_backbones/test_unireplknet.py, and
-#: test_engine/test_repopt.py for RepOptimizer's, which need a file.
+#: But those that other files have: test_backbones/test_unireplknet.py,
+#: test_engine/test_repopt.py for RepOptimizer's, which need a file, and
+#: test_tools/test_own_data.py, which trains those of own data.
 CONFIGS = sorted(
     str(path.relative_to(ROOT))
     for path in ROOT.rglob('*.py')
-    if not {'_base_', 'repopt', 'unireplknet'} & set(path.parts)
+    if not {'_base_', 'own_data', 'repopt', 'unireplknet'} & set(path.parts)
 )
 HEIGHT, WIDTH = 64, 96  # pixels
 HEADS = ('decode_head', 'auxiliary_head', 'bbox_head', 'rpn_head')

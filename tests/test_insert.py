@@ -432,6 +432,8 @@ def test_where_and_the_blocks_config():
         insert_blocks_(model, dict(type='DBB', min_kernel_size=4))
     pointwise = nn.Sequential(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1))
     assert insert_blocks_(pointwise, where=lambda n, c: n == '1') == ['1']
+    with pytest.raises(TypeError, match="where must be .* got 'layer'"):
+        insert_blocks_(Misleading(), where='layer')
 
 
 def test_takes_over_what_the_modules_were():

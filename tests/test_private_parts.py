@@ -28,7 +28,6 @@ NOT_OF_HOSTS = {
 PRIVATE = {
     ('mm/engine/optim.py', '_validate_cfg'): "overrides mmengine's",
     ('mm/backbones/absorbed.py', '_freeze_stages'): 'where a host has it',
-    ('mm/evaluation/substitutes.py', '_dense_head'): 'of our Detector',
 }
 #: File, attribute -> why something of a host's is replaced outside of
 #: host_internals.py.

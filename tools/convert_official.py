@@ -8,8 +8,13 @@ converted network, and writes the weights OUT.pth and the config OUT.py. The
 tool recognises architecture, block and structure by itself.
 """
 
-from mmdbb.deploy import convert_official
-from mmdbb.mm.engine.command import Parser, add_unsafe_argument, run_command
+from arguments import (
+    Parser,
+    add_output_argument,
+    add_unsafe_argument,
+    run,
+)
+from arguments.paths import check_input
 
 
 def parse_args():
@@ -19,8 +24,15 @@ def parse_args():
     parser.add_argument(
         'source', help='path of the official file: .pth, .pth.tar or .hdf5'
     )
-    parser.add_argument(
-        'out', help='checkpoint to write, *.pth or *.safetensors'
+    parser.checks.append(
+        lambda args: check_input(parser, args.source, 'official file')
+    )
+    add_output_argument(
+        parser,
+        'out',
+        'checkpoint to write, *.pth or *.safetensors',
+        suffixes=('.pth', '.safetensors'),
+        inputs=('source',),
     )
     parser.add_argument(
         '--force',
@@ -31,8 +43,9 @@ def parse_args():
     return parser.parse_args()
 
 
-def main():
-    args = parse_args()
+def main(args):
+    from mmdbb.deploy import convert_official
+
     result = convert_official(
         args.source,
         args.out,
@@ -45,4 +58,4 @@ def main():
 
 
 if __name__ == '__main__':
-    run_command(main)
+    run(parse_args, main)

@@ -6,16 +6,14 @@ Takes some minutes on two CPU cores. A failed stage ends with exit code 1.
 
 from pathlib import Path
 
-from workshop.demo.run import TASKS, run_demo
+from arguments import Parser, run, seed
 
-from mmdbb.mm.engine.command import Parser, run_command, seed
+TASKS = ('classification', 'detection', 'segmentation')
 
 
-def main() -> None:
+def parse_args():
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        '--task', choices=list(TASKS), default='classification'
-    )
+    parser.add_argument('--task', choices=TASKS, default='classification')
     parser.add_argument(
         '--work-dir',
         help='folder for checkpoints, logs and the picture; default: '
@@ -29,10 +27,15 @@ def main() -> None:
     parser.add_argument(
         '--seed', type=seed, default=0, help='of the training; default: 0'
     )
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main(args):
+    from workshop.demo.run import run_demo
+
     home = Path(__file__).resolve().parents[1]
     run_demo(args.task, home, args.work_dir, args.data_root, args.seed)
 
 
 if __name__ == '__main__':
-    run_command(main)
+    run(parse_args, main)

@@ -9,20 +9,23 @@ authors report are read from configs/reported.yml.
 
 from pathlib import Path
 
-from workshop.model_zoo import write_zoo
-
-from mmdbb.mm.engine.command import Parser, run_command
+from arguments import Parser, run
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def main():
-    Parser(
+def parse_args():
+    return Parser(
         description='Write docs/model_zoo.md and configs/metafile.yml'
     ).parse_args()
+
+
+def main(args):
+    from workshop.model_zoo import write_zoo
+
     for path in write_zoo(ROOT):
         print(path)
 
 
 if __name__ == '__main__':
-    run_command(main)
+    run(parse_args, main)

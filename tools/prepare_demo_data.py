@@ -5,19 +5,18 @@ Real digits (MNIST-5k), alone and on photographs. A complete data set is left
 alone, an interrupted one completed.
 """
 
-from workshop.demo.layouts import LAYOUTS
-from workshop.demo.prepare import prepare
+from arguments import Parser, at_least_one, run, seed
 
-from mmdbb.mm.engine.command import Parser, at_least_one, run_command, seed
+TASKS = ('classification', 'detection', 'segmentation')
 
 
-def main() -> None:
+def parse_args():
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument(
         '--task',
         nargs='+',
-        choices=list(LAYOUTS),
-        default=list(LAYOUTS),
+        choices=TASKS,
+        default=TASKS,
         help='the tasks to write a data set for; default: all',
     )
     parser.add_argument(
@@ -36,10 +35,15 @@ def main() -> None:
         metavar='N',
         help='images to validate on, likewise',
     )
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main(args):
+    from workshop.demo.prepare import prepare
+
     for task in args.task:
         print(prepare(task, args.root, args.seed, args.train, args.val))
 
 
 if __name__ == '__main__':
-    run_command(main)
+    run(parse_args, main)

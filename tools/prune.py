@@ -8,34 +8,34 @@ filters that the network can do without. tools/test.py evaluates the result,
 and mmdbb.load_deployed loads it.
 """
 
-from mmdbb.mm.engine.command import (
+from arguments import (
     Parser,
+    add_checkpoint_argument,
     add_config_arguments,
     add_image_choice_arguments,
     add_image_size_argument,
+    add_output_argument,
+    add_training_arguments,
     at_least_one,
     at_least_zero,
-    load_config,
-    run_command,
-)
-from mmdbb.mm.pruning.pipeline import print_pruned
-from mmdbb.prune import (
-    Calibration,
-    Metric,
-    PruneOptions,
-    Source,
-    prune_checkpoint,
+    between_zero_and_one,
+    run,
 )
 
 
 def parse_args():
     parser = Parser(description='Prune the filters of a trained network')
     add_config_arguments(parser)
-    parser.add_argument('checkpoint', help='path of the trained checkpoint')
-    parser.add_argument('out', help='checkpoint to write, *.pth')
+    add_checkpoint_argument(parser)
+    add_output_argument(
+        parser,
+        'out',
+        'checkpoint to write, *.pth or *.safetensors',
+        suffixes=('.pth', '.safetensors'),
+    )
     parser.add_argument(
         '--ratio',
-        type=float,
+        type=between_zero_and_one,
         default=0.3,
         help='share of the filters to remove; default: %(default)s',
     )
@@ -75,13 +75,25 @@ def parse_args():
         help="learning rate of fine-tuning, as a share of the config's; "
         'default: %(default)s',
     )
+    add_training_arguments(parser)
     parser.add_argument(
-        '--onnx', metavar='FILE.onnx', help='export the pruned network too'
+        '--verbose',
+        action='store_true',
+        help="print mmengine's log of the fine-tuning too, which otherwise "
+        'goes into a file of the work folder',
+    )
+    add_output_argument(
+        parser,
+        '--onnx',
+        'export the pruned network too',
+        suffixes=('.onnx',),
+        metavar='FILE.onnx',
     )
     add_image_choice_arguments(parser, 'for the running statistics of norms')
     add_image_size_argument(
         parser,
-        "size of the images in pixels; default: the test set's first image",
+        'size of the images in pixels; default: the smallest that holds all '
+        "of the test set's images",
     )
     parser.add_argument(
         '--force', action='store_true', help='replace existing outputs'
@@ -89,8 +101,17 @@ def parse_args():
     return parser.parse_args()
 
 
-def main():
-    args = parse_args()
+def main(args):
+    from mmdbb.mm.engine.command import load_config
+    from mmdbb.mm.pruning.pipeline import print_pruned
+    from mmdbb.prune import (
+        Calibration,
+        Metric,
+        PruneOptions,
+        Source,
+        prune_checkpoint,
+    )
+
     options = PruneOptions(
         ratio=args.ratio,
         each_layer=args.each_layer,
@@ -98,6 +119,9 @@ def main():
         round_to=args.round_to,
         length=args.length,
         lr_scale=args.lr_scale,
+        amp=args.amp,
+        auto_scale_lr=args.auto_scale_lr,
+        verbose=args.verbose,
         calibration=Calibration(args.calib, seed=args.seed),
     )
     result = prune_checkpoint(
@@ -113,4 +137,4 @@ def main():
 
 
 if __name__ == '__main__':
-    run_command(main)
+    run(parse_args, main)

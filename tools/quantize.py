@@ -23,43 +23,35 @@ each block is one convolution followed by a batch norm, which at the start
 leaves the outputs of the network unchanged.
 """
 
-from mmdbb.mm.engine.command import (
+from arguments import (
     Parser,
+    add_checkpoint_argument,
     add_config_arguments,
     add_image_choice_arguments,
     add_image_size_argument,
+    add_output_argument,
     at_least_one,
     at_least_zero,
-    load_config,
-    run_command,
+    run,
 )
-from mmdbb.mm.evaluation.images import SPLITS
-from mmdbb.mm.quantization.onnx_static import METHODS
-from mmdbb.mm.quantization.tables import (
-    print_quantized,
-    print_sensitivity,
-)
-from mmdbb.quantize import (
-    Calibration,
-    Metric,
-    QuantizeOptions,
-    Source,
-    insert_bn_checkpoint,
-    quantize_checkpoint,
-    report_sensitivity,
-)
+
+SPLITS = ('train', 'val', 'test')
+METHODS = ('minmax', 'entropy', 'percentile')
 
 
 def parse_args():
     parser = Parser(description='Quantize a trained network to INT8')
     add_config_arguments(parser, work_dir=False)
-    parser.add_argument(
-        'checkpoint',
-        help='path of the trained checkpoint, or of the network as a float '
-        'ONNX file',
+    add_checkpoint_argument(
+        parser,
+        'path of the trained checkpoint, or of the network as a float ONNX '
+        'file',
     )
-    parser.add_argument(
-        'out', help='file to write: *.onnx, or *.pth with --insert-bn'
+    add_output_argument(
+        parser,
+        'out',
+        'file to write: *.onnx, or *.pth with --insert-bn',
+        suffixes=endings,
     )
     add_image_choice_arguments(parser, 'to calibrate with')
     parser.add_argument(
@@ -95,8 +87,8 @@ def parse_args():
     )
     add_image_size_argument(
         parser,
-        'size in pixels of the images that the file takes; default: the test '
-        "set's first image",
+        'size in pixels of the images that the file takes; default: the '
+        "smallest that holds all of the test set's images",
     )
     parser.add_argument(
         '--max-drop',
@@ -107,7 +99,8 @@ def parse_args():
         '(hundredths), or in per cent of its value if its unit is not known; '
         'default: 1',
     )
-    parser.add_argument(
+    add_output_argument(
+        parser,
         '--sensitivity',
         metavar='FILE',
         help='first write how much the outputs change if one layer alone is '
@@ -148,16 +141,50 @@ def parse_args():
     parser.add_argument(
         '--force', action='store_true', help='replace an existing OUT'
     )
+    parser.checks.insert(0, lambda args: check(parser, args))
     return parser.parse_args()
 
 
-def main():
-    args = parse_args()
+def endings(args):
+    return ('.pth', '.safetensors') if args.insert_bn else ('.onnx',)
+
+
+def check(parser, args):
+    if args.budget is None:
+        return
+    if args.no_test:
+        parser.refuse('--budget needs the evaluation: omit --no-test')
+    if args.budget > args.max_drop:
+        parser.refuse(
+            f'--budget {args.budget:g} allows more than --max-drop '
+            f'{args.max_drop:g}'
+        )
+
+
+def main(args):
+    from mmdbb.mm.engine.command import load_config
+    from mmdbb.quantize import Calibration, Source
+
     source = Source(load_config(args), args.checkpoint)
     calibration = Calibration(args.calib, args.calib_split, args.seed)
     if args.insert_bn:
         insert_norms(args, source, calibration)
-        return
+    else:
+        quantize(args, source, calibration)
+
+
+def quantize(args, source, calibration):
+    from mmdbb.mm.quantization.tables import (
+        print_quantized,
+        print_sensitivity,
+    )
+    from mmdbb.quantize import (
+        Metric,
+        QuantizeOptions,
+        quantize_checkpoint,
+        report_sensitivity,
+    )
+
     options = QuantizeOptions(
         calibration=calibration,
         method=args.method,
@@ -188,6 +215,8 @@ def main():
 
 
 def insert_norms(args, source, calibration):
+    from mmdbb.quantize import insert_bn_checkpoint
+
     inserted = insert_bn_checkpoint(
         source, args.out, calibration, overwrite=args.force
     )
@@ -201,4 +230,4 @@ def insert_norms(args, source, calibration):
 
 
 if __name__ == '__main__':
-    run_command(main)
+    run(parse_args, main)

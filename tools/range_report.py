@@ -4,17 +4,13 @@
 python tools/range_report.py CONFIG CHECKPOINT [--plot ranges.png]
 """
 
-from mmdbb.deploy import build_model
-from mmdbb.mm.engine.command import (
+from arguments import (
     Parser,
+    add_checkpoint_argument,
     add_config_arguments,
-    load_config,
-    run_command,
+    add_output_argument,
+    run,
 )
-from mmdbb.mm.engine.measure import check_picture, report_files
-from mmdbb.mm.quantization.network import load_network
-from mmdbb.mm.quantization.tables import plot_ranges, print_ranges
-from mmdbb.quantize import kernel_ranges
 
 
 def parse_args():
@@ -22,9 +18,12 @@ def parse_args():
         description="Report the ranges of a network's merged kernels"
     )
     add_config_arguments(parser, work_dir=False)
-    parser.add_argument('checkpoint', help='path of the trained checkpoint')
-    parser.add_argument(
-        '--plot', metavar='FILE', help='draw the ranges too, as *.png or *.svg'
+    add_checkpoint_argument(parser)
+    add_output_argument(
+        parser,
+        '--plot',
+        'draw the ranges too, as *.png or *.svg',
+        metavar='FILE',
     )
     parser.add_argument(
         '--force', action='store_true', help='replace an existing FILE'
@@ -32,8 +31,14 @@ def parse_args():
     return parser.parse_args()
 
 
-def main():
-    args = parse_args()
+def main(args):
+    from mmdbb.deploy import build_model
+    from mmdbb.mm.engine.command import load_config
+    from mmdbb.mm.engine.measure import check_picture, report_files
+    from mmdbb.mm.quantization.network import load_network
+    from mmdbb.mm.quantization.tables import plot_ranges, print_ranges
+    from mmdbb.quantize import kernel_ranges
+
     check_picture(args.plot)
     with report_files(args.plot, overwrite=args.force) as (plot,):
         model = load_network(build_model(load_config(args)), args.checkpoint)
@@ -46,4 +51,4 @@ def main():
 
 
 if __name__ == '__main__':
-    run_command(main)
+    run(parse_args, main)

@@ -11,31 +11,32 @@ torchscript and torch.export write OUT.onnx, OUT.pt and OUT.pt2.
 
 import argparse
 
-import torch
-
-from mmdbb.deploy import MergeOptions, Proof, Source, deploy_checkpoint
-from mmdbb.errors import UserError
-from mmdbb.export import export_checkpoint
-from mmdbb.mm.engine.command import (
+from arguments import (
     Parser,
+    add_checkpoint_argument,
     add_config_arguments,
     add_image_size_argument,
+    add_output_argument,
     add_unsafe_argument,
     at_least_zero,
-    load_config,
-    run_command,
+    run,
 )
-from mmdbb.mm.export.formats import FORMATS, INPUT
+from arguments.paths import check_input
+
+#: Formats for runtimes -> their endings.
+FORMATS = {'onnx': '.onnx', 'torchscript': '.pt', 'torch.export': '.pt2'}
 
 
 def parse_args():
     parser = Parser(description='Merge the blocks of a trained network')
     add_config_arguments(parser, work_dir=False)
-    parser.add_argument('checkpoint', help='path of the trained checkpoint')
-    parser.add_argument(
+    add_checkpoint_argument(parser)
+    add_output_argument(
+        parser,
         'out',
-        help='file to write: *.pth or *.safetensors; with the formats onnx, '
+        'file to write: *.pth or *.safetensors; with the formats onnx, '
         'torchscript and torch.export *.onnx, *.pt and *.pt2',
+        suffixes=endings,
     )
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument(
@@ -54,11 +55,20 @@ def parse_args():
         const='fused',
         help='the same as --format fused',
     )
-    parser.add_argument(
+    head = parser.add_mutually_exclusive_group()
+    head.add_argument(
         '--head',
         action='store_true',
-        help="export a detector's dense head too, not only backbone and neck "
-        '(for onnx, torchscript and torch.export)',
+        help="export the raw maps of a detector's dense head too, not only "
+        'backbone and neck (for onnx, torchscript and torch.export)',
+    )
+    head.add_argument(
+        '--boxes',
+        dest='head',
+        action='store_const',
+        const='boxes',
+        help='export a detector to its boxes, decoded and after the '
+        'non-maximum suppression (for onnx)',
     )
     parser.add_argument(
         '--ema',
@@ -120,11 +130,34 @@ def parse_args():
         help='replace the output files if they exist',
     )
     add_unsafe_argument(parser)
+    parser.checks.insert(0, lambda args: check(parser, args))
     return parser.parse_args()
 
 
-def main():
-    args = parse_args()
+def endings(args):
+    suffix = FORMATS.get(args.format)
+    return (suffix,) if suffix else ('.pth', '.safetensors')
+
+
+def check(parser, args):
+    option = '--boxes' if args.head == 'boxes' else '--head'
+    if args.head and args.format not in FORMATS:
+        parser.refuse(f'{option} is not for the format {args.format}')
+    if args.head == 'boxes' and args.format != 'onnx':
+        parser.refuse(f'--boxes is for the format onnx, not {args.format}')
+    if args.format in FORMATS and (args.only or args.skip):
+        parser.refuse(
+            f'--only and --skip leave blocks, which the format {args.format} '
+            'does not have'
+        )
+    for path in args.images:
+        check_input(parser, path, 'image')
+
+
+def main(args):
+    from mmdbb.deploy import Proof, Source
+    from mmdbb.mm.engine.command import load_config
+
     source = Source(
         load_config(args), args.checkpoint, args.ema, args.unsafe_load
     )
@@ -140,8 +173,10 @@ def main():
 
 
 def deploy(args, source, proof):
-    if args.head:
-        raise UserError(f'--head is not for the format {args.format}')
+    import torch
+
+    from mmdbb.deploy import MergeOptions, deploy_checkpoint
+
     options = MergeOptions(
         fuse=args.format == 'fused',
         only=args.only,
@@ -175,11 +210,11 @@ def deploy(args, source, proof):
 
 
 def export(args, source, proof):
-    if args.only or args.skip:
-        raise UserError(
-            f'--only and --skip leave blocks, which the format {args.format} '
-            'does not have'
-        )
+    import torch
+
+    from mmdbb.export import export_checkpoint
+    from mmdbb.mm.export.formats import INPUT
+
     result = export_checkpoint(
         source,
         args.out,
@@ -211,4 +246,4 @@ def print_difference(difference, tolerance):
 
 
 if __name__ == '__main__':
-    run_command(main)
+    run(parse_args, main)

@@ -9,12 +9,7 @@ where it stopped.
 
 from pathlib import Path
 
-from mmdbb.mm.engine.command import (
-    Parser,
-    at_least_one,
-    at_least_zero,
-    run_command,
-)
+from arguments import Parser, at_least_one, at_least_zero, run
 
 
 def parse_args():
@@ -74,8 +69,7 @@ def parse_args():
     return parser.parse_args()
 
 
-def main():
-    args = parse_args()
+def main(args):
     import torch
     from workshop.demo import study
 
@@ -103,4 +97,4 @@ def main():
 
 
 if __name__ == '__main__':
-    run_command(main)
+    run(parse_args, main)

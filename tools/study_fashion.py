@@ -9,12 +9,7 @@ it stopped.
 
 from pathlib import Path
 
-from mmdbb.mm.engine.command import (
-    Parser,
-    at_least_one,
-    at_least_zero,
-    run_command,
-)
+from arguments import Parser, at_least_one, at_least_zero, run
 
 
 def parse_args():
@@ -89,8 +84,7 @@ def parse_args():
     return parser.parse_args()
 
 
-def main():
-    args = parse_args()
+def main(args):
     import logging
 
     import torch
@@ -128,4 +122,4 @@ def main():
 
 
 if __name__ == '__main__':
-    run_command(main)
+    run(parse_args, main)

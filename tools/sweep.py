@@ -12,18 +12,25 @@ into docs/hosts.md.
 
 from pathlib import Path
 
-from workshop.sweep.packages import PACKAGES, installed
-from workshop.sweep.run import Limits
-from workshop.sweep.table import write_page
-from workshop.sweep.whole import sweep_packages
+from arguments import Parser, at_least_one, run
 
-from mmdbb.mm.engine.command import Parser, run_command
+#: The packages whose configs can be tried.
+PACKAGES = (
+    'mmpretrain',
+    'mmdet',
+    'mmseg',
+    'mmpose',
+    'mmaction',
+    'mmdet3d',
+    'mmyolo',
+    'mmocr',
+    'mmrotate',
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def parse_args():
-    limits = Limits()
     parser = Parser(description='Try blocks in all networks of the packages')
     parser.add_argument('rows', help='file with a line for each architecture')
     parser.add_argument(
@@ -40,7 +47,7 @@ def parse_args():
     )
     parser.add_argument(
         '--every',
-        type=int,
+        type=at_least_one,
         default=1,
         metavar='N',
         help='only each N-th architecture, for a quick look',
@@ -54,25 +61,29 @@ def parse_args():
         '--docs', action='store_true', help='write docs/hosts.md'
     )
     parser.add_argument(
-        '--jobs', type=int, default=limits.jobs, help='processes at once'
+        '--jobs', type=at_least_one, default=2, help='processes at once'
     )
     parser.add_argument(
         '--seconds',
         type=float,
-        default=limits.seconds,
+        default=60.0,
         help='for one architecture; default: %(default)s',
     )
     parser.add_argument(
         '--gigabytes',
         type=float,
-        default=limits.gigabytes,
+        default=8.0,
         help='memory for one architecture; default: %(default)s',
     )
     return parser.parse_args()
 
 
-def main():
-    args = parse_args()
+def main(args):
+    from workshop.sweep.packages import installed
+    from workshop.sweep.run import Limits
+    from workshop.sweep.table import write_page
+    from workshop.sweep.whole import sweep_packages
+
     rows = Path(args.rows)
     limits = Limits(args.jobs, args.seconds, args.gigabytes)
     packages = args.packages or installed()
@@ -85,4 +96,4 @@ def main():
 
 
 if __name__ == '__main__':
-    run_command(main)
+    run(parse_args, main)

@@ -1,22 +1,21 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
 """Evaluate a classifier, detector or segmentor: tools/test.py CONFIG CKPT."""
 
-from mmdbb.mm.engine.command import (
+from arguments import (
     Parser,
+    add_checkpoint_argument,
     add_config_arguments,
     add_launcher_arguments,
     at_least_one,
     at_least_zero,
-    load_config,
-    run_command,
+    run,
 )
-from mmdbb.mm.engine.launch import test
 
 
 def parse_args():
     parser = Parser(description=__doc__)
     add_config_arguments(parser)
-    parser.add_argument('checkpoint', help='path of the checkpoint')
+    add_checkpoint_argument(parser, 'path of the checkpoint')
     parser.add_argument(
         '--out', metavar='FILE.pkl', help='write the predictions to this file'
     )
@@ -45,14 +44,30 @@ def parse_args():
         help='average the predictions over test-time augmentation: by '
         "the config's tta_pipeline, or else by flipping",
     )
+    parser.add_argument(
+        '--quiet',
+        action='store_true',
+        help="print progress and the metrics; mmengine's log goes into "
+        'the work folder only',
+    )
     add_launcher_arguments(parser)
+    parser.checks.insert(0, lambda args: check(parser, args))
     return parser.parse_args()
 
 
-def main():
-    args = parse_args()
+def check(parser, args):
+    if args.out and not args.out.endswith(('.pkl', '.pickle')):
+        parser.refuse(
+            f'--out takes a file that ends in .pkl or .pickle; got {args.out}'
+        )
+
+
+def main(args):
+    from mmdbb.mm.engine.command import load_config
+    from mmdbb.mm.engine.launch import test
+
     test(load_config(args), args)
 
 
 if __name__ == '__main__':
-    run_command(main)
+    run(parse_args, main)

@@ -1,14 +1,14 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
 """Train a classifier, a detector or a segmentor: tools/train.py CONFIG."""
 
-from mmdbb.mm.engine.command import (
+from arguments import (
     Parser,
     add_config_arguments,
     add_launcher_arguments,
-    load_config,
-    run_command,
+    add_training_arguments,
+    run,
 )
-from mmdbb.mm.engine.launch import train
+from arguments.paths import check_input
 
 
 def parse_args():
@@ -29,27 +29,33 @@ def parse_args():
         'uninterrupted one bit by bit; needs randomness.seed in the config',
     )
     parser.add_argument(
-        '--amp', action='store_true', help='train in mixed precision'
-    )
-    parser.add_argument(
         '--no-validate',
         action='store_true',
         help='do not evaluate during training',
     )
     parser.add_argument(
-        '--auto-scale-lr',
+        '--quiet',
         action='store_true',
-        help='multiply the learning rate by the total batch size, divided by '
-        'auto_scale_lr.base_batch_size of the config',
+        help='print what is trained and how far it is; the log of mmengine '
+        'goes into the work folder only',
     )
+    add_training_arguments(parser)
     add_launcher_arguments(parser)
+    parser.checks.append(lambda args: check(parser, args))
     return parser.parse_args()
 
 
-def main():
-    args = parse_args()
+def check(parser, args):
+    if args.resume != 'auto':
+        check_input(parser, args.resume, 'checkpoint to resume from')
+
+
+def main(args):
+    from mmdbb.mm.engine.command import load_config
+    from mmdbb.mm.engine.launch import train
+
     train(load_config(args), args)
 
 
 if __name__ == '__main__':
-    run_command(main)
+    run(parse_args, main)

@@ -29,6 +29,7 @@ from typing import (
     Iterator,
     List,
     Optional,
+    Sequence,
     Set,
     Tuple,
 )
@@ -37,6 +38,7 @@ import numpy as np
 from mmcv.cnn import build_conv_layer, build_upsample_layer
 from mmengine.config import Config
 from mmengine.config.utils import MODULE2PACKAGE
+from mmengine.dataset import BaseDataset
 from mmengine.hooks import CheckpointHook
 from mmengine.logging import HistoryBuffer, print_log
 from mmengine.model import initialize
@@ -577,6 +579,87 @@ def shut_down(iterator: object) -> None:
         iterator: What ``iter(loader)`` returned.
     """
     getattr(iterator, '_shutdown_workers', lambda: None)()
+
+
+def built_loader(runner: Runner, name: str) -> Optional[DataLoader]:
+    """A dataloader that a runner has built already.
+
+    The properties of ``Runner`` would build it.
+
+    Args:
+        runner: The runner.
+        name: ``train_dataloader``, ``val_dataloader`` or ``test_dataloader``.
+
+    Returns:
+        DataLoader: The loader; None if it is not built.
+    """
+    loop = getattr(runner, f'_{name.partition("_")[0]}_loop', None)
+    return getattr(loop, 'dataloader', None)
+
+
+def empty_dataset(error: BaseException) -> Optional[Any]:
+    """The data set that an error was raised for because it has no images.
+
+    mmengine's ``BaseDataset`` joins its images by ``np.concatenate``, which
+    raises a ``ValueError`` where there are none.
+
+    Args:
+        error: The error, with its traceback.
+
+    Returns:
+        The data set that was being built; None if it is another error.
+    """
+    if not isinstance(error, ValueError):
+        return None
+    if 'need at least one array' not in str(error):
+        return None
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        found = frame.f_locals.get('self')
+        if isinstance(found, BaseDataset):
+            return found
+    return None
+
+
+def is_rpn(head: nn.Module) -> bool:
+    """Whether a dense head is mmdet's ``RPNHead``, or derived from it.
+
+    Args:
+        head: The head.
+    """
+    from mmdet.models.dense_heads import RPNHead
+
+    return isinstance(head, RPNHead)
+
+
+def decodes_as_mmdet(head: nn.Module) -> bool:
+    """Whether a head of a detector finds its boxes as mmdet's own heads do.
+
+    That is as ``BaseDenseHead``, ``RPNHead`` or ``StandardRoIHead`` does,
+    none of whose steps it overrides (mmdet 3.3.0).
+
+    Args:
+        head: A dense head, or a head of regions.
+    """
+    from mmdet.models.dense_heads import RPNHead
+    from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
+    from mmdet.models.roi_heads import StandardRoIHead
+    from mmdet.models.roi_heads.bbox_heads.bbox_head import BBoxHead
+
+    def keeps(part: Any, base: type, names: Sequence[str]) -> bool:
+        return isinstance(part, base) and all(
+            getattr(type(part), name) is getattr(base, name) for name in names
+        )
+
+    dense = ('predict_by_feat', '_predict_by_feat_single')
+    dense += ('_bbox_post_process',)
+    return (
+        keeps(head, RPNHead, dense)
+        or keeps(head, BaseDenseHead, dense)
+        or (
+            keeps(head, StandardRoIHead, ('predict_bbox', '_bbox_forward'))
+            and keeps(head.bbox_head, BBoxHead, dense[:2])
+        )
+    )
 
 
 def is_building(error: BaseException) -> bool:

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 from workshop.demo import run
-from workshop.demo.progress import Progress, summary
 
 from mmdbb.errors import UserError
 from mmdbb.mm.engine.measure import interleaved_latency
+from mmdbb.mm.engine.progress import Progress, summary
 
 HOME = Path(__file__).resolve().parents[2]
 

@@ -22,6 +22,7 @@ import torch
 from mmcv.cnn import ConvModule, build_conv_layer, fuse_conv_bn
 from mmengine.config import Config
 from mmengine.config.utils import MODULE2PACKAGE
+from mmengine.dataset import BaseDataset
 from mmengine.evaluator import Evaluator
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.logging import HistoryBuffer, MessageHub, MMLogger
@@ -599,3 +600,51 @@ def test_methods_that_are_overridden_are_called():
     for backbone in ('ResNet', 'VGG', 'RepVGG'):
         kind = getattr(mmpretrain.models, backbone)
         assert callable(kind._freeze_stages)
+
+
+# Detectors and data sets
+
+
+def test_heads_that_find_boxes_as_mmdets_own_do():
+    from detectors import detector
+
+    for name in ('RetinaNet', 'FCOS', 'RTMDet'):
+        head = detector(name).bbox_head
+        assert host_internals.decodes_as_mmdet(head)
+        assert not host_internals.is_rpn(head)
+    model = detector('FasterRCNN')
+    assert host_internals.is_rpn(model.rpn_head)
+    assert host_internals.decodes_as_mmdet(model.rpn_head)
+    assert host_internals.decodes_as_mmdet(model.roi_head)
+    for head, name in (
+        (model.rpn_head, '_predict_by_feat_single'),
+        (model.roi_head, 'predict_bbox'),
+        (model.roi_head.bbox_head, 'predict_by_feat'),
+    ):
+        kind = head.__class__
+        head.__class__ = type('Own', (kind,), {name: lambda self: None})
+        outer = model.roi_head if head is not model.rpn_head else head
+        assert not host_internals.decodes_as_mmdet(outer)
+        head.__class__ = kind
+
+
+def test_data_sets_without_images():
+    class Empty(BaseDataset):
+        def load_data_list(self):
+            return []
+
+    with pytest.raises(ValueError) as error:
+        Empty()
+    assert isinstance(host_internals.empty_dataset(error.value), Empty)
+    with pytest.raises(ValueError) as error:
+        np.concatenate([])
+    assert host_internals.empty_dataset(error.value) is None
+    assert host_internals.empty_dataset(KeyError('key')) is None
+
+
+def test_loaders_that_are_built(tmp_path):
+    runner = runner_in(tmp_path)
+    assert host_internals.built_loader(runner, 'train_dataloader') is None
+    loop = runner.train_loop
+    found = host_internals.built_loader(runner, 'train_dataloader')
+    assert found is loop.dataloader and isinstance(found, DataLoader)

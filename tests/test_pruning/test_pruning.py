@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import distance, image, randomize
+from helpers import distance, image, randomize, run_tool
 from mmcv.cnn.bricks import Conv2dAdaptivePadding, ConvWS2d
 from mmengine.config import Config
 from registered import each_block
@@ -23,7 +23,8 @@ from mmdbb.errors import UserError
 from mmdbb.mm.engine import launch
 from mmdbb.mm.evaluation.images import Calibration
 from mmdbb.mm.outputs import Source
-from mmdbb.mm.pruning import pipeline
+from mmdbb.mm.pruning import fine_tuning
+from mmdbb.mm.pruning.fine_tuning import PruneOptions
 from mmdbb.mm.pruning.penalty import (
     KernelPenaltyHook,
     filter_lengths,
@@ -32,11 +33,7 @@ from mmdbb.mm.pruning.penalty import (
     l1,
     penalized_blocks,
 )
-from mmdbb.mm.pruning.pipeline import (
-    PruneOptions,
-    print_pruned,
-    prune_checkpoint,
-)
+from mmdbb.mm.pruning.pipeline import print_pruned, prune_checkpoint
 from mmdbb.mm.pruning.structure import cost_of, prune_
 
 ROOT = Path(mmdbb.__file__).parents[1]
@@ -226,14 +223,19 @@ def test_a_share_of_the_schedule(length, epochs, monkeypatch, trained):
         built.append(cfg)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, 'build_runner', build)
+    monkeypatch.setattr(fine_tuning, 'build_runner', build)
+    monkeypatch.setattr(fine_tuning, 'check_data', lambda *a: None)
     with pytest.raises(KeyboardInterrupt):
-        pipeline.train_on_(nn.Identity(), cfg, cfg, length, 0.1)
+        fine_tuning.train_on_(
+            nn.Identity(), cfg, cfg, PruneOptions(length=length)
+        )
     assert built[0].train_cfg.max_epochs == epochs
     assert built[0].param_scheduler[0].T_max == epochs
     cfg.train_cfg = dict(by_epoch=False, max_iters=300)
     with pytest.raises(KeyboardInterrupt):
-        pipeline.train_on_(nn.Identity(), cfg, cfg, 0.25, 0.1)
+        fine_tuning.train_on_(
+            nn.Identity(), cfg, cfg, PruneOptions(length=0.25)
+        )
     assert built[1].train_cfg.max_iters == 75
 
 
@@ -313,6 +315,36 @@ def test_wrong_numbers(arguments, message, tmp_path):
         prune_(small(), 0.5, (8, 8), round_to=0)
 
 
+def test_fine_tuning_is_quiet_and_scales_the_rate(trained, tmp_path, capfd):
+    """The log goes into the work folder; the learning rate fits the batch."""
+    pytest.importorskip('torch_pruning')
+    cfg, checkpoint = trained('classification')
+    files = cfg.filename, checkpoint, tmp_path / 'pruned.pth'
+    base = 4 * cfg.train_dataloader.batch_size
+    scaled = (
+        *('--length', 0.001, '--calib', 8, '--auto-scale-lr'),
+        *('--work-dir', tmp_path / 'work', '--cfg-options'),
+    )
+    assert run_tool('prune', *files, *scaled, 'randomness.seed=0') == 2
+    line = capfd.readouterr().err.strip().splitlines()[-1]
+    assert line.endswith(
+        '--auto-scale-lr needs auto_scale_lr.base_batch_size in the config'
+    )
+    option = f'auto_scale_lr.base_batch_size={base}'
+    assert run_tool('prune', *files, *scaled, option, 'log_level=INFO') == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert len(lines) < 30 and not any('mmengine -' in x for x in lines)
+    (log,) = (tmp_path / 'work').rglob('*.log')
+    assert 'Scaling the original LR by 0.25' in log.read_text()
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match='--amp needs a GPU'):
+            prune_checkpoint(
+                Source(cfg, checkpoint),
+                str(tmp_path / 'other.pth'),
+                PruneOptions(length=1, amp=True),
+            )
+
+
 def test_a_missing_package(trained, tmp_path, monkeypatch):
     cfg, checkpoint = trained('classification')
     monkeypatch.setitem(sys.modules, 'torch_pruning', None)
@@ -337,7 +369,8 @@ def test_the_commands(trained, tmp_path):
     failed = run('prune.py', checkpoint, 'out.pth', '--ratio', 2)
     assert failed.returncode == 2
     assert failed.stderr.splitlines()[-1] == (
-        'prune.py: the ratio must lie between 0 and 1, got 2'
+        'prune.py: argument --ratio: must be a number between 0 and 1, got '
+        "'2' (see prune.py --help)"
     )
     done = run('range_report.py', checkpoint)
     assert done.returncode == 0, done.stderr

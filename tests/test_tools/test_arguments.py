@@ -69,7 +69,7 @@ def test_numbers(name, files, option, message, tmp_path, monkeypatch, capsys):
 
 
 PICTURES = [
-    ('range_report', ('no.py', 'no.pth')),
+    ('range_report', 2 * (TOOLS / 'train.py',)),  # files that exist
     ('study', ('--out', 'new.json')),
     ('benchmark', ()),
 ]

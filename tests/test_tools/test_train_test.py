@@ -100,7 +100,8 @@ def test_no_block_is_refused_before_the_data_are_read(folder, capsys):
             '--cfg-options',
             'model.backbone.block.type=DBB',
             'model.backbone.block.min_kernel_size=6',
-            'train_dataloader.dataset.data_root=/nowhere',
+            # Without folders of classes the data set cannot be built.
+            f'train_dataloader.dataset.data_root={folder / "images/dark"}',
         )
     assert error.value.code == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
@@ -331,7 +332,7 @@ MISTAKES = {
     'a file in the place of the work folder': (
         'train',
         ['config.py', '--work-dir', 'plain.py'],
-        "File exists: '",
+        'cannot write to plain.py: File exists; choose another --work-dir',
     ),
     'weights of another network': (
         'test',

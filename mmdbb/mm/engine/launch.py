@@ -13,6 +13,7 @@ import contextlib
 import copy
 import os
 import re
+import tempfile
 from pathlib import Path
 from typing import Iterable, Iterator, NamedTuple
 
@@ -27,10 +28,17 @@ from mmdbb.mm.config_files import files_of
 from mmdbb.mm.deploy.load import give_structure_
 from mmdbb.mm.engine.blocks_hook import BlocksHook
 from mmdbb.mm.engine.command import check_file
+from mmdbb.mm.engine.data_check import (
+    DataCheckHook,
+    check_data,
+    explained_data,
+)
+from mmdbb.mm.engine.data_paths import LOADERS, dataset_configs
 from mmdbb.mm.engine.fitting import (
     FittingCheckpointHook,
     StartingCheckpointHook,
 )
+from mmdbb.mm.engine.progress import quietly
 from mmdbb.mm.engine.repeatable import RepeatableHook
 from mmdbb.mm.engine.resume import (
     check_resumed,
@@ -110,15 +118,7 @@ def train(config: Config, args: argparse.Namespace) -> None:
     """
     if args.no_validate:
         config.val_cfg = config.val_dataloader = config.val_evaluator = None
-    if args.amp:
-        _enable_amp(config)
-    if args.auto_scale_lr:
-        if 'base_batch_size' not in config.get('auto_scale_lr', {}):
-            raise UserError(
-                '--auto-scale-lr needs auto_scale_lr.base_batch_size in the '
-                'config'
-            )
-        config.auto_scale_lr.enable = True
+    apply_training_options(config, args.amp, args.auto_scale_lr)
     # With resume=True in the config, mmengine would trust its pointer file.
     if args.resume or (config.get('resume') and not config.get('load_from')):
         path = (
@@ -132,19 +132,89 @@ def train(config: Config, args: argparse.Namespace) -> None:
     if config.get('load_from'):
         check_file(config.load_from, 'checkpoint to start from')
     check_starts(config.model, 'model')
+    _check_work_dir(config.work_dir)
+    check_data(config, LOADERS[: 1 if args.no_validate else 2])
     _keep_inputs(config, config.get('load_from'))
     _keep_checkpoints_whole(config)
-    runner = build_runner(config)
-    if args.repeatable:
-        runner.register_hook(RepeatableHook())
-    if config.get('load_from'):
-        runner.register_hook(StartingCheckpointHook(config), 'LOWEST')
-    _explain_resume(runner)
-    _say_blocks(runner)
+    if args.quiet and os.environ.get('RANK', '0') == '0':
+        print(_plan(config))
+    with quietly(args.quiet):
+        runner = build_runner(config)
+        if args.repeatable:
+            runner.register_hook(RepeatableHook())
+        if config.get('load_from'):
+            runner.register_hook(StartingCheckpointHook(config), 'LOWEST')
+        _explain_resume(runner)
+        _say_blocks(runner)
+        if not any(isinstance(hook, DataCheckHook) for hook in runner.hooks):
+            runner.register_hook(DataCheckHook())
+        try:
+            with explained_data():
+                runner.train()
+        finally:
+            end_workers(runner)
+
+
+def _plan(config: Config) -> str:
+    """What is trained, in the lines of a table."""
+    loop, loader = config.train_cfg, config.train_dataloader
+    unit = 'iterations' if loop.get('max_iters') else 'epochs'
+    length = loop.get('max_iters') or loop.get('max_epochs')
+    optimizer = config.optim_wrapper.get('optimizer', {})
+    rows = {
+        'config': config.filename,
+        'data': ', '.join(
+            str(each.cfg.get('data_root'))
+            for each in dataset_configs(config, LOADERS[:1])
+        ),
+        'training': f'{length} {unit}, {loader.batch_size} images in a batch',
+        'optimizer': f'{optimizer.get("type")}, lr {optimizer.get("lr")}',
+        'work folder': f"{config.work_dir} (mmengine's log, checkpoints)",
+    }
+    return '\n'.join(f'{name:<12} {value}' for name, value in rows.items())
+
+
+def _check_work_dir(path: str) -> None:
+    """Raise now if the work folder cannot be made or written."""
+    made, folder = [], os.path.abspath(path)
+    while not os.path.lexists(folder):
+        made.append(folder)
+        folder = os.path.dirname(folder)
     try:
-        runner.train()
-    finally:
-        end_workers(runner)
+        os.makedirs(path, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+        for folder in made:  # the run may still be refused
+            os.rmdir(folder)
+    except OSError as error:
+        raise UserError(
+            f'cannot write to {path}: {error.strerror}; choose another '
+            '--work-dir'
+        ) from error
+
+
+def apply_training_options(
+    config: Config, amp: bool = False, auto_scale_lr: bool = False
+) -> None:
+    """Change a training config as `--amp` and `--auto-scale-lr` ask.
+
+    Args:
+        config: The config; changed in place.
+        amp: Whether to train in mixed precision.
+        auto_scale_lr: Whether to scale the learning rate to the batch size.
+
+    Raises:
+        UserError: If the config or the machine does not allow it.
+    """
+    if amp:
+        _enable_amp(config)
+    if auto_scale_lr:
+        if 'base_batch_size' not in (config.get('auto_scale_lr') or {}):
+            raise UserError(
+                '--auto-scale-lr needs auto_scale_lr.base_batch_size in the '
+                'config'
+            )
+        config.auto_scale_lr.enable = True
 
 
 def _say_blocks(runner: Runner) -> None:
@@ -298,10 +368,23 @@ def test(config: Config, args: argparse.Namespace) -> dict:
     _keep_inputs(config, args.checkpoint, args.out)
     if config.get('test_dataloader') is None:
         raise UserError('the config has no test_dataloader')
+    _check_work_dir(config.work_dir)
+    check_data(config, ('test_dataloader',))
     if args.show or args.show_dir:
         _enable_drawing(config, args)
     if args.tta:
         _enable_tta(config)
+    with quietly(args.quiet):
+        found = _tested(config, args)
+    if args.quiet and os.environ.get('RANK', '0') == '0':
+        width = max(map(len, found), default=0)
+        for name, value in found.items():
+            print(f'{name:<{width}}  {value:.4f}')
+        print(f"mmengine's log: {config.work_dir}")
+    return found
+
+
+def _tested(config: Config, args: argparse.Namespace) -> dict:
     runner = build_runner(config)
     runner.register_hook(FittingCheckpointHook(args.checkpoint), 'LOWEST')
     if '://' not in args.checkpoint:
@@ -312,7 +395,8 @@ def test(config: Config, args: argparse.Namespace) -> dict:
         dump = dict(type=_package(config).dump, out_file_path=args.out)
         runner.test_evaluator.metrics.append(METRICS.build(dump))
     try:
-        return runner.test()
+        with explained_data():
+            return runner.test()
     finally:
         end_workers(runner)
 

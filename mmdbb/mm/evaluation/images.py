@@ -12,9 +12,11 @@ import torch.nn.functional as F
 from mmengine.config import Config
 from mmengine.runner import BaseLoop, Runner, set_random_seed
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from mmdbb.errors import UserError, interruption
 from mmdbb.mm.engine.random_numbers import random_numbers_kept
+from mmdbb.mm.export.modules import is_detector
 from mmdbb.mm.host_internals import shut_down
 
 SPLITS = ('train', 'val', 'test')
@@ -62,19 +64,51 @@ class Calibration(NamedTuple):
         )
 
 
-def first_size(
+def default_size(
     cfg: Config, model: nn.Module, seed: int = 0
 ) -> Tuple[int, int]:
-    """Height and width in pixels of the test set's first image.
+    """Height and width in pixels of the images that a file should take.
+
+    Classifiers and segmentors take images of one size: the first's. The
+    images of detectors differ, and smaller ones are padded: theirs is the
+    smallest size that holds all of the test set, rounded up as the
+    ``data_preprocessor`` does.
 
     Args:
         cfg: Config with the test dataloader.
-        model: The network; its ``data_preprocessor`` pads the image as in a
-            test.
+        model: The network.
         seed: Random seed for shuffling and augmentation.
+
+    Raises:
+        UserError: If there are no images, or one cannot be read.
     """
     images = calibration_images(cfg, model, 1, 'test', seed=seed)
-    return tuple(images.shape[-2:])
+    if not is_detector(model):
+        return tuple(images.shape[-2:])
+    dataset = _dataset(cfg, 'test', seed)
+    largest = [1, 1]
+    with random_numbers_kept():
+        for sample in _explained(_one_of_each_size(dataset), 'test'):
+            size = sample['inputs'].shape[-2:]
+            largest = [max(pair) for pair in zip(largest, size)]
+    step = getattr(model.data_preprocessor, 'pad_size_divisor', 1) or 1
+    return tuple(-(-side // step) * step for side in largest)
+
+
+def _one_of_each_size(dataset: Any) -> Iterator[Any]:
+    """Samples of a data set, one for each size of its images on the disk."""
+    from PIL import Image
+
+    seen = set()
+    for index in range(len(dataset)):
+        info = dataset.get_data_info(index)
+        size = info.get('height'), info.get('width')
+        if None in size:
+            with Image.open(info['img_path']) as image:
+                size = image.size
+        if size not in seen:
+            seen.add(size)
+            yield dataset[index]
 
 
 def calibration_images(
@@ -94,14 +128,15 @@ def calibration_images(
         count: Number of images; all of them if the data set has fewer.
         split: The split whose dataloader gives them: one of :data:`SPLITS`.
         size: Height and width in pixels. Smaller images are padded to it at
-            the right and below. By default the size of the first image.
+            the right and below, batches of larger ones are passed over. By
+            default the size of the first image.
         seed: Random seed for shuffling and augmentation.
 
     Returns:
         Tensor: The images, shape (N, C, H, W).
 
     Raises:
-        UserError: If there are no images, one cannot be read or is larger
+        UserError: If there are no images, one cannot be read, all are larger
             than ``size``, or no range can be learned from them because all
             are constant.
     """
@@ -113,16 +148,21 @@ def calibration_images(
         raise UserError(
             f'no such dataloader: {split!r}; allowed: {", ".join(SPLITS)}'
         )
-    batches, found = [], 0
+    batches, found, larger = [], 0, None
     with random_numbers_kept():
         for inputs in _inputs(cfg, model, split, seed):
             if size is None:
                 size = tuple(inputs.shape[-2:])
+            if inputs.shape[-2] > size[0] or inputs.shape[-1] > size[1]:
+                larger = inputs
+                continue
             batches.append(pad_to(inputs, size)[: count - found])
             found += len(batches[-1])
             if found >= count:
                 break
     if not found:
+        if larger is not None:
+            pad_to(larger, size)  # says so
         raise UserError(
             f'there are no calibration images: {split}_dataloader gives none'
         )
@@ -165,12 +205,24 @@ def pad_to(images: Tensor, size: Tuple[int, int]) -> Tensor:
     if height > size[0] or width > size[1]:
         raise UserError(
             f'an image of {height} x {width} pixels does not fit into the '
-            f'network of {size[0]} x {size[1]}; choose another --image-size'
+            f'network of {size[0]} x {size[1]}; choose another --image-size, '
+            'or none for the smallest that holds all test images'
         )
     return F.pad(images, (0, size[1] - width, 0, size[0] - height))
 
 
 def _inputs(cfg: Config, model: nn.Module, split: str, seed: int):
+    loader = _loader(cfg, split, seed)
+    for data in _explained(iter(loader), split):
+        inputs = model.data_preprocessor(data, False)['inputs']
+        yield inputs.detach().cpu().float()
+
+
+def _dataset(cfg: Config, split: str, seed: int) -> Any:
+    return _loader(cfg, split, seed).dataset
+
+
+def _loader(cfg: Config, split: str, seed: int) -> DataLoader:
     loader = cfg.get(f'{split}_dataloader')
     if loader is None:
         raise UserError(f'the config has no {split}_dataloader')
@@ -182,14 +234,11 @@ def _inputs(cfg: Config, model: nn.Module, split: str, seed: int):
     loader.drop_last = False
     set_random_seed(seed)
     try:
-        loader = Runner.build_dataloader(loader, seed=seed)
+        return Runner.build_dataloader(loader, seed=seed)
     except ValueError as error:  # a sampler without samples
         raise UserError(
             f'{split}_dataloader cannot be built: {error}'
         ) from error
-    for data in _explained(iter(loader), split):
-        inputs = model.data_preprocessor(data, False)['inputs']
-        yield inputs.detach().cpu().float()
 
 
 @contextlib.contextmanager

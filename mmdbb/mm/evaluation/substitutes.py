@@ -100,7 +100,7 @@ def running_instead(
 
 def _heads(model: nn.Module) -> List[nn.Module]:
     if is_detector(model):
-        head = export_module(model)._dense_head(model)
+        head = export_module(model).dense_head(model)
     else:
         head = getattr(model, 'head', None) or getattr(
             model, 'decode_head', None

@@ -13,6 +13,8 @@ from mmdbb.mm.export.formats import file_format
 from mmdbb.mm.export.network import (
     Exported,
     ExportOptions,
+    Head,
+    check_head,
     write_network,
 )
 from mmdbb.mm.outputs import Proof, Source, writing
@@ -22,7 +24,7 @@ def export_checkpoint(
     source: Source,
     out: str,
     format: str,
-    head: bool = False,
+    head: Head = False,
     dtype: torch.dtype = torch.float64,
     proof: Optional[Proof] = None,
     overwrite: bool = False,
@@ -36,8 +38,9 @@ def export_checkpoint(
         source: The trained checkpoint and its config.
         out: Path of the file to write, with the suffix of the format.
         format: ``onnx``, ``torchscript`` or ``torch.export``.
-        head: Whether to export a detector's dense head too, besides backbone
-            and neck.
+        head: How much of a detector's head to export besides backbone and
+            neck: False for nothing, True for the raw maps of the dense head,
+            ``'boxes'`` for the boxes in the end (ONNX only).
         dtype: Precision in which kernels and norms are composed,
             ``torch.float64`` or ``torch.float32``.
         proof: Images to compare the file with the network on, the tolerance,
@@ -52,6 +55,7 @@ def export_checkpoint(
     """
     out, proof = os.fspath(out), proof or Proof()
     file_format(format, out)  # refuses before the work starts
+    check_head(head, format)
     with writing(
         source, out, inputs=proof.paths, overwrite=overwrite
     ) as drafts:

@@ -10,10 +10,10 @@ from __future__ import annotations
 import contextlib
 import json
 import warnings
-from typing import Callable, Dict, Iterator, List, NamedTuple, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Tuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmdbb.errors import UserError, require_packages
 
@@ -50,7 +50,7 @@ class Format(NamedTuple):
 
     suffix: str
     packages: Tuple[str, ...]
-    write: Callable[[nn.Module, Tensor, List[str], dict, str], None]
+    write: Callable[[Any, Tensor, List[str], dict, str], None]
     load: Callable[[str], Callable[[Tensor], Tuple[Tensor, ...]]]
 
 
@@ -105,6 +105,8 @@ def _write_onnx(module, example, names, metadata, path) -> None:
             external_data=False,
             verbose=False,
         )
+        if module.translations:
+            how['custom_translation_table'] = module.translations
     else:
         how = dict(
             dynamic_axes={name: {0: 'batch'} for name in (INPUT, *names)}

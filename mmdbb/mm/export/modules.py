@@ -15,6 +15,7 @@ from typing import Any, Dict, List, Tuple
 import torch
 from torch import Tensor, nn
 
+from mmdbb.compare import relative_error
 from mmdbb.errors import UserError
 from mmdbb.mm.host_internals import channel_order
 from mmdbb.modules import modules_that_run, named_values
@@ -37,6 +38,9 @@ class ExportModule(nn.Module):
 
     #: Name of the network's output.
     output = 'output'
+    #: Operators of our own in the network -> functions that write them in
+    #: ONNX.
+    translations: Dict[Any, Any] = {}
 
     def __init__(self, network: nn.Module, head: bool = False) -> None:
         super().__init__()
@@ -75,6 +79,32 @@ class ExportModule(nn.Module):
             A tensor, or lists, tuples and dicts of tensors.
         """
         return self.network(images)
+
+    def expected(self, images: Tensor) -> Dict[str, Tensor]:
+        """Outputs that a file must give, computed as the package does.
+
+        Args:
+            images: Normalised images (N, C, H, W).
+        """
+        return self.outputs(images)
+
+    def errors(
+        self, found: Tuple[Tensor, ...], expected: Dict[str, Tensor]
+    ) -> Dict[str, float]:
+        """How far a file's outputs are from those expected.
+
+        Args:
+            found: Outputs of the file, in the order of :meth:`forward`.
+            expected: What :meth:`expected` returned.
+
+        Returns:
+            dict: Name -> largest difference, as a share of the output's
+            largest magnitude.
+        """
+        return {
+            name: relative_error(value, expected[name])
+            for name, value in zip(expected, found)
+        }
 
     @torch.no_grad()
     def drop_unused(self, images: Tensor) -> None:
@@ -160,7 +190,7 @@ class Detector(ExportModule):
         )
 
     def _refuse_head(self, network: nn.Module) -> None:
-        if self._dense_head(network) is None:
+        if self.dense_head(network) is None:
             raise UserError(
                 f'{type(network).__name__} has no dense head to export: '
                 'neither a bbox_head nor an rpn_head that maps feature maps '
@@ -168,7 +198,7 @@ class Detector(ExportModule):
             )
 
     @staticmethod
-    def _dense_head(network: nn.Module) -> nn.Module | None:
+    def dense_head(network: nn.Module) -> nn.Module | None:
         for name in ('bbox_head', 'rpn_head'):
             head = getattr(network, name, None)
             # The head of a transformer reads queries, not feature maps.
@@ -185,7 +215,7 @@ class Detector(ExportModule):
             return named
         if not self.with_features:
             named = {}
-        head = self._dense_head(self.network)
+        head = self.dense_head(self.network)
         maps = head(features)
         for name, levels in zip(_map_names(head, len(maps)), maps):
             named.update(named_tensors(name, levels))

@@ -17,13 +17,14 @@ from typing import (
     NamedTuple,
     Optional,
     Tuple,
+    Union,
 )
 
 import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from mmdbb.compare import Difference, relative_error
+from mmdbb.compare import Difference
 from mmdbb.errors import UserError
 from mmdbb.mm.data_flow import image_shape
 from mmdbb.mm.export.folding import fold_norms_
@@ -66,19 +67,26 @@ class Exported(NamedTuple):
     metadata: dict
 
 
+#: How much of a detector's head to export: False for nothing, True for the
+#: raw maps of the dense head, :data:`BOXES` for the boxes in the end.
+Head = Union[bool, str]
+BOXES = 'boxes'
+
+
 class ExportOptions(NamedTuple):
     """Which parts of a network to export, and for which runtime.
 
     Attributes:
         format: ``onnx``, ``torchscript`` or ``torch.export``.
-        head: Whether to export a detector's dense head too, besides backbone
-            and neck.
+        head: How much of a detector's head to export besides backbone and
+            neck: False for nothing, True for the raw maps of the dense head,
+            ``'boxes'`` for the boxes in the end (ONNX only).
         fold_norms: Whether to fold norms into the convolutions before them.
         channels: Number of channels of an image.
     """
 
     format: str = 'onnx'
-    head: bool = False
+    head: Head = False
     fold_norms: bool = True
     channels: int = 3
 
@@ -87,7 +95,7 @@ def export_network(
     model: nn.Module,
     out: str,
     format: str = 'onnx',
-    head: bool = False,
+    head: Head = False,
     fold_norms: bool = True,
     channels: int = 3,
     proof: Optional[Proof] = None,
@@ -103,8 +111,9 @@ def export_network(
             that maps images to tensors, with blocks or without. Unchanged.
         out: Path of the file to write, with the suffix of the format.
         format: ``onnx``, ``torchscript`` or ``torch.export``.
-        head: Whether to export a detector's dense head too, besides backbone
-            and neck.
+        head: How much of a detector's head to export besides backbone and
+            neck: False for nothing, True for the raw maps of the dense head,
+            ``'boxes'`` for the boxes in the end (ONNX only).
         fold_norms: Whether to fold norms into the convolutions before them.
         channels: Number of channels of an image.
         proof: Images to compare the file with the network on, besides random
@@ -162,15 +171,16 @@ def write_network(
     """
     format, head, channels = options.format, options.head, options.channels
     kind = file_format(format, path)
+    check_head(head, format)
     tolerance = (
         EXPORT_TOLERANCE if proof.tolerance is None else proof.tolerance
     )
     batches = _batches(model, channels, proof)
     reference = model if reference is None else reference
     with in_eval_mode(model, reference):
-        expected = _outputs(reference, head, batches)
-        module, blocks = exportable(model, head)
         example = batches[0].new_zeros(_BATCH, *batches[0].shape[1:])
+        expected = _outputs(reference, head, batches)
+        module, blocks = exportable(model, head, example)
         if options.fold_norms:
             fold_norms_(module, example)
         module.drop_unused(example)
@@ -198,7 +208,12 @@ def write_network(
                 f'{type(model).__name__} cannot be exported as {format}: '
                 f'{type(error).__name__}: {error}'
             ) from error
-        difference = _compare(kind.load(path), batches, expected)
+        difference = _compare(kind.load(path), batches, expected, module)
+        if head == BOXES:
+            difference = _more(
+                difference,
+                _compare_all_boxes(path, reference, batches, module),
+            )
         if not difference.largest <= tolerance:
             raise UserError(
                 f'the {format} file differs by {difference.largest:.2e} of '
@@ -214,14 +229,49 @@ def write_network(
     )
 
 
+def check_head(head: Head, format: str) -> None:
+    """Raise if a format cannot hold as much of a detector's head.
+
+    Args:
+        head: How much of the head to export.
+        format: Name of the format.
+
+    Raises:
+        UserError: If it cannot, or torch is too old to write it.
+    """
+    if head not in (False, True, BOXES):
+        raise UserError(f'head must be False, True or {BOXES!r}, got {head!r}')
+    if head != BOXES:
+        return
+    if format != 'onnx':
+        raise UserError(
+            f'boxes are for the format onnx, not for {format}, whose '
+            'runtimes have no suppression'
+        )
+    if tuple(map(int, torch.__version__.split('.')[:2])) < (2, 6):
+        raise UserError(
+            f'writing boxes needs torch 2.6 or later, got {torch.__version__}'
+        )
+
+
+def _wrapped(model: nn.Module, head: Head, example: Tensor) -> ExportModule:
+    """A network as a function from images to the outputs asked for."""
+    if head == BOXES:
+        from mmdbb.mm.export.boxes import box_detector
+
+        return box_detector(model, example)
+    return export_module(model, head)
+
+
 def exportable(
-    model: nn.Module, head: bool = False
+    model: nn.Module, head: Head, example: Tensor
 ) -> Tuple[ExportModule, int]:
     """A merged copy of a network, in float32 on the CPU, as one function.
 
     Args:
         model: A network, with blocks or without. Unchanged.
-        head: Whether to export a detector's dense head too.
+        head: How much of a detector's head to export.
+        example: Images (N, C, H, W) of the size that the function takes.
 
     Returns:
         tuple: The module, in eval mode, and the number of merged blocks.
@@ -237,7 +287,8 @@ def exportable(
         network = copy.deepcopy(model)
     for module in network.modules():
         module.training = False
-    return export_module(network.float().cpu(), head).eval(), blocks
+    network = network.float().cpu()
+    return _wrapped(network, head, example).eval(), blocks
 
 
 def _batches(model: nn.Module, channels: int, proof: Proof) -> List[Tensor]:
@@ -259,26 +310,31 @@ def _batches(model: nn.Module, channels: int, proof: Proof) -> List[Tensor]:
 
 
 def _outputs(
-    model: nn.Module, head: bool, batches: List[Tensor]
+    model: nn.Module, head: Head, batches: List[Tensor]
 ) -> List[Dict[str, Tensor]]:
     """The network's outputs for each batch, computed branch by branch."""
-    module, outputs = export_module(model, head), []
+    parameter, outputs = next(model.parameters(), batches[0]), []
+    module = _wrapped(model, head, batches[0].to(parameter))
     with literal_forward(model):
         for images in batches:
-            parameter = next(model.parameters(), images)
             try:
-                named = module.outputs(images.to(parameter))
+                named = module.expected(images.to(parameter))
             except Exception as error:  # networks raise all kinds of errors
                 raise UserError(
                     f'the network cannot be run on images of shape '
                     f'{tuple(images.shape)}: {reason_of(error)}; '
                     + _advice(model, head, images.to(parameter))
                 ) from error
-            outputs.append({k: y.float().cpu() for k, y in named.items()})
+            outputs.append({k: _single(y) for k, y in named.items()})
     return outputs
 
 
-def _advice(model: nn.Module, head: bool, images: Tensor) -> str:
+def _single(value: Tensor) -> Tensor:
+    value = value.cpu()
+    return value.float() if value.is_floating_point() else value
+
+
+def _advice(model: nn.Module, head: Head, images: Tensor) -> str:
     """What a user can do about a network that does not run on images."""
     if head and isinstance(export_module(model), Detector):
         return (
@@ -294,13 +350,28 @@ def _compare(
     run: Callable[[Tensor], Tuple[Tensor, ...]],
     batches: List[Tensor],
     expected: List[Dict[str, Tensor]],
+    module: ExportModule,
 ) -> Difference:
     errors = dict.fromkeys(expected[0], 0.0)
     for images, named in zip(batches, expected):
-        for (name, value), found in zip(named.items(), run(images)):
-            error = relative_error(found, value)
+        for name, error in module.errors(run(images), named).items():
             # A NaN is worse than any number.
             error = float('inf') if math.isnan(error) else error
             errors[name] = max(errors[name], error)
     worst = max(errors, key=errors.get)
     return Difference(errors[worst], worst, tuple(errors))
+
+
+def _compare_all_boxes(
+    path: str, model: nn.Module, batches: List[Tensor], module: ExportModule
+) -> Difference:
+    """Compare boxes of any score: random images have few of a high one."""
+    from mmdbb.mm.export.same_boxes import all_boxes, without_threshold
+
+    with all_boxes(model), without_threshold(path) as run:
+        expected = _outputs(model, BOXES, batches)
+        return _compare(run, batches, expected, module)
+
+
+def _more(one: Difference, other: Difference) -> Difference:
+    return max(one, other, key=lambda difference: difference.largest)

@@ -3,27 +3,29 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Callable, List, NamedTuple, Optional, Tuple
 
 import torch
-from mmengine.config import Config
 from mmengine.runner import Runner
 from torch import nn
 
 from mmdbb.errors import UserError
 from mmdbb.mm.deploy.merge import merge_checkpoint
-from mmdbb.mm.engine.launch import build_runner
 from mmdbb.mm.engine.measure import print_table
 from mmdbb.mm.evaluation.figures import evaluate, quiet_runner
-from mmdbb.mm.evaluation.images import Calibration, first_size
+from mmdbb.mm.evaluation.images import default_size
 from mmdbb.mm.evaluation.metric import Figure, Metric
 from mmdbb.mm.evaluation.norm_statistics import calibrate_norms_
 from mmdbb.mm.export.modules import is_detector
 from mmdbb.mm.export.network import ExportOptions, write_network
-from mmdbb.mm.host_internals import end_workers, replaced
 from mmdbb.mm.outputs import Proof, Source, output_paths, writing
+from mmdbb.mm.pruning.fine_tuning import (
+    PruneOptions,
+    check_fine_tuning,
+    give_network,
+    train_on_,
+)
 from mmdbb.mm.pruning.structure import (
     Cost,
     cost_of,
@@ -66,33 +68,6 @@ class Pruned(NamedTuple):
     stages: List[PruningStage]
 
 
-class PruneOptions(NamedTuple):
-    """How to prune a network, and how to fine-tune it afterwards.
-
-    Attributes:
-        ratio: Share of the filters to remove, between 0 and 1.
-        each_layer: True removes this share of every layer; False removes the
-            shortest filters of all layers taken together.
-        norm: Norm that measures a filter's length: 1 for L1, 2 for L2.
-        round_to: If given, the numbers of channels left are multiples of it.
-        length: Epochs of fine-tuning, or iterations if the config's training
-            counts those; 0 for none. Less than 1 is a share of the config's
-            own schedule, and at least one epoch or iteration.
-        lr_scale: Start of the learning rate in fine-tuning, as a share of the
-            config's; it falls to zero along a cosine.
-        calibration: Images that the running statistics of the merged
-            network's norms are computed from.
-    """
-
-    ratio: float = 0.3
-    each_layer: bool = False
-    norm: int = 2
-    round_to: Optional[int] = None
-    length: float = 0
-    lr_scale: float = 0.1
-    calibration: Calibration = Calibration()
-
-
 def prune_checkpoint(
     source: Source,
     out: str,
@@ -115,7 +90,7 @@ def prune_checkpoint(
         onnx: Path of an ONNX file to write as well, ``*.onnx``.
         image_size: Height and width in pixels of the image on which
             operations are counted, and which the ONNX file takes; by default
-            those of the first image of the test set.
+            the smallest that holds all images of the test set.
         metric: The evaluator's figure to report; by default its main one.
         overwrite: Whether existing outputs may be replaced.
 
@@ -127,7 +102,7 @@ def prune_checkpoint(
             Nothing is written then.
     """
     options = options or PruneOptions()
-    _check(options, onnx)
+    _check(source, options, onnx)
     metric = metric or Metric()
     metric.check()
     checkpoint, config = output_paths(out)
@@ -135,7 +110,7 @@ def prune_checkpoint(
     with writing(source, *outputs, overwrite=overwrite) as drafts:
         merged = merge_checkpoint(source)
         model, contents = merged.network.float(), merged.contents
-        size = image_size or first_size(source.cfg, model)
+        size = image_size or default_size(source.cfg, model)
         calibrate_norms_(model, options.calibration.images(source.cfg, model))
         before, stages = _count_filters(model), []
         # The runner takes data and evaluator from the config; ``_stage``
@@ -153,13 +128,7 @@ def prune_checkpoint(
             )
             stages.append(_stage('pruned', runner, model, size, metric))
         if options.length:
-            train_on_(
-                model,
-                contents.cfg,
-                source.cfg,
-                options.length,
-                options.lr_scale,
-            )
+            train_on_(model, contents.cfg, source.cfg, options)
             with quiet_runner(contents.cfg) as runner:
                 stages.append(
                     _stage('trained on', runner, model, size, metric)
@@ -192,7 +161,7 @@ def prune_checkpoint(
     )
 
 
-def _check(options: PruneOptions, onnx: Optional[str]) -> None:
+def _check(source: Source, options: PruneOptions, onnx: Optional[str]) -> None:
     """Raise before the long work starts if a package or value is wrong."""
     require_torch_pruning()
     if not 0 < options.ratio < 1:
@@ -212,73 +181,8 @@ def _check(options: PruneOptions, onnx: Optional[str]) -> None:
         )
     if onnx is not None and not onnx.endswith('.onnx'):
         raise UserError(f'the export must end in .onnx, got {onnx}')
-
-
-def train_on_(
-    model: nn.Module,
-    stock_cfg: Config,
-    cfg: Config,
-    length: float,
-    lr_scale: float,
-) -> None:
-    """Fine-tune ``model`` with the config's data, loss and optimizer.
-
-    The config cannot build the pruned layers, so ``model`` replaces the
-    network that the runner built.
-
-    Args:
-        model: The pruned network; changed in place.
-        stock_cfg: Config of the stock network, with data, training loop and
-            optimizer. Its schedule is replaced by one cosine to zero.
-        cfg: Config of the first training; its ``work_dir`` takes the logs.
-        length: Epochs to train, or iterations if the config counts those;
-            less than 1 is a share of the config's schedule.
-        lr_scale: Start of the learning rate, as a share of the config's.
-
-    Raises:
-        UserError: If the config has no ``train_cfg`` or no
-            ``train_dataloader``.
-    """
-    stock_cfg = copy.deepcopy(stock_cfg)
-    stock_cfg.work_dir = cfg.get('work_dir', 'work_dirs/pruned')
-    loop = stock_cfg.get('train_cfg')
-    if not loop or stock_cfg.get('train_dataloader') is None:
-        raise UserError(
-            'the config has no train_cfg or no train_dataloader, so the '
-            'pruned network cannot be fine-tuned'
-        )
-    by_epoch = 'max_iters' not in loop
-    end = 'max_epochs' if by_epoch else 'max_iters'
-    if length < 1:
-        length = max(round(length * loop[end]), 1)
-    loop[end] = loop['val_interval'] = length = int(length)
-    cosine = dict(type='CosineAnnealingLR', T_max=length, by_epoch=by_epoch)
-    if by_epoch:
-        cosine['convert_to_iter_based'] = True
-    stock_cfg.param_scheduler = [cosine]
-    stock_cfg.optim_wrapper.optimizer.lr *= lr_scale
-    # The caller evaluates and writes the result.
-    stock_cfg.val_cfg = stock_cfg.val_dataloader = None
-    stock_cfg.val_evaluator = None
-    stock_cfg.default_hooks.checkpoint = None
-    runner = build_runner(stock_cfg)
-    _give(runner, model)
-    # The runner would overwrite the pruned weights by random ones.
-    try:
-        with replaced(model, 'init_weights', _nothing):
-            runner.train()
-    finally:
-        end_workers(runner)
-
-
-def _nothing() -> None:
-    """Stand in for ``init_weights``."""
-
-
-def _give(runner: Runner, model: nn.Module) -> None:
-    runner.model = runner.wrap_model(
-        runner.cfg.get('model_wrapper_cfg'), model
-    )
+    if length:
+        check_fine_tuning(source.config, options)
 
 
 def _stage(
@@ -288,7 +192,7 @@ def _stage(
     size: Tuple[int, int],
     metric: Metric,
 ) -> PruningStage:
-    _give(runner, model)
+    give_network(runner, model)
     figure = evaluate(runner, metric=metric)
     with torch.no_grad():
         return PruningStage(name, figure, cost_of(model.eval(), size))

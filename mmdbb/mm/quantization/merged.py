@@ -14,7 +14,7 @@ from torch import nn
 from mmdbb.errors import UserError
 from mmdbb.files.checkpoints import check_regular
 from mmdbb.files.formats import OWN
-from mmdbb.mm.evaluation.images import first_size
+from mmdbb.mm.evaluation.images import default_size
 from mmdbb.mm.export.formats import LARGEST_ONNX, METADATA
 from mmdbb.mm.export.modules import is_detector
 from mmdbb.mm.export.network import ExportOptions, write_network
@@ -62,7 +62,7 @@ def merged_network(
             checkpoint's weights.
         path: Path of the file to write.
         size: Height and width in pixels of the images that the file takes;
-            by default those of the first image of the test set.
+            by default the smallest that all images of the test set fit into.
         seed: Random seed for the choice of that image.
 
     Raises:
@@ -119,7 +119,7 @@ def _exported(
 ) -> Merged:
     """Load the checkpoint into the runner's network, and export that."""
     loaded = source.read()
-    size = size or first_size(source.cfg, runner.model, seed)
+    size = size or default_size(source.cfg, runner.model, seed)
     trained = fill_network(runner.model, loaded, source.checkpoint, size)
     runner.model = trained
     network = copy.deepcopy(trained)

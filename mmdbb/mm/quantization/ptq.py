@@ -107,7 +107,8 @@ def quantize_checkpoint(
         out: Path of the INT8 file, ``*.onnx``.
         options: How to quantize.
         image_size: Height and width in pixels of the images that the file
-            takes; by default those of the first image of the test set.
+            takes; by default the smallest that all images of the test set
+            fit into.
         metric: The evaluator's figure to compare; by default its main one.
         max_drop: Largest fall of the figure allowed, in points (hundredths),
             from the first stage to the last; None allows any. If the

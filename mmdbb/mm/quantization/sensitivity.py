@@ -66,8 +66,8 @@ def report_sensitivity(
             evaluator.
         out: Path of the report, JSON.
         options: How to quantize, and on how many images to compare.
-        image_size: Height and width in pixels of the images; by default those
-            of the first image of the test set.
+        image_size: Height and width in pixels of the images; by default the
+            smallest that all images of the test set fit into.
         overwrite: Whether an existing ``out`` may be replaced.
 
     Returns:

@@ -56,6 +56,7 @@ def print_quantized(result: Quantized) -> None:
         )
     if result.kept:
         print(f'left in float: {", ".join(result.kept)}')
+    print(f'takes images of {height} x {width} pixels')
     print(f'INT8 network: {result.path}')
 
 

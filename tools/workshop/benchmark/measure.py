@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import statistics
 import time
-from typing import Callable, Dict, NamedTuple, Optional
+import warnings
+from typing import Callable, Dict, Iterator, NamedTuple, Optional
 
 import torch
 from torch import Tensor, nn
@@ -112,9 +115,13 @@ def peak_megabytes(run: Callable[[], None], device: torch.device) -> float:
         before = torch.cuda.memory_allocated(device)
         run()
         return (torch.cuda.max_memory_allocated(device) - before) / 1e6
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profiler:
+    with (
+        _without_noise(),
+        torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU],
+            profile_memory=True,
+        ) as profiler,
+    ):
         run()
     events = [
         (event.start_ns(), event.nbytes())
@@ -126,6 +133,23 @@ def peak_megabytes(run: Callable[[], None], device: torch.device) -> float:
         live += size
         peak = max(peak, live)
     return peak / 1e6
+
+
+@contextlib.contextmanager
+def _without_noise() -> Iterator[None]:
+    """Within the context nothing reaches stderr.
+
+    torch's profiler writes to the descriptor itself.
+    """
+    with open(os.devnull, 'w') as nowhere, warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        before = os.dup(2)
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(before, 2)
+            os.close(before)
 
 
 def _seconds(

@@ -19,9 +19,9 @@ from typing import Dict, List, Optional, Sequence
 from mmengine.config import Config
 
 from mmdbb.errors import UserError, require_packages
+from mmdbb.mm.engine.progress import Progress
 from workshop.demo.layouts import LAYOUTS
 from workshop.demo.prepare import prepare
-from workshop.demo.progress import Progress
 
 # Written into the work folder by all stages, and the sign that it is ours.
 LOG = 'demo.log'
@@ -254,10 +254,6 @@ def _cfg_options(
 
 
 def _parsed(options: Sequence[str]) -> Dict[str, object]:
-    import argparse
+    from mmdbb.mm.engine.command import parsed_options
 
-    from mmdbb.mm.engine.command import CfgOptions
-
-    parser = argparse.ArgumentParser()
-    parser.add_argument('--cfg-options', nargs='*', action=CfgOptions)
-    return parser.parse_args(['--cfg-options', *options]).cfg_options or {}
+    return parsed_options(options)

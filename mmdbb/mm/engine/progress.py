@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
 import sys
 import time
-from typing import Optional
+from typing import Callable, Iterator, Optional
 
 # 'Epoch(train) [3][20/63]', 'Iter(train) [ 90/600]', 'Epoch(val) [2][5/10]'
 WHERE = re.compile(
@@ -26,7 +28,8 @@ class Progress:
 
     def __init__(self, every: float = 15.0):
         self.every = every
-        self.terminal = sys.stdout.isatty()
+        self.out = sys.stdout  # which may be redirected later
+        self.terminal = self.out.isatty()
         self.shown_at = time.monotonic()
 
     def __enter__(self) -> Progress:
@@ -34,7 +37,7 @@ class Progress:
 
     def __exit__(self, *args) -> None:
         if self.terminal:
-            print('\r\033[K', end='', flush=True)
+            self._write('\r\033[K', end='')
 
     def read(self, line: str) -> None:
         """Take one line of the log."""
@@ -47,14 +50,60 @@ class Progress:
         if any(f' {name} ' in text for name in SHOWN[2:]):
             self._keep(text)
         elif self.terminal:
-            print(f'\r\033[K  {text}', end='', flush=True)
+            self._write(f'\r\033[K  {text}', end='')
         elif time.monotonic() - self.shown_at >= self.every:
             self._keep(text)
 
     def _keep(self, text: str) -> None:
         start = '\r\033[K' if self.terminal else ''
-        print(f'{start}  {text}', flush=True)
+        self._write(f'{start}  {text}')
         self.shown_at = time.monotonic()
+
+    def _write(self, text: str, end: str = '\n') -> None:
+        print(text, end=end, file=self.out, flush=True)
+
+
+@contextlib.contextmanager
+def quietly(quiet: bool = True) -> Iterator[None]:
+    """Within the context only progress is printed, not mmengine's log.
+
+    What a runner that is built in the context would print is read line by
+    line, and shown by :class:`Progress`. Its log file is written as always.
+
+    Args:
+        quiet: False to change nothing.
+    """
+    if not quiet:
+        yield
+        return
+    with Progress() as progress:
+        lines = _Lines(progress.read)
+        with contextlib.redirect_stdout(lines):
+            try:
+                yield
+            finally:
+                lines.read = lambda line: None  # loggers keep the stream
+
+
+class _Lines(io.TextIOBase):
+    """A stream that passes on each whole line.
+
+    Args:
+        read: Takes a line.
+    """
+
+    def __init__(self, read: Callable[[str], None]) -> None:
+        self.read = read
+        self._begun = ''
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        *whole, self._begun = (self._begun + text).split('\n')
+        for line in whole:
+            self.read(line)
+        return len(text)
 
 
 def summary(line: str) -> Optional[str]:
