@@ -96,8 +96,31 @@ CONTRACT = 'tests/test_blocks/test_contract.py'
 ADAPTIVE = 'tests/test_blocks/test_adaptive.py'
 REPLACED = 'tests/test_mm/test_replaced.py'
 OFFICIAL = 'tests/test_blocks/test_official.py'
+SHARES = 'tests/test_shares.py'
 
 TABLE = (
+    # --------------------------------------------------------------- shares
+    Mutation(
+        'mmdbb/shares.py',
+        'name: kernel * scale.reshape(',
+        'name: kernel * scale.square().reshape(',
+        'the norm behind the sum, in the kernels of branches',
+        (SHARES,),
+    ),
+    Mutation(
+        'mmdbb/shares.py',
+        "vars(generator)['scale'] = alone",
+        'generator.scale.copy_(alone)',
+        'a block that is measured keeps its scales',
+        (SHARES,),
+    ),
+    Mutation(
+        'mmdbb/shares.py',
+        'projection=_ratio(float(kernel @ merged), norm**2)',
+        'projection=_ratio(float(kernel @ merged), norm * length)',
+        'projections add up to 1',
+        (SHARES,),
+    ),
     # ------------------------------------------------------------- geometry
     Mutation(
         'mmdbb/geometry.py',

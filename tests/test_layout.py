@@ -28,10 +28,7 @@ LOWER = (
     ('blocks',),
     ('own_blocks',),
     ('reparam', 'conv_norms', 'tracing', 'files'),
-    (
-        'found_norms',
-        'running',
-    ),
+    ('found_norms', 'running', 'shares'),
     ('stock_weights', 'own_forward', 'folding'),
     ('plain', 'untouched'),
     ('official', 'merge_back'),

@@ -19,6 +19,7 @@ FACES = (
     'prune',
     'quantize',
     'reparam',
+    'shares',
     'yolo',
 )
 #: What else users import, for parts of their own.
