@@ -39,6 +39,7 @@ from mmdbb.version import __version__
 _OF_HOSTS = {
     'BackbonePretrainedInit': 'mmdbb.mm.starts.backbone',
     'BlocksHook': 'mmdbb.mm.engine.blocks_hook',
+    'BranchSharesHook': 'mmdbb.mm.engine.branch_shares_hook',
     'OfficialPretrainedInit': 'mmdbb.mm.starts.official',
     'PlainPretrainedInit': 'mmdbb.mm.starts.plain',
     'ReparamHook': 'mmdbb.mm.engine.reparam_hook',

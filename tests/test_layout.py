@@ -18,7 +18,7 @@ FACES = ('backbones', 'deploy', 'export', 'prune', 'quantize')
 #: The lower storey, which needs torch only. Each part may import from those
 #: above it, and from itself. What is new belongs somewhere here.
 LOWER = (
-    ('version', 'errors', 'registry', 'scale_norm'),
+    ('version', 'errors', 'registry', 'scale_norm', 'ranges'),
     ('ports', 'modules'),
     ('recompute',),
     ('geometry',),
@@ -34,6 +34,7 @@ LOWER = (
     ('official', 'merge_back'),
     ('insert', 'compare'),
     ('yolo', 'proof'),
+    ('report',),
 )
 #: The upper storey: folders and files of `mmdbb.mm`, on top of the lower.
 UPPER = (
@@ -51,7 +52,7 @@ UPPER = (
     ('mm.starts',),
     ('mm.engine',),
     ('mm.evaluation',),
-    ('mm.quantization',),
+    ('mm.quantization', 'mm.checkpoint_report'),
     ('mm.pruning',),
     ('mm.registration',),
     FACES,

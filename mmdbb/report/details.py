@@ -66,7 +66,8 @@ def _what(layer: LayerFigures) -> str:
 def _kernels(layer: LayerFigures) -> str:
     branches = layer.branches
     largest = max(
-        layer.taps.max().item(), *(b.taps.max().item() for b in branches.values())
+        layer.taps.max().item(),
+        *(b.taps.max().item() for b in branches.values()),
     )
     pictures = [('merged', layer.taps)]
     pictures += [(name, branch.taps) for name, branch in branches.items()]
@@ -169,7 +170,7 @@ def _range(layer: LayerFigures) -> str:
         f'noise: {number(found.snr, ".1f", " dB").html} with one scale a '
         f'channel, {number(found.snr_per_tensor, ".1f", " dB").html} with '
         'one scale.</p>'
-    ).replace('-', '−', 0)
+    )
 
 
 def _cost(layer: LayerFigures) -> str:

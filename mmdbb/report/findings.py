@@ -48,6 +48,10 @@ def _of_merge(report: Report) -> Iterator[Finding]:
             f'The merged network is not proven to be the same: '
             f'{proof.refused}.',
         )
+    for name, reason in proof.left_out.items():
+        yield Finding(
+            'note', f'`{name}` was compared layer by layer only: {reason}.'
+        )
 
 
 def _of_kinds(report: Report) -> Iterator[Finding]:
@@ -57,8 +61,8 @@ def _of_kinds(report: Report) -> Iterator[Finding]:
     most, least = max(parts, key=parts.get), min(parts, key=parts.get)
     yield Finding(
         'note',
-        f'`{most}` supplies most of the merged kernels, {_percent(parts[most])}'
-        f' on average over {_layers(report.kinds[most].layers)}; `{least}` '
+        f'`{most}` supplies most of the merged kernels, '
+        f'{_percent(parts[most])} on average over {_layers(report.kinds[most].layers)}; `{least}` '
         f'the least, {_percent(parts[least])}.',
     )
     changes = {

@@ -30,7 +30,6 @@ from mmdbb.report.dropping import (
 from mmdbb.report.figures import (
     Cost,
     KindFigures,
-    LayerFigures,
     ProofFigures,
     Report,
 )
@@ -119,7 +118,8 @@ def network_report(
     proof = _proof(trained, merged, images)
     flops = _Flops(trained, merged, list(blocks), images)
     dropping = Dropping({}, {})
-    if images is not None and options.drop and not _cannot_run(merged, images):
+    runs = images is not None and not _cannot_run(merged, images)
+    if runs and options.drop:
         count = sum(map(len, parts.values()))
         say(f'running the network without each of {count} branches')
         dropping = measure_dropping(merged, parts, images)
@@ -145,7 +145,7 @@ def network_report(
         before=Cost(count_parameters(trained), before),
         after=Cost(count_parameters(merged), after),
         proof=proof,
-        images=0 if images is None else len(images),
+        images=len(images) if runs else 0,
         metric=options.metric if options.evaluate else '',
         score=scores.get(''),
     )
@@ -320,8 +320,3 @@ def _kinds(
             metric=scores.get(kind),
         )
     return found
-
-
-def weakest_branch(layer: LayerFigures) -> str:
-    """The branch without which the merged kernel moves least."""
-    return min(layer.branches, key=lambda name: layer.branches[name].share)

@@ -38,8 +38,8 @@ _WORDS = {
     'Part': 'What a branch supplies of the merged kernel, in the direction of '
     'the merged kernel. The parts of a layer add up to 100 %. A branch whose '
     'kernel points the other way has a negative part, drawn hatched.',
-    'Length': 'Length (Frobenius norm) of the branch’s kernel, divided by that '
-    'of the merged kernel. The merged kernel moves by as much if the branch '
+    'Length': 'Length (Frobenius norm) of the branch’s kernel, divided by '
+    'that of the merged kernel. The merged kernel moves by as much if the branch '
     'is left out. Lengths do not add up, because branches point in different '
     'directions.',
     'Angle': 'Between two kernels, taken as vectors. 0°: the same direction; '
@@ -51,9 +51,9 @@ _WORDS = {
     'without it would be worth.',
     'Gamma, scale': 'The factors that multiply a branch: gamma of its last '
     'norm, or the scales of a composed kernel (OREPA).',
-    'SNR': 'Energy of the weights over energy of their rounding error in INT8, '
-    'in decibels, with one scale for each output channel. 40 dB is an error of '
-    '1 %, 30 dB of 3 %. Norms behind the convolution are folded in.',
+    'SNR': 'Energy of the weights over energy of their rounding error in '
+    'INT8, in decibels, with one scale for each output channel. 40 dB is an '
+    'error of 1 %, 30 dB of 3 %. Norms behind the convolution are folded in.',
     'Spread': 'Range of the widest output channel, divided by the median '
     'range. With one scale for the whole kernel it tells how coarse the steps '
     'are for the others.',
@@ -239,7 +239,7 @@ def _kinds(report: Report, palette: Palette) -> str:
 
 def _measured(report: Report) -> str:
     if not report.images:
-        return 'No images were given, so no outputs were compared.'
+        return 'The network was not run on images.'
     plural = 's' * (report.images > 1)
     return f'Outputs are those on {report.images} image{plural}.'
 

@@ -173,9 +173,7 @@ class Palette:
 
     def swatch(self, kind: str) -> str:
         """The branch's colour and name."""
-        return (
-            f'<span class="swatch" {self.style(kind)}></span>{code(kind)}'
-        )
+        return f'<span class="swatch" {self.style(kind)}></span>{code(kind)}'
 
     def legend(self) -> str:
         """All branches with their colours."""

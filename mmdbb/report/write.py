@@ -66,6 +66,4 @@ def write_report(
 def check_ending(path: Union[str, os.PathLike]) -> None:
     """Raise a ValueError unless a path ends as a page's does."""
     if not os.fspath(path).lower().endswith(('.html', '.htm')):
-        raise ValueError(
-            f'path must end in .html, got {os.fspath(path)!r}'
-        )
+        raise ValueError(f'path must end in .html, got {os.fspath(path)!r}')

@@ -73,6 +73,7 @@ def of_the_papers(cfg, folder):
 ROWS = {
     'BackbonePretrained': dict(checkpoint=of_the_network),
     'BlocksHook': dict(),
+    'BranchSharesHook': dict(interval=1),
     'KernelPenaltyHook': dict(weight=1e-4),
     'OfficialPretrained': dict(checkpoint=of_the_papers),
     'PlainPretrained': dict(

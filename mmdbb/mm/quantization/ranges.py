@@ -25,7 +25,7 @@ from mmdbb.mm.quantization.fake import own_layers, quantizable_layers
 from mmdbb.modules import is_known
 from mmdbb.own_forward import own_forwards
 from mmdbb.ranges import weight_range
-from mmdbb.transforms import KernelBias, fuse_conv_bn
+from mmdbb.shares import branch_kernels
 
 
 class KernelRange(NamedTuple):
@@ -130,28 +130,8 @@ def _shares(
         return {}
     place = kernel.abs().flatten(1).argmax(1, keepdim=True)
     parts = {
-        branch: part.double().mul(scale).flatten(1).gather(1, place).abs()
+        branch: part.to(kernel).mul(scale).flatten(1).gather(1, place).abs()
         for branch, part in branch_kernels(layer).items()
     }
     total = sum(parts.values()).clamp_min(1e-300)
     return {n: (part / total).mean().item() for n, part in parts.items()}
-
-
-def branch_kernels(block: BranchSumConv2d) -> Dict[str, Tensor]:
-    """Split a block's equivalent kernel into the parts of its branches.
-
-    Args:
-        block: A block that is not merged.
-
-    Returns:
-        dict: Branch -> its part, a kernel (out, in / groups, kH, kW). The
-        parts sum to the equivalent kernel.
-    """
-    parts = {}
-    for name, branch in block.branches.items():
-        part = block.kernel_bias_of(branch)
-        if block.norm is not None:
-            zero = KernelBias(part.kernel, torch.zeros_like(part.bias))
-            part = fuse_conv_bn(zero, norm_scale_shift(block.norm))
-        parts[name] = part.kernel
-    return parts
