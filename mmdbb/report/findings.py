@@ -59,11 +59,12 @@ def _of_kinds(report: Report) -> Iterator[Finding]:
         return
     parts = {name: kind.projection for name, kind in report.kinds.items()}
     most, least = max(parts, key=parts.get), min(parts, key=parts.get)
+    layers = _layers(report.kinds[most].layers)
     yield Finding(
         'note',
         f'`{most}` supplies most of the merged kernels, '
-        f'{_percent(parts[most])} on average over {_layers(report.kinds[most].layers)}; `{least}` '
-        f'the least, {_percent(parts[least])}.',
+        f'{_percent(parts[most])} on average over {layers}; `{least}` the '
+        f'least, {_percent(parts[least])}.',
     )
     changes = {
         name: kind.network

@@ -39,9 +39,9 @@ _WORDS = {
     'the merged kernel. The parts of a layer add up to 100 %. A branch whose '
     'kernel points the other way has a negative part, drawn hatched.',
     'Length': 'Length (Frobenius norm) of the branch’s kernel, divided by '
-    'that of the merged kernel. The merged kernel moves by as much if the branch '
-    'is left out. Lengths do not add up, because branches point in different '
-    'directions.',
+    'that of the merged kernel. The merged kernel moves by as much if the '
+    'branch is left out. Lengths do not add up, because branches point in '
+    'different directions.',
     'Angle': 'Between two kernels, taken as vectors. 0°: the same direction; '
     '90°: they have nothing in common; 180°: they cancel.',
     'Without it': 'Root mean square of the change of the outputs if the '
