@@ -31,6 +31,7 @@ from mmdbb.mm.engine.fitting import (
     FittingCheckpointHook,
     StartingCheckpointHook,
 )
+from mmdbb.mm.engine.mistakes import marking_mistakes
 from mmdbb.mm.engine.repeatable import RepeatableHook
 from mmdbb.mm.engine.resume import (
     check_resumed,
@@ -312,7 +313,8 @@ def test(config: Config, args: argparse.Namespace) -> dict:
         dump = dict(type=_package(config).dump, out_file_path=args.out)
         runner.test_evaluator.metrics.append(METRICS.build(dump))
     try:
-        return runner.test()
+        with marking_mistakes(runner.visualizer):
+            return runner.test()
     finally:
         end_workers(runner)
 
