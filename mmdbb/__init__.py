@@ -38,6 +38,7 @@ from mmdbb.version import __version__
 #: Names that need mmengine and mmcv -> the modules that define them.
 _OF_HOSTS = {
     'BackbonePretrainedInit': 'mmdbb.mm.starts.backbone',
+    'CheckpointReportOptions': 'mmdbb.mm.checkpoint_report',
     'BlocksHook': 'mmdbb.mm.engine.blocks_hook',
     'BranchSharesHook': 'mmdbb.mm.engine.branch_shares_hook',
     'OfficialPretrainedInit': 'mmdbb.mm.starts.official',
@@ -48,6 +49,7 @@ _OF_HOSTS = {
     'TorchDefaultInit': 'mmdbb.mm.starts.torch_default',
     'WholeCheckpointHook': 'mmdbb.mm.engine.whole_checkpoints',
     'load_deployed': 'mmdbb.mm.deploy.load',
+    'report_checkpoint': 'mmdbb.mm.checkpoint_report',
 }
 
 __all__ = [

@@ -92,7 +92,7 @@ def network_report(
         >>> network = nn.Sequential(DBB(3, 4, 3, padding=1), nn.ReLU())
         >>> report = network_report(network, torch.rand(2, 3, 8, 8))
         >>> report.proof.equal, list(report.kinds)
-        (True, ['kxk', '1x1', '1x1_kxk', '1x1_avg'])
+        (True, ['kxk', '1x1', '1x1_avg', '1x1_kxk'])
     """
     options = options or ReportOptions()
     _check(model, images)

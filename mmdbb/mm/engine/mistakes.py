@@ -269,7 +269,7 @@ class _Pen:
             self._draw.line(points, fill=colour, width=self._width)
 
     def _tag(self, left: int, top: int, text: str, colour: Colour) -> None:
-        _, _, wide, high = self._draw.textbbox((0, 0), text, font=self.font)
+        wide, high = self._draw.textbbox((0, 0), text, font=self.font)[2:]
         left = max(
             min(left, self._left + self._size[1] - wide - 4), self._left
         )
