@@ -120,7 +120,8 @@ class KindFigures(NamedTuple):
 
     Attributes:
         layers: Number of layers that have one.
-        projection: Mean part of the merged kernels that they supply.
+        projection: Mean part of the merged kernels that they supply; NaN if
+            all of these kernels are zero.
         weakest: The smallest such part, and the layer.
         network: Change of the network's output without all of them, as in
             :class:`Lost`.

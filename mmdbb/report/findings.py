@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Iterator, List, NamedTuple, Tuple
 
 from mmdbb.report.figures import BranchFigures, LayerFigures, Report
@@ -55,9 +56,13 @@ def _of_merge(report: Report) -> Iterator[Finding]:
 
 
 def _of_kinds(report: Report) -> Iterator[Finding]:
-    if len(report.kinds) < 2:
+    parts = {
+        name: kind.projection
+        for name, kind in report.kinds.items()
+        if math.isfinite(kind.projection)
+    }
+    if len(parts) < 2:
         return
-    parts = {name: kind.projection for name, kind in report.kinds.items()}
     most, least = max(parts, key=parts.get), min(parts, key=parts.get)
     layers = _layers(report.kinds[most].layers)
     yield Finding(

@@ -52,8 +52,11 @@ class Layer:
         usable = norm is not None and is_known(norm)
         self._norm, self._norm_name = norm, norm_name if usable else ''
         biases = _biases(block)
+        # In single precision: those of all layers are kept at once.
         self.parts: Dict[str, KernelBias] = {
-            branch: KernelBias(kernel, biases.get(branch, zeros(kernel)))
+            branch: KernelBias(
+                kernel.float(), biases.get(branch, zeros(kernel)).float()
+            )
             for branch, kernel in branch_kernels(block).items()
         }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import math
+from statistics import fmean
 from typing import Callable, Dict, Mapping, NamedTuple, Optional
 
 import torch
@@ -97,6 +98,7 @@ def network_report(
     options = options or ReportOptions()
     _check(model, images)
     say = options.progress or (lambda text: None)
+    model = getattr(model, '_orig_mod', model)  # torch.compile's wrapper
     if isinstance(model, ReparamConv2d):
         model = nn.Sequential(model)
     trained = copy.deepcopy(model).eval().float()
@@ -311,10 +313,12 @@ def _kinds(
             for name, branches in by_layer.items()
             if kind in branches
         }
-        weakest = min(parts, key=parts.get)
+        # Where the merged kernel is zero, its parts are no numbers.
+        finite = {n: p for n, p in parts.items() if math.isfinite(p)}
+        weakest = min(finite or parts, key=parts.get)
         found[kind] = KindFigures(
             layers=len(parts),
-            projection=sum(parts.values()) / len(parts),
+            projection=fmean(finite.values()) if finite else math.nan,
             weakest=(parts[weakest], weakest),
             network=changes.get(kind),
             metric=scores.get(kind),

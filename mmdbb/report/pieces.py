@@ -228,7 +228,8 @@ class Palette:
 
     def part(self, kind: str, share: float) -> str:
         """One branch's part as a short bar and a number."""
-        width = max(1, round(70 * min(max(share, 0), 1)))
+        whole = share if math.isfinite(share) else 0
+        width = max(1, round(70 * min(max(whole, 0), 1)))
         return (
             f'<span class="part" {self.style(kind, f";width:{width}px")}>'
             f'</span>{percent(share).html}'

@@ -221,7 +221,7 @@ def test_without_images_layers_are_measured_by_themselves():
         assert all(b.lost is None for b in layer.branches.values())
 
 
-@pytest.mark.parametrize('mode', ['train', 'half', 'double', 'stack'])
+@pytest.mark.parametrize('mode', ['train', 'double', 'stack', 'bfloat16'])
 def test_models_of_all_kinds(mode):
     network = small_network()
     if mode == 'stack':
@@ -243,6 +243,14 @@ def test_models_of_all_kinds(mode):
     if mode == 'stack':
         assert list(report.layers[1].branches) == ['kernel']
         assert report.layers[1].branches['kernel'].gammas is None
+
+
+def test_a_compiled_model():
+    network = small_network()
+    compiled = torch.compile(network)
+    found = network_report(compiled)
+    assert [x.name for x in found.layers] == ['0', '3', '5', '7']
+    assert found.title == 'Sequential'
 
 
 def test_refusals():

@@ -143,6 +143,20 @@ def test_a_page_without_images_or_score():
     assert 'nan' not in shown.lower()
 
 
+def test_a_kernel_of_zeros():
+    """As a residual's last block starts where gammas start at zero."""
+    network = small_network()
+    network[0].init_gamma(0.0)
+    found = network_report(network, some_images())
+    (zeros, *others) = found.layers
+    assert all(b.angle is None for b in zeros.branches.values())
+    assert 0 < found.kinds['kxk'].projection < 1  # of the other layers
+    shown = ' '.join(Reader(page(found)).texts).lower()
+    assert 'nan' not in shown and 'dead' in shown
+    alone = network_report(network[0])
+    assert 'nan' not in ' '.join(Reader(page(alone)).texts).lower()
+
+
 def test_a_hundred_layers(report):
     layers = [
         layer._replace(name=f'backbone.layer{i}.{layer.name}')

@@ -15,8 +15,6 @@ import tempfile
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parents[2] / 'docs' / 'notebooks'
-#: What programs print of themselves, which says nothing about the notebook.
-NOISE = ('stderr',)
 
 
 def code_hash(notebook: dict) -> str:
@@ -52,15 +50,20 @@ def run(path: Path) -> None:
     for cell in notebook.cells:
         cell.metadata.pop('execution', None)
         if cell.cell_type == 'code':
-            cell.outputs = [
-                output
-                for output in cell.outputs
-                if output.get('name') not in NOISE
-            ]
+            cell.outputs = [o for o in cell.outputs if _says_something(o)]
     notebook.metadata['outputs_of'] = code_hash(notebook)
     notebook.metadata['language_info'] = dict(name='python')
     nbformat.write(notebook, path)
     print(f'{path.name}: {path.stat().st_size / 1024:.0f} KiB')
+
+
+def _says_something(output: dict) -> bool:
+    """Whether an output is of the notebook, and no warning or progress bar."""
+    if output['output_type'] == 'stream':
+        return output['name'] == 'stdout' and bool(output['text'].strip())
+    return output['output_type'] != 'display_data' or (
+        'image/png' in output['data']
+    )
 
 
 def main() -> None:
