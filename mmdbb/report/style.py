@@ -178,6 +178,7 @@ footer { padding-top: 24px; padding-bottom: 48px; color: var(--soft);
     background: var(--card); max-width: 44vw; white-space: normal;
     box-shadow: 1px 0 0 var(--line); }
   .names th:first-child code { overflow-wrap: anywhere; }
+  .names .swatch + code { overflow-wrap: normal; white-space: nowrap; }
   .names thead th:first-child { background: var(--wash); }
   .tools input { flex: 1 1 100%; }
 }

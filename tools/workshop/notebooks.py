@@ -60,10 +60,13 @@ def run(path: Path) -> None:
 def _says_something(output: dict) -> bool:
     """Whether an output is of the notebook, and no warning or progress bar."""
     if output['output_type'] == 'stream':
-        return output['name'] == 'stdout' and bool(output['text'].strip())
-    return output['output_type'] != 'display_data' or (
-        'image/png' in output['data']
-    )
+        text = ''.join(output['text'])
+        return output['name'] == 'stdout' and bool(text.strip())
+    if output['output_type'] == 'display_data':
+        return 'image/png' in output['data']
+    # An object without words of its own, such as a generator.
+    shown = ''.join(output.get('data', {}).get('text/plain', ''))
+    return ' object at 0x' not in shown and 'Generator at 0x' not in shown
 
 
 def main() -> None:
