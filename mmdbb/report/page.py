@@ -251,7 +251,7 @@ def _layers(report: Report, palette: Palette) -> str:
         Column('Kernel', left=True),
         Column('Parts of the merged kernel', left=True, sortable=False),
         Column(
-            'Weakest branch, its length',
+            'Weakest branch, length',
             'The branch without which the merged kernel moves least',
             left=True,
         ),

@@ -99,7 +99,7 @@ ul.findings { list-style: none; margin: 18px 0 0; padding: 0;
   box-shadow: var(--shade); margin: 10px 0; }
 table { border-collapse: collapse; width: 100%; font-size: 13.5px;
   font-variant-numeric: tabular-nums; }
-th, td { padding: 7px 12px; text-align: right; white-space: nowrap;
+th, td { padding: 7px 9px; text-align: right; white-space: nowrap;
   border-top: 1px solid var(--line); }
 thead th { border-top: 0; color: var(--soft); font-weight: 560;
   font-size: 12.5px; vertical-align: bottom; background: var(--wash); }
@@ -119,7 +119,7 @@ a { color: var(--accent); text-underline-offset: 2px; }
   border-radius: 3px; margin-right: 7px; background: var(--c); }
 .legend { display: flex; flex-wrap: wrap; gap: 4px 18px; margin: 10px 0;
   padding: 0; list-style: none; font-size: 13px; }
-.bar { display: flex; height: 14px; min-width: 150px; border-radius: 4px;
+.bar { display: flex; height: 14px; min-width: 130px; border-radius: 4px;
   overflow: hidden; background: var(--line); gap: 1px; }
 .bar i { background: var(--c); min-width: 1px; }
 .bar i.minus { background: repeating-linear-gradient(135deg, var(--c) 0 3px,
@@ -162,6 +162,7 @@ dl.words dt { font-weight: 600; } dl.words dd { margin: 0; max-width: 76ch; }
   overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
 footer { padding-top: 24px; padding-bottom: 48px; color: var(--soft);
   font-size: 13px; }
+@media (min-width: 701px) { th wbr { display: none; } }
 @media (max-width: 700px) {
   main, header, footer { padding-left: 14px; padding-right: 14px; }
   header { padding-top: 18px; }
@@ -176,8 +177,8 @@ footer { padding-top: 24px; padding-bottom: 48px; color: var(--soft);
   th, td { padding: 8px 10px; }
   .names th:first-child, .names td:first-child { position: sticky; left: 0;
     background: var(--card); max-width: 44vw; white-space: normal;
-    box-shadow: 1px 0 0 var(--line); }
-  .names th:first-child code { overflow-wrap: anywhere; }
+    min-width: 8.6rem; box-shadow: 1px 0 0 var(--line); }
+  .names th:first-child code { overflow-wrap: break-word; }
   .names .swatch + code { overflow-wrap: normal; white-space: nowrap; }
   .names thead th:first-child { background: var(--wash); }
   .tools input { flex: 1 1 100%; }

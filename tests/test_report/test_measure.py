@@ -14,6 +14,7 @@ from mmdbb import DBB, OREPAConv, QARepVGGConv, RepVGGConv, reparameterize
 from mmdbb.errors import UserError
 from mmdbb.reparam import literal_forward
 from mmdbb.report import ReportOptions, findings, network_report
+from mmdbb.shares import branch_kernels
 
 #: Outputs are measured in float32.
 CLOSE = dict(rel=2e-3, abs=1e-5)
@@ -30,7 +31,7 @@ def silenced(network, name, branch):
     network = copy.deepcopy(network)
     block = network.get_submodule(name)
     if is_composed(type(block)):
-        row = list(network_report(block).layers[0].branches).index(branch)
+        row = list(branch_kernels(block)).index(branch)
         block.generator.scale.data[row] = 0
     else:
         block.branches[branch].register_forward_hook(
@@ -44,9 +45,15 @@ def literally(network, images):
         return network(images)
 
 
-def check_lost(network, images):
+@pytest.fixture(scope='module')
+def measured():
+    """The report on the small network."""
+    return network_report(small_network(), some_images())
+
+
+def check_lost(network, images, report=None):
     """Each branch's loss equals that of the literal sum without it."""
-    report = network_report(network, images)
+    report = report or network_report(network, images)
     expected = literally(network, images)
     for layer in report.layers:
         for branch, figures in layer.branches.items():
@@ -72,15 +79,14 @@ def test_what_is_lost_without_a_branch(kind):
         assert figures.lost.layer == pytest.approx(lost, **CLOSE)
 
 
-def test_what_is_lost_in_a_network():
-    report = check_lost(small_network(), some_images())
+def test_what_is_lost_in_a_network(measured):
+    report = check_lost(small_network(), some_images(), measured)
     assert [x.name for x in report.layers] == ['0', '3', '5', '7']
     assert report.images == 3
 
 
-def test_what_is_lost_without_a_kind():
-    network, images = small_network(), some_images()
-    report = network_report(network, images)
+def test_what_is_lost_without_a_kind(measured):
+    network, images, report = small_network(), some_images(), measured
     expected, without = literally(network, images), network
     for layer in report.layers:
         if '1x1' in layer.branches:
@@ -168,9 +174,8 @@ def test_sizes_and_operations_by_hand():
     assert 0 < lost.layer and 0 < lost.network
 
 
-def test_ranges_have_the_norm_behind_folded_in():
-    network = small_network()
-    report = network_report(network, some_images())
+def test_ranges_have_the_norm_behind_folded_in(measured):
+    network, report = small_network(), measured
     folded = {x.name: x.folded for x in report.layers}
     assert folded == {'0': '1', '3': '4', '5': '', '7': ''}
     merged = reparameterize(network)
@@ -185,8 +190,8 @@ def test_ranges_have_the_norm_behind_folded_in():
     assert found.spread == pytest.approx(spread, rel=1e-5)
 
 
-def test_the_merge_is_proven():
-    report = network_report(small_network(), some_images())
+def test_the_merge_is_proven(measured):
+    report = measured
     proof = report.proof
     assert proof.equal and not proof.refused and proof.tolerance == 1e-9
     assert max(proof.outputs.values()) < 1e-12
@@ -203,7 +208,8 @@ def test_a_wrong_merge_is_not_proven(monkeypatch):
         return type(compose(self))(kernel.flip(-1), bias)
 
     monkeypatch.setattr(DBB, '_compose', wrong)
-    report = network_report(small_network(), some_images())
+    asked = ReportOptions(drop=False)
+    report = network_report(small_network(), some_images(), asked)
     assert not report.proof.equal
     assert 'differs by' in report.proof.refused
     worst = {x.name: x.difference for x in report.layers}
@@ -232,7 +238,8 @@ def test_models_of_all_kinds(mode):
     torch.manual_seed(1)
     expected = torch.rand(1)
     torch.manual_seed(1)
-    report = network_report(network, some_images())
+    asked = ReportOptions(drop=False)
+    report = network_report(network, some_images(), asked)
     assert torch.rand(1) == expected
     assert report.proof.equal
     assert [m.training for m in network.modules()] == modes
@@ -248,7 +255,7 @@ def test_models_of_all_kinds(mode):
 def test_a_compiled_model():
     network = small_network()
     compiled = torch.compile(network)
-    found = network_report(compiled)
+    found = network_report(compiled)  # compiles nothing
     assert [x.name for x in found.layers] == ['0', '3', '5', '7']
     assert found.title == 'Sequential'
 
@@ -293,6 +300,7 @@ def test_a_network_that_is_not_run_on_its_own():
 def test_what_stands_out():
     network = small_network()
     report = network_report(network)
+    assert report.images == 0
     texts = ' '.join(f.text for f in findings(report))
     assert 'supplies most of the merged kernels' in texts
     assert 'dead' not in texts and 'at risk' not in texts

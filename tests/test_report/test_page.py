@@ -235,7 +235,7 @@ def test_kernels_of_other_dimensions(shape):
 
 
 def test_files(tmp_path):
-    network, path = small_network(), tmp_path / 'new' / 'report.html'
+    network, path = small_network()[:3], tmp_path / 'new' / 'report.html'
     with pytest.raises(ValueError, match="path must end in .html, got '.*'"):
         write_report(network, tmp_path / 'report.pdf')
     report = write_report(network, path)
