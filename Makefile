@@ -7,6 +7,7 @@
 #                                  segmentation
 #   make mutate                    break one line at a time, see if tests fail
 #   make test-yolo                 ultralytics: docs/yolo.md
+#   make notebooks                 run docs/notebooks, keep their outputs
 #   make sweep                     blocks in every config of the stack
 #   make sweep-hosts               and of mmpose, mmaction2, mmdet3d, mmyolo,
 #                                  mmocr, mmrotate; writes docs/hosts.md
@@ -31,7 +32,8 @@ IN_ENV = venv=$$(requirements/install.sh $(STACK) | tail -n 1) && "$$venv/bin/py
 IN_ENV_WITH = venv=$$(requirements/install.sh $(STACK) $(1) | tail -n 1) \
   && "$$venv/bin/python"
 
-.PHONY: install demo test test-yolo test-boxes lint bench fuzz mutate sweep sweep-hosts
+.PHONY: install demo test test-yolo test-boxes lint bench fuzz mutate sweep \
+  sweep-hosts notebooks
 
 install:
 	@$(IN_ENV) --version
@@ -73,3 +75,7 @@ sweep:
 sweep-hosts:
 	@OMP_NUM_THREADS=1 $(call IN_ENV_WITH,hosts) -W ignore tools/sweep.py \
 	  $(ROWS) --docs
+
+# Writes the outputs into the notebooks; minutes.
+notebooks:
+	@$(call IN_ENV_WITH,notebooks) tools/workshop/notebooks.py

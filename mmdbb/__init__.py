@@ -44,7 +44,9 @@ from mmdbb.version import __version__
 #: Names that need mmengine and mmcv -> the modules that define them.
 _OF_HOSTS = {
     'BackbonePretrainedInit': 'mmdbb.mm.starts.backbone',
+    'CheckpointReportOptions': 'mmdbb.mm.checkpoint_report',
     'BlocksHook': 'mmdbb.mm.engine.blocks_hook',
+    'BranchSharesHook': 'mmdbb.mm.engine.branch_shares_hook',
     'DataCheckHook': 'mmdbb.mm.engine.data_check',
     'LayerDecayOptimWrapperConstructor': 'mmdbb.mm.engine.layer_decay',
     'OfficialPretrainedInit': 'mmdbb.mm.starts.official',
@@ -58,6 +60,7 @@ _OF_HOSTS = {
     'WholeCheckpointHook': 'mmdbb.mm.engine.whole_checkpoints',
     'check_data': 'mmdbb.mm.engine.data_check',
     'load_deployed': 'mmdbb.mm.deploy.load',
+    'report_checkpoint': 'mmdbb.mm.checkpoint_report',
 }
 
 __all__ = [

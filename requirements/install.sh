@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Build the environment of one stack and link this checkout to it.
 #
-#   requirements/install.sh [openmmlab|onedl] [yolo|hosts]
+#   requirements/install.sh [openmmlab|onedl] [yolo|hosts|notebooks]
 #
 # The packages (5 GB, and mmcv takes minutes to compile) live in a cache
 # folder, once a machine, named by a hash of everything that decides their
@@ -10,8 +10,8 @@
 # Whatever an interrupted call left behind, the next call completes.
 #
 # With a second argument the environment also has the packages of
-# requirements/yolo.txt or requirements/hosts.txt, and is `.venv-STACK-yolo`
-# or `.venv-STACK-hosts`. The first one stays without them.
+# requirements/yolo.txt, hosts.txt or notebooks.txt, and is
+# `.venv-STACK-yolo` and so on. The first one stays without them.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -21,8 +21,9 @@ if [ ! -f "requirements/mmcv-$stack.txt" ]; then
   exit 2
 fi
 more=${2:-}
-if [ -n "$more" ] && [ "$more" != yolo ] && [ "$more" != hosts ]; then
-  echo "unknown packages '$more'; allowed: yolo, hosts" >&2
+if [ -n "$more" ] && [ "$more" != yolo ] && [ "$more" != hosts ] &&
+  [ "$more" != notebooks ]; then
+  echo "unknown packages '$more'; allowed: yolo, hosts, notebooks" >&2
   exit 2
 fi
 python=${PYTHON:-python3.11}

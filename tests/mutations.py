@@ -107,6 +107,10 @@ SHARES = 'tests/test_shares.py'
 REPOPT = 'tests/test_repopt.py'
 BY_NAME = 'tests/test_mm/test_by_name.py'
 DROP = 'tests/test_drop_branches.py'
+REPORT_MEASURE = 'tests/test_report/test_measure.py'
+SHARES_HOOK = 'tests/test_engine/test_branch_shares_hook.py'
+MATCHING = 'tests/test_engine/test_matching.py'
+MARKS = 'tests/test_engine/test_mistakes.py'
 
 TABLE = (
     # -------------------------------------- smaller kernels, large kernels
@@ -351,6 +355,125 @@ TABLE = (
         'if branch.share <= threshold',
         'the kxk branch is never dropped',
         (DROP,),
+    ),
+    # --------------------------------------------------------------- report
+    *(
+        Mutation(f'mmdbb/report/{name}.py', *change, (REPORT_MEASURE,))
+        for name, change in (
+            (
+                'dropping',
+                (
+                    'tensor.sub_(value.to(tensor))',
+                    'tensor.add_(value.to(tensor))',
+                    'a branch is doubled, not taken out',
+                ),
+            ),
+            (
+                'dropping',
+                (
+                    'zip((conv.weight, conv.bias), part)',
+                    'zip((conv.weight,), part)',
+                    'the bias of a branch that is taken out stays',
+                ),
+            ),
+            (
+                'dropping',
+                (
+                    'tensor.copy_(value)',
+                    'pass',
+                    'a branch that was taken out does not come back',
+                ),
+            ),
+            (
+                'layers',
+                (
+                    'name: bias * scale for name, bias in biases.items()',
+                    'name: bias for name, bias in biases.items()',
+                    'biases without the norm behind the sum',
+                ),
+            ),
+            (
+                'layers',
+                (
+                    'folded = kernel * scale',
+                    'folded = kernel + 0 * scale',
+                    'ranges without the norm behind',
+                ),
+            ),
+            (
+                'layers',
+                (
+                    'return share.projection / share.share',
+                    'return share.projection',
+                    'the angle from a projection of the wrong length',
+                ),
+            ),
+            (
+                'measure',
+                (
+                    'pair = [double, reparameterize(double).eval()]',
+                    'pair = [double, merged.double()]',
+                    'a merge that was rounded is proven',
+                ),
+            ),
+            (
+                'measure',
+                (
+                    'found[name] = found.get(name, 0) + spent',
+                    'found[name] = spent',
+                    'a layer that runs twice counts once',
+                ),
+            ),
+        )
+    ),
+    Mutation(
+        'mmdbb/report/pieces.py',
+        "return re.sub(r'`([^`]*)`', r'<code>\\1</code>', escape(text))",
+        "return re.sub(r'`([^`]*)`', r'<code>\\1</code>', text)",
+        'names of layers are taken for HTML',
+        ('tests/test_report/test_page.py::test_hostile_names',),
+    ),
+    Mutation(
+        'mmdbb/mm/engine/branch_shares_hook.py',
+        "getattr(hooks[0], 'ema_model', None) if hooks else None",
+        'runner if hooks else None',
+        'the average is not what is logged',
+        (SHARES_HOOK,),
+    ),
+    Mutation(
+        'mmdbb/mm/engine/branch_shares_hook.py',
+        'if self._off or self._last == step:',
+        'if self._off:',
+        'one step is logged twice',
+        (SHARES_HOOK,),
+    ),
+    Mutation(
+        'mmdbb/mm/engine/matching.py',
+        'same = (objects.labels == found.labels[i]) & ~taken',
+        'same = objects.labels == found.labels[i]',
+        'an object is found by several boxes',
+        (MATCHING,),
+    ),
+    Mutation(
+        'mmdbb/mm/engine/matching.py',
+        'order = found.scores.argsort(descending=True, stable=True).tolist()',
+        'order = range(len(found.bboxes))',
+        'boxes take objects in another order than by score',
+        (MATCHING,),
+    ),
+    Mutation(
+        'mmdbb/mm/engine/mistakes.py',
+        'wrong = known & (truth != found)',
+        'wrong = truth != found',
+        'pixels of no class count as wrong',
+        (MARKS,),
+    ),
+    Mutation(
+        'mmdbb/mm/engine/mistakes.py',
+        'found = found[found.scores > score]',
+        'pass',
+        'boxes that are not drawn count',
+        (MARKS,),
     ),
     # --------------------------------------------------------------- shares
     Mutation(

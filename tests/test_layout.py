@@ -18,7 +18,7 @@ FACES = ('backbones', 'deploy', 'export', 'prune', 'quantize')
 #: The lower storey, which needs torch only. Each part may import from those
 #: above it, and from itself. What is new belongs somewhere here.
 LOWER = (
-    ('version', 'errors', 'registry', 'scale_norm', 'dimensions'),
+    ('version', 'errors', 'registry', 'scale_norm', 'dimensions', 'ranges'),
     ('ports', 'modules'),
     ('recompute',),
     ('geometry',),
@@ -35,6 +35,7 @@ LOWER = (
     ('insert', 'compare'),
     ('by_name', 'drop_branches'),
     ('yolo', 'proof'),
+    ('report',),
 )
 #: The upper storey: folders and files of `mmdbb.mm`, on top of the lower.
 UPPER = (
@@ -52,7 +53,7 @@ UPPER = (
     ('mm.starts',),
     ('mm.engine',),
     ('mm.evaluation',),
-    ('mm.quantization',),
+    ('mm.quantization', 'mm.checkpoint_report'),
     ('mm.pruning', 'mm.inference'),
     ('mm.registration',),
     FACES,

@@ -19,6 +19,7 @@ FACES = (
     'prune',
     'quantize',
     'reparam',
+    'report',
     'repopt',
     'shares',
     'yolo',

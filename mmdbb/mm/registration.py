@@ -18,6 +18,7 @@ from mmdbb.mm.data_flow import run_on_image
 from mmdbb.mm.deploy.images import data_samples
 from mmdbb.mm.engine import (  # noqa: F401
     blocks_hook,
+    branch_shares_hook,
     data_check,
     layer_decay,
     optim,

@@ -97,6 +97,7 @@ def of_a_search(cfg, folder):
 ROWS = {
     'BackbonePretrained': dict(checkpoint=of_the_network),
     'BlocksHook': dict(),
+    'BranchSharesHook': dict(interval=1),
     'KernelPenaltyHook': dict(weight=1e-4),
     'LayerDecayOptimWrapperConstructor': dict(decay_rate=rate_of_unireplknet),
     'OfficialPretrained': dict(checkpoint=of_the_papers),

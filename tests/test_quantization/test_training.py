@@ -36,13 +36,11 @@ from mmdbb.mm.quantization.insert_bn import (
 from mmdbb.mm.quantization.network import fill_network, load_network
 from mmdbb.mm.quantization.qat import QATHook, prepare_qat_
 from mmdbb.mm.quantization.qdq import write_qdq
-from mmdbb.mm.quantization.ranges import (
-    branch_kernels,
-    kernel_ranges,
-    signal_to_noise,
-)
+from mmdbb.mm.quantization.ranges import kernel_ranges
 from mmdbb.mm.quantization.tables import plot_ranges, print_ranges
+from mmdbb.ranges import signal_to_noise
 from mmdbb.reparam import find_blocks
+from mmdbb.shares import branch_kernels
 
 # The hook
 

@@ -39,6 +39,7 @@ from mmdbb.mm.engine.fitting import (
     StartingCheckpointHook,
 )
 from mmdbb.mm.engine.progress import quietly
+from mmdbb.mm.engine.mistakes import marking_mistakes
 from mmdbb.mm.engine.repeatable import RepeatableHook
 from mmdbb.mm.engine.resume import (
     check_resumed,
@@ -395,7 +396,7 @@ def _tested(config: Config, args: argparse.Namespace) -> dict:
         dump = dict(type=_package(config).dump, out_file_path=args.out)
         runner.test_evaluator.metrics.append(METRICS.build(dump))
     try:
-        with explained_data():
+        with marking_mistakes(runner.visualizer), explained_data():
             return runner.test()
     finally:
         end_workers(runner)

@@ -9,7 +9,6 @@ the ratio of signal to rounding noise that results.
 
 from __future__ import annotations
 
-import math
 from typing import Dict, List, NamedTuple, Optional
 
 import torch
@@ -23,14 +22,10 @@ from mmdbb.branches.norm import norm_scale_shift
 from mmdbb.conv_norms import norm_names
 from mmdbb.errors import UserError
 from mmdbb.mm.quantization.fake import own_layers, quantizable_layers
-from mmdbb.mm.quantization.quantizers import WeightQuantizer
 from mmdbb.modules import is_known
 from mmdbb.own_forward import own_forwards
-from mmdbb.transforms import KernelBias, fuse_conv_bn
-
-#: A weight larger than this many standard deviations of its kernel is an
-#: outlier.
-OUTLIER = 6.0
+from mmdbb.ranges import weight_range
+from mmdbb.shares import branch_kernels
 
 
 class KernelRange(NamedTuple):
@@ -41,8 +36,8 @@ class KernelRange(NamedTuple):
         kind: Class of the layer, such as ``DBB`` or ``Conv2d``.
         low: Smallest weight.
         high: Largest weight.
-        outliers: Share of the weights beyond :data:`OUTLIER` standard
-            deviations.
+        outliers: Share of the weights beyond :data:`mmdbb.ranges.OUTLIER`
+            standard deviations.
         spread: Range of the widest output channel, divided by the median
             range.
         branches: Branch -> its share, by magnitude, in the largest weight of
@@ -113,23 +108,9 @@ def _kernel_range(
     kernel = kernel.double() * scale
     if not kernel.isfinite().all():
         raise UserError(f'the kernel of {name} is not finite')
-    sizes = kernel.abs().flatten(1).amax(1)
-    spread = sizes.max() / sizes.median().clamp_min(1e-300)
-    deviation = kernel.std(correction=0).clamp_min(1e-300)
-    outliers = (kernel.abs() > OUTLIER * deviation).double().mean()
-    kind = type(layer).__name__
-    return KernelRange(
-        name,
-        kind,
-        kernel.min().item(),
-        kernel.max().item(),
-        outliers.item(),
-        spread.item(),
-        _shares(layer, kernel, scale),
-        signal_to_noise(kernel),
-        signal_to_noise(kernel, per_channel=False),
-        sizes.tolist(),
-    )
+    found = weight_range(kernel)._asdict()
+    shares = _shares(layer, kernel, scale)
+    return KernelRange(name, type(layer).__name__, branches=shares, **found)
 
 
 def _scale(norm: Optional[nn.Module], kernel: Tensor) -> Tensor:
@@ -149,51 +130,8 @@ def _shares(
         return {}
     place = kernel.abs().flatten(1).argmax(1, keepdim=True)
     parts = {
-        branch: part.double().mul(scale).flatten(1).gather(1, place).abs()
+        branch: part.to(kernel).mul(scale).flatten(1).gather(1, place).abs()
         for branch, part in branch_kernels(layer).items()
     }
     total = sum(parts.values()).clamp_min(1e-300)
     return {n: (part / total).mean().item() for n, part in parts.items()}
-
-
-def branch_kernels(block: BranchSumConv2d) -> Dict[str, Tensor]:
-    """Split a block's equivalent kernel into the parts of its branches.
-
-    Args:
-        block: A block that is not merged.
-
-    Returns:
-        dict: Branch -> its part, a kernel (out, in / groups, kH, kW). The
-        parts sum to the equivalent kernel.
-    """
-    parts = {}
-    for name, branch in block.branches.items():
-        part = block.kernel_bias_of(branch)
-        if block.norm is not None:
-            zero = KernelBias(part.kernel, torch.zeros_like(part.bias))
-            part = fuse_conv_bn(zero, norm_scale_shift(block.norm))
-        parts[name] = part.kernel
-    return parts
-
-
-def signal_to_noise(kernel: Tensor, per_channel: bool = True) -> float:
-    """Compare a kernel's energy with the energy of its error in INT8.
-
-    Args:
-        kernel: The kernel, (out, in / groups, kH, kW) or (out, in).
-        per_channel: Whether each output channel has a scale of its own.
-
-    Returns:
-        float: The ratio in decibels; infinite if rounding changes nothing.
-    """
-    if per_channel:
-        quantizer = WeightQuantizer().to(kernel.device)
-        rounded = quantizer(kernel.float()).to(kernel)
-    else:
-        step = kernel.abs().max().clamp_min(1e-300) / 127
-        rounded = (kernel / step).round() * step
-    noise = (kernel - rounded).square().sum().item()
-    signal = kernel.square().sum().item()
-    if not noise or not signal:
-        return math.inf
-    return 10 * math.log10(signal / noise)

@@ -8,8 +8,9 @@ from typing import List
 
 from mmdbb.mm.engine.measure import check_picture, print_table
 from mmdbb.mm.quantization.ptq import Quantized
-from mmdbb.mm.quantization.ranges import OUTLIER, KernelRange
+from mmdbb.mm.quantization.ranges import KernelRange
 from mmdbb.mm.quantization.sensitivity import Sensitivity
+from mmdbb.ranges import OUTLIER
 
 _TITLES = dict(
     trained='trained, PyTorch',

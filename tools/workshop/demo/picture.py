@@ -12,6 +12,9 @@ import torch
 from mmengine.dataset import pseudo_collate
 from torch import nn
 
+from mmdbb.mm.engine.matching import match
+from mmdbb.mm.engine.mistakes import KINDS, sides_of
+
 # A colour for each digit, none of them near another.
 COLOURS = np.array(
     [
@@ -131,14 +134,38 @@ def _draw_boxes(figure, model, dataset) -> None:
         found = found[found.scores > SCORE]
         # Of the boxes in one place, which have other labels, the best.
         found = found[nms(found.bboxes, found.scores, 0.5)]
-        for box, label, score in zip(
-            found.bboxes.tolist(), found.labels.tolist(), found.scores.tolist()
+        sample.pred_instances = found
+        sides = sides_of(sample, SCORE)
+        matched = match(*sides)
+        for box, label, score, verdict in zip(
+            found.bboxes.tolist(),
+            found.labels.tolist(),
+            found.scores.tolist(),
+            matched.verdicts,
         ):
-            _draw_box(axes, box, f'{label}  {score:.0%}', COLOURS[label] / 255)
-    figure.suptitle(f'Boxes with a score above {SCORE:.0%}', fontsize=11)
+            text, colour = f'{label}  {score:.0%}', COLOURS[label] / 255
+            if verdict.kind in KINDS:
+                text, colour = f'{label}, {_wrong(verdict)}', 'crimson'
+            _draw_box(axes, box, text, colour)
+        for place in matched.missed:
+            label = int(sides.objects.labels[place])
+            box = sides.objects.bboxes[place].tolist()
+            _draw_box(axes, box, f'missed {label}', 'crimson', '--')
+    figure.suptitle(
+        f'Boxes with a score above {SCORE:.0%}; in red: wrong ones, dashed: '
+        'missed',
+        fontsize=11,
+    )
 
 
-def _draw_box(axes, box, text, colour) -> None:
+def _wrong(verdict) -> str:
+    """What is wrong with a box, beside its label."""
+    if verdict.kind == 'wrong':
+        return f'is {verdict.label}'
+    return KINDS[verdict.kind][1]
+
+
+def _draw_box(axes, box, text, colour, style='-') -> None:
     from matplotlib.patches import Rectangle
 
     left, top, right, bottom = box
@@ -150,6 +177,7 @@ def _draw_box(axes, box, text, colour) -> None:
             fill=False,
             linewidth=1.6,
             edgecolor=colour,
+            linestyle=style,
         )
     )
     axes.text(
