@@ -17,6 +17,7 @@ WORKSHOP = (
     'tools/workshop',
     'tools/benchmark.py',
     'tools/demo.py',
+    'tools/demo_torch.py',
     'tools/model_zoo.py',
     'tools/prepare_demo_data.py',
     'tools/study.py',

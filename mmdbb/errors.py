@@ -59,5 +59,5 @@ def require_packages(what: str, extra: str, *modules: str) -> None:
         except ImportError as error:
             raise UserError(
                 f'{what} needs {name} ({error}); in the checkout of mmdbb: '
-                f'pip install -e ".[{extra}]"'
+                f'python -m pip install -e ".[{extra}]"'
             ) from error

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Run a command and say in one line what it does and how far it is.
 
-    progress.py "[1/4] torch" --tmp DIR --site DIR --log FILE -- pip install ...
+    progress.py "[1/2] torch" --tmp DIR --site DIR --log FILE -- COMMAND ...
 
 Understands pip (what it collects, how much of a file is here, how many
 packages are in place) and ninja (files compiled). On a terminal the line
@@ -23,7 +23,9 @@ from pathlib import Path
 COLLECTING = re.compile(r'^\s*Collecting ([\w.\[\]-]+)')
 DOWNLOADING = re.compile(r'^\s*Downloading (\S+) \(([\d.]+) ([kMG]?B)\)')
 INSTALLING = re.compile(r'^Installing collected packages: (.+)$')
-BUILDING = re.compile(r'^\s*Building wheels? for (?:collected packages: )?(\S+)')
+BUILDING = re.compile(
+    r'^\s*Building wheels? for (?:collected packages: )?(\S+)'
+)
 COMPILING = re.compile(r'^\s*\[(\d+)/(\d+)\] ')
 UNITS = {'B': 1, 'kB': 1e3, 'MB': 1e6, 'GB': 1e9}
 #: Seconds between two lines where there is no terminal.
@@ -131,7 +133,9 @@ class Shown(threading.Thread):
     def stop(self, how):
         self.ended.set()
         self.join()
-        self.say(f'{self.title}: {how} ({clock(time.monotonic() - self.begun)})')
+        self.say(
+            f'{self.title}: {how} ({clock(time.monotonic() - self.begun)})'
+        )
 
     def say(self, text, last=True):
         if self.terminal:
@@ -174,6 +178,7 @@ def run(command, title, state, log, out=sys.stderr):
 
 
 def main():
+    """Run the command that stands behind --."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('title')
     parser.add_argument('--tmp', help='where pip keeps what it downloads')

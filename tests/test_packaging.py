@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 WORKSHOP = (
     'benchmark',
     'demo',
+    'demo_torch',
     'model_zoo',
     'prepare_demo_data',
     'study',

@@ -41,7 +41,7 @@ def test_failed_stage_shows_its_last_lines(tmp_path, capfd):
 def test_folder_of_others_is_not_used(tmp_path):
     (tmp_path / 'mine.txt').touch()
     with pytest.raises(UserError, match='choose another --work-dir'):
-        run._claim(tmp_path)
+        run.claim(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ['mine.txt']
 
 
