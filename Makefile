@@ -73,10 +73,10 @@ types:
 
 # Without warnings, or it fails. Needs no more than the light stack.
 docs:
-	@$(call IN_ENV_WITH,docs) docs/site/build.py build/docs
+	@$(call IN_ENV_WITH,docs) tools/build_docs.py build/docs
 
 dist:
-	@$(call IN_ENV_WITH,release) tools/workshop/release.py dist
+	@$(call IN_ENV_WITH,release) tools/build_release.py dist
 
 # Read thousands of damaged files: make fuzz CASES=100000 SEED=1
 fuzz:

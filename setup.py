@@ -16,6 +16,8 @@ SHIPPED = ('configs', 'tools', 'model-index.yml')
 WORKSHOP = (
     'tools/workshop',
     'tools/benchmark.py',
+    'tools/build_docs.py',
+    'tools/build_release.py',
     'tools/demo.py',
     'tools/demo_torch.py',
     'tools/model_zoo.py',

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Build the environment of one stack and link this checkout to it.
 #
-#   requirements/install.sh [openmmlab|onedl|light|torch] [yolo|hosts|docs|types]
+#   requirements/install.sh [openmmlab|onedl|light|torch] [PACKAGES]
 #
 # The packages (5 GB, most of it torch) live in a cache folder, once a
 # machine, named by a hash of everything that decides their content:
@@ -15,9 +15,9 @@
 #
 # Where a larger environment is complete, `light` and `torch` take that one.
 #
-# With a second argument the environment also has the packages of
-# requirements/yolo.txt (and so on), and is `.venv-STACK-yolo`. The first one
-# stays without them.
+# With PACKAGES (yolo, hosts, docs, types or release) the environment also has
+# those of requirements/PACKAGES.txt, and is `.venv-STACK-PACKAGES`. The first
+# one stays without them.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -31,9 +31,10 @@ case $stack in
 esac
 more=${2:-}
 case $more in
-  '' | yolo | hosts | docs | types) ;;
+  '' | yolo | hosts | docs | types | release) ;;
   *)
-    echo "unknown packages '$more'; allowed: yolo, hosts, docs, types" >&2
+    echo "unknown packages '$more'; allowed: yolo, hosts, docs, types," \
+      "release" >&2
     exit 2
     ;;
 esac

@@ -15,6 +15,8 @@ ROOT = Path(__file__).resolve().parents[1]
 #: What serves the work on mmdbb itself.
 WORKSHOP = (
     'benchmark',
+    'build_docs',
+    'build_release',
     'demo',
     'demo_torch',
     'model_zoo',
