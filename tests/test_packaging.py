@@ -68,7 +68,7 @@ def test_wheel_holds_the_package_and_its_mim_folder(wheel):
     expected = {
         path if path.startswith('mmdbb/') else f'mmdbb/.mim/{path}'
         for path in sources()
-        if not path.startswith('mmdbb/') or path.endswith('.py')
+        if not path.startswith('mmdbb/') or path.endswith(('.py', '.typed'))
     }
     index = ROOT / 'model-index.yml'
     if index.exists():
