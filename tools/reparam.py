@@ -172,6 +172,11 @@ def deploy(args, source, proof):
         )
     print(f'weights: {result.checkpoint}')
     print(f'config:  {result.config}')
+    from mmdbb.mm.config_files import imports_of
+
+    modules = imports_of(result.config)
+    if modules:
+        print(f'the config imports {", ".join(modules)}: loading needs it')
 
 
 def export(args, source, proof):

@@ -25,7 +25,7 @@ SECTIONS = {
         'yolo',
         'dimensions',
         'large_kernels',
-        'choosing',
+        'choosing_blocks',
         'hosts',
         'plain_weights',
         'official_files',
@@ -40,7 +40,7 @@ SECTIONS = {
         'pruning',
         'report',
     ),
-    'Results': ('model_zoo', 'recipes', 'benchmarks', 'study'),
+    'Results': ('model_zoo', 'papers', 'recipes', 'benchmarks', 'study'),
     'How it works': ('transformations', 'deviations', 'files', 'design'),
     'Take part': (
         'contributing',
