@@ -13,7 +13,15 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-from typing import Callable, Dict, Iterator, List, NamedTuple, Optional
+from typing import (
+    Callable,
+    Dict,
+    Iterator,
+    List,
+    NamedTuple,
+    Optional,
+    Tuple,
+)
 
 import torch
 from torch import Tensor, nn
@@ -241,7 +249,7 @@ def _is_proven(block: nn.Module, merged: nn.Module, name: str) -> bool:
 def _inputs(block: nn.Module) -> Iterator[Tensor]:
     """Random inputs that a block may take, images before tokens."""
     generator = torch.Generator().manual_seed(0)
-    shapes = {}
+    shapes: Dict[Tuple[int, ...], bool] = {}
     for module in block.modules():
         if isinstance(module, (nn.Conv2d, ReparamConv2d)):
             shapes[2, module.in_channels, 64, 48] = True

@@ -10,7 +10,16 @@ import shutil
 import signal
 import tempfile
 import threading
-from typing import Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
+from typing import (
+    Any,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    Optional,
+    Sequence,
+    Tuple,
+)
 
 from mmdbb.errors import UserError
 
@@ -169,7 +178,9 @@ def uninterrupted() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    handlers = {n: signal.getsignal(n) for n in INTERRUPTIONS}
+    handlers: Dict[int, Any] = {
+        number: signal.getsignal(number) for number in INTERRUPTIONS
+    }
     waiting: List[tuple] = []
     try:
         for number, before in handlers.items():
