@@ -3,8 +3,12 @@
 #   docker build -t mmdbb .
 #   docker run --rm -it --gpus all -v /path/of/data:/mmdbb/data mmdbb
 #
-# --build-arg STACK=onedl takes the forks, STACK=light compiles nothing.
-FROM python:3.11-bookworm
+# --build-arg STACK=onedl takes the forks, STACK=light compiles nothing. There
+# is no nvcc here, so mmcv's operators (NMS, RoIAlign, ...) run on CPUs only;
+# for detectors on GPUs build from an image with CUDA's compiler and Python
+# 3.11: --build-arg BASE=...
+ARG BASE=python:3.11-bookworm
+FROM ${BASE}
 
 ARG STACK=openmmlab
 ENV MMDBB_CACHE=/opt/mmdbb-packages PIP_NO_CACHE_DIR=1 PYTHON=python3.11
@@ -24,6 +28,6 @@ COPY mmdbb/mm/hosts.py mmdbb/mm/hosts.py
 RUN requirements/install.sh $STACK
 
 COPY . .
-RUN requirements/install.sh $STACK
+RUN rm -rf .venv-$STACK && requirements/install.sh $STACK
 ENV PATH=/mmdbb/.venv-$STACK/bin:$PATH
 CMD ["bash"]

@@ -70,7 +70,8 @@ def insert_blocks_(
         holds in a plain list or dict too, and those inside blocks.
 
     Raises:
-        TypeError: If ``block`` is not a dict, or has unknown keys.
+        TypeError: If ``block`` is not a dict or has unknown keys, or
+            ``where`` is no function.
         ValueError: If there is nothing to replace, ``block`` names no block
             or one that cannot start as a plain convolution, or the model
             cannot be traced. The model is then unchanged.
@@ -95,6 +96,11 @@ def insert_blocks_(
             size = conv.kernel_size
             fits = sizes[0] <= max(size) <= sizes[1]
             return fits and block_type.starts_plain(size)
+
+    elif not callable(where):
+        raise TypeError(
+            f'where must be a function of name and convolution, got {where!r}'
+        )
 
     readers = own_readers(model, example)
     held = _held(model)

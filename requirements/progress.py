@@ -26,6 +26,7 @@ INSTALLING = re.compile(r'^Installing collected packages: (.+)$')
 BUILDING = re.compile(
     r'^\s*Building wheels? for (?:collected packages: )?(\S+)'
 )
+PREPARING = re.compile(r'^\s*(Preparing metadata|Running command)')
 COMPILING = re.compile(r'^\s*\[(\d+)/(\d+)\] ')
 UNITS = {'B': 1, 'kB': 1e3, 'MB': 1e6, 'GB': 1e9}
 #: Seconds between two lines where there is no terminal.
@@ -69,6 +70,9 @@ class State:
             self.file = None
         elif BUILDING.match(line):
             self.text = f'building {BUILDING.match(line)[1].rstrip(",:")}'
+            self.file = None
+        elif PREPARING.match(line):
+            self.text, self.file = 'preparing to build', None
 
     def line(self, now):
         """What to show now."""
@@ -84,8 +88,11 @@ class State:
                 text += f', about {clock(left)} left'
             return text
         if self.file:
-            here = self._downloaded() / 1e6
-            return f'{self.text}: {here:.0f} of {self.size / 1e6:.0f} MB'
+            name = 'MB' if self.size >= 1e6 else 'kB'
+            here, size = self._downloaded() / UNITS[name], self.size
+            return (
+                f'{self.text}: {here:.0f} of {size / UNITS[name]:.0f} {name}'
+            )
         return self.text
 
     def _installed(self):

@@ -31,10 +31,16 @@ def test_what_pip_collects_and_downloads(tmp_path):
         'Collecting torch==2.12.1 (from -r base.txt (line 11))\n',
         f'  Downloading https://x.invalid/whl/{part.name}#sha256=1 (8.0 MB)\n',
         'Collecting numpy\n',
+        '  Downloading https://x.invalid/mmcv-2.1.0.tar.gz (471 kB)\n',
+        '  Running command python setup.py egg_info\n',
+        'Building wheels for collected packages: mmcv\n',
     ) == [
         'looking for torch',
         'downloading torch-2.12.1: 2 of 8 MB',
         'looking for numpy',
+        'downloading mmcv-2.1.0.tar.gz: 0 of 471 kB',
+        'preparing to build',
+        'building mmcv',
     ]
 
 
