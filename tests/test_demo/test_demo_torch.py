@@ -89,3 +89,13 @@ def test_a_file_is_no_folder(tmp_path):
     (tmp_path / 'work').touch()
     with pytest.raises(UserError, match='is not a folder'):
         started.claim(tmp_path / 'work')
+
+
+def test_each_epoch_has_an_order_of_its_own(few_digits):
+    data = plain_torch.digits(0)['train']
+    one, again, other = (
+        torch.cat([images for images, _ in plain_torch.batches(data, 0, n)])
+        for n in (0, 0, 1)
+    )
+    assert torch.equal(one, again) and not torch.equal(one, other)
+    assert one.shape == other.shape == data[0].shape

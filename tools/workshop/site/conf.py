@@ -35,3 +35,12 @@ html_theme = 'furo'
 html_title = f'mmdbb {version}'
 html_copy_source = False
 copybutton_exclude = '.linenos, .gp'
+
+
+def setup(app):
+    """Leave out the fields of NamedTuples, which `Attributes` describes."""
+
+    def skip(app, what, name, value, skipped, options):
+        return True if type(value).__name__ == '_tuplegetter' else None
+
+    app.connect('autodoc-skip-member', skip)
