@@ -15,9 +15,9 @@
 #
 # Where a larger environment is complete, `light` and `torch` take that one.
 #
-# With PACKAGES (yolo, hosts, docs, types or release) the environment also has
-# those of requirements/PACKAGES.txt, and is `.venv-STACK-PACKAGES`. The first
-# one stays without them.
+# With PACKAGES, any requirements/PACKAGES.txt that is on top of a stack (yolo,
+# hosts, docs, types, release, ...), the environment also has those, and is
+# `.venv-STACK-PACKAGES`. The first one stays without them.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -30,14 +30,20 @@ case $stack in
     ;;
 esac
 more=${2:-}
-case $more in
-  '' | yolo | hosts | docs | types | release) ;;
-  *)
-    echo "unknown packages '$more'; allowed: yolo, hosts, docs, types," \
-      "release" >&2
-    exit 2
-    ;;
-esac
+on_top=()
+for file in requirements/*.txt; do
+  name=$(basename "$file" .txt)
+  case $name in
+    # What the stacks themselves are made of.
+    base | constraints | demo | tests | light | torch | openmmlab | onedl | \
+      mmcv-*) ;;
+    *) on_top+=("$name") ;;
+  esac
+done
+if [ -n "$more" ] && [[ " ${on_top[*]} " != *" $more "* ]]; then
+  echo "unknown packages '$more'; allowed: ${on_top[*]}" >&2
+  exit 2
+fi
 python=${PYTHON:-python3.11}
 if ! command -v "$python" >/dev/null; then
   echo "'$python' not found; the pinned packages need Python 3.11" \

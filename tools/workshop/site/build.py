@@ -65,8 +65,9 @@ def write_sources(root: Path, folder: Path, language: Language) -> None:
             sections = sections_of(list(pages.values()), language)
             menus = [toctree(*section) for section in sections.items()]
             if language.code == 'en':
+                there = api_modules()
                 for title, modules in API.items():
-                    names = [f'api/{module}' for module in modules]
+                    names = [f'api/{m}' for m in modules if m in there]
                     menus.append(toctree(f'API: {title}', names))
             text = '\n'.join([text, *menus])
         (folder / f'{name}.md').write_text(text, encoding='utf-8')

@@ -8,7 +8,7 @@ section names gets its place under the last title, so that none is lost.
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import os
 import re
 from pathlib import Path
@@ -68,6 +68,8 @@ API = {
         'mmdbb',
         'mmdbb.insert',
         'mmdbb.reparam',
+        'mmdbb.repopt',
+        'mmdbb.shares',
         'mmdbb.yolo',
     ),
     'With OpenMMLab': (
@@ -76,6 +78,7 @@ API = {
         'mmdbb.export',
         'mmdbb.quantize',
         'mmdbb.prune',
+        'mmdbb.report',
         'mmdbb.mm.hosts',
     ),
     'Parts of your own': (
@@ -223,8 +226,13 @@ def toctree(title: str, names: List[str]) -> str:
 
 
 def api_modules() -> List[str]:
-    """Modules with a page of the API, in order."""
-    return [module for modules in API.values() for module in modules]
+    """Modules with a page of the API, in order; those that are there."""
+    return [
+        module
+        for modules in API.values()
+        for module in modules
+        if importlib.util.find_spec(module) is not None
+    ]
 
 
 def api_page(module: str, seen: Dict[int, str]) -> str:
