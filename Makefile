@@ -43,6 +43,7 @@ endif
 SMALLER_classification = light
 SMALLER_torch = torch
 
+TASKS = classification detection segmentation torch
 DEMO = tools/demo.py --task $(TASK)
 ifeq ($(TASK),torch)
 DEMO = tools/demo_torch.py
@@ -55,6 +56,7 @@ install:
 	@$(IN_ENV) --version
 
 demo:
+	$(if $(filter $(TASK),$(TASKS)),,$(error unknown TASK '$(TASK)'; allowed: $(TASKS)))
 	@venv=$$(requirements/install.sh $(DEMO_STACK) | tail -n 1) \
 	  && "$$venv/bin/python" $(DEMO)
 
