@@ -3,8 +3,11 @@
 #
 #   make test                      mmengine, mmcv, mmpretrain, mmdet, mmseg
 #   make test STACK=onedl          the same imports from the onedl forks
-#   make demo TASK=detection       classification (default), detection or
-#                                  segmentation
+#   make demo TASK=detection       classification (default), detection,
+#                                  segmentation; torch: without OpenMMLab
+#   make docs                      the docs site, build/docs/index.html
+#   make types                     mypy on the lower storey
+#   make dist                      wheel and source archive, checked
 #   make mutate                    break one line at a time, see if tests fail
 #   make test-yolo                 ultralytics: docs/yolo.md
 #   make notebooks                 run docs/notebooks, keep their outputs
@@ -32,14 +35,31 @@ IN_ENV = venv=$$(requirements/install.sh $(STACK) | tail -n 1) && "$$venv/bin/py
 IN_ENV_WITH = venv=$$(requirements/install.sh $(STACK) $(1) | tail -n 1) \
   && "$$venv/bin/python"
 
-.PHONY: install demo test test-yolo test-boxes lint bench fuzz mutate sweep \
-  sweep-hosts notebooks
+# Classification and plain torch do without what has to be compiled. Where
+# the whole stack is built already, the installer takes that.
+DEMO_STACK = $(STACK)
+ifeq ($(STACK),openmmlab)
+DEMO_STACK = $(or $(SMALLER_$(TASK)),openmmlab)
+endif
+SMALLER_classification = light
+SMALLER_torch = torch
+
+TASKS = classification detection segmentation torch
+DEMO = tools/demo.py --task $(TASK)
+ifeq ($(TASK),torch)
+DEMO = tools/demo_torch.py
+endif
+
+.PHONY: install demo test test-yolo test-boxes lint types docs dist bench \
+  fuzz mutate sweep sweep-hosts notebooks
 
 install:
 	@$(IN_ENV) --version
 
 demo:
-	@$(IN_ENV) tools/demo.py --task $(TASK)
+	$(if $(filter $(TASK),$(TASKS)),,$(error unknown TASK '$(TASK)'; allowed: $(TASKS)))
+	@venv=$$(requirements/install.sh $(DEMO_STACK) | tail -n 1) \
+	  && "$$venv/bin/python" $(DEMO)
 
 test:
 	@$(IN_ENV) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
@@ -54,6 +74,16 @@ test-boxes:
 lint:
 	@$(IN_ENV) -m ruff check .
 	@$(IN_ENV) -m ruff format --check .
+
+types:
+	@$(call IN_ENV_WITH,types) -m mypy
+
+# Without warnings, or it fails. Needs no more than the light stack.
+docs:
+	@$(call IN_ENV_WITH,docs) tools/build_docs.py build/docs
+
+dist:
+	@$(call IN_ENV_WITH,release) tools/build_release.py dist
 
 # Read thousands of damaged files: make fuzz CASES=100000 SEED=1
 fuzz:

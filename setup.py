@@ -4,6 +4,8 @@ The configs and tools ship inside the package as `mmdbb/.mim`, because mim
 looks for them there. A wheel holds copies, an editable installation links.
 """
 
+import os
+import re
 import runpy
 from pathlib import Path
 
@@ -16,7 +18,10 @@ SHIPPED = ('configs', 'tools', 'model-index.yml')
 WORKSHOP = (
     'tools/workshop',
     'tools/benchmark.py',
+    'tools/build_docs.py',
+    'tools/build_release.py',
     'tools/demo.py',
+    'tools/demo_torch.py',
     'tools/model_zoo.py',
     'tools/prepare_demo_data.py',
     'tools/study.py',
@@ -40,6 +45,7 @@ def run(path):
 
 
 HOSTS = run('mmdbb/mm/hosts.py')['HOSTS'].values()
+VERSION = run('mmdbb/version.py')['__version__']
 
 # Ranges of versions that should work together, for those who add mmdbb to an
 # environment of their own; requirements/*.txt pins the one combination that
@@ -108,26 +114,104 @@ class BuildWithMim(build_py):
                 self.copy_file(str(file), str(out))
 
 
-def readme():
-    """Return the long description for the package index."""
+#: Address of the repository, which the release workflow knows. A package
+#: built without it names none, and its description has no links to files.
+REPOSITORY = os.environ.get('MMDBB_REPOSITORY', '').rstrip('/')
+#: `[text](target)` and `![text](target)`; the text may hold a picture.
+LINK = re.compile(r'(!?)\[((?:[^\[\]]|!?\[[^\]]*\]\([^)]*\))*)\]\(([^)\s]+)\)')
+
+
+def readme(repository=REPOSITORY):
+    """Return the long description, in which nothing is relative.
+
+    A package index shows README.md without the files beside it. So links and
+    pictures get the repository's address, at the version's tag; without an
+    address a link leaves its text, and a picture nothing.
+
+    Args:
+        repository: Address of the repository, such as
+            `https://github.com/OWNER/mmdbb`.
+    """
     path = ROOT / 'README.md'
-    return path.read_text(encoding='utf-8') if path.exists() else ''
+    text = path.read_text(encoding='utf-8') if path.exists() else ''
+
+    def absolute(match):
+        picture, text, target = match.groups()
+        text = LINK.sub(absolute, text)
+        if '://' in target:
+            return f'{picture}[{text}]({target})'
+        if not repository:
+            return '' if picture else text
+        kind = 'raw' if picture else 'blob'
+        where = f'{repository}/{kind}/v{VERSION}/{target}'
+        return f'{picture}[{text}]({where})'
+
+    return LINK.sub(absolute, text)
+
+
+def project_urls(repository=REPOSITORY):
+    """Return the links that a package index shows beside the description."""
+    papers = {
+        'Paper: DBB': 'https://arxiv.org/abs/2103.13425',
+        'Paper: ACNet': 'https://arxiv.org/abs/1908.03930',
+        'Paper: RepVGG': 'https://arxiv.org/abs/2101.03697',
+        'Paper: OREPA': 'https://arxiv.org/abs/2204.00826',
+    }
+    if not repository:
+        return papers
+    return {
+        'Source': repository,
+        'Issues': f'{repository}/issues',
+        'Changelog': f'{repository}/blob/main/docs/changelog.md',
+        **papers,
+    }
 
 
 setup(
     name='mmdbb',
-    version=run('mmdbb/version.py')['__version__'],
+    version=VERSION,
     description='Structural re-parameterization (Diverse Branch Block and '
     'its relatives) for the OpenMMLab family',
     long_description=readme(),
     long_description_content_type='text/markdown',
+    author='mmdbb authors',
+    url=REPOSITORY or None,
+    project_urls=project_urls(),
     license='Apache-2.0',
+    keywords=[
+        'structural re-parameterization',
+        'Diverse Branch Block',
+        'RepVGG',
+        'ACNet',
+        'OREPA',
+        'OpenMMLab',
+        'computer vision',
+        'PyTorch',
+    ],
+    classifiers=[
+        'Development Status :: 4 - Beta',
+        'Intended Audience :: Developers',
+        'Intended Audience :: Science/Research',
+        'License :: OSI Approved :: Apache Software License',
+        'Operating System :: OS Independent',
+        'Programming Language :: Python :: 3',
+        'Programming Language :: Python :: 3 :: Only',
+        *(
+            f'Programming Language :: Python :: 3.{minor}'
+            for minor in range(9, 14)
+        ),
+        'Topic :: Scientific/Engineering :: Artificial Intelligence',
+        'Topic :: Scientific/Engineering :: Image Recognition',
+        'Topic :: Software Development :: Libraries :: Python Modules',
+        'Typing :: Typed',
+    ],
     python_requires='>=3.9',
     # For editable installations: with package_dir setuptools puts the
     # checkout on the path. Without it, `import mmdbb` from the folder above a
     # checkout named mmdbb would find the checkout, not the package in it.
     package_dir={'': '.'},
     packages=find_packages(include=['mmdbb', 'mmdbb.*']),
+    package_data={'mmdbb': ['py.typed']},
     # OpenMMLab's packages are extras, because two stacks provide the same
     # imports; mmdbb/mm/hosts.py says which are missing.
     install_requires=['torch>=2.1', 'numpy'],

@@ -8,7 +8,7 @@ For any other network names are a guess, and the data tells more:
 
 from __future__ import annotations
 
-from typing import Dict, Iterator, List, NamedTuple, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Tuple
 
 from torch import nn
 
@@ -37,7 +37,8 @@ def conv_norm_pairs(model: nn.Module) -> Iterator[ConvNorm]:
     ``nn.Sequential``; and the attribute ``conv_norm_names``, in which
     a module lists pairs of attributes, such as ``(('conv', 'norm'),)``.
     """
-    for parent in model.modules():
+    parents: Iterator[Any] = model.modules()  # with attributes of any type
+    for parent in parents:
         if _is_conv_module(parent):
             order = parent.order
             if (

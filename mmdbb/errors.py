@@ -33,11 +33,12 @@ def interruption(error: BaseException) -> Optional[KeyboardInterrupt]:
         The interruption that led to it; None if there was none.
     """
     seen = set()
-    while error is not None and id(error) not in seen:
-        if isinstance(error, KeyboardInterrupt):
-            return error
-        seen.add(id(error))
-        error = error.__cause__ or error.__context__
+    found: Optional[BaseException] = error
+    while found is not None and id(found) not in seen:
+        if isinstance(found, KeyboardInterrupt):
+            return found
+        seen.add(id(found))
+        found = found.__cause__ or found.__context__
     return None
 
 
@@ -59,5 +60,5 @@ def require_packages(what: str, extra: str, *modules: str) -> None:
         except ImportError as error:
             raise UserError(
                 f'{what} needs {name} ({error}); in the checkout of mmdbb: '
-                f'pip install -e ".[{extra}]"'
+                f'python -m pip install -e ".[{extra}]"'
             ) from error

@@ -72,10 +72,11 @@ def find_norms(
         run: Runs the network and returns its outputs. By default it is run on
             a random image, if OpenMMLab's packages are installed.
     """
-    if run is None and PORTS.run_network is not None:
+    run_network = PORTS.run_network
+    if run is None and run_network is not None:
 
         def run() -> Any:
-            return PORTS.run_network(model)
+            return run_network(model)
 
     seen, reason = _by_data(model, run)
     names = names_of(model)

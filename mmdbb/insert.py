@@ -98,7 +98,8 @@ def insert_blocks_(
 
     Raises:
         TypeError: If ``block`` is not a dict, or has unknown keys or those
-            that the convolutions give (``bias``, ``stride``, ``dtype``, ...).
+            that the convolutions give (``bias``, ``stride``, ``dtype``, ...),
+            or ``where`` is no function.
         ValueError: If there is nothing to replace, ``block`` names no block
             or one that cannot start as a plain convolution, or the model
             cannot be traced. The model is then unchanged.

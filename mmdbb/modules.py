@@ -4,7 +4,17 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any, Callable, Dict, Iterator, List, Set, Tuple, Union
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    Set,
+    Tuple,
+    Union,
+)
 
 import torch
 from torch import Tensor, nn
@@ -80,6 +90,7 @@ def named_values(
         >>> list(named_values('out', (1, {'a': 2})))
         [('out.0', 1), ('out.1.a', 2)]
     """
+    items: Iterable[Tuple[Any, Any]]
     if isinstance(value, dict):
         items = value.items()
     elif isinstance(value, (list, tuple)):
@@ -358,8 +369,9 @@ def unwrapped(model: nn.Module) -> nn.Module:
     Args:
         model: The network, or a module that holds it as ``module``.
     """
-    while isinstance(getattr(model, 'module', None), nn.Module):
-        model = model.module
+    inner = getattr(model, 'module', None)
+    while isinstance(inner, nn.Module):
+        model, inner = inner, getattr(inner, 'module', None)
     return model
 
 
@@ -370,7 +382,8 @@ def reset_children_(module: nn.Module) -> None:
     Args:
         module: The module, whose own tensors stay.
     """
-    for child in module.children():
+    children: Iterator[Any] = module.children()
+    for child in children:
         if hasattr(child, 'reset_parameters'):
             child.reset_parameters()
         else:
@@ -421,7 +434,8 @@ def small_size(layer: nn.Module) -> List[int]:
     Returns:
         list: Pixels in each dimension, such as height and width.
     """
+    of: Any = layer
     return [
         2 * d * k + s
-        for d, k, s in zip(layer.dilation, layer.kernel_size, layer.stride)
+        for d, k, s in zip(of.dilation, of.kernel_size, of.stride)
     ]

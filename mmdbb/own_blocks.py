@@ -13,7 +13,15 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-from typing import Callable, Dict, Iterator, List, NamedTuple, Optional
+from typing import (
+    Callable,
+    Dict,
+    Iterator,
+    List,
+    NamedTuple,
+    Optional,
+    Tuple,
+)
 
 import torch
 from torch import Tensor, nn
@@ -246,7 +254,7 @@ _SIZES = {1: (64,), 2: (64, 48), 3: (8, 24, 16)}
 def _inputs(block: nn.Module) -> Iterator[Tensor]:
     """Random inputs that a block may take, images before tokens."""
     generator = torch.Generator().manual_seed(0)
-    shapes = {}
+    shapes: Dict[Tuple[int, ...], bool] = {}
     for module in block.modules():
         if isinstance(module, (*CONVS, ReparamConv2d)):
             size = _SIZES[len(module.kernel_size)]

@@ -431,8 +431,20 @@ _library.define('from_forward(Tensor key, Tensor value) -> Tensor')
 _library.impl(
     'from_forward', _compiled_from_forward, 'CompositeExplicitAutograd'
 )
-# Before torch 2.4 this function was called impl_abstract.
+
+
+def _like_value(key: Tensor, value: Tensor) -> Tensor:
+    """What the operator returns, for tensors without data."""
+    return torch.empty_like(value)
+
+
+# Before torch 2.4 this function was called impl_abstract; 2.1 has neither.
 _register_fake = getattr(
-    torch.library, 'register_fake', getattr(torch.library, 'impl_abstract', 0)
+    torch.library,
+    'register_fake',
+    getattr(torch.library, 'impl_abstract', None),
 )
-_register_fake('mmdbb::from_forward')(lambda key, value: value.clone())
+if _register_fake is None:
+    _library.impl('from_forward', _like_value, 'Meta')
+else:
+    _register_fake('mmdbb::from_forward')(_like_value)

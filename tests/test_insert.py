@@ -718,3 +718,8 @@ def test_a_traced_model_keeps_the_places_of_norms(trace):
     assert traced.state_dict().keys() == plain.state_dict().keys() | {
         'conv1.bias'
     }
+
+
+def test_where_is_a_function():
+    with pytest.raises(TypeError, match="where must be .*, got 'layer4'"):
+        insert_blocks_(nn.Sequential(nn.Conv2d(3, 4, 3)), where='layer4')

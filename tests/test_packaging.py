@@ -15,7 +15,10 @@ ROOT = Path(__file__).resolve().parents[1]
 #: What serves the work on mmdbb itself.
 WORKSHOP = (
     'benchmark',
+    'build_docs',
+    'build_release',
     'demo',
+    'demo_torch',
     'model_zoo',
     'prepare_demo_data',
     'study',
@@ -65,7 +68,7 @@ def test_wheel_holds_the_package_and_its_mim_folder(wheel):
     expected = {
         path if path.startswith('mmdbb/') else f'mmdbb/.mim/{path}'
         for path in sources()
-        if not path.startswith('mmdbb/') or path.endswith('.py')
+        if not path.startswith('mmdbb/') or path.endswith(('.py', '.typed'))
     }
     index = ROOT / 'model-index.yml'
     if index.exists():

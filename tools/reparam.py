@@ -207,6 +207,15 @@ def deploy(args, source, proof):
         )
     print(f'weights: {result.checkpoint}')
     print(f'config:  {result.config}')
+    print_imports(result.config)
+
+
+def print_imports(config):
+    from mmdbb.mm.config_files import imports_of
+
+    modules = imports_of(config)
+    if modules:
+        print(f'the config imports {", ".join(modules)}: loading needs it')
 
 
 def export(args, source, proof):

@@ -148,7 +148,7 @@ default_hooks = dict(
     checkpoint=dict(
         type='CheckpointHook',
         by_epoch=False,
-        interval=max_iters,
+        interval=100,
         max_keep_ckpts=1,
     ),
     sampler_seed=dict(type='DistSamplerSeedHook'),

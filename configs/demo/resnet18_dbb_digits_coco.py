@@ -156,6 +156,6 @@ param_scheduler = [
 ]
 default_hooks = dict(
     logger=dict(interval=10),
-    checkpoint=dict(interval=max_epochs, max_keep_ckpts=1),
+    checkpoint=dict(interval=1, max_keep_ckpts=1),
 )
 randomness = dict(seed=0, deterministic=False)

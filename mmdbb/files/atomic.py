@@ -5,15 +5,28 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import shutil
 import signal
 import tempfile
 import threading
-from typing import Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
+from typing import (
+    Any,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    Optional,
+    Sequence,
+    Tuple,
+)
 
 from mmdbb.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None  # type: ignore[assignment]
 
 #: Start of the names of folders for files that are not yet whole.
 SCRATCH = '.mmdbb-'
@@ -75,7 +88,7 @@ def all_or_nothing(
         yield drafts
         for draft in drafts:
             # Some file systems report a full disk only here.
-            with open(draft, 'rb') as file:
+            with open(draft, 'rb+') as file:  # Windows syncs no other file
                 os.fsync(file.fileno())
         with uninterrupted():
             _move_all(drafts, outputs, overwrite)
@@ -135,6 +148,8 @@ def _locked(folder: str) -> Optional[int]:
         int: Open descriptor of the folder; None if another process has locked
         it, or it is gone; ``NO_LOCKS`` if the file system has no locks.
     """
+    if fcntl is None:
+        return NO_LOCKS
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:
@@ -163,7 +178,9 @@ def uninterrupted() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    handlers = {n: signal.getsignal(n) for n in INTERRUPTIONS}
+    handlers: Dict[int, Any] = {
+        number: signal.getsignal(number) for number in INTERRUPTIONS
+    }
     waiting: List[tuple] = []
     try:
         for number, before in handlers.items():
@@ -231,7 +248,7 @@ def _kept(path: str, copy: str) -> Optional[str]:
         return None
     try:
         os.link(path, copy, follow_symlinks=False)
-    except OSError:  # a file system without links
+    except (OSError, NotImplementedError):  # a system without such links
         shutil.copy2(path, copy, follow_symlinks=False)
     return copy
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from typing import Dict, List, Optional
+from typing import Any, Dict, List, Optional
 
 import torch
 from torch import Tensor, nn
@@ -100,6 +100,7 @@ def read_content(path: str, unsafe: Optional[bool] = None) -> object:
         UserError: If the file is damaged, or holds more than data.
     """
     check_regular(path, 'checkpoint')
+    content: Any
     if is_safetensors(path):
         content = read_safetensors(path)
     else:

@@ -139,7 +139,7 @@ def check_sum(content: object, path: str) -> None:
     noted = own.get(SUM) if isinstance(own, dict) else None
     if noted is None:
         return
-    state = content.get('state_dict')
+    state: Any = content.get('state_dict')  # type: ignore[attr-defined]
     whole = isinstance(state, dict) and all(
         isinstance(name, str) and isinstance(value, Tensor)
         for name, value in state.items()

@@ -14,7 +14,7 @@ https://docs.python.org/3/library/pickletools.html
 from __future__ import annotations
 
 import pickletools
-from typing import Any, BinaryIO, Dict, List, NamedTuple, Tuple
+from typing import Any, BinaryIO, Callable, Dict, List, NamedTuple, Tuple
 
 
 class DamagedPickle(ValueError):
@@ -79,7 +79,7 @@ class Pickled(NamedTuple):
 
 
 #: Opcode -> function that makes the value to push.
-_CONSTANTS = {
+_CONSTANTS: Dict[str, Callable[[], Any]] = {
     'NONE': lambda: None,
     'NEWTRUE': lambda: True,
     'NEWFALSE': lambda: False,

@@ -60,7 +60,7 @@ class _Unpickler(pickle.Unpickler):
 
 def _as_module() -> types.ModuleType:
     """A module that ``torch.load`` takes as its ``pickle_module``."""
-    module = types.ModuleType('pickle')
+    module: Any = types.ModuleType('pickle')
     module.Unpickler = _Unpickler
     module.load = lambda file, **kwargs: _Unpickler(file, **kwargs).load()
     return module

@@ -128,6 +128,7 @@ def _by_kind(checkpoint: dict) -> Dict[str, Tuple[str, Any]]:
             return {'': ('', {})}
         return {'': ('', checkpoint)}
     if averaged is None:
+        assert trained is not None  # one of the two is there
         return {'': (trained, states[trained])}
     if trained is None:
         return {'averaged': (averaged, states[averaged])}
@@ -200,14 +201,14 @@ def with_versions_of(
     versions = getattr(source, '_metadata', None)
     if versions is None:
         return state
-    state = OrderedDict(state)
+    versioned: Any = OrderedDict(state)
     # Copies, because loading by assignment leaves a note in each.
-    state._metadata = OrderedDict(
+    versioned._metadata = OrderedDict(
         (renamed(name), dict(values))
         for name, values in versions.items()
         if renamed(name) is not None
     )
-    return state
+    return versioned
 
 
 def _all_start(names: List[Any], prefix: str, start: int = 0) -> bool:

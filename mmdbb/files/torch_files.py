@@ -224,7 +224,7 @@ def _pairs(said: Any) -> Items:
 # Both formats
 
 
-def _fill(file: BinaryIO, content: bytearray) -> None:
+def _fill(file: Any, content: bytearray) -> None:
     view = memoryview(content)
     done = 0
     while done < len(content):

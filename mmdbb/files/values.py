@@ -261,7 +261,7 @@ class Values:
         # Python 2 pickled the items as an argument, a list of pairs.
         pairs = [(key, value) for key, value in [*items, *call.items]]
         self._budget.take(0)
-        made = self._dict(pairs, OrderedDict)
+        made: Any = self._dict(pairs, OrderedDict)
         state = call.state
         if type(state) is Items:
             # Versions of layers, by which torch recognises old entries.
@@ -437,7 +437,7 @@ class Values:
         raw = _of(bytes, self.make(content))
         if math.prod(size) * dtype.itemsize != len(raw):
             raise DamagedValue('an array of another size than its numbers')
-        order = 'F' if by_column else 'C'
+        order: Any = 'F' if by_column else 'C'
         array = np.frombuffer(raw, dtype).reshape(size, order=order)
         return array.astype(dtype.newbyteorder('='))
 
@@ -592,7 +592,7 @@ def _dtype(said: Name) -> torch.dtype:
 
 def _quantized(call: Call) -> str:
     said = next(iter(call.arguments), None)
-    key = said.key if type(said) is Outside else ()
+    key: Tuple[Any, ...] = said.key if type(said) is Outside else ()
     name = key[1].text if len(key) > 1 and type(key[1]) is Name else ''
     kind = name.rpartition('.')[2].replace('Storage', '').lower()
     return f'quantized ({kind})' if kind.startswith('q') else 'quantized'

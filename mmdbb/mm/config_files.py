@@ -76,3 +76,14 @@ def files_of(cfg: Config) -> Set[str]:
         files.add(os.path.abspath(cfg.filename))
         files.update(files_in_text(cfg))
     return files
+
+
+def imports_of(path: str) -> List[str]:
+    """Modules that a config imports, which must be there to load it.
+
+    Args:
+        path: The config's file; nothing is imported.
+    """
+    config = Config.fromfile(path, import_custom_modules=False)
+    imports = config.get('custom_imports', {}).get('imports', [])
+    return [imports] if isinstance(imports, str) else list(imports)

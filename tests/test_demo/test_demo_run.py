@@ -14,13 +14,26 @@ HOME = Path(__file__).resolve().parents[2]
 
 
 def test_networks_that_differ_stop_the_demo(tiny_data, tmp_path, monkeypatch):
-    figures = iter([97.0, 96.0])
-    monkeypatch.setattr(run._Stages, 'run', lambda self, *args: None)
-    monkeypatch.setattr(run._Stages, 'test', lambda self, *args: next(figures))
-    (tmp_path / run.LOG).touch()
-    (tmp_path / 'last_checkpoint').write_text('epoch_1.pth')
-    with pytest.raises(SystemExit, match='96.0 instead of 97.0'):
-        run.run_demo('classification', HOME, tmp_path, tiny_data, 0, (40, 20))
+    """And the next call goes on, but where something else is trained."""
+    trainings = []
+
+    def run_stage(stages, tool, *args):
+        if tool == 'train.py':
+            trainings.append('--resume' in args)
+            (tmp_path / 'epoch_1.pth').touch()
+            (tmp_path / 'last_checkpoint').write_text('epoch_1.pth')
+
+    def figure(stages, config, checkpoint, folder, *args):
+        return 97.0 if 'trained' in folder.name else 96.0
+
+    monkeypatch.setattr(run._Stages, 'run', run_stage)
+    monkeypatch.setattr(run._Stages, 'test', figure)
+    for seed in (0, 0, 1):
+        with pytest.raises(SystemExit, match='96.0 instead of 97.0'):
+            run.run_demo(
+                'classification', HOME, tmp_path, tiny_data, seed, (40, 20)
+            )
+    assert trainings == [False, True, False]
 
 
 def test_failed_stage_shows_its_last_lines(tmp_path, capfd):
@@ -41,7 +54,7 @@ def test_failed_stage_shows_its_last_lines(tmp_path, capfd):
 def test_folder_of_others_is_not_used(tmp_path):
     (tmp_path / 'mine.txt').touch()
     with pytest.raises(UserError, match='choose another --work-dir'):
-        run._claim(tmp_path)
+        run.claim(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ['mine.txt']
 
 

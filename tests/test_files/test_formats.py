@@ -164,8 +164,8 @@ def test_package_is_missing(tmp_path, safetensors):
     )
     assert found.stdout.splitlines() == [
         f'{name}.safetensors needs safetensors (import of safetensors halted; '
-        'None in sys.modules); in the checkout of mmdbb: pip install -e '
-        '".[formats]"'
+        'None in sys.modules); in the checkout of mmdbb: python -m pip '
+        'install -e ".[formats]"'
         for name in 'ab'
     ]
     assert os.listdir(tmp_path) == ['a.safetensors']

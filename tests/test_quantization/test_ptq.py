@@ -513,7 +513,7 @@ def test_a_missing_package(package, trained, tmp_path, monkeypatch):
     cfg, checkpoint = trained('classification')
     monkeypatch.setitem(sys.modules, package, None)
     expect(
-        rf'needs {package} \(.*\); in the .*: pip install -e "\.\[quantizat',
+        rf'needs {package} \(.*\); in the .*: .*pip install -e "\.\[quantizat',
         tmp_path,
         lambda: quantize_checkpoint(
             Source(cfg, checkpoint), str(tmp_path / 'o.onnx')

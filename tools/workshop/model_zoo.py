@@ -18,6 +18,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from mmdbb import __version__
 from mmdbb.mm.stock.config import stock_config
 from mmdbb.modules import count_parameters
 from mmdbb.reparam import find_blocks
@@ -58,6 +59,13 @@ COLLECTIONS = {
     'orepa': 'OREPA',
     'plain': 'Baselines',
 }
+#: Collection -> what its blocks are called, and the file that has them.
+BLOCKS_OF = {
+    'DBB': ('Diverse Branch Block', 'mmdbb/blocks/dbb.py'),
+    'ACNet': ('Asymmetric Convolution Block', 'mmdbb/blocks/acb.py'),
+    'RepVGG': ('RepVGG block', 'mmdbb/blocks/repvgg.py'),
+    'OREPA': ('OREPA block', 'mmdbb/blocks/orepa.py'),
+}
 #: Collection -> number at arXiv, and title, of its paper.
 PAPERS = {
     'DBB': (
@@ -86,6 +94,10 @@ class Entry(NamedTuple):
         parameters: Of the whole model, in training and merged.
         multiplications: Of the merged model for one image of the data set's
             size; of the backbone alone for detection and segmentation.
+        architecture: Names of the plain networks, the backbone first.
+        training: How it is trained, in OpenMMLab's words: ``Training
+            Techniques``, ``Training Resources``, ``Epochs`` or
+            ``Iterations``, ``Batch Size``.
     """
 
     name: str
@@ -94,6 +106,8 @@ class Entry(NamedTuple):
     recipe: str
     parameters: Tuple[int, int]
     multiplications: int
+    architecture: Tuple[str, ...] = ()
+    training: Dict[str, object] = {}
 
 
 def zoo_configs(root: Path) -> List[Path]:
@@ -120,6 +134,8 @@ def entry_of(path: Path) -> Entry:
         _recipe_of(config, dataset),
         (count_parameters(model), count_parameters(merged)),
         counter.get_total_flops() // 2,  # it counts additions too
+        _architecture_of(stock_config(config).model, whole),
+        _training_of(config),
     )
 
 
@@ -138,6 +154,40 @@ class _NumbersOnCPU(TorchFunctionMode):
         if func is torch.linspace:
             kwargs['device'] = 'cpu'
         return func(*args, **kwargs)
+
+
+def _architecture_of(model: dict, whole: bool) -> Tuple[str, ...]:
+    """Names of classes: the backbone's, and that of what is around it."""
+    names = [str(model['backbone']['type'])]
+    names += [] if whole else [str(model['type'])]
+    if 'decode_head' in model:
+        names[1] = str(model['decode_head']['type'])
+    return tuple(name.rpartition('.')[2] for name in names)
+
+
+def _training_of(config: Config) -> Dict[str, object]:
+    """How a config trains, as OpenMMLab's metafiles say it."""
+    optimizer = config.optim_wrapper.optimizer
+    techniques = [optimizer['type']]
+    if optimizer.get('momentum'):
+        techniques[0] += ' with Momentum'
+    if optimizer.get('weight_decay'):
+        techniques.append('Weight Decay')
+    images = config.train_dataloader.batch_size
+    total = config.get('auto_scale_lr', {}).get('base_batch_size')
+    gpus = total // images if total else 4  # Cityscapes: 4 of 2 images
+    loop = config.train_cfg
+    length = (
+        {'Iterations': loop['max_iters']}
+        if loop.get('max_iters')
+        else {'Epochs': loop['max_epochs']}
+    )
+    return {
+        'Training Techniques': techniques,
+        'Training Resources': f'{gpus} GPU{"s" * (gpus > 1)}, not trained yet',
+        'Batch Size': gpus * images,
+        **length,
+    }
 
 
 def _recipe_of(config: Config, dataset: DataSet) -> str:
@@ -182,6 +232,7 @@ def metafile(entries: List[Entry], reported: Dict[str, dict]) -> dict:
         dict(Name=name) for name in dict.fromkeys(COLLECTIONS.values())
     ]
     for collection in collections:
+        _describe(collection, entries)
         if collection['Name'] in PAPERS:
             number, title = PAPERS[collection['Name']]
             collection['Paper'] = dict(
@@ -200,6 +251,11 @@ def metafile(entries: List[Entry], reported: Dict[str, dict]) -> dict:
         model['In Collection'] = COLLECTIONS[entry.block]
         model['Metadata']['Training Data'] = entry.dataset.name
         model['Metadata']['Training Parameters'] = entry.parameters[0]
+        model['Metadata']['Architecture'] = [
+            *entry.architecture,
+            *BLOCKS_OF.get(COLLECTIONS[entry.block], ())[:1],
+        ]
+        model['Metadata'].update(entry.training)
         result = reported.get(entry.name)
         if result:
             model['Results'] = [
@@ -212,6 +268,25 @@ def metafile(entries: List[Entry], reported: Dict[str, dict]) -> dict:
             model['Reported By'] = result['source']
         models.append(model)
     return dict(Collections=collections, Models=models)
+
+
+def _describe(collection: dict, entries: List[Entry]) -> None:
+    """Say what a collection's entries have in common, its docs and code."""
+    inside = [e for e in entries if COLLECTIONS[e.block] == collection['Name']]
+    techniques, networks = {}, {}
+    for entry in inside:
+        networks.update(dict.fromkeys(entry.architecture[:1]))
+        listed = entry.training.get('Training Techniques', ())
+        techniques.update(dict.fromkeys(listed))
+    block = BLOCKS_OF.get(collection['Name'])
+    collection['Metadata'] = {
+        'Training Techniques': list(techniques),
+        'Architecture': [*(block or ())[:1], *networks],
+    }
+    collection['README'] = DOCS
+    if block:
+        # Relative to the repository, like the configs.
+        collection['Code'] = dict(URL=block[1], Version=f'v{__version__}')
 
 
 def _tables(entries: List[Entry], reported: Dict[str, dict]) -> Iterator[str]:

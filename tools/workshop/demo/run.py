@@ -18,13 +18,14 @@ from typing import Dict, List, Optional, Sequence
 
 from mmengine.config import Config
 
-from mmdbb.errors import UserError, require_packages
+from mmdbb.errors import require_packages
 from mmdbb.mm.engine.progress import Progress
 from workshop.demo.layouts import LAYOUTS
 from workshop.demo.prepare import prepare
+from workshop.demo.started import LOG, claim, goes_on
 
-# Written into the work folder by all stages, and the sign that it is ours.
-LOG = 'demo.log'
+#: The checkpoints of mmengine's trainings.
+CHECKPOINTS = '*_[0-9]*.pth'  # epoch_3.pth, iter_300.pth
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def run_demo(
 
     require_packages('the demo', 'demo', 'rich', 'matplotlib')
     spec = TASKS[task]
-    work = _claim(Path(work_dir or f'work_dirs/demo_{task}'))
+    work = claim(Path(work_dir or f'work_dirs/demo_{task}'))
     config = home / 'configs' / 'demo' / spec.config
     stages = _Stages(home / 'tools', work)
 
@@ -117,9 +118,13 @@ def run_demo(
     folder = prepare(task, data_root, 0, *images)
     cfg_options = _cfg_options(config, folder, seed, options)
     changes = ['--cfg-options', *cfg_options] if cfg_options else []
+    trained = Config.fromfile(config)
+    trained.merge_from_dict(_parsed(cfg_options))
 
-    stages.announce(f'training    {spec.config}')
-    stages.run('train.py', config, '--work-dir', work, *changes)
+    what = dict(config=trained.pretty_text, images=list(images))
+    resume = ['--resume'] if goes_on(work, what, CHECKPOINTS) else []
+    stages.announce(f'training    {spec.config}{_on_from(work, resume)}')
+    stages.run('train.py', config, '--work-dir', work, *resume, *changes)
     checkpoint = (work / 'last_checkpoint').read_text().strip()
 
     stages.announce(f'test        {checkpoint}')
@@ -151,8 +156,6 @@ def run_demo(
             f'{found["deployed"]} instead of {found["trained"]}'
         )
     stages.announce('comparison  outputs, latency, picture')
-    trained = Config.fromfile(config)
-    trained.merge_from_dict(_parsed(cfg_options))
     report(task, spec, trained, checkpoint, work, found)
     print(f'trained network:  {config} {checkpoint}')
     print(f'merged network:   {work / "deploy.py"} {work / "deploy.pth"}')
@@ -224,14 +227,12 @@ class _Stages:
         return found[metric]
 
 
-def _claim(work: Path) -> Path:
-    if work.exists() and not work.is_dir():
-        raise UserError(f'{work} is not a folder; choose another --work-dir')
-    if work.is_dir() and any(work.iterdir()) and not (work / LOG).exists():
-        raise UserError(f'{work} holds other files; choose another --work-dir')
-    work.mkdir(parents=True, exist_ok=True)
-    (work / LOG).touch()
-    return work
+def _on_from(work: Path, resume: Sequence[str]) -> str:
+    """What to say of an earlier call."""
+    if not resume:
+        return ''
+    newest = max(work.glob(CHECKPOINTS), key=lambda p: p.stat().st_mtime)
+    return f', on from {newest.name} (to start anew, remove {work})'
 
 
 def _cfg_options(
