@@ -1,10 +1,10 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""Train one small network with each block and many seeds, and compare.
+"""Train small networks with each block and many seeds, and compare.
 
   python tools/study.py --out study.json --plot study.svg
 
-Takes some minutes on two CPU cores. An interrupted study is taken up
-where it stopped.
+Takes hours on a CPU core for everything. An interrupted study goes on where
+it was; --minutes ends a run in time.
 """
 
 from pathlib import Path
@@ -22,84 +22,138 @@ def parse_args():
     parser.add_argument('--out', required=True, help='JSON for the results')
     parser.add_argument('--plot', help='picture of the results')
     parser.add_argument(
-        '--blocks', nargs='+', help='default: plain and all blocks'
+        '--data',
+        choices=['fashion_mnist'],
+        default='fashion_mnist',
+        help='the data set; default: %(default)s',
+    )
+    parser.add_argument(
+        '--data-root',
+        default='data/fashion_mnist',
+        help='folder that has or gets the data set; default: %(default)s',
+    )
+    parser.add_argument('--networks', nargs='+', help='default: all')
+    parser.add_argument(
+        '--part',
+        choices=['blocks', 'ablation', 'transfer'],
+        default='blocks',
+        help='what is compared: blocks; branches of DBB; starts from trained '
+        'plain weights; default: %(default)s',
+    )
+    parser.add_argument(
+        '--blocks', nargs='+', help='default: those of the part'
+    )
+    parser.add_argument(
+        '--sizes',
+        nargs='+',
+        type=at_least_one,
+        default=[30, 300, 3000],
+        help='training images a class; default: 30 300 3000',
     )
     parser.add_argument(
         '--seeds',
         type=at_least_one,
-        default=10,
-        help='trainings of each block; default: %(default)s',
+        default=5,
+        help='trainings of each block that are compared; default: %(default)s',
     )
     parser.add_argument(
-        '--images',
+        '--width',
         type=at_least_one,
-        default=30,
-        help='training images a class; default: %(default)s',
-    )
-    parser.add_argument(
-        '--epochs',
-        type=at_least_one,
-        default=40,
-        help='passes over them; default: %(default)s',
+        help='channels of the first stage; default: that of each network',
     )
     parser.add_argument(
         '--batch',
         type=at_least_one,
-        default=50,
-        help='images in a step; default: %(default)s',
+        help='images in a step; default: by the size',
     )
     parser.add_argument(
-        '--lr',
+        '--epochs',
+        type=at_least_one,
+        help='passes over the images, which the search may double; default: '
+        'by the size',
+    )
+    parser.add_argument(
+        '--minutes',
         type=at_least_zero,
-        default=3e-3,
-        help='learning rate; default: %(default)s',
+        default=float('inf'),
+        help='start no training after this time; default: no limit',
     )
     parser.add_argument(
-        '--data-root',
-        default='data',
-        help='folder that has or gets the data set; default: data',
-    )
-    parser.add_argument(
-        '--threads',
+        '--jobs',
         type=at_least_one,
         default=1,
-        help='threads of torch; default: %(default)s',
+        help='networks that are trained at a time, in a process each; '
+        'default: %(default)s',
+    )
+    parser.add_argument('--device', default='cpu')
+    parser.add_argument(
+        '--precision',
+        choices=['float32', 'float16', 'bfloat16'],
+        default='float32',
+        help='autocast to this; default: %(default)s',
+    )
+    parser.add_argument(
+        '--graphs',
+        action='store_true',
+        help='replay each step as a CUDA graph: the time of the GPU alone',
     )
     parser.add_argument(
         '--force',
         action='store_true',
-        help='replace files that exist; a study of the same settings is taken '
-        'up all the same',
+        help='replace the picture; results are never replaced',
     )
     return parser.parse_args()
 
 
 def main():
     args = parse_args()
+    import logging
+
     import torch
-    from workshop.demo import study
+    from workshop.study.networks import PARTS
+    from workshop.study.plan import cells_for
+    from workshop.study.report import draw_study, print_study
+    from workshop.study.rows import read_record
+    from workshop.study.run import Plan, run_study
+    from workshop.study.training import Machine
 
     from mmdbb.mm.engine.measure import check_picture, report_files
 
-    budget = study.Budget(args.images, args.epochs, args.batch, args.lr)
     check_picture(args.plot)
-    results = []
+    torch.set_num_threads(1)
+    logging.disable(logging.INFO)  # mmengine lists all weights at the start
+    machine = Machine(torch.device(args.device), args.precision, args.graphs)
+    part = PARTS[args.part]
+    if args.blocks:
+        part = part._replace(blocks=tuple(args.blocks))
+    plan = Plan(
+        args.data_root,
+        cells_for(
+            args.networks,
+            args.sizes,
+            machine.name,
+            width=args.width,
+            batch=args.batch,
+            epochs=args.epochs,
+        ),
+        part,
+        args.seeds,
+        machine,
+    )
+    out = Path(args.out)
     with report_files(args.plot, overwrite=args.force) as (plot,):
-        torch.set_num_threads(args.threads)
-        for result in study.run_study(
-            Path(__file__).resolve().parents[1],
-            Path(args.out),
-            budget,
-            args.data_root,
-            tuple(args.blocks or study.BLOCKS),
-            args.seeds,
-            overwrite=args.force,
-        ):
-            results.append(result)
-            print(f'{result.block}, seed {result.seed}: {result.top1:.1f}')
+        for row in run_study(plan, out, args.minutes, args.jobs):
+            t = row.training
+            print(
+                f'{t.network}, {t.size} a class, {t.block}, {t.role} '
+                f'{t.seed}, rate {t.lr:g}, {t.epochs} epochs: '
+                f'{row.top1:.2f} %, {row.seconds:.1f} s',
+                flush=True,
+            )
+        record = read_record(out)
         if plot:
-            study.draw_study(results, plot)
-    study.print_study(results)
+            draw_study(record, plan.cells, part, plot)
+    print_study(record, plan.cells, part)
 
 
 if __name__ == '__main__':

@@ -1,0 +1,280 @@
+# Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
+"""Tables and a picture of a study."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+
+from mmdbb.mm.engine.measure import check_picture, print_table
+from workshop.study.networks import Part
+from workshop.study.plan import Cell, cost_of
+from workshop.study.rows import Record, Row
+
+#: A cell's rows of one role: block -> seed -> row.
+Compared = Dict[str, Dict[int, Row]]
+
+
+class Interval(NamedTuple):
+    """A mean, and half of its 95 % confidence interval (Student's t).
+
+    Attributes:
+        mean: The mean.
+        half: Half of the interval; infinite for a single value.
+    """
+
+    mean: float
+    half: float
+
+    def text(self, sign: str = '') -> str:
+        """As tables show it."""
+        text = f'{self.mean:{sign}.2f}'
+        return f'{text} ± {self.half:.2f}' if self.half < math.inf else text
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """Mean of some values, and half of its 95 % confidence interval."""
+    from scipy.stats import t
+
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return Interval(mean, math.inf)
+    error = statistics.stdev(values) / math.sqrt(len(values))
+    return Interval(mean, float(t.ppf(0.975, len(values) - 1)) * error)
+
+
+class Summary(NamedTuple):
+    """A line of a cell's table.
+
+    Attributes:
+        block: Name of the block.
+        setting: Rate and epochs that the search chose.
+        top1: Accuracy on the test images, per cent.
+        gain: Over plain, seed by seed; None for plain.
+        gain_in_same_time: The same for trainings that may take as long as
+            plain; None where there are none.
+        seconds: Ratio of a step's time to plain's.
+        memory: Ratio of a step's memory to plain's.
+        gain_a_minute: Points of ``gain`` for each minute that the trainings
+            take longer than plain's; None unless they do.
+        seeds: How many.
+    """
+
+    block: str
+    setting: str
+    top1: Interval
+    gain: Optional[Interval]
+    gain_in_same_time: Optional[Interval]
+    seconds: Optional[float]
+    memory: Optional[float]
+    gain_a_minute: Optional[float]
+    seeds: int
+
+
+def compared(record: Record, cell: Cell, part: Part, role: str) -> Compared:
+    """A cell's rows of one role."""
+    found: Compared = {}
+    for row in record.rows:
+        training = row.training
+        same = (training.network, training.width, training.size)
+        if (
+            same == (cell.network, cell.width, cell.size)
+            and training.machine == cell.machine
+            and training.batch == cell.schedule.batch
+            and training.role == role
+            and training.block in part.blocks
+        ):
+            found.setdefault(training.block, {})[training.seed] = row
+    return found
+
+
+def summarize(record: Record, cell: Cell, part: Part) -> List[Summary]:
+    """The lines of a cell's table, in the part's order."""
+    rows = compared(record, cell, part, 'test')
+    timed = compared(record, cell, part, 'same time')
+    plain = rows.get(part.baseline, {})
+    summaries = []
+    for block in filter(rows.__contains__, part.blocks):
+        by_seed = rows[block]
+        first = next(iter(by_seed.values())).training
+        gain = gains(by_seed, plain) if block != part.baseline else None
+        costs = [cost_of(record, cell, b) for b in (block, part.baseline)]
+        seconds = memory = None
+        if None not in costs:
+            own, base = costs
+            seconds = own.milliseconds / base.milliseconds
+            memory = own.megabytes / base.megabytes
+        summaries.append(
+            Summary(
+                block,
+                f'{first.lr:g}, {first.epochs}',
+                interval([row.top1 for row in by_seed.values()]),
+                gain,
+                gains(timed.get(block, {}), plain),
+                seconds,
+                memory,
+                _gain_a_minute(gain, by_seed, plain),
+                len(by_seed),
+            )
+        )
+    return summaries
+
+
+def gains(rows: Dict[int, Row], plain: Dict[int, Row]) -> Optional[Interval]:
+    """Differences to plain, seed by seed; None if no seed has both."""
+    found = [
+        row.top1 - plain[seed].top1
+        for seed, row in rows.items()
+        if seed in plain
+    ]
+    return interval(found) if found else None
+
+
+def _gain_a_minute(
+    gain: Optional[Interval], rows: Dict[int, Row], plain: Dict[int, Row]
+) -> Optional[float]:
+    if gain is None:
+        return None
+    own, base = (
+        statistics.median(row.seconds for row in part.values())
+        for part in (rows, plain)
+    )
+    return 60 * gain.mean / (own - base) if own > base else None
+
+
+HEADER = (
+    'block',
+    'rate, epochs',
+    'top-1 (%)',
+    'over plain',
+    "in plain's time",
+    'step time',
+    'memory',
+    'points a minute',
+)
+
+
+def cells_of(summary: Summary) -> Tuple[str, ...]:
+    """A line as texts, one for each column of :data:`HEADER`."""
+    return (
+        summary.block,
+        summary.setting,
+        summary.top1.text(),
+        summary.gain.text('+') if summary.gain else '',
+        summary.gain_in_same_time.text('+')
+        if summary.gain_in_same_time
+        else '',
+        f'{summary.seconds:.2f}' if summary.seconds else '',
+        f'{summary.memory:.2f}' if summary.memory else '',
+        ''
+        if summary.gain_a_minute is None
+        else f'{summary.gain_a_minute:+.1f}',
+    )
+
+
+def print_study(record: Record, cells: Sequence[Cell], part: Part) -> None:
+    """Print a table for each cell that has results."""
+    for cell in cells:
+        summaries = summarize(record, cell, part)
+        if summaries:
+            seeds = sorted({s.seeds for s in summaries})
+            print_table(
+                HEADER,
+                [cells_of(summary) for summary in summaries],
+                f'{"-".join(map(str, seeds))} seeds; ± is half of a 95 % '
+                'confidence interval; step time and memory over plain',
+                f'{cell.network}, width {cell.width}: {cell.size} training '
+                'images a class',
+            )
+
+
+def draw_study(
+    record: Record, cells: Sequence[Cell], part: Part, path: str
+) -> None:
+    """Draw the difference to plain of every seed, and their means.
+
+    Args:
+        record: The study.
+        cells: A panel for each that has results.
+        part: What is compared.
+        path: The picture to write, in a format that matplotlib knows.
+
+    Raises:
+        UserError: If matplotlib is missing or does not know the format.
+    """
+    check_picture(path)
+    import matplotlib
+
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+
+    cells = [cell for cell in cells if compared(record, cell, part, 'test')]
+    figure, panels = plt.subplots(
+        max(1, len(cells)),
+        squeeze=False,
+        figsize=(7, 0.7 + 2.3 * max(1, len(cells))),
+    )
+    for cell, axes in zip(cells, panels[:, 0]):
+        _draw_cell(record, cell, part, axes)
+    figure.tight_layout()
+    # Without dates and random names the same results give the same file.
+    metadata = dict(Date=None) if path.endswith('.svg') else None
+    matplotlib.rcParams['svg.hashsalt'] = 'study'
+    figure.savefig(path, metadata=metadata)
+    plt.close(figure)
+
+
+def _draw_cell(record: Record, cell: Cell, part: Part, axes) -> None:
+    plain = compared(record, cell, part, 'test').get(part.baseline, {})
+    rows = compared(record, cell, part, 'test')
+    blocks = [b for b in part.blocks if b in rows and b != part.baseline]
+    axes.axvline(0, color='0.4', linewidth=1)
+    for role, shift, colour, name in (
+        ('test', -0.15, 'C0', 'each with its best setting'),
+        ('same time', 0.15, 'C1', "in plain's training time"),
+    ):
+        label = name
+        for place, differences in _differences(
+            compared(record, cell, part, role), plain, blocks
+        ):
+            mean, half = interval(differences)
+            axes.plot(
+                differences,
+                [place + shift] * len(differences),
+                'o',
+                color=colour,
+                alpha=0.3,
+                markersize=4,
+            )
+            axes.errorbar(
+                mean,
+                place + shift,
+                xerr=half if half < math.inf else None,
+                fmt='s',
+                capsize=3,
+                color=colour,
+                label=label,
+            )
+            label = None
+    axes.set_yticks(range(len(blocks)), blocks)
+    axes.invert_yaxis()
+    axes.set_title(
+        f'{cell.network}, {cell.size} training images a class', fontsize=10
+    )
+    axes.set_xlabel('points of top-1 over plain: each seed, mean, 95 %')
+    axes.grid(axis='x', alpha=0.3)
+    axes.legend(fontsize=7)
+
+
+def _differences(
+    rows: Compared, plain: Dict[int, Row], blocks: List[str]
+) -> Iterator[Tuple[int, List[float]]]:
+    for place, block in enumerate(blocks):
+        found = [
+            row.top1 - plain[seed].top1
+            for seed, row in rows.get(block, {}).items()
+            if seed in plain
+        ]
+        if found:
+            yield place, found
