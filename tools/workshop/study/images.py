@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import hashlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Tuple
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ class Images(NamedTuple):
     """A set of images with their classes.
 
     Attributes:
-        images: Shape (N, 1, 28, 28), normalised to mean 0 and deviation 1.
+        images: Shape (N, 1, 28, 28); bytes as in the files, or normalised.
         labels: Shape (N,), numbers of the classes.
     """
 
@@ -73,7 +74,8 @@ def split_for(
             so that nothing can be tuned on those.
 
     Returns:
-        FashionMNIST: The same for every network and block.
+        FashionMNIST: Images normalised to mean 0 and deviation 1, the same
+        for every network and block.
 
     Raises:
         UserError: If a class has fewer images.
@@ -95,11 +97,15 @@ def split_for(
             pool = pool if searching else places
         count = min(size, len(pool))
         chosen.append(np.sort(draw.choice(pool, count, replace=False)))
-    train = data.train.take(torch.from_numpy(np.concatenate(chosen)))
-    if not searching:
-        return FashionMNIST(train, data.test)
-    places = torch.from_numpy(np.concatenate(held_out))
-    return FashionMNIST(train, data.train.take(places))
+    places = torch.from_numpy(np.concatenate(chosen))
+    test = data.test
+    if searching:
+        test = data.train.take(torch.from_numpy(np.concatenate(held_out)))
+    scale = _mean_and_std(data.train.images)
+    return FashionMNIST(
+        _normalised(data.train.take(places), *scale),
+        _normalised(test, *scale),
+    )
 
 
 def read_fashion_mnist(data_root: str) -> FashionMNIST:
@@ -108,6 +114,9 @@ def read_fashion_mnist(data_root: str) -> FashionMNIST:
     Args:
         data_root: The folder that has or gets the four files in the data
             set's own form, packed by gzip or not.
+
+    Returns:
+        FashionMNIST: Images as bytes.
 
     Raises:
         UserError: If some of the files are there, but not all.
@@ -127,14 +136,26 @@ def read_fashion_mnist(data_root: str) -> FashionMNIST:
     digests = [hashlib.sha1(image.numpy()).digest() for image in images]
     order = sorted(range(len(digests)), key=digests.__getitem__)
     images, labels = images[order], labels[order]
-    pixels = images.float() / 255
-    mean, std = pixels.mean(), pixels.std()
     return FashionMNIST(
-        *(
-            Images(((x.float() / 255 - mean) / std)[:, None], y.long())
-            for x, y in ((images, labels), (test_images, test_labels))
-        )
+        Images(images[:, None], labels.long()),
+        Images(test_images[:, None], test_labels.long()),
     )
+
+
+def _normalised(part: Images, mean: float, std: float) -> Images:
+    return Images((part.images.float() / 255 - mean) / std, part.labels)
+
+
+@functools.lru_cache(1)
+def _mean_and_std(images: Tensor) -> Tuple[float, float]:
+    """Of all pixels, which count from 0 to 1."""
+    count = torch.zeros(256, dtype=torch.float64)
+    for part in images.split(1000):  # all at once would need much memory
+        count += part.flatten().bincount(minlength=256)
+    values = torch.arange(256, dtype=torch.float64) / 255
+    mean = (count @ values / count.sum()).item()
+    variance = count @ (values - mean) ** 2 / count.sum()
+    return mean, variance.sqrt().item()
 
 
 def _path(folder: Path, name: str):

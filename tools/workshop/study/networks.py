@@ -71,6 +71,7 @@ BLOCKS: Dict[str, Variant] = {
     'OREPA': Variant(dict(type='OREPA')),
     CONTROL: Variant(dict(type='Conv2d'), 'as DBB'),
     'DBB + identity': Variant(dict(type='DBBWithIdentity')),
+    'QARepVGGConv': Variant(dict(type='QARepVGGConv')),
     # The rows of the DBB paper's Table 4.
     'kxk, kxk': _dbb('kxk', 'kxk'),
     'kxk, 1x1': _dbb('kxk', '1x1'),
@@ -116,6 +117,8 @@ PARTS: Dict[str, Part] = {
             'DBB',
         )
     ),
+    'int8': Part((PLAIN, 'RepVGGConv', 'QARepVGGConv', 'DBB', 'OREPA')),
+    'pruning': Part((PLAIN, 'RepVGGConv', 'QARepVGGConv', 'DBB', 'OREPA')),
     'transfer': Part(
         (PLAIN, TRAINED_ON, 'DBB from plain', 'OREPA from plain'), TRAINED_ON
     ),

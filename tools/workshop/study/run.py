@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
+import os
 import statistics
+import sys
 import time
 from concurrent.futures import (
     FIRST_COMPLETED,
@@ -13,7 +16,7 @@ from concurrent.futures import (
     ProcessPoolExecutor,
     wait,
 )
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import (
     Callable,
@@ -149,8 +152,11 @@ class _Workers:
     def __enter__(self) -> _Workers:
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, kind: Optional[type], *error) -> None:
         if self.pool is not None:
+            if kind is not None:  # stop at once, as one process would
+                for worker in active_children():
+                    worker.terminate()
             self.pool.shutdown(cancel_futures=True)
 
     @property
@@ -171,9 +177,10 @@ class _Workers:
             future = Future()
             future.set_result(run_training(self.plan, training, before))
         else:
-            future = self.pool.submit(
-                run_training, self.plan, training, before
-            )
+            with _imports_found():
+                future = self.pool.submit(
+                    run_training, self.plan, training, before
+                )
         self.running[future] = training
 
     def wait(self) -> Iterator[Row]:
@@ -181,6 +188,23 @@ class _Workers:
         done, _ = wait(self.running, return_when=FIRST_COMPLETED)
         for future in done:
             yield Row(self.running.pop(future), *future.result())
+
+
+@contextlib.contextmanager
+def _imports_found() -> Iterator[None]:
+    """Let processes that start within the context import what this one can.
+
+    Before Python 3.12 the server that forks them knows no other way.
+    """
+    before = os.environ.get('PYTHONPATH')
+    os.environ['PYTHONPATH'] = os.pathsep.join(sys.path)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ['PYTHONPATH']
+        else:
+            os.environ['PYTHONPATH'] = before
 
 
 def _prepare() -> None:
