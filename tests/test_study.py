@@ -11,7 +11,17 @@ import pytest
 import torch
 from helpers import distance, run_tool
 from torch import nn
-from workshop.study import images, networks, plan, report, rows, run, training
+from workshop.study import (
+    images,
+    networks,
+    picture,
+    plan,
+    report,
+    rows,
+    run,
+    training,
+    variants,
+)
 
 from mmdbb.errors import UserError
 from mmdbb.registry import BLOCKS
@@ -23,7 +33,7 @@ HELD_OUT = 20
 COUNTS = dict(train=HELD_OUT * 10 + 80, t10k=30)
 SCHEDULE = plan.Schedule(8, 1)
 CELL = plan.Cell('RepVGG', 2, 2, SCHEDULE, 'CPU, one thread, float32')
-PART = networks.Part(('plain', 'OREPA'))
+PART = variants.Part(('plain', 'OREPA'))
 
 
 @pytest.fixture(autouse=True)
@@ -169,7 +179,7 @@ def few(count=12):
 
 
 @pytest.mark.parametrize('network', networks.NETWORKS)
-@pytest.mark.parametrize('block', networks.PARTS['blocks'].blocks)
+@pytest.mark.parametrize('block', variants.PARTS['blocks'].blocks)
 def test_networks_differ_in_blocks_only(network, block):
     """Whatever plain has too is equal, bit by bit; merged, all are one."""
     plain = networks.start(network, 'plain', 2, 3, few())
@@ -181,7 +191,7 @@ def test_networks_differ_in_blocks_only(network, block):
         for each in (plain, merged)
     ]
     assert sizes[0] == sizes[1]
-    if block == networks.CONTROL:
+    if block == variants.CONTROL:
         assert not find_blocks(found)
         return
     state, expected = found.state_dict(), plain.state_dict()
@@ -224,7 +234,7 @@ def test_the_shared_kernel_of_orepa_has_the_papers_width(kind):
 def test_the_control_starts_as_dbbs_function(network):
     dbb, control, plain = (
         networks.start(network, block, 4, 3, few(64)).train()
-        for block in ('DBB', networks.CONTROL, 'plain')
+        for block in ('DBB', variants.CONTROL, 'plain')
     )
     for module in dbb.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -242,7 +252,7 @@ def test_a_trained_start_is_the_plain_function():
     data = images.Images(few(), torch.arange(12) % 10)
     training.train(plain, data, recipe, 0)
     expected = plain.eval()(few())
-    for block in networks.PARTS['transfer'].blocks[1:]:
+    for block in variants.PARTS['transfer'].blocks[1:]:
         found = networks.start('RepVGG', block, 4, 3, few(), lambda: plain)
         assert distance(found.eval()(few()), expected) < 1e-4
 
@@ -417,12 +427,12 @@ def test_another_file_is_kept(text, data_root, tmp_path):
 
 
 def test_wrong_blocks(data_root, tmp_path):
-    part = networks.Part(('plain', 'ABC'))
+    part = variants.Part(('plain', 'ABC'))
     with pytest.raises(UserError, match="unknown blocks .'ABC'.; allowed"):
         run_it(data_root, tmp_path, part=part)
     for part in (
-        networks.Part(('DBB',)),
-        networks.PARTS['transfer']._replace(blocks=('plain, trained on',)),
+        variants.Part(('DBB',)),
+        variants.PARTS['transfer']._replace(blocks=('plain, trained on',)),
     ):
         with pytest.raises(UserError, match="blocks must have 'plain', got"):
             run_it(data_root, tmp_path, part=part)
@@ -498,9 +508,9 @@ def test_rows_of_other_settings_are_left_out():
 def test_the_picture(name, tmp_path):
     path = tmp_path / name
     record = record_of(plain=(90.0, 92.0), OREPA=(91.0, 94.0))
-    report.draw_study(record, (CELL,), PART, str(path))
+    picture.draw_study(record, (CELL,), PART, str(path))
     before = path.read_bytes()
-    report.draw_study(record, (CELL,), PART, str(path))
+    picture.draw_study(record, (CELL,), PART, str(path))
     assert path.read_bytes() == before
     with pytest.raises(UserError, match='cannot draw'):
-        report.draw_study(record, (CELL,), PART, str(tmp_path / 'a.txt2'))
+        picture.draw_study(record, (CELL,), PART, str(tmp_path / 'a.txt2'))

@@ -35,10 +35,11 @@ def parse_args():
     parser.add_argument('--networks', nargs='+', help='default: all')
     parser.add_argument(
         '--part',
-        choices=['blocks', 'ablation', 'transfer'],
+        choices=['blocks', 'ablation', 'transfer', 'int8', 'pruning'],
         default='blocks',
         help='what is compared: blocks; branches of DBB; starts from trained '
-        'plain weights; default: %(default)s',
+        'plain weights; networks after rounding to eight bits, or with fewer '
+        'filters; default: %(default)s',
     )
     parser.add_argument(
         '--blocks', nargs='+', help='default: those of the part'
@@ -110,12 +111,14 @@ def main():
     import logging
 
     import torch
-    from workshop.study.networks import PARTS
+    from workshop.study.follow import FOLLOW_UPS
+    from workshop.study.picture import draw_study
     from workshop.study.plan import cells_for
-    from workshop.study.report import draw_study, print_study
+    from workshop.study.report import print_follow_ups, print_study
     from workshop.study.rows import read_record
     from workshop.study.run import Plan, run_study
     from workshop.study.training import Machine
+    from workshop.study.variants import PARTS
 
     from mmdbb.mm.engine.measure import check_picture, report_files
 
@@ -139,6 +142,7 @@ def main():
         part,
         args.seeds,
         machine,
+        FOLLOW_UPS.get(args.part, {}),
     )
     out = Path(args.out)
     with report_files(args.plot, overwrite=args.force) as (plot,):
@@ -153,7 +157,10 @@ def main():
         record = read_record(out)
         if plot:
             draw_study(record, plan.cells, part, plot)
-    print_study(record, plan.cells, part)
+    if plan.follow_ups:
+        print_follow_ups(record, plan.cells, part, [*plan.follow_ups])
+    else:
+        print_study(record, plan.cells, part)
 
 
 if __name__ == '__main__':

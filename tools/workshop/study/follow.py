@@ -157,8 +157,10 @@ def _calibrated(network: nn.Module, trained: Trained) -> float:
     return top1(network, trained.data.test)
 
 
+FollowUp = Callable[[Trained], float]
+
 #: Part of the study -> role of a row -> what is done.
-FOLLOW_UPS: Dict[str, Dict[str, Callable[[Trained], float]]] = {
+FOLLOW_UPS: Dict[str, Dict[str, FollowUp]] = {
     'int8': {
         'float': as_float,
         'INT8 per channel': partial(after_training, per_channel=True),

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from typing import List, NamedTuple, Optional, Sequence, Tuple
 
-from workshop.study.networks import BLOCKS, NETWORKS, PLAIN, Part, check_names
+from workshop.study.networks import NETWORKS, check_names
 from workshop.study.rows import Cost, Record, Training
+from workshop.study.variants import BLOCKS, PLAIN, Part
 
 #: Learning rates, each about three times the one before. A search begins
 #: with the three in the middle, and goes on as long as the best is at an end.

@@ -1,16 +1,16 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""Tables and a picture of a study."""
+"""Tables of a study."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
-from mmdbb.mm.engine.measure import check_picture, print_table
-from workshop.study.networks import Part
+from mmdbb.mm.engine.measure import print_table
 from workshop.study.plan import Cell, cost_of
 from workshop.study.rows import Record, Row
+from workshop.study.variants import Part
 
 #: A cell's rows of one role: block -> seed -> row.
 Compared = Dict[str, Dict[int, Row]]
@@ -189,92 +189,41 @@ def print_study(record: Record, cells: Sequence[Cell], part: Part) -> None:
             )
 
 
-def draw_study(
-    record: Record, cells: Sequence[Cell], part: Part, path: str
+def print_follow_ups(
+    record: Record, cells: Sequence[Cell], part: Part, roles: Sequence[str]
 ) -> None:
-    """Draw the difference to plain of every seed, and their means.
+    """Print a table for each cell: what trained networks keep.
 
     Args:
         record: The study.
-        cells: A panel for each that has results.
-        part: What is compared.
-        path: The picture to write, in a format that matplotlib knows.
-
-    Raises:
-        UserError: If matplotlib is missing or does not know the format.
+        cells: Networks and sizes.
+        part: Whose networks.
+        roles: What was done with them; the first is nothing.
     """
-    check_picture(path)
-    import matplotlib
-
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-
-    cells = [cell for cell in cells if compared(record, cell, part, 'test')]
-    figure, panels = plt.subplots(
-        max(1, len(cells)),
-        squeeze=False,
-        figsize=(7, 0.7 + 2.3 * max(1, len(cells))),
-    )
-    for cell, axes in zip(cells, panels[:, 0]):
-        _draw_cell(record, cell, part, axes)
-    figure.tight_layout()
-    # Without dates and random names the same results give the same file.
-    metadata = dict(Date=None) if path.endswith('.svg') else None
-    matplotlib.rcParams['svg.hashsalt'] = 'study'
-    figure.savefig(path, metadata=metadata)
-    plt.close(figure)
-
-
-def _draw_cell(record: Record, cell: Cell, part: Part, axes) -> None:
-    plain = compared(record, cell, part, 'test').get(part.baseline, {})
-    rows = compared(record, cell, part, 'test')
-    blocks = [b for b in part.blocks if b in rows and b != part.baseline]
-    axes.axvline(0, color='0.4', linewidth=1)
-    for role, shift, colour, name in (
-        ('test', -0.15, 'C0', 'each with its best setting'),
-        ('same time', 0.15, 'C1', "in plain's training time"),
-    ):
-        label = name
-        for place, differences in _differences(
-            compared(record, cell, part, role), plain, blocks
-        ):
-            mean, half = interval(differences)
-            axes.plot(
-                differences,
-                [place + shift] * len(differences),
-                'o',
-                color=colour,
-                alpha=0.3,
-                markersize=4,
+    for cell in cells:
+        lines = follow_ups(record, cell, part, roles)
+        if lines:
+            print_table(
+                ('block', *roles),
+                lines,
+                f'top-1 (%) {roles[0]}, then the change; ± is half of a 95 % '
+                'confidence interval',
+                f'{cell.network}, width {cell.width}: {cell.size} training '
+                'images a class',
             )
-            axes.errorbar(
-                mean,
-                place + shift,
-                xerr=half if half < math.inf else None,
-                fmt='s',
-                capsize=3,
-                color=colour,
-                label=label,
-            )
-            label = None
-    axes.set_yticks(range(len(blocks)), blocks)
-    axes.invert_yaxis()
-    axes.set_title(
-        f'{cell.network}, {cell.size} training images a class', fontsize=10
-    )
-    axes.set_xlabel('points of top-1 over plain: each seed, mean, 95 %')
-    axes.grid(axis='x', alpha=0.3)
-    axes.legend(fontsize=7)
 
 
-def _differences(
-    rows: Compared, plain: Dict[int, Row], blocks: List[str]
-) -> Iterator[Tuple[int, List[float]]]:
-    for place, block in enumerate(blocks):
-        found = [
-            row.top1 - plain[seed].top1
-            for seed, row in rows.get(block, {}).items()
-            if seed in plain
-        ]
-        if found:
-            yield place, found
+def follow_ups(
+    record: Record, cell: Cell, part: Part, roles: Sequence[str]
+) -> List[Tuple[str, ...]]:
+    """The lines of that table."""
+    found = {role: compared(record, cell, part, role) for role in roles}
+    base = found[roles[0]]
+    lines = []
+    for block in filter(base.__contains__, part.blocks):
+        cells = [interval([r.top1 for r in base[block].values()]).text()]
+        for role in roles[1:]:
+            change = gains(found[role].get(block, {}), base[block])
+            cells.append(change.text('+') if change else '')
+        lines.append((block, *cells))
+    return lines

@@ -3,52 +3,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import logging
-import os
-import statistics
-import sys
 import time
-from concurrent.futures import (
-    FIRST_COMPLETED,
-    Future,
-    ProcessPoolExecutor,
-    wait,
-)
-from multiprocessing import active_children, get_context
 from pathlib import Path
-from typing import (
-    Callable,
-    Dict,
-    Iterator,
-    List,
-    NamedTuple,
-    Optional,
-    Tuple,
-)
+from typing import Callable, Dict, Iterator, NamedTuple, Optional, Tuple
 
-import torch
 from torch import nn
 
 from mmdbb.errors import UserError
+from workshop.study.costs import add_costs
+from workshop.study.follow import FollowUp, Trained
 from workshop.study.images import (
     FashionMNIST,
     Images,
     read_fashion_mnist,
     split_for,
 )
-from workshop.study.networks import (
-    BLOCKS,
-    PLAIN,
-    Part,
-    check_names,
-    start,
-    start_with,
-)
-from workshop.study.plan import Cell, cost_of, plain_before, runnable
+from workshop.study.networks import check_names, start, start_with
+from workshop.study.plan import Cell, comparison, plain_before, runnable
 from workshop.study.rows import (
-    Cost,
     Record,
     Row,
     Training,
@@ -56,18 +29,9 @@ from workshop.study.rows import (
     rounded,
     write_record,
 )
-from workshop.study.training import (
-    CPU,
-    Machine,
-    Recipe,
-    megabytes,
-    merged,
-    top1,
-    train,
-)
-
-#: Steps that a cost is the median of, after three to warm up.
-_COST_STEPS = 15
+from workshop.study.training import CPU, Machine, Recipe, merged, top1, train
+from workshop.study.variants import BLOCKS, PLAIN, Part
+from workshop.study.workers import Workers
 
 
 class Plan(NamedTuple):
@@ -79,6 +43,8 @@ class Plan(NamedTuple):
         part: What is compared.
         seeds: Trainings of each block that are compared.
         machine: Where to train.
+        follow_ups: What is done with trained networks, by the role of the
+            rows; where there is something, those rows are compared.
     """
 
     data_root: str
@@ -86,6 +52,7 @@ class Plan(NamedTuple):
     part: Part
     seeds: int = 5
     machine: Machine = CPU
+    follow_ups: Dict[str, FollowUp] = {}
 
 
 def run_study(
@@ -112,9 +79,15 @@ def run_study(
     write_record(out, record)  # what cannot be written shows now
     stop = time.monotonic() + 60 * minutes
     for cell in plan.cells:
-        _add_costs(plan, cell, record)
-        write_record(out, record)
-        for row in _run_cell(plan, cell, record, stop, jobs):
+        if plan.follow_ups:
+            found = _follow_cell(plan, cell, record, stop, jobs)
+        else:
+            data = split_for(_read(plan.data_root), cell.size, 0, True)
+            images = data.train.to(plan.machine.device)
+            add_costs(cell, plan.part.blocks, record, images, plan.machine)
+            write_record(out, record)
+            found = _run_cell(plan, cell, record, stop, jobs)
+        for row in found:
             record.rows.append(row)
             write_record(out, record)
             yield row
@@ -124,7 +97,8 @@ def _run_cell(
     plan: Plan, cell: Cell, record: Record, stop: float, jobs: int
 ) -> Iterator[Row]:
     """Run a cell; the caller adds each row to the record."""
-    with _Workers(plan, jobs) as workers:
+    run = functools.partial(run_training, plan)
+    with Workers(run, jobs) as workers:
         while True:
             for training in runnable(record, cell, plan.part, plan.seeds):
                 if time.monotonic() > stop or workers.are_busy:
@@ -136,80 +110,43 @@ def _run_cell(
             yield from workers.wait()
 
 
-class _Workers:
-    """Processes that train; with one job, this process does.
-
-    Args:
-        plan: What to run.
-        jobs: How many.
-    """
-
-    def __init__(self, plan: Plan, jobs: int) -> None:
-        self.plan, self.jobs = plan, jobs
-        self.running: Dict[Future, Training] = {}
-        self.pool = None
-
-    def __enter__(self) -> _Workers:
-        return self
-
-    def __exit__(self, kind: Optional[type], *error) -> None:
-        if self.pool is not None:
-            if kind is not None:  # stop at once, as one process would
-                for worker in active_children():
-                    worker.terminate()
-            self.pool.shutdown(cancel_futures=True)
-
-    @property
-    def are_busy(self) -> bool:
-        """Whether each has something to do."""
-        return len(self.running) >= self.jobs
-
-    def start(self, training: Training, before: Optional[Training]) -> None:
-        """Start a training, unless it runs already."""
-        if training in self.running.values():
-            return
-        if self.jobs > 1 and self.pool is None:
-            # One process imports, and is forked before it computes anything.
-            context = get_context('forkserver')
-            context.set_forkserver_preload([__name__])
-            self.pool = ProcessPoolExecutor(self.jobs, context, _prepare)
-        if self.pool is None:
-            future = Future()
-            future.set_result(run_training(self.plan, training, before))
-        else:
-            with _imports_found():
-                future = self.pool.submit(
-                    run_training, self.plan, training, before
-                )
-        self.running[future] = training
-
-    def wait(self) -> Iterator[Row]:
-        """Wait until a training is done."""
-        done, _ = wait(self.running, return_when=FIRST_COMPLETED)
-        for future in done:
-            yield Row(self.running.pop(future), *future.result())
+def _follow_cell(
+    plan: Plan, cell: Cell, record: Record, stop: float, jobs: int
+) -> Iterator[Row]:
+    """Run a cell's searches, then what is done with trained networks."""
+    yield from _run_cell(plan._replace(seeds=0), cell, record, stop, jobs)
+    for trainings in zip(
+        *comparison(record, cell, plan.part, plan.seeds, 'test')
+    ):
+        for training in trainings:
+            missing = {
+                training._replace(role=role): follow_up
+                for role, follow_up in plan.follow_ups.items()
+                if record.find(training._replace(role=role)) is None
+            }
+            if time.monotonic() > stop:
+                return
+            if missing:
+                yield from _follow(plan, training, missing)
 
 
-@contextlib.contextmanager
-def _imports_found() -> Iterator[None]:
-    """Let processes that start within the context import what this one can.
-
-    Before Python 3.12 the server that forks them knows no other way.
-    """
-    before = os.environ.get('PYTHONPATH')
-    os.environ['PYTHONPATH'] = os.pathsep.join(sys.path)
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ['PYTHONPATH']
-        else:
-            os.environ['PYTHONPATH'] = before
-
-
-def _prepare() -> None:
-    torch.set_num_threads(1)
-    logging.disable(logging.INFO)
+def _follow(
+    plan: Plan, training: Training, missing: Dict[Training, FollowUp]
+) -> Iterator[Row]:
+    data = images_of(plan, training)
+    network, _ = _trained(plan, training, data.train)
+    build = functools.partial(
+        start_with,
+        training.network,
+        width=training.width,
+        seed=training.seed,
+    )
+    trained = Trained(network, build, data, training.seed, plan.machine)
+    for one, follow_up in missing.items():
+        begin = time.process_time()
+        yield Row(
+            one, *rounded(follow_up(trained), time.process_time() - begin)
+        )
 
 
 def _check_needed(part: Part) -> None:
@@ -283,57 +220,3 @@ def images_of(plan: Plan, training: Training) -> FashionMNIST:
 
 #: A process reads the images once.
 _read = functools.lru_cache(read_fashion_mnist)
-
-
-def _add_costs(plan: Plan, cell: Cell, record: Record) -> None:
-    missing = [b for b in plan.part.blocks if cost_of(record, cell, b) is None]
-    if not missing:
-        return
-    data = split_for(_read(plan.data_root), cell.size, 0, True)
-    data = data.train.to(plan.machine.device)
-    blocks = list(dict.fromkeys([PLAIN, *missing]))
-    found = _costs(cell, blocks, data, plan.machine)
-    known = cost_of(record, cell, PLAIN)
-    # On another day the machine has another speed; plain's tells by how much.
-    factor = known.milliseconds / found[PLAIN].milliseconds if known else 1
-    record.costs.extend(
-        found[block]._replace(
-            milliseconds=round(factor * found[block].milliseconds, 2)
-        )
-        for block in missing
-    )
-
-
-def _costs(
-    cell: Cell, blocks: List[str], images: Images, machine: Machine
-) -> Dict[str, Cost]:
-    batch = cell.schedule.batch
-    steps: Dict[str, Callable[[], float]] = {}
-    memory = {}
-    for block in blocks:
-        network = start_with(
-            cell.network, BLOCKS[block].config, cell.width, 0
-        ).to(machine.device)
-        memory[block] = megabytes(network, images, batch)
-        few = images.take(torch.arange(batch, device=machine.device))
-        steps[block] = functools.partial(
-            train, network, few, Recipe(0.0, 1, batch), 0, machine
-        )
-    seconds: Dict[str, List[float]] = {block: [] for block in blocks}
-    for i in range(_COST_STEPS + 3):
-        for block, step in steps.items():
-            taken = step()
-            if i >= 3:
-                seconds[block].append(taken)
-    return {
-        block: Cost(
-            cell.network,
-            cell.width,
-            block,
-            batch,
-            cell.machine,
-            1e3 * statistics.median(seconds[block]),
-            round(memory[block], 3),
-        )
-        for block in blocks
-    }
