@@ -1,9 +1,11 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
 """The study: equal terms for all blocks, results that are never lost."""
 
+import copy
 import gzip
 import math
 import struct
+from functools import partial
 from pathlib import Path
 
 import mmengine.registry
@@ -12,6 +14,7 @@ import torch
 from helpers import distance, run_tool
 from torch import nn
 from workshop.study import (
+    follow,
     images,
     networks,
     picture,
@@ -467,8 +470,7 @@ def record_of(**tops):
         found.costs.append(cost(block, 2.0 if block == 'plain' else 3.0))
         for seed, top in enumerate(values):
             one = CELL.training(block, seed, 'test', 0.1, 2)
-            seconds = 30.0 if block == 'plain' else 90.0
-            found.rows.append(rows.Row(one, top, seconds))
+            found.rows.append(rows.Row(one, top, 1.0))
     return found
 
 
@@ -485,10 +487,11 @@ def test_summary_exact():
     assert orepa.gain.half == pytest.approx(half / 2, rel=1e-5)
     assert orepa.gain_in_same_time == (-1.0, math.inf)
     assert (orepa.seconds, orepa.memory) == (1.5, 1.0)
-    assert orepa.gain_a_minute == pytest.approx(1.0)
+    # Two epochs of two steps, each of which takes a millisecond more.
+    assert orepa.gain_a_minute == pytest.approx(1.0 * 60e3 / 4)
     assert report.cells_of(orepa) == (
         'OREPA', '0.1, 2', '93.00 ± 4.30', '+1.00 ± 2.48', '-1.00', '1.50',
-        '1.00', '+1.0',
+        '1.00', '+15000.0', '3',
     )  # fmt: skip
 
 
@@ -514,3 +517,148 @@ def test_the_picture(name, tmp_path):
     assert path.read_bytes() == before
     with pytest.raises(UserError, match='cannot draw'):
         picture.draw_study(record, (CELL,), PART, str(tmp_path / 'a.txt2'))
+
+
+def test_what_trained_networks_keep(tmp_path):
+    """A table of changes, seed by seed, to the network as it was trained."""
+    record = record_of(plain=(), OREPA=())
+    for block, role, tops in (
+        ('plain', 'float', (90.0, 92.0)),
+        ('plain', 'INT8', (89.0, 90.0)),
+        ('OREPA', 'float', (91.0, 93.0)),
+    ):
+        for seed, top in enumerate(tops):
+            one = CELL.training(block, seed, role, 0.1, 2)
+            record.rows.append(rows.Row(one, top, 1.0))
+    lines = report.follow_ups(record, CELL, PART, ['float', 'INT8'])
+    half = 12.7062 * 0.5**0.5
+    assert lines == [
+        ('plain', '91.00 ± 12.71', f'-1.50 ± {half * 0.5**0.5:.2f}'),
+        ('OREPA', '92.00 ± 12.71', ''),
+    ]
+
+
+@pytest.fixture(scope='module')
+def followed():
+    """A network with blocks and a plain one, trained a little."""
+
+    def trained(block):
+        count = 200
+        labels = torch.arange(count) % 10
+        generator = torch.Generator().manual_seed(2)
+        pixels = torch.randn(count, 1, 28, 28, generator=generator)
+        pixels[:, 0, 4:24, 4:24] += labels[:, None, None] - 4.5
+        data = images.Images(pixels, labels)
+        network = networks.start('RepVGG', block, 8, 0, pixels)
+        recipe = training.Recipe(0.1, 4, 20)
+        training.train(network, data, recipe, 0)
+        build = partial(networks.start_with, 'RepVGG', width=8, seed=0)
+        return follow.Trained(
+            network,
+            build,
+            images.FashionMNIST(data, data),
+            0,
+            training.CPU,
+        )
+
+    return {block: trained(block) for block in ('plain', 'DBB')}
+
+
+@pytest.mark.parametrize('block', ['plain', 'DBB'])
+def test_eight_bits_after_training_change_little(block, followed):
+    one = followed[block]
+    before = {n: v.clone() for n, v in one.network.state_dict().items()}
+    expected = follow.as_float(one)
+    for per_channel in (True, False):
+        found = follow.after_training(one, per_channel)
+        assert abs(found - expected) < 12
+    # The rounded network is another one than the one in float.
+    plain = follow.plain_form(one)
+    x = one.data.test.images[:20]
+    in_float = plain.eval()(x)
+    assert distance(training.merged(one.network).eval()(x), in_float) < 1e-4
+    prepared = copy.deepcopy(plain)
+    follow.prepare_qat_(prepared, follow.IMAGE_SIZE, 1.0, False)
+    follow._calibrated(prepared, one)
+    assert 1e-4 < distance(prepared(x), in_float) < 0.3
+    for name, value in one.network.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_pruning_saves_what_it_says(followed, monkeypatch):
+    pytest.importorskip('torch_pruning')
+    one = followed['DBB']
+    whole = follow.plain_form(one)
+    flops = follow.cost_of(whole, follow.IMAGE_SIZE).flops
+    made = []
+    monkeypatch.setattr(
+        follow.Trained, 'train_on', lambda self, net: made.append(net)
+    )
+    for saved in (0.5, 0.7):
+        top = follow.after_pruning(one, saved)
+        assert 0 <= top <= 100
+        share = follow.cost_of(made[-1], follow.IMAGE_SIZE).flops / flops
+        # At most what was asked for, and no more removed than one step's.
+        assert 0.7 * (1 - saved) < share <= 1 - saved
+    assert follow.cost_of(whole, follow.IMAGE_SIZE).flops == flops
+
+
+def test_follow_ups_are_rows(data_root, tmp_path, capfd):
+    out = tmp_path / 'out.json'
+    arguments = [
+        '--out', out, '--data-root', data_root, '--networks', 'RepVGG',
+        '--sizes', 2, '--width', 8, '--seeds', 1, '--epochs', 1,
+        '--blocks', 'plain', 'RepVGGConv', '--part', 'int8',
+    ]  # fmt: skip
+    assert run_tool('study', *arguments) == 0
+    said = capfd.readouterr().out
+    roles = [*follow.FOLLOW_UPS['int8']]
+    found = [r for r in rows.read_record(out).rows if r.training.seed < 99]
+    assert [(r.training.block, r.training.role) for r in found] == [
+        (block, role) for block in ('plain', 'RepVGGConv') for role in roles
+    ]
+    assert 'QAT per tensor' in said and 'RepVGGConv' in said
+    # What is lost is made again, and nothing else.
+    record = rows.read_record(out)
+    rows.write_record(out, record._replace(rows=record.rows[:-1]))
+    assert run_tool('study', *arguments) == 0
+    assert rows.read_record(out).rows[-1].top1 == found[-1].top1
+    assert len(rows.read_record(out).rows) == len(record.rows)
+
+
+# The page
+
+PAGE = HOME / 'docs' / 'study.md'
+RESULTS = HOME / 'docs' / 'figures' / 'study_fashion.json'
+
+
+def test_the_pages_tables_are_those_of_the_trainings():
+    record = rows.read_record(RESULTS)
+    text = PAGE.read_text()
+    machine = record.rows[0].training.machine
+    shown = 0
+    for cell in plan.cells_for(None, plan.SCHEDULES, machine):
+        for part in (variants.PARTS[name] for name in ('blocks', 'ablation')):
+            for summary in report.summarize(record, cell, part):
+                line = f'| {" | ".join(report.cells_of(summary))} |'
+                if part is variants.PARTS['blocks'] or line in text:
+                    assert line in text, line
+                    shown += 1
+    assert shown >= 6
+
+
+def test_what_was_run_is_what_the_plan_asks_for():
+    """Nobody can leave out a training, or choose another setting."""
+    record = rows.read_record(RESULTS)
+    for row in record.rows:
+        one = row.training
+        (cell,) = plan.cells_for([one.network], [one.size], one.machine)
+        assert (cell.width, cell.schedule.batch) == (one.width, one.batch)
+        setting = plan.search(record, cell, one.block)[1]
+        if one.role == 'test':
+            assert (one.lr, one.epochs) == setting
+        elif one.role == 'same time':
+            baseline = 'plain'
+            assert (one.lr, one.epochs) == plan.setting_in_the_same_time(
+                record, cell, one.block, baseline
+            )

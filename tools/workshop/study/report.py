@@ -8,8 +8,9 @@ import statistics
 from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from mmdbb.mm.engine.measure import print_table
+from workshop.study.images import CLASSES
 from workshop.study.plan import Cell, cost_of
-from workshop.study.rows import Record, Row
+from workshop.study.rows import Cost, Record, Row, Training
 from workshop.study.variants import Part
 
 #: A cell's rows of one role: block -> seed -> row.
@@ -56,8 +57,8 @@ class Summary(NamedTuple):
             plain; None where there are none.
         seconds: Ratio of a step's time to plain's.
         memory: Ratio of a step's memory to plain's.
-        gain_a_minute: Points of ``gain`` for each minute that the trainings
-            take longer than plain's; None unless they do.
+        gain_a_minute: Points of ``gain`` for each minute of computing that
+            the training takes longer than plain's; None unless it does.
         seeds: How many.
     """
 
@@ -114,7 +115,7 @@ def summarize(record: Record, cell: Cell, part: Part) -> List[Summary]:
                 gains(timed.get(block, {}), plain),
                 seconds,
                 memory,
-                _gain_a_minute(gain, by_seed, plain),
+                _gain_a_minute(gain, costs, [by_seed, plain]),
                 len(by_seed),
             )
         )
@@ -132,26 +133,40 @@ def gains(rows: Dict[int, Row], plain: Dict[int, Row]) -> Optional[Interval]:
 
 
 def _gain_a_minute(
-    gain: Optional[Interval], rows: Dict[int, Row], plain: Dict[int, Row]
+    gain: Optional[Interval],
+    costs: Sequence[Optional[Cost]],
+    trained: Sequence[Dict[int, Row]],
 ) -> Optional[float]:
-    if gain is None:
+    """From steps timed in turns, which other work on the machine slows alike.
+
+    Args:
+        gain: The block's.
+        costs: Of a step, of the block and the baseline.
+        trained: Their rows.
+    """
+    if gain is None or None in costs:
         return None
     own, base = (
-        statistics.median(row.seconds for row in part.values())
-        for part in (rows, plain)
+        cost.milliseconds * _steps(next(iter(rows.values())).training)
+        for cost, rows in zip(costs, trained)
     )
-    return 60 * gain.mean / (own - base) if own > base else None
+    return gain.mean / ((own - base) / 60e3) if own > base else None
+
+
+def _steps(training: Training) -> int:
+    return training.epochs * (CLASSES * training.size // training.batch)
 
 
 HEADER = (
     'block',
     'rate, epochs',
     'top-1 (%)',
-    'over plain',
-    "in plain's time",
+    'gain',
+    'gain in the same time',
     'step time',
     'memory',
     'points a minute',
+    'seeds',
 )
 
 
@@ -170,6 +185,7 @@ def cells_of(summary: Summary) -> Tuple[str, ...]:
         ''
         if summary.gain_a_minute is None
         else f'{summary.gain_a_minute:+.1f}',
+        str(summary.seeds),
     )
 
 
@@ -178,12 +194,11 @@ def print_study(record: Record, cells: Sequence[Cell], part: Part) -> None:
     for cell in cells:
         summaries = summarize(record, cell, part)
         if summaries:
-            seeds = sorted({s.seeds for s in summaries})
             print_table(
                 HEADER,
                 [cells_of(summary) for summary in summaries],
-                f'{"-".join(map(str, seeds))} seeds; ± is half of a 95 % '
-                'confidence interval; step time and memory over plain',
+                '± is half of a 95 % confidence interval; step time and '
+                f'memory over {part.baseline}',
                 f'{cell.network}, width {cell.width}: {cell.size} training '
                 'images a class',
             )
