@@ -22,6 +22,7 @@ from workshop.study import (
     report,
     rows,
     run,
+    tasks,
     training,
     variants,
 )
@@ -624,6 +625,78 @@ def test_follow_ups_are_rows(data_root, tmp_path, capfd):
     assert run_tool('study', *arguments) == 0
     assert rows.read_record(out).rows[-1].top1 == found[-1].top1
     assert len(rows.read_record(out).rows) == len(record.rows)
+
+
+# The detector and the segmentor
+
+
+@pytest.mark.parametrize('network', tasks.NETWORKS)
+def test_tasks_differ_in_blocks_only(network, tmp_path):
+    pytest.importorskip('mlxtend')
+    whole = tasks.TaskPlan(
+        HOME, str(tmp_path), [network], tasks.PART, 1, (4, 2)
+    )
+    cfg = tasks.base_config(HOME, network)
+    cell = tasks.cell_of(network, cfg)
+    rate = cfg.optim_wrapper.optimizer.lr
+    configs = []
+    for block in tasks.PART.blocks:
+        one = cell.training(block, 3, 'test', rate, cell.schedule.epochs)
+        found = tasks.task_config(whole, one).to_dict()
+        expected = dict(variants.BLOCKS[block].config)
+        assert found['model']['backbone'].pop('block') == expected
+        assert block in found.pop('experiment_name')
+        configs.append(found)
+    assert configs[0] == configs[1] == configs[2]
+    search = tasks.task_config(whole, one._replace(role='search')).to_dict()
+    folders = [
+        Path(c['val_dataloader']['dataset']['data_root'])
+        for c in (configs[0], search)
+    ]
+    pictures = [
+        {p.read_bytes() for p in f.rglob('*') if p.suffix in ('.png', '.jpg')}
+        for f in folders
+    ]
+    assert pictures[0] and not pictures[0] & pictures[1]
+
+
+def test_tasks_are_rows(tmp_path, monkeypatch):
+    def run_one(whole, training):
+        return 50 - abs(math.log(training.lr / 6e-3)), 1.0
+
+    monkeypatch.setattr(tasks, '_run', run_one)
+    out = tmp_path / 'out.json'
+    whole = tasks.TaskPlan(HOME, str(tmp_path), ['ATSS'], tasks.PART, 2)
+    found = [*tasks.run_tasks(whole, out)]
+    assert len(found) == 3 * 3 + 2 * 3
+    assert {r.training.lr for r in found[9:]} == {0.006}
+    assert [r.training.seed for r in found[9:]] == [0] * 3 + [1] * 3
+    assert not [*tasks.run_tasks(whole, out)]
+    with pytest.raises(UserError, match='unknown networks .*YOLO'):
+        next(tasks.run_tasks(whole._replace(networks=['YOLO']), out))
+
+
+def test_a_detector_is_trained(tmp_path, monkeypatch):
+    pytest.importorskip('mlxtend')
+    make = tasks.task_config
+
+    def tiny(whole, training):
+        cfg = make(whole, training)
+        cfg.model.backbone.update(base_channels=2, stem_channels=2)
+        cfg.model.neck.update(in_channels=[4, 8, 16], out_channels=8)
+        cfg.model.bbox_head.update(
+            in_channels=8, feat_channels=8, stacked_convs=1
+        )
+        cfg.train_cfg.update(max_epochs=1, val_interval=1)
+        return cfg
+
+    monkeypatch.setattr(tasks, 'task_config', tiny)
+    monkeypatch.setattr(tasks, 'FACTORS', (1.0,))
+    part = variants.Part(('DBB',), 'DBB')
+    whole = tasks.TaskPlan(HOME, str(tmp_path), ['ATSS'], part, 1, (4, 2))
+    found = [*tasks.run_tasks(whole, tmp_path / 'out.json')]
+    assert [r.training.role for r in found] == ['search', 'test']
+    assert all(0 <= r.top1 <= 100 and r.seconds > 0 for r in found)
 
 
 # The page

@@ -16,6 +16,8 @@ from mmdbb.mm.engine.command import (
     run_command,
 )
 
+HOME = Path(__file__).resolve().parents[1]
+
 
 def parse_args():
     parser = Parser(description=__doc__.splitlines()[0])
@@ -35,11 +37,18 @@ def parse_args():
     parser.add_argument('--networks', nargs='+', help='default: all')
     parser.add_argument(
         '--part',
-        choices=['blocks', 'ablation', 'transfer', 'int8', 'pruning'],
+        choices=[
+            'blocks',
+            'ablation',
+            'transfer',
+            'int8',
+            'pruning',
+            'tasks',
+        ],
         default='blocks',
         help='what is compared: blocks; branches of DBB; starts from trained '
         'plain weights; networks after rounding to eight bits, or with fewer '
-        'filters; default: %(default)s',
+        "filters; the demo's detector and segmentor; default: %(default)s",
     )
     parser.add_argument(
         '--blocks', nargs='+', help='default: those of the part'
@@ -111,42 +120,22 @@ def main():
     import logging
 
     import torch
-    from workshop.study.follow import FOLLOW_UPS
     from workshop.study.picture import draw_study
-    from workshop.study.plan import cells_for
     from workshop.study.report import print_follow_ups, print_study
     from workshop.study.rows import read_record
-    from workshop.study.run import Plan, run_study
-    from workshop.study.training import Machine
-    from workshop.study.variants import PARTS
 
     from mmdbb.mm.engine.measure import check_picture, report_files
 
     check_picture(args.plot)
     torch.set_num_threads(1)
     logging.disable(logging.INFO)  # mmengine lists all weights at the start
-    machine = Machine(torch.device(args.device), args.precision, args.graphs)
-    part = PARTS[args.part]
-    if args.blocks:
-        part = part._replace(blocks=tuple(args.blocks))
-    plan = Plan(
-        args.data_root,
-        cells_for(
-            args.networks,
-            args.sizes,
-            machine.name,
-            width=args.width,
-            batch=args.batch,
-            epochs=args.epochs,
-        ),
-        part,
-        args.seeds,
-        machine,
-        FOLLOW_UPS.get(args.part, {}),
-    )
     out = Path(args.out)
     with report_files(args.plot, overwrite=args.force) as (plot,):
-        for row in run_study(plan, out, args.minutes, args.jobs):
+        study = (
+            _tasks(args, out) if args.part == 'tasks' else _fashion(args, out)
+        )
+        rows, cells, part, roles = study
+        for row in rows:
             t = row.training
             print(
                 f'{t.network}, {t.size} a class, {t.block}, {t.role} '
@@ -156,11 +145,59 @@ def main():
             )
         record = read_record(out)
         if plot:
-            draw_study(record, plan.cells, part, plot)
-    if plan.follow_ups:
-        print_follow_ups(record, plan.cells, part, [*plan.follow_ups])
+            draw_study(record, cells, part, plot)
+    if roles:
+        print_follow_ups(record, cells, part, roles)
     else:
-        print_study(record, plan.cells, part)
+        print_study(record, cells, part)
+
+
+def _fashion(args, out):
+    import torch
+    from workshop.study.follow import FOLLOW_UPS
+    from workshop.study.plan import cells_for
+    from workshop.study.run import Plan, run_study
+    from workshop.study.training import Machine
+    from workshop.study.variants import PARTS
+
+    machine = Machine(torch.device(args.device), args.precision, args.graphs)
+    part = _chosen(args, PARTS[args.part])
+    cells = cells_for(
+        args.networks,
+        args.sizes,
+        machine.name,
+        width=args.width,
+        batch=args.batch,
+        epochs=args.epochs,
+    )
+    roles = FOLLOW_UPS.get(args.part, {})
+    plan = Plan(args.data_root, cells, part, args.seeds, machine, roles)
+    return run_study(plan, out, args.minutes, args.jobs), cells, part, roles
+
+
+def _tasks(args, out):
+    from workshop.study.tasks import (
+        NETWORKS,
+        PART,
+        TaskPlan,
+        base_config,
+        cell_of,
+        run_tasks,
+    )
+
+    part, names = _chosen(args, PART), args.networks or [*NETWORKS]
+    plan = TaskPlan(HOME, args.data_root, names, part, args.seeds)
+    rows = run_tasks(plan, out, args.minutes)
+    cells = [
+        cell_of(name, base_config(HOME, name))
+        for name in names
+        if name in NETWORKS
+    ]
+    return rows, cells, part, {}
+
+
+def _chosen(args, part):
+    return part._replace(blocks=tuple(args.blocks)) if args.blocks else part
 
 
 if __name__ == '__main__':
