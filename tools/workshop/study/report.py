@@ -11,7 +11,7 @@ from mmdbb.mm.engine.measure import print_table
 from workshop.study.images import CLASSES
 from workshop.study.plan import Cell, cost_of
 from workshop.study.rows import Cost, Record, Row, Training
-from workshop.study.variants import Part
+from workshop.study.variants import BLOCKS, Part
 
 #: A cell's rows of one role: block -> seed -> row.
 Compared = Dict[str, Dict[int, Row]]
@@ -115,7 +115,9 @@ def summarize(record: Record, cell: Cell, part: Part) -> List[Summary]:
                 gains(timed.get(block, {}), plain),
                 seconds,
                 memory,
-                _gain_a_minute(gain, costs, [by_seed, plain]),
+                None
+                if BLOCKS[block].config == BLOCKS[part.baseline].config
+                else _gain_a_minute(gain, costs, [by_seed, plain]),
                 len(by_seed),
             )
         )
