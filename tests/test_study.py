@@ -14,6 +14,7 @@ import torch
 from helpers import distance, run_tool
 from torch import nn
 from workshop.study import (
+    costs,
     follow,
     images,
     networks,
@@ -416,6 +417,23 @@ def test_a_new_block_is_timed_against_plain(data_root, tmp_path):
     costs = rows.read_record(out).costs
     assert costs[:2] == slow and costs[2].block == 'ACB'
     assert costs[2].milliseconds > 5e5
+
+
+def test_a_batch_may_be_larger_than_the_images(data_root):
+    cell = CELL._replace(schedule=plan.Schedule(64, 1))
+    data = images.read_fashion_mnist(str(data_root))
+    few_images = images.split_for(data, 2, 0, True).train
+    record = rows.Record([], [])
+    costs.add_costs(cell, ('plain',), record, few_images, training.CPU)
+    assert [c.batch for c in record.costs] == [64]
+
+
+def test_when_the_time_is_over_nothing_more_is_done(data_root, tmp_path):
+    cells = (CELL, CELL._replace(network='ResNet-18'))
+    whole = run.Plan(str(data_root), cells, PART, 1)
+    out = tmp_path / 'out.json'
+    assert not [*run.run_study(whole, out, minutes=-1)]
+    assert {c.network for c in rows.read_record(out).costs} == {'RepVGG'}
 
 
 @pytest.mark.parametrize(

@@ -31,8 +31,8 @@ def parse_args():
     )
     parser.add_argument(
         '--data-root',
-        default='data/fashion_mnist',
-        help='folder that has or gets the data set; default: %(default)s',
+        help='folder that has or gets the data set; default: '
+        "data/fashion_mnist, and data for the demo's",
     )
     parser.add_argument('--networks', nargs='+', help='default: all')
     parser.add_argument(
@@ -171,7 +171,8 @@ def _fashion(args, out):
         epochs=args.epochs,
     )
     roles = FOLLOW_UPS.get(args.part, {})
-    plan = Plan(args.data_root, cells, part, args.seeds, machine, roles)
+    data_root = args.data_root or 'data/fashion_mnist'
+    plan = Plan(data_root, cells, part, args.seeds, machine, roles)
     return run_study(plan, out, args.minutes, args.jobs), cells, part, roles
 
 
@@ -186,7 +187,8 @@ def _tasks(args, out):
     )
 
     part, names = _chosen(args, PART), args.networks or [*NETWORKS]
-    plan = TaskPlan(HOME, args.data_root, names, part, args.seeds)
+    data_root = args.data_root or 'data'
+    plan = TaskPlan(HOME, data_root, names, part, args.seeds)
     rows = run_tasks(plan, out, args.minutes)
     cells = [
         cell_of(name, base_config(HOME, name))

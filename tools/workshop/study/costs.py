@@ -56,6 +56,7 @@ def _costs(
     cell: Cell, blocks: List[str], images: Images, machine: Machine
 ) -> Dict[str, Cost]:
     batch = cell.schedule.batch
+    count = min(batch, len(images.labels))  # as training does
     steps: Dict[str, Callable[[], float]] = {}
     memory = {}
     for block in blocks:
@@ -63,7 +64,7 @@ def _costs(
             cell.network, BLOCKS[block].config, cell.width, 0
         ).to(machine.device)
         memory[block] = megabytes(network, images, batch)
-        few = images.take(torch.arange(batch, device=machine.device))
+        few = images.take(torch.arange(count, device=machine.device))
         steps[block] = functools.partial(
             train, network, few, Recipe(0.0, 1, batch), 0, machine
         )

@@ -91,6 +91,8 @@ def run_study(
             record.rows.append(row)
             write_record(out, record)
             yield row
+        if time.monotonic() > stop:
+            return
 
 
 def _run_cell(
