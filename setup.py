@@ -25,7 +25,6 @@ WORKSHOP = (
     'tools/model_zoo.py',
     'tools/prepare_demo_data.py',
     'tools/study.py',
-    'tools/study_fashion.py',
     'tools/sweep.py',
 )
 

@@ -91,6 +91,7 @@ REPARAM = 'tests/test_reparam.py'
 INSERT = 'tests/test_insert.py'
 MERGE_BACK = 'tests/test_merge_back.py'
 SWEEP = 'tests/test_sweep.py'
+STUDY = 'tests/test_study.py'
 RUNNING = 'tests/test_mm/test_running.py'
 PROOF = 'tests/test_proof.py'
 OWN_BLOCKS = 'tests/test_own_blocks.py'
@@ -1635,6 +1636,56 @@ TABLE = (
         '        pass',
         'a weight norm of a block',
         (f'{WATCHED}::test_a_weight_norm_of_the_block_itself_is_refused',),
+    ),
+    # ---------------------------------------------------------------- study
+    Mutation(
+        'tools/workshop/study/images.py',
+        'pool = places[HELD_OUT:]',
+        'pool = places',
+        'settings are chosen on images that are trained on',
+        (f'{STUDY}::test_the_search_sees_no_test_image',),
+    ),
+    Mutation(
+        'tools/workshop/study/images.py',
+        'key=digests.__getitem__',
+        'key=None',
+        'splits follow the order in the files',
+        (f'{STUDY}::test_the_order_in_the_files_does_not_matter',),
+    ),
+    Mutation(
+        'tools/workshop/study/networks.py',
+        'copy_(width * kernel)',
+        'copy_(kernel)',
+        "OREPA's original kernel starts narrower than in its paper",
+        (f'{STUDY}::test_the_shared_kernel_of_orepa_has_the_papers_width',),
+    ),
+    Mutation(
+        'tools/workshop/study/networks.py',
+        'y.clone()',
+        'y',
+        'the control starts from what an activation in place left',
+        (f'{STUDY}::test_the_control_starts_as_dbbs_function',),
+    ),
+    Mutation(
+        'tools/workshop/study/plan.py',
+        'return RATES[place + 1]',
+        'return None',
+        'a search stops at its largest rate',
+        (f'{STUDY}::test_each_block_gets_its_own_setting',),
+    ),
+    Mutation(
+        'tools/workshop/study/plan.py',
+        'costs[0].milliseconds / costs[1].milliseconds',
+        'costs[1].milliseconds / costs[0].milliseconds',
+        'a slow block gets more time than plain',
+        (f'{STUDY}::test_the_same_time_is_plains',),
+    ),
+    Mutation(
+        'tools/workshop/study/follow.py',
+        'plain = plain_form(trained)',
+        'plain = trained.network',
+        'pruning changes the trained network',
+        (f'{STUDY}::test_pruning_saves_what_it_says',),
     ),
     # ------------------------------------------------------------ recompute
     Mutation(

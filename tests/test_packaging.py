@@ -22,7 +22,6 @@ WORKSHOP = (
     'model_zoo',
     'prepare_demo_data',
     'study',
-    'study_fashion',
     'sweep',
 )
 

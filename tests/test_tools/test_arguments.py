@@ -42,7 +42,7 @@ NUMBERS = [
     ('prune', FILES, ('--round-to', '0'), ONE),
     *(
         ('study', ('--out', 'out.json'), (option, '0'), ONE)
-        for option in ('--seeds', '--images', '--epochs', '--batch')
+        for option in ('--seeds', '--sizes', '--epochs', '--batch')
     ),
     ('prepare_demo_data', (), ('--train', '0'), ONE),
     ('prepare_demo_data', (), ('--val', '0'), ONE),

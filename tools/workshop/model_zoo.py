@@ -324,5 +324,4 @@ def row_of(entry: Entry, result: Optional[dict]) -> str:
 
 
 def _metric(name: str, value: float) -> str:
-    """A gain shows its sign."""
-    return f'{name} {value:+.2f}' if 'over' in name else f'{name} {value:.2f}'
+    return f'{name} {value:.2f}'

@@ -1,0 +1,770 @@
+# Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
+"""The study: equal terms for all blocks, results that are never lost."""
+
+import copy
+import gzip
+import math
+import struct
+from functools import partial
+from pathlib import Path
+
+import mmengine.registry
+import pytest
+import torch
+from helpers import distance, run_tool
+from torch import nn
+from workshop.study import (
+    costs,
+    follow,
+    images,
+    networks,
+    picture,
+    plan,
+    report,
+    rows,
+    run,
+    tasks,
+    training,
+    variants,
+)
+
+from mmdbb.errors import UserError
+from mmdbb.registry import BLOCKS
+from mmdbb.reparam import find_blocks
+
+pytestmark = pytest.mark.usefixtures('quiet', 'own_blocks')
+HOME = Path(__file__).resolve().parents[1]
+HELD_OUT = 20
+COUNTS = dict(train=HELD_OUT * 10 + 80, t10k=30)
+SCHEDULE = plan.Schedule(8, 1)
+CELL = plan.Cell('RepVGG', 2, 2, SCHEDULE, 'CPU, one thread, float32')
+PART = variants.Part(('plain', 'OREPA'))
+
+
+@pytest.fixture(autouse=True)
+def own_blocks(monkeypatch):
+    """What the study registers is gone after it; fewer images held out."""
+    monkeypatch.setattr(images, 'HELD_OUT', HELD_OUT)
+    changed = (BLOCKS, mmengine.registry.MODELS)
+    before = [dict(registry.module_dict) for registry in changed]
+    yield
+    for registry, modules in zip(changed, before):
+        registry.module_dict.clear()
+        registry.module_dict.update(modules)
+
+
+@pytest.fixture(scope='module')
+def data_root(tmp_path_factory):
+    """Files of the data set's own form, with noise in them."""
+    return write_files(tmp_path_factory.mktemp('fashion'))
+
+
+def write_files(folder, order=lambda count: torch.arange(count)):
+    generator = torch.Generator().manual_seed(0)
+    for split, count in COUNTS.items():
+        labels = (torch.arange(count) % 10).to(torch.uint8)
+        pixels = torch.randint(
+            0, 200, (count, 28, 28), generator=generator, dtype=torch.uint8
+        )
+        pixels[:, :9] += 5 * labels[:, None, None]
+        for name, values in (('images', pixels), ('labels', labels)):
+            head = struct.pack(
+                f'>HBB{values.dim()}I', 0, 8, values.dim(), *values.shape
+            )
+            content = head + values[order(count)].numpy().tobytes()
+            path = folder / f'{split}-{name}-idx{values.dim()}-ubyte'
+            if split == 'train':
+                path.write_bytes(content)
+            else:
+                packed = folder / f'{path.name}.gz'
+                packed.write_bytes(gzip.compress(content))
+    return folder
+
+
+# The data
+
+
+def test_packed_and_unpacked_files_are_read(data_root):
+    data = images.read_fashion_mnist(str(data_root))
+    assert [len(part.labels) for part in data] == [*COUNTS.values()]
+    assert data.train.images.shape[1:] == (1, 28, 28)
+    whole = images.split_for(data, HELD_OUT + 8, 0, False).train.images
+    assert abs(whole.mean()) < 1e-4
+    assert abs(whole.std() - 1) < 1e-4
+
+
+def test_the_order_in_the_files_does_not_matter(data_root, tmp_path):
+    other = write_files(tmp_path, lambda n: torch.arange(n).flip(0))
+    first, second = (
+        images.split_for(images.read_fashion_mnist(str(f)), 3, 5, True)
+        for f in (data_root, other)
+    )
+    for one, two in zip(first, second):
+        assert torch.equal(one.images, two.images)
+        assert torch.equal(one.labels, two.labels)
+
+
+@pytest.mark.parametrize('change', ['cut', 'type', 'none'])
+def test_broken_files(change, data_root, tmp_path):
+    write_files(tmp_path)
+    path = tmp_path / 'train-labels-idx1-ubyte'
+    content = path.read_bytes()
+    if change == 'none':
+        path.unlink()
+    else:
+        path.write_bytes(
+            content[:-1] if change == 'cut' else b'\1' + content[1:]
+        )
+    with pytest.raises(UserError, match='train-labels-idx1'):
+        images.read_fashion_mnist(str(tmp_path))
+
+
+def pixels_of(part):
+    return {image.numpy().tobytes() for image in part.images}
+
+
+def test_the_search_sees_no_test_image(data_root):
+    data = images.read_fashion_mnist(str(data_root))
+    search = images.split_for(data, 5, 0, True)
+    compared = images.split_for(data, 5, 0, False)
+    assert search.train.labels.bincount().tolist() == [5] * 10
+    assert search.test.labels.bincount().tolist() == [HELD_OUT] * 10
+    assert torch.equal(search.train.images, compared.train.images)
+    assert torch.equal(compared.test.labels, data.test.labels)
+    # The order of brightness is that of the bytes.
+    brightness = (
+        part.images.float().flatten(1).mean(1).argsort()
+        for part in (compared.test, data.test)
+    )
+    assert torch.equal(*brightness)
+    held_out = pixels_of(search.test)
+    assert not held_out & pixels_of(data.test)
+    # What is held out is the same for each seed, and is never trained on.
+    for seed in range(4):
+        split = images.split_for(data, 8, seed, True)
+        assert pixels_of(split.test) == held_out
+        assert not pixels_of(split.train) & held_out
+    other = images.split_for(data, 5, 1, False)
+    assert pixels_of(other.train) != pixels_of(compared.train)
+
+
+def test_whole_data_set(data_root):
+    data = images.read_fashion_mnist(str(data_root))
+    whole = HELD_OUT + 8
+    assert (
+        len(images.split_for(data, whole, 0, False).train.labels)
+        == (COUNTS['train'])
+    )
+    assert len(images.split_for(data, whole, 0, True).train.labels) == 80
+    with pytest.raises(UserError, match=f'at most {whole}.*got {whole + 1}'):
+        images.split_for(data, whole + 1, 0, False)
+
+
+def test_images_are_shifted_and_mirrored():
+    image = torch.arange(28.0 * 28).reshape(1, 1, 28, 28) + 1
+    batch = image.expand(400, -1, -1, -1)
+    found = images.augmented(batch, torch.Generator().manual_seed(0))
+    seen = set()
+    for each in found[:, 0]:
+        middle = each[14, 13:15] - 1
+        step = middle[1] - middle[0]
+        assert abs(step) == 1
+        row, column = divmod(int(middle[0]), 28)
+        column = column if step == 1 else 27 - column
+        seen.add((int(step), row - 14, column - 13))
+    assert len(seen) == 2 * 5 * 5
+
+
+# The networks
+
+
+def few(count=12):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(count, 1, 28, 28, generator=generator)
+
+
+@pytest.mark.parametrize('network', networks.NETWORKS)
+@pytest.mark.parametrize('block', variants.PARTS['blocks'].blocks)
+def test_networks_differ_in_blocks_only(network, block):
+    """Whatever plain has too is equal, bit by bit; merged, all are one."""
+    plain = networks.start(network, 'plain', 2, 3, few())
+    found = networks.start(network, block, 2, 3, few())
+    assert type(found.backbone) is type(plain.backbone)
+    merged = training.merged(found)
+    sizes = [
+        {n: p.shape for n, p in each.named_parameters() if p.dim() > 1}
+        for each in (plain, merged)
+    ]
+    assert sizes[0] == sizes[1]
+    if block == variants.CONTROL:
+        assert not find_blocks(found)
+        return
+    state, expected = found.state_dict(), plain.state_dict()
+    shared = state.keys() & expected.keys()
+    assert 'fc.weight' in shared
+    for name in shared:
+        assert torch.equal(state[name], expected[name]), name
+    blocks = find_blocks(found)
+    assert bool(blocks) == (block != 'plain')
+    for name, each in blocks.items():
+        kernel = expected[f'{name}.weight']
+        if block == 'OREPA':
+            pointwise = each.kernel_size == (1, 1)
+            # The code's distribution is as many times as wide as torch's.
+            factor = math.sqrt(3 if pointwise else 6)
+            own = each.generator.origin / factor
+        else:
+            own = each.branches['kxk'].conv.weight
+        assert distance(own, kernel) < 1e-6
+    other = networks.start(network, block, 2, 4, few()).state_dict()
+    assert not torch.equal(other['fc.weight'], state['fc.weight'])
+
+
+@pytest.mark.parametrize('kind', ['3x3', '1x1'])
+def test_the_shared_kernel_of_orepa_has_the_papers_width(kind):
+    size = 3 if kind == '3x3' else 1
+    name = 'MobileNet-V1' if kind == '1x1' else 'ResNet-18'
+    model = networks.start(name, 'OREPA', 8, 0, few())
+    blocks = [
+        b for b in find_blocks(model).values() if b.kernel_size == (size, size)
+    ]
+    widest = max(blocks, key=lambda b: b.generator.origin.numel())
+    own = widest.generator.origin.std().item()
+    widest.generator.reset_parameters()
+    assert own == pytest.approx(widest.generator.origin.std().item(), rel=0.03)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('network', networks.NETWORKS)
+def test_the_control_starts_as_dbbs_function(network):
+    dbb, control, plain = (
+        networks.start(network, block, 4, 3, few(64)).train()
+        for block in ('DBB', variants.CONTROL, 'plain')
+    )
+    for module in dbb.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0  # the border of the first step
+    expected = dbb(few(64))
+    evaluated = dbb.eval()(few(64))
+    assert distance(control.eval()(few(64)), evaluated) < 1e-4
+    assert distance(control.train()(few(64)), expected) < 0.02
+    assert distance(plain(few(64)), expected) > 0.2
+
+
+def test_a_trained_start_is_the_plain_function():
+    plain = networks.start('RepVGG', 'plain', 4, 3, few())
+    recipe = training.Recipe(0.1, 2, 6)
+    data = images.Images(few(), torch.arange(12) % 10)
+    training.train(plain, data, recipe, 0)
+    expected = plain.eval()(few())
+    for block in variants.PARTS['transfer'].blocks[1:]:
+        found = networks.start('RepVGG', block, 4, 3, few(), lambda: plain)
+        assert distance(found.eval()(few()), expected) < 1e-4
+
+
+@pytest.mark.parametrize('block', ['DBB + identity', 'kxk, 1x1, 1x1_avg'])
+def test_blocks_have_the_branches_of_their_names(block):
+    model = networks.start('RepVGG', block, 2, 0, few())
+    found = [[*b.branches] for b in find_blocks(model).values()]
+    if block == 'DBB + identity':
+        dbb = ['kxk', '1x1', '1x1_avg', '1x1_kxk']
+        assert dbb in found and [*dbb, 'identity'] in found
+    else:
+        assert found == [block.split(', ')] * 7
+
+
+# Training
+
+
+@pytest.mark.parametrize('block', ['plain', 'DBB'])
+def test_training_is_decided_by_the_seed(block):
+    data = images.Images(few(), torch.arange(12) % 10)
+    recipe = training.Recipe(0.05, 3, 5)
+    states = []
+    for seed in (0, 0, 1):
+        network = networks.start('RepVGG', block, 2, 0, few())
+        assert training.train(network, data, recipe, seed) > 0
+        states.append(network.fc.weight.detach())
+    assert torch.equal(states[0], states[1])
+    assert not torch.equal(states[0], states[2])
+
+
+def test_accuracy_is_counted():
+    network = nn.Flatten()
+    scores = torch.eye(10).repeat(60, 1)[:503]
+    labels = scores.argmax(1)
+    labels[:3] += 1
+    data = images.Images(scores, labels)
+    assert training.top1(network, data) == pytest.approx(100 * 500 / 503)
+
+
+# The plan
+
+
+class Tops:
+    """A record that a function fills, as trainings would."""
+
+    def __init__(self, top1):
+        self.top1, self.record, self.order = top1, rows.Record([], []), []
+
+    def run(self, part=PART, seeds=2):
+        while True:
+            waiting = plan.runnable(self.record, CELL, part, seeds)
+            if not waiting:
+                return self
+            next_one = waiting[0]
+            assert len({*waiting}) == len(waiting)
+            self.order.append(next_one)
+            self.record.rows.append(
+                rows.Row(next_one, self.top1(next_one), 1.0)
+            )
+
+
+def cost(block, milliseconds):
+    return rows.Cost(*CELL[:2], block, 8, CELL.machine, milliseconds, 1.0)
+
+
+def test_a_search_goes_on_while_the_best_rate_is_at_an_end():
+    found = Tops(lambda t: 50 - abs(math.log(t.lr / 0.003))).run()
+    tried = [t for t in found.order if t.block == 'plain' and t.seed > 99]
+    assert [t.lr for t in tried] == [0.03, 0.1, 0.3, 0.01, 0.003, 0.003]
+    assert [t.epochs for t in tried] == [1] * 5 + [2]
+    assert {t.role for t in tried} == {'search'}
+    tests = [t for t in found.order if t.role == 'test']
+    assert [(t.block, t.seed) for t in tests] == [
+        ('plain', 0), ('OREPA', 0), ('plain', 1), ('OREPA', 1)
+    ]  # fmt: skip
+    # The best rate; as many epochs as were no worse.
+    assert {(t.lr, t.epochs) for t in tests} == {(0.003, 1)}
+
+
+def test_each_block_gets_its_own_setting():
+    def top1(t):
+        best = 1.0 if t.block == 'OREPA' else 0.1
+        longer = t.epochs if t.block == 'OREPA' else -t.epochs
+        return 50 - abs(math.log(t.lr / best)) + longer
+
+    found = Tops(top1).run()
+    chosen = {
+        t.block: (t.lr, t.epochs) for t in found.order if t.role == 'test'
+    }
+    assert chosen == dict(plain=(0.1, 1), OREPA=(1.0, 2))
+
+
+def test_the_same_time_is_plains():
+    found = Tops(lambda t: 50.0 + t.epochs)
+    found.record.costs.extend([cost('plain', 2.0), cost('OREPA', 3.0)])
+    found.run()
+    timed = [t for t in found.order if t.role == 'same time']
+    assert {(t.block, t.epochs) for t in timed} == {('OREPA', 1)}
+    assert [t.seed for t in timed] == [0, 1]
+    # Plain has two epochs; OREPA's step takes 1.5 times as long.
+    setting = plan.setting_in_the_same_time(found.record, CELL, 'OREPA')
+    assert setting.epochs == round(2 / 1.5)
+    assert plan.setting_in_the_same_time(found.record, CELL, 'plain') is None
+
+
+def test_sizes_without_a_schedule_take_the_next_smaller_ones():
+    small, middle = (
+        plan.cells_for(['RepVGG'], [size], 'CPU')[0] for size in (5, 299)
+    )
+    assert small.schedule == middle.schedule == plan.SCHEDULES[30]
+    (own,) = plan.cells_for(['RepVGG'], [9999], 'CPU', 3, 4, 5)
+    assert (own.width, own.schedule) == (3, plan.Schedule(4, 5))
+    names = [c.network for c in plan.cells_for(None, [30, 300], 'CPU')]
+    assert names == [*networks.NETWORKS] * 2
+    with pytest.raises(UserError, match="unknown networks .'VGG'.; allowed"):
+        plan.cells_for(['VGG'], [30], 'CPU')
+
+
+# Runs
+
+
+def run_it(data_root, tmp_path, seeds=1, part=PART, **kwargs):
+    out = tmp_path / 'out.json'
+    whole = run.Plan(str(data_root), (CELL,), part, seeds)
+    return list(run.run_study(whole, out, **kwargs)), out
+
+
+def test_a_study_is_taken_up_where_it_stopped(data_root, tmp_path):
+    none, out = run_it(data_root, tmp_path, minutes=-1)
+    assert not none and len(rows.read_record(out).costs) == 2
+    first, _ = run_it(data_root, tmp_path)
+    assert [r.training.role for r in first][-3:] == [
+        'test', 'test', 'same time'
+    ]  # fmt: skip
+    record = rows.read_record(out)
+    assert record.rows == first
+    assert all(0 <= r.top1 <= 100 and r.seconds > 0 for r in first)
+    assert all(c.milliseconds > 0 and c.megabytes > 0 for c in record.costs)
+    again, _ = run_it(data_root, tmp_path, seeds=2)
+    assert [r.training.seed for r in again] == [1, 1, 1]
+    assert rows.read_record(out).rows == first + again
+    # A row lost is run again, and comes out the same.
+    rows.write_record(out, record._replace(rows=first[:-2] + again))
+    (lost, timed), _ = run_it(data_root, tmp_path, seeds=2)
+    assert lost.training == first[-2].training
+    assert (lost.top1, timed.top1) == (first[-2].top1, first[-1].top1)
+
+
+def test_a_new_block_is_timed_against_plain(data_root, tmp_path):
+    _, out = run_it(data_root, tmp_path, minutes=-1)
+    before = rows.read_record(out)
+    slow = [c._replace(milliseconds=1e6) for c in before.costs]
+    rows.write_record(out, before._replace(costs=slow))
+    part = PART._replace(blocks=('plain', 'OREPA', 'ACB'))
+    run_it(data_root, tmp_path, part=part, minutes=-1)
+    costs = rows.read_record(out).costs
+    assert costs[:2] == slow and costs[2].block == 'ACB'
+    assert costs[2].milliseconds > 5e5
+
+
+def test_a_batch_may_be_larger_than_the_images(data_root):
+    cell = CELL._replace(schedule=plan.Schedule(64, 1))
+    data = images.read_fashion_mnist(str(data_root))
+    few_images = images.split_for(data, 2, 0, True).train
+    record = rows.Record([], [])
+    costs.add_costs(cell, ('plain',), record, few_images, training.CPU)
+    assert [c.batch for c in record.costs] == [64]
+
+
+def test_when_the_time_is_over_nothing_more_is_done(data_root, tmp_path):
+    cells = (CELL, CELL._replace(network='ResNet-18'))
+    whole = run.Plan(str(data_root), cells, PART, 1)
+    out = tmp_path / 'out.json'
+    assert not [*run.run_study(whole, out, minutes=-1)]
+    assert {c.network for c in rows.read_record(out).costs} == {'RepVGG'}
+
+
+@pytest.mark.parametrize(
+    'text',
+    ['text', '{}', '[]', '{"rows": [{}], "costs": []}',
+     '{"rows": [], "costs": [], "mine": 1}'],
+)  # fmt: skip
+def test_another_file_is_kept(text, data_root, tmp_path):
+    (tmp_path / 'out.json').write_text(text)
+    with pytest.raises(UserError, match='no results of this study'):
+        run_it(data_root, tmp_path)
+    assert (tmp_path / 'out.json').read_text() == text
+
+
+def test_wrong_blocks(data_root, tmp_path):
+    part = variants.Part(('plain', 'ABC'))
+    with pytest.raises(UserError, match="unknown blocks .'ABC'.; allowed"):
+        run_it(data_root, tmp_path, part=part)
+    for part in (
+        variants.Part(('DBB',)),
+        variants.PARTS['transfer']._replace(blocks=('plain, trained on',)),
+    ):
+        with pytest.raises(UserError, match="blocks must have 'plain', got"):
+            run_it(data_root, tmp_path, part=part)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_tool(data_root, tmp_path, capfd, monkeypatch):
+    monkeypatch.setitem(plan.SCHEDULES, 30, plan.Schedule(8, 1))
+    arguments = [
+        '--out', tmp_path / 'out.json', '--data-root', data_root,
+        '--networks', 'RepVGG', '--sizes', 2, '--width', 2, '--seeds', 2,
+        '--blocks', 'plain', 'plain, trained on', 'DBB from plain',
+        '--part', 'transfer',
+    ]  # fmt: skip
+    assert run_tool('study', *arguments, '--minutes', 0) == 0
+    plot = tmp_path / 'study.svg'
+    assert run_tool('study', *arguments, '--plot', plot) == 0
+    said = capfd.readouterr().out
+    assert 'RepVGG, 2 a class, DBB from plain, test 1' in said
+    assert 'points of top-1' in plot.read_text() or plot.stat().st_size > 9999
+    found = rows.read_record(tmp_path / 'out.json').rows
+    # The start needs plain's own setting.
+    assert 'plain' in {r.training.block for r in found}
+
+
+# Reports
+
+
+def record_of(**tops):
+    found = rows.Record([], [])
+    for block, values in tops.items():
+        found.costs.append(cost(block, 2.0 if block == 'plain' else 3.0))
+        for seed, top in enumerate(values):
+            one = CELL.training(block, seed, 'test', 0.1, 2)
+            found.rows.append(rows.Row(one, top, 1.0))
+    return found
+
+
+def test_summary_exact():
+    record = record_of(plain=(90.0, 92.0, 94.0), OREPA=(91.0, 94.0, 94.0))
+    timed = CELL.training('OREPA', 1, 'same time', 0.1, 1)
+    record.rows.append(rows.Row(timed, 91.0, 1.0))
+    plain, orepa = report.summarize(record, CELL, PART)
+    # t of 2 degrees of freedom at 97.5 %: 4.30265; deviations 2 and 1.
+    assert plain.top1.mean == 92 and plain.gain is None
+    half = 4.30265 * 2 / math.sqrt(3)
+    assert plain.top1.half == pytest.approx(half, rel=1e-5)
+    assert (orepa.top1.mean, orepa.gain.mean) == (93, 1)
+    assert orepa.gain.half == pytest.approx(half / 2, rel=1e-5)
+    assert orepa.gain_in_same_time == (-1.0, math.inf)
+    assert (orepa.seconds, orepa.memory) == (1.5, 1.0)
+    # Two epochs of two steps, each of which takes a millisecond more.
+    assert orepa.gain_a_minute == pytest.approx(1.0 * 60e3 / 4)
+    assert report.cells_of(orepa) == (
+        'OREPA', '0.1, 2', '93.00 ± 4.30', '+1.00 ± 2.48', '-1.00', '1.50',
+        '1.00', '+15000.0', '3',
+    )  # fmt: skip
+
+
+def test_rows_of_other_settings_are_left_out():
+    record = record_of(plain=(90.0,))
+    one = record.rows[0].training
+    for change in (
+        dict(width=4), dict(size=3), dict(batch=9), dict(network='ResNet-18'),
+        dict(machine='GPU'), dict(role='search'), dict(block='ACB'),
+    ):  # fmt: skip
+        record.rows.append(rows.Row(one._replace(seed=7, **change), 1.0, 1.0))
+    (plain,) = report.summarize(record, CELL, PART)
+    assert plain.top1 == (90.0, math.inf) and plain.seeds == 1
+
+
+@pytest.mark.parametrize('name', ['study.png', 'study.svg'])
+def test_the_picture(name, tmp_path):
+    path = tmp_path / name
+    record = record_of(plain=(90.0, 92.0), OREPA=(91.0, 94.0))
+    picture.draw_study(record, (CELL,), PART, str(path))
+    before = path.read_bytes()
+    picture.draw_study(record, (CELL,), PART, str(path))
+    assert path.read_bytes() == before
+    with pytest.raises(UserError, match='cannot draw'):
+        picture.draw_study(record, (CELL,), PART, str(tmp_path / 'a.txt2'))
+
+
+def test_what_trained_networks_keep(tmp_path):
+    """A table of changes, seed by seed, to the network as it was trained."""
+    record = record_of(plain=(), OREPA=())
+    for block, role, tops in (
+        ('plain', 'float', (90.0, 92.0)),
+        ('plain', 'INT8', (89.0, 90.0)),
+        ('OREPA', 'float', (91.0, 93.0)),
+    ):
+        for seed, top in enumerate(tops):
+            one = CELL.training(block, seed, role, 0.1, 2)
+            record.rows.append(rows.Row(one, top, 1.0))
+    lines = report.follow_ups(record, CELL, PART, ['float', 'INT8'])
+    half = 12.7062 * 0.5**0.5
+    assert lines == [
+        ('plain', '91.00 ± 12.71', f'-1.50 ± {half * 0.5**0.5:.2f}'),
+        ('OREPA', '92.00 ± 12.71', ''),
+    ]
+
+
+@pytest.fixture(scope='module')
+def followed():
+    """A network with blocks and a plain one, trained a little."""
+
+    def trained(block):
+        count = 200
+        labels = torch.arange(count) % 10
+        generator = torch.Generator().manual_seed(2)
+        pixels = torch.randn(count, 1, 28, 28, generator=generator)
+        pixels[:, 0, 4:24, 4:24] += labels[:, None, None] - 4.5
+        data = images.Images(pixels, labels)
+        network = networks.start('RepVGG', block, 8, 0, pixels)
+        recipe = training.Recipe(0.1, 4, 20)
+        training.train(network, data, recipe, 0)
+        build = partial(networks.start_with, 'RepVGG', width=8, seed=0)
+        return follow.Trained(
+            network,
+            build,
+            images.FashionMNIST(data, data),
+            0,
+            training.CPU,
+        )
+
+    return {block: trained(block) for block in ('plain', 'DBB')}
+
+
+@pytest.mark.parametrize('block', ['plain', 'DBB'])
+def test_eight_bits_after_training_change_little(block, followed):
+    one = followed[block]
+    before = {n: v.clone() for n, v in one.network.state_dict().items()}
+    expected = follow.as_float(one)
+    for per_channel in (True, False):
+        found = follow.after_training(one, per_channel)
+        assert abs(found - expected) < 12
+    # The rounded network is another one than the one in float.
+    plain = follow.plain_form(one)
+    x = one.data.test.images[:20]
+    in_float = plain.eval()(x)
+    assert distance(training.merged(one.network).eval()(x), in_float) < 1e-4
+    prepared = copy.deepcopy(plain)
+    follow.prepare_qat_(prepared, follow.IMAGE_SIZE, 1.0, False)
+    follow._calibrated(prepared, one)
+    assert 1e-4 < distance(prepared(x), in_float) < 0.3
+    for name, value in one.network.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_pruning_saves_what_it_says(followed, monkeypatch):
+    pytest.importorskip('torch_pruning')
+    one = followed['DBB']
+    whole = follow.plain_form(one)
+    flops = follow.cost_of(whole, follow.IMAGE_SIZE).flops
+    made = []
+    monkeypatch.setattr(
+        follow.Trained, 'train_on', lambda self, net: made.append(net)
+    )
+    for saved in (0.5, 0.7):
+        top = follow.after_pruning(one, saved)
+        assert 0 <= top <= 100
+        share = follow.cost_of(made[-1], follow.IMAGE_SIZE).flops / flops
+        # At most what was asked for, and no more removed than one step's.
+        assert 0.7 * (1 - saved) < share <= 1 - saved
+    assert follow.cost_of(whole, follow.IMAGE_SIZE).flops == flops
+
+
+def test_follow_ups_are_rows(data_root, tmp_path, capfd):
+    out = tmp_path / 'out.json'
+    arguments = [
+        '--out', out, '--data-root', data_root, '--networks', 'RepVGG',
+        '--sizes', 2, '--width', 8, '--seeds', 1, '--epochs', 1,
+        '--blocks', 'plain', 'RepVGGConv', '--part', 'int8',
+    ]  # fmt: skip
+    assert run_tool('study', *arguments) == 0
+    said = capfd.readouterr().out
+    roles = [*follow.FOLLOW_UPS['int8']]
+    found = [r for r in rows.read_record(out).rows if r.training.seed < 99]
+    assert [(r.training.block, r.training.role) for r in found] == [
+        (block, role) for block in ('plain', 'RepVGGConv') for role in roles
+    ]
+    assert 'QAT per tensor' in said and 'RepVGGConv' in said
+    # What is lost is made again, and nothing else.
+    record = rows.read_record(out)
+    rows.write_record(out, record._replace(rows=record.rows[:-1]))
+    assert run_tool('study', *arguments) == 0
+    assert rows.read_record(out).rows[-1].top1 == found[-1].top1
+    assert len(rows.read_record(out).rows) == len(record.rows)
+
+
+# The detector and the segmentor
+
+
+@pytest.mark.parametrize('network', tasks.NETWORKS)
+def test_tasks_differ_in_blocks_only(network, tmp_path):
+    pytest.importorskip('mlxtend')
+    whole = tasks.TaskPlan(
+        HOME, str(tmp_path), [network], tasks.PART, 1, (4, 2)
+    )
+    cfg = tasks.base_config(HOME, network)
+    cell = tasks.cell_of(network, cfg)
+    rate = cfg.optim_wrapper.optimizer.lr
+    configs = []
+    for block in tasks.PART.blocks:
+        one = cell.training(block, 3, 'test', rate, cell.schedule.epochs)
+        found = tasks.task_config(whole, one).to_dict()
+        expected = dict(variants.BLOCKS[block].config)
+        assert found['model']['backbone'].pop('block') == expected
+        assert block in found.pop('experiment_name')
+        configs.append(found)
+    assert configs[0] == configs[1] == configs[2]
+    search = tasks.task_config(whole, one._replace(role='search')).to_dict()
+    folders = [
+        Path(c['val_dataloader']['dataset']['data_root'])
+        for c in (configs[0], search)
+    ]
+    pictures = [
+        {p.read_bytes() for p in f.rglob('*') if p.suffix in ('.png', '.jpg')}
+        for f in folders
+    ]
+    assert pictures[0] and not pictures[0] & pictures[1]
+
+
+def test_tasks_are_rows(tmp_path, monkeypatch):
+    def run_one(whole, training):
+        return 50 - abs(math.log(training.lr / 6e-3)), 1.0
+
+    monkeypatch.setattr(tasks, '_run', run_one)
+    out = tmp_path / 'out.json'
+    whole = tasks.TaskPlan(HOME, str(tmp_path), ['ATSS'], tasks.PART, 2)
+    found = [*tasks.run_tasks(whole, out)]
+    assert len(found) == 3 * 3 + 2 * 3
+    assert {r.training.lr for r in found[9:]} == {0.006}
+    assert [r.training.seed for r in found[9:]] == [0] * 3 + [1] * 3
+    assert not [*tasks.run_tasks(whole, out)]
+    with pytest.raises(UserError, match='unknown networks .*YOLO'):
+        next(tasks.run_tasks(whole._replace(networks=['YOLO']), out))
+
+
+def test_a_detector_is_trained(tmp_path, monkeypatch):
+    pytest.importorskip('mlxtend')
+    make = tasks.task_config
+
+    def tiny(whole, training):
+        cfg = make(whole, training)
+        cfg.model.backbone.update(base_channels=2, stem_channels=2)
+        cfg.model.neck.update(in_channels=[4, 8, 16], out_channels=8)
+        cfg.model.bbox_head.update(
+            in_channels=8, feat_channels=8, stacked_convs=1
+        )
+        cfg.train_cfg.update(max_epochs=1, val_interval=1)
+        return cfg
+
+    monkeypatch.setattr(tasks, 'task_config', tiny)
+    monkeypatch.setattr(tasks, 'FACTORS', (1.0,))
+    part = variants.Part(('DBB',), 'DBB')
+    whole = tasks.TaskPlan(HOME, str(tmp_path), ['ATSS'], part, 1, (4, 2))
+    found = [*tasks.run_tasks(whole, tmp_path / 'out.json')]
+    assert [r.training.role for r in found] == ['search', 'test']
+    assert all(0 <= r.top1 <= 100 and r.seconds > 0 for r in found)
+
+
+# The page
+
+PAGE = HOME / 'docs' / 'study.md'
+RESULTS = HOME / 'docs' / 'figures' / 'study_fashion.json'
+
+
+def test_the_pages_tables_are_those_of_the_trainings():
+    record = rows.read_record(RESULTS)
+    text = PAGE.read_text()
+    machine = record.rows[0].training.machine
+    shown = 0
+    for cell in plan.cells_for(None, plan.SCHEDULES, machine):
+        for summary in report.summarize(
+            record, cell, variants.PARTS['blocks']
+        ):
+            assert f'| {" | ".join(report.cells_of(summary))} |' in text
+            shown += 1
+    assert shown >= 5
+    (cell,) = plan.cells_for(['RepVGG'], [30], machine)
+    for row in report.compared(
+        record, cell, variants.PARTS['blocks'], 'search'
+    ).items():
+        searched = [r for r in record.rows if r.training.role == 'search']
+        own = [r for r in searched if r.training.block == row[0]]
+        line = next(
+            x
+            for x in text.splitlines()
+            if x.startswith(f'| {row[0]} | ') and x.count('|') == 7
+        )
+        assert all(f'| {r.top1:.2f} |' in line for r in own), line
+    dbb, plain = (plan.cost_of(record, cell, b) for b in ('DBB', 'plain'))
+    slower = dbb.milliseconds / plain.milliseconds
+    assert f'takes {slower:.2f} times as long' in text
+    assert f'{dbb.megabytes / plain.megabytes:.2f} times its memory' in text
+
+
+def test_what_was_run_is_what_the_plan_asks_for():
+    """Nobody can leave out a training, or choose another setting."""
+    record = rows.read_record(RESULTS)
+    for row in record.rows:
+        one = row.training
+        (cell,) = plan.cells_for([one.network], [one.size], one.machine)
+        assert (cell.width, cell.schedule.batch) == (one.width, one.batch)
+        setting = plan.search(record, cell, one.block)[1]
+        if one.role == 'test':
+            assert (one.lr, one.epochs) == setting
+        elif one.role == 'same time':
+            baseline = 'plain'
+            assert (one.lr, one.epochs) == plan.setting_in_the_same_time(
+                record, cell, one.block, baseline
+            )
