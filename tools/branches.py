@@ -10,37 +10,33 @@ the kxk branches, so that the network computes the same. Train on from there
 with load_from, or merge as ever.
 """
 
-from mmdbb.deploy import (
-    Proof,
-    Source,
-    branch_report,
-    drop_branches_checkpoint,
-)
-from mmdbb.errors import UserError
-from mmdbb.mm.deploy.drop import table
-from mmdbb.mm.engine.command import (
+from arguments import (
     Parser,
+    add_checkpoint_argument,
     add_config_arguments,
     add_image_size_argument,
+    add_output_argument,
     add_unsafe_argument,
     at_least_zero,
-    load_config,
-    run_command,
+    run,
 )
 
 
 def parse_args():
     parser = Parser(description='What branches add to merged kernels')
     add_config_arguments(parser, work_dir=False)
-    parser.add_argument('checkpoint', help='path of the trained checkpoint')
+    add_checkpoint_argument(parser)
     parser.add_argument(
         '--drop',
         type=at_least_zero,
         metavar='SHARE',
         help='drop the branches with this share of the merged kernel or less',
     )
-    parser.add_argument(
-        '--out', help='file to write with --drop, *.pth or *.safetensors'
+    add_output_argument(
+        parser,
+        '--out',
+        'file to write with --drop, *.pth or *.safetensors',
+        suffixes=('.pth', '.safetensors'),
     )
     parser.add_argument(
         '--images',
@@ -59,13 +55,22 @@ def parse_args():
         help='replace the output files if they exist',
     )
     add_unsafe_argument(parser)
-    return parser.parse_args()
-
-
-def main():
-    args = parse_args()
+    args = parser.parse_args()
     if (args.drop is None) != (args.out is None):
-        raise UserError('--drop SHARE and --out FILE go together')
+        parser.refuse('--drop SHARE and --out FILE go together')
+    return args
+
+
+def main(args):
+    from mmdbb.deploy import (
+        Proof,
+        Source,
+        branch_report,
+        drop_branches_checkpoint,
+    )
+    from mmdbb.mm.deploy.drop import table
+    from mmdbb.mm.engine.command import load_config
+
     source = Source(
         load_config(args), args.checkpoint, unsafe=args.unsafe_load
     )
@@ -87,4 +92,4 @@ def main():
 
 
 if __name__ == '__main__':
-    run_command(main)
+    run(parse_args, main)

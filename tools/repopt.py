@@ -9,22 +9,26 @@ RepOpt. Scales of the paper's code for RepOpt-VGG are read too, with the config
 of the RepVGG that shall be trained.
 """
 
-from mmdbb.deploy import Source
-from mmdbb.mm.engine.command import (
+from arguments import (
     Parser,
+    add_checkpoint_argument,
     add_config_arguments,
+    add_output_argument,
     add_unsafe_argument,
-    load_config,
-    run_command,
+    run,
 )
-from mmdbb.mm.engine.repopt import write_scales
 
 
 def parse_args():
     parser = Parser(description='Write the scales that a search found')
     add_config_arguments(parser, work_dir=False)
-    parser.add_argument('checkpoint', help='path of the checkpoint')
-    parser.add_argument('out', help='file to write, *.pth or *.safetensors')
+    add_checkpoint_argument(parser, 'path of the checkpoint')
+    add_output_argument(
+        parser,
+        'out',
+        'file to write, *.pth or *.safetensors',
+        suffixes=('.pth', '.safetensors'),
+    )
     parser.add_argument(
         '--force', action='store_true', help='replace an existing file'
     )
@@ -32,8 +36,11 @@ def parse_args():
     return parser.parse_args()
 
 
-def main():
-    args = parse_args()
+def main(args):
+    from mmdbb.deploy import Source
+    from mmdbb.mm.engine.command import load_config
+    from mmdbb.mm.engine.repopt import write_scales
+
     source = Source(
         load_config(args), args.checkpoint, unsafe=args.unsafe_load
     )
@@ -46,4 +53,4 @@ def main():
 
 
 if __name__ == '__main__':
-    run_command(main)
+    run(parse_args, main)

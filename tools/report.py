@@ -10,22 +10,16 @@ of INT8, sizes before and after, and the proof of the merge.
 
 import argparse
 
-from mmdbb.deploy import Source
-from mmdbb.mm.checkpoint_report import (
-    CheckpointReportOptions,
-    report_checkpoint,
-)
-from mmdbb.mm.engine.command import (
+from arguments import (
     Parser,
+    add_checkpoint_argument,
     add_config_arguments,
     add_image_size_argument,
+    add_output_argument,
     add_unsafe_argument,
     at_least_one,
-    load_config,
-    run_command,
+    run,
 )
-from mmdbb.quantize import Metric
-from mmdbb.report import findings
 
 
 def parse_args():
@@ -34,8 +28,10 @@ def parse_args():
         'did'
     )
     add_config_arguments(parser, work_dir=False)
-    parser.add_argument('checkpoint', help='path of the trained checkpoint')
-    parser.add_argument('out', help='the page to write, *.html')
+    add_checkpoint_argument(parser)
+    add_output_argument(
+        parser, 'out', 'the page to write, *.html', suffixes=('.html', '.htm')
+    )
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
         '--images',
@@ -88,8 +84,16 @@ def parse_args():
     return parser.parse_args()
 
 
-def main():
-    args = parse_args()
+def main(args):
+    from mmdbb.deploy import Source
+    from mmdbb.mm.checkpoint_report import (
+        CheckpointReportOptions,
+        report_checkpoint,
+    )
+    from mmdbb.mm.engine.command import load_config
+    from mmdbb.quantize import Metric
+    from mmdbb.report import findings
+
     size = args.image_size
     options = CheckpointReportOptions(
         images=args.images,
@@ -111,4 +115,4 @@ def main():
 
 
 if __name__ == '__main__':
-    run_command(main)
+    run(parse_args, main)
