@@ -38,8 +38,8 @@ from mmdbb.mm.engine.fitting import (
     FittingCheckpointHook,
     StartingCheckpointHook,
 )
-from mmdbb.mm.engine.progress import quietly
 from mmdbb.mm.engine.mistakes import marking_mistakes
+from mmdbb.mm.engine.progress import quietly
 from mmdbb.mm.engine.repeatable import RepeatableHook
 from mmdbb.mm.engine.resume import (
     check_resumed,
