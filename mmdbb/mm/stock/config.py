@@ -84,7 +84,7 @@ def stock_config(cfg: Config) -> Config:
         if block:
             plain = _plain_layer(node['conv_cfg'], block, kind)
             node['conv_cfg'] = plain
-            if plain is None and not isinstance(kind, type):
+            if plain is None and kind is None and 'type' in node:
                 # A part that a network builds by itself, such as a pathway of
                 # SlowFast; its default is not known, and need not be None.
                 del node['conv_cfg']
