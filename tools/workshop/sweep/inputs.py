@@ -47,7 +47,7 @@ def images_for(model: nn.Module, size: Size) -> Tensor:
     """
     with contextlib.suppress(Exception):
         images = Proof(image_size=size).batches(model)[0]
-        if images.dim() == 4:
+        if images.dim() in (4, 5):  # 5 of videos
             return images
     generator = torch.Generator().manual_seed(0)
     return torch.randn(2, 3, *size, generator=generator)
