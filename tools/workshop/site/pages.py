@@ -82,6 +82,7 @@ API = {
         'mmdbb.mm.hosts',
     ),
     'Parts of your own': (
+        'mmdbb.dimensions',
         'mmdbb.geometry',
         'mmdbb.transforms',
         'mmdbb.registry',
