@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from types import FrameType
-from typing import Callable, Dict, NamedTuple, Optional
+from typing import Any, Callable, Dict, NamedTuple, Optional
 
 from torch import Tensor, nn
 
@@ -114,7 +114,8 @@ class Ports:
         self.data_samples: Callable[[Tensor], Optional[list]] = (
             _no_data_samples
         )
-        self.start_plain: Optional[Callable[..., Dict[str, Tensor]]] = None
+        # Plugged in when the package is imported.
+        self.start_plain: Any = None
         self.run_network: Optional[Callable[[nn.Module], object]] = None
         self.history: Optional[Callable] = None
         self.classes: Dict[str, type] = {}

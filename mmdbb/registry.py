@@ -8,7 +8,7 @@ registers each block as a convolution layer for OpenMMLab's configs.
 
 from __future__ import annotations
 
-from typing import Callable, Dict, List, Optional, Sequence, Union
+from typing import Any, Callable, Dict, List, Optional, Sequence, Type, Union
 
 from torch import nn
 
@@ -34,13 +34,13 @@ class Registry:
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
-        self.module_dict: Dict[str, type] = {}
+        self.module_dict: Dict[str, Type[Any]] = {}
         self._listeners: List[Listener] = []
 
     def __contains__(self, name: str) -> bool:
         return name in self.module_dict
 
-    def get(self, name: str) -> Optional[type]:
+    def get(self, name: str) -> Optional[Type[Any]]:
         """The class that is registered under a name, or None.
 
         Args:

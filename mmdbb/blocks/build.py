@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import Callable, Dict, Iterable, Optional, Tuple, Type
+from typing import Any, Callable, Dict, Iterable, Optional, Tuple, Type
 
 from torch import nn
 
@@ -155,7 +155,7 @@ def layer_of(block: Type[ReparamConv2d]) -> Callable[..., nn.Module]:
         return build_conv(block, args, kwargs, sizes)
 
     build.__doc__ = f'Build a {block.__name__}, see build_conv.'
-    build.block = block
+    build.block = block  # type: ignore[attr-defined]  # see above
     return build
 
 
@@ -183,7 +183,7 @@ def block_of(
             f"block must be a config such as dict(type='DBB'), got {config!r}"
         )
     config = dict(config or dict(type='DBB'))
-    name = config.get('type')
+    name: Any = config.get('type')
     layer = name
     if not isinstance(name, type):
         own = BLOCKS.get(name) if name != 'Conv2d' else nn.Conv2d
@@ -197,6 +197,7 @@ def block_of(
             f'{sorted(blocks)}' + (", and 'Conv2d' for none" if plain else '')
         )
     if isinstance(name, type):
+        names: Dict[type, str]
         names = {known: name for name, known in blocks.items()}
         config['type'] = names.get(block, block)
     return block, config
