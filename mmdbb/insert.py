@@ -5,10 +5,21 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from typing import Any, Callable, Dict, List, Optional, Set, Tuple, Type
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Callable,
+    Dict,
+    List,
+    Optional,
+    Set,
+    Tuple,
+    Type,
+)
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
 from mmdbb.blocks.base import ReparamConv2d
 from mmdbb.blocks.branch_sum import BranchSumConv2d
@@ -40,6 +51,9 @@ from mmdbb.reparam import find_blocks
 from mmdbb.stock_weights import stock_state
 from mmdbb.tracing import outside_blocks, own_readers
 from mmdbb.transforms import KernelBias
+
+if TYPE_CHECKING:
+    from typing import TypeGuard
 
 __all__ = ['insert_blocks_', 'merge_into_']
 
@@ -299,7 +313,7 @@ def _forms_of(
 
 
 def _block_for(
-    conv: Any,
+    conv: _ConvNd,
     norm: Optional[nn.Module],
     absorbed: bool,
     block_type: Type[ReparamConv2d],
@@ -364,5 +378,5 @@ def held_layers(model: nn.Module) -> Set[nn.Module]:
     return found
 
 
-def _is_plain(conv: nn.Module) -> bool:
+def _is_plain(conv: nn.Module) -> TypeGuard[_ConvNd]:
     return PORTS.class_of_layer(conv) in CONVS and not has_hooks(conv)

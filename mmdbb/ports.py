@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from types import FrameType
-from typing import Any, Callable, Dict, NamedTuple, Optional
+from typing import Callable, Dict, NamedTuple, Optional
 
 from torch import Tensor, nn
 
@@ -114,8 +114,9 @@ class Ports:
         self.data_samples: Callable[[Tensor], Optional[list]] = (
             _no_data_samples
         )
-        # Plugged in when the package is imported.
-        self.start_plain: Any = None
+        # None until the blocks are imported, and nobody calls it before.
+        self.start_plain: Callable[..., Dict[str, Tensor]]
+        self.start_plain = None  # type: ignore[assignment]
         self.run_network: Optional[Callable[[nn.Module], object]] = None
         self.history: Optional[Callable] = None
         self.classes: Dict[str, type] = {}

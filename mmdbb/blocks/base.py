@@ -14,6 +14,7 @@ from typing import (
     Callable,
     Iterator,
     Optional,
+    Protocol,
     Sequence,
     Tuple,
     Union,
@@ -47,7 +48,7 @@ from mmdbb.transforms import KernelBias, swap_channels
 COMPOSED_IN = (torch.float64, torch.float32)
 
 
-def _geometry(name: str, fixed: bool = False) -> property:
+def _geometry(name: str, fixed: bool = False) -> Any:
     """A property for an attribute of ``nn.Conv2d``, kept in the block's spec.
 
     Args:
@@ -116,6 +117,15 @@ class ReparamConv2d(TakesPlainWeights, metaclass=BlockType):
 
     if TYPE_CHECKING:
         reparam_conv: _ConvNd  # once merged
+        in_channels: int
+        out_channels: int
+        kernel_size: IntPair
+        groups: int
+        stride: IntPair
+        padding: Union[str, IntPair]
+        dilation: IntPair
+        padding_mode: str
+        output_padding: IntPair
 
     #: Smallest and largest kernel (longer side, in taps) that a config turns
     #: into a block, unless the config says otherwise. As in the DBB paper's
@@ -635,6 +645,14 @@ class ReparamConv2d(TakesPlainWeights, metaclass=BlockType):
         return text
 
 
+class HasDeploy(Protocol):
+    """A block, or whatever else knows whether it is merged."""
+
+    @property
+    def deploy(self) -> bool:
+        """Whether it is merged."""
+
+
 def _hint(block: type, kind: LayerKind) -> str:
     """Name the form of a block that stands for another layer, if any."""
     for name, form in BLOCKS.module_dict.items():
@@ -644,7 +662,7 @@ def _hint(block: type, kind: LayerKind) -> str:
     return ''
 
 
-def refuse_merged(block: Any, missing: str) -> None:
+def refuse_merged(block: HasDeploy, missing: str) -> None:
     """Raise a ValueError if a block is merged.
 
     Args:

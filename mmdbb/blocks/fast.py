@@ -125,7 +125,7 @@ from mmdbb.transforms import compose_1x1_kxk
 if TYPE_CHECKING:
     from typing import TypeGuard
 
-    from mmdbb.blocks.branch_sum import Branches, BranchSumConv2d
+    from mmdbb.blocks.branch_sum import BranchSumConv2d
 
 _Kind = TypeVar('_Kind', bound=Branch)
 
@@ -302,7 +302,7 @@ def _training_forward(
 ) -> Optional[Tensor]:
     borders: Dict[int, Tensor] = {}
 
-    def branches(of_block: Branches, x: Tensor) -> Tensor:
+    def branches(of_block: Any, x: Tensor) -> Tensor:
         return _training_sum(list(of_block.values()), x, dtype, borders)
 
     if not block.spec.is_depthwise or _is_large(block.spec):

@@ -217,7 +217,7 @@ class TakesPlainWeights(nn.Module):
 
     if TYPE_CHECKING:
         spec: ConvSpec
-        out_channels: Any
+        out_channels: int
         _wants_bias: bool
 
     #: The place of the norm that the block absorbed, in a tuple.

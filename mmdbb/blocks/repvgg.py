@@ -79,6 +79,6 @@ class RepVGGConv(BranchSumConv2d):
 
 
 def _scale_of(branch: Any) -> Tensor:
-    """The scale of a branch with one kernel and one norm."""
+    """The scale of a branch that is one kernel and one norm."""
     scale = norm_scale_shift(branch.norm).scale.detach()
     return per_channel(scale, branch.spec.dims + 1)
