@@ -4,7 +4,16 @@
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
-from typing import Dict, List, NamedTuple, Optional, Sequence, Union
+from typing import (
+    Any,
+    Dict,
+    List,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Set,
+    Union,
+)
 
 from torch import nn
 
@@ -37,7 +46,7 @@ class _Rule(NamedTuple):
     """
 
     number: int
-    block: type
+    block: Any
     args: dict
     sizes: tuple
     only: List[str]
@@ -94,7 +103,8 @@ def put_blocks_(
         )
     _refuse_idle_patterns(parsed, [n for m in layers for n in names[m]])
     new: Dict[nn.Module, nn.Module] = {}
-    used, changed = set(), {}
+    used: Set[int] = set()
+    changed: Dict[str, Optional[str]] = {}
     for layer in layers:
         rule = next(
             (r for r in parsed if r.takes(names[layer], layer.kernel_size)),
@@ -141,6 +151,7 @@ def _parsed(rules: Sequence[dict]) -> List[_Rule]:
             _patterns(f'blocks[{number}].{key}', rule.pop(key, None))
             for key in ('only', 'skip')
         )
+        block: Any
         block, args = block_of(rule, plain=True)
         del args['type']
         low, high = getattr(block, 'kernel_sizes', (1, float('inf')))
@@ -176,7 +187,7 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _layers(model: nn.Module) -> List[nn.Module]:
+def _layers(model: nn.Module) -> List[Any]:
     """The convolutions and blocks that another block can take the place of."""
     held = held_layers(model)
     inside = {
@@ -192,7 +203,7 @@ def _layers(model: nn.Module) -> List[nn.Module]:
         if module is not model
         and module not in inside
         # The place of a norm that a block absorbed remembers the block.
-        and (module not in held or getattr(module, '_absorbed', ()))
+        and (module not in held or bool(getattr(module, '_absorbed', ())))
         and not has_hooks(module)
         and (
             type(module) is nn.Conv2d
@@ -217,15 +228,16 @@ def _refuse_idle_patterns(rules: Sequence[_Rule], names: List[str]) -> None:
                     )
 
 
-def _built(rule: _Rule, layer: nn.Module) -> nn.Module:
+def _built(rule: _Rule, layer: Any) -> nn.Module:
     """Build the block that a rule puts into a layer's place."""
-    absorbed = getattr(layer, '_absorbed', ())
+    absorbed: tuple = getattr(layer, '_absorbed', ())
     if absorbed and not issubclass(rule.block, BranchSumConv2d):
         raise ValueError(
             f'the {type(layer).__name__} there does what the norm behind it '
             f'did, and a {rule.block.__name__} has no norm to do so; use the '
             "package's own backbone in place of the one with blocks"
         )
+    spec: Any
     if isinstance(layer, ReparamConv2d):
         spec, bias = layer.spec, layer._wants_bias
         adaptive = layer.adaptive_padding
@@ -233,7 +245,7 @@ def _built(rule: _Rule, layer: nn.Module) -> nn.Module:
         spec, bias = None, layer.bias is not None
         adaptive = _is_adaptive(layer)
     if rule.block is nn.Conv2d:
-        new = plain_conv(spec, bias=bias)
+        new: Any = plain_conv(spec, bias=bias)
     else:
         args = dict(rule.args)
         if adaptive:

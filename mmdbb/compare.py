@@ -15,6 +15,7 @@ import functools
 import itertools
 import math
 from typing import (
+    Any,
     Dict,
     Iterable,
     Iterator,
@@ -306,7 +307,7 @@ def _run(model: nn.Module, layers: Iterable[str], x: Tensor) -> Tensor:
     return x
 
 
-def _input_for(layer: nn.Module) -> Tensor:
+def _input_for(layer: Any) -> Tensor:
     parameter = next(layer.parameters())
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(

@@ -9,11 +9,12 @@ asks here for the class or the function of torch.
 
 from __future__ import annotations
 
-from typing import Dict, NamedTuple, Optional, Tuple, Type
+from typing import Any, Callable, Dict, NamedTuple, Optional, Tuple, Type
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
 
 class LayerKind(NamedTuple):
@@ -35,8 +36,8 @@ class LayerKind(NamedTuple):
 
 #: The kind of ``nn.Conv2d``.
 CONV2D = LayerKind()
-#: Kind -> torch's class.
-CONV_TYPES: Dict[LayerKind, Type[nn.Module]] = {
+#: Kind -> torch's class, a _ConvNd with a constructor unlike its base's.
+CONV_TYPES: Dict[LayerKind, Any] = {
     LayerKind(1): nn.Conv1d,
     LayerKind(2): nn.Conv2d,
     LayerKind(3): nn.Conv3d,
@@ -45,11 +46,11 @@ CONV_TYPES: Dict[LayerKind, Type[nn.Module]] = {
     LayerKind(3, True): nn.ConvTranspose3d,
 }
 #: All of torch's convolutions, for ``isinstance``.
-CONVS: Tuple[Type[nn.Module], ...] = tuple(CONV_TYPES.values())
+CONVS: Tuple[Type[_ConvNd], ...] = tuple(CONV_TYPES.values())
 #: Those that read their input through a kernel, for ``isinstance``.
-FORWARD_CONVS: Tuple[Type[nn.Module], ...] = CONVS[:3]
+FORWARD_CONVS: Tuple[Type[_ConvNd], ...] = CONVS[:3]
 #: Those that spread their input by a kernel, for ``isinstance``.
-TRANSPOSED_CONVS: Tuple[Type[nn.Module], ...] = CONVS[3:]
+TRANSPOSED_CONVS: Tuple[Type[_ConvNd], ...] = CONVS[3:]
 #: Number of dimensions -> torch's batch norm.
 NORM_TYPES: Dict[int, Type[_BatchNorm]] = {
     1: nn.BatchNorm1d,
@@ -58,13 +59,21 @@ NORM_TYPES: Dict[int, Type[_BatchNorm]] = {
 }
 
 #: Number of dimensions -> torch's functions.
-CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-CONV_TRANSPOSE = {
+CONV: Dict[int, Callable[..., Tensor]] = {
+    1: F.conv1d,
+    2: F.conv2d,
+    3: F.conv3d,
+}
+CONV_TRANSPOSE: Dict[int, Callable[..., Tensor]] = {
     1: F.conv_transpose1d,
     2: F.conv_transpose2d,
     3: F.conv_transpose3d,
 }
-AVG_POOL = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
+AVG_POOL: Dict[int, Callable[..., Tensor]] = {
+    1: F.avg_pool1d,
+    2: F.avg_pool2d,
+    3: F.avg_pool3d,
+}
 
 
 def per_channel(values: Tensor, dims: int) -> Tensor:

@@ -19,7 +19,7 @@ the branches were uncorrelated, and gamma grows with its root.
 
 from __future__ import annotations
 
-from typing import Dict, List, Mapping, Optional, Sequence
+from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -186,11 +186,12 @@ def _folded(
     exact = cast(block, 'cpu', torch.float64)
     with fresh_weights(exact):
         parts = [_Dropped.of(exact, exact.branches[key]) for key in keys]
-    kernel = sum(part.kernel for part in parts)
-    bias = sum(part.bias for part in parts)
-    mean = sum(part.mean for part in parts)
-    var = sum(part.var for part in parts)
-    own, new = block.branches[target], exact.branches[target]
+    kernel: Any = sum(part.kernel for part in parts)
+    bias: Any = sum(part.bias for part in parts)
+    mean: Any = sum(part.mean for part in parts)
+    var: Any = sum(part.var for part in parts)
+    own: Any = block.branches[target]
+    new: Any = exact.branches[target]
     weight, norm = new.conv.weight, new.norm
     if norm is None:
         return _without_norm(block, own, weight + kernel, bias)
@@ -229,7 +230,7 @@ def _folded(
 
 
 def _without_norm(
-    block: BranchSumConv2d, own: Branch, kernel: Tensor, bias: Tensor
+    block: BranchSumConv2d, own: Any, kernel: Tensor, bias: Tensor
 ) -> Dict[Tensor, Tensor]:
     changes = {own.conv.weight: kernel}
     if bias.any():
@@ -256,7 +257,7 @@ class _Dropped:
     @classmethod
     def of(cls, block: BranchSumConv2d, branch: Branch) -> _Dropped:
         kernel, bias = block.kernel_bias_of(branch)
-        norm = branch.last_norm
+        norm: Any = branch.last_norm
         if norm is None:
             return cls(kernel, bias, bias, torch.zeros_like(bias))
         mean = torch.zeros_like(bias) if norm.bias is None else norm.bias

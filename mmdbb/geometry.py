@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
 from numbers import Integral
-from typing import Iterable, List, Optional, Tuple, Union
+from typing import TYPE_CHECKING, Any, Iterable, List, Optional, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +40,16 @@ IntPair = Tuple[int, ...]
 # Pixels to add before and after the image in each dimension; a negative number
 # crops. For pictures: top, bottom, left, right.
 Pads = Tuple[int, ...]
+
+
+def _one_form(default, shown: bool = True) -> Any:
+    """A field that the constructor takes in several forms and keeps in one.
+
+    Args:
+        default: The default, in any of the forms.
+        shown: Whether the field stands in the geometry's text.
+    """
+    return field(default=default, repr=shown)
 
 
 @dataclass(frozen=True)
@@ -84,15 +94,32 @@ class ConvSpec:
 
     in_channels: int
     out_channels: int
-    kernel_size: Union[int, IntPair]
-    stride: Union[int, IntPair] = 1
-    padding: Union[int, str, IntPair] = 0
-    dilation: Union[int, IntPair] = 1
+    kernel_size: IntPair
+    stride: IntPair = _one_form(1)
+    padding: Union[str, IntPair] = _one_form(0)
+    dilation: IntPair = _one_form(1)
     groups: int = 1
     padding_mode: str = 'zeros'
-    dims: Optional[int] = field(default=None, repr=False)
+    dims: int = _one_form(None, shown=False)
     transposed: bool = field(default=False, repr=False)
-    output_padding: Union[int, IntPair] = field(default=0, repr=False)
+    output_padding: IntPair = _one_form(0, shown=False)
+
+    if TYPE_CHECKING:
+        # The fields' types are what __post_init__ leaves in them.
+        def __init__(
+            self,
+            in_channels: int,
+            out_channels: int,
+            kernel_size: Union[int, IntPair],
+            stride: Union[int, IntPair] = 1,
+            padding: Union[int, str, IntPair] = 0,
+            dilation: Union[int, IntPair] = 1,
+            groups: int = 1,
+            padding_mode: str = 'zeros',
+            dims: Optional[int] = None,
+            transposed: bool = False,
+            output_padding: Union[int, IntPair] = 0,
+        ) -> None: ...
 
     def __post_init__(self) -> None:
         set_field = object.__setattr__
@@ -137,13 +164,14 @@ class ConvSpec:
         vars(self).update(dict(dims=2, output_padding=(0, 0)), **state)
 
     def _known_dims(self) -> int:
-        if self.dims is None:
-            size = self.kernel_size
+        dims: Optional[int] = self.dims
+        size: Any = self.kernel_size
+        if dims is None:
             given = isinstance(size, Iterable) and not isinstance(size, str)
             return len(tuple(size)) if given else 2
-        if self.dims not in (1, 2, 3):
-            raise ValueError(f'dims must be 1, 2 or 3, got {self.dims!r}')
-        return int(self.dims)
+        if dims not in (1, 2, 3):
+            raise ValueError(f'dims must be 1, 2 or 3, got {dims!r}')
+        return int(dims)
 
     def _check_transposed(self) -> None:
         """Raise unless torch has a transposed convolution like this."""
@@ -225,13 +253,14 @@ class ConvSpec:
         Raises:
             ValueError: If no ``output_padding`` gives this size.
         """
+        padding: Any = self.padding  # numbers, as it is transposed
         extra = tuple(
             wanted - ((n - 1) * s - 2 * p + d * (k - 1) + 1)
             for wanted, n, s, p, d, k in zip(
                 output_size,
                 size,
                 self.stride,
-                self.padding,
+                padding,
                 self.dilation,
                 self.kernel_size,
             )
@@ -266,7 +295,7 @@ class ConvSpec:
         """The most pixels that any image gets at its sides."""
         if not isinstance(self.padding, str):
             return tuple(p for p in self.padding for _ in range(2))
-        pads = []
+        pads: List[int] = []
         for k, d in zip(self.kernel_size, self.dilation):
             before = d * (k - 1) // 2
             pads += [before, d * (k - 1) - before]
@@ -507,7 +536,8 @@ def pad_images(x: Tensor, pads: Pads, mode: str = 'zeros') -> Tensor:
                 crop[::2], crop[1::2], x.shape[-len(crop) // 2 :]
             )
         )
-        x = x[(..., *inside)]
+        place: Tuple[Any, ...] = (..., *inside)
+        x = x[place]
     return x
 
 
@@ -539,9 +569,11 @@ def convolve(
     Returns:
         Tensor: Shape (N, out, H', W'), with the images' dtype.
     """
-    padding, spec = spec.padding, spec.at_size(x.shape[-spec.dims :])
+    padding: Union[int, str, IntPair] = spec.padding
+    spec = spec.at_size(x.shape[-spec.dims :])
     if isinstance(padding, str) or spec.padding_mode != 'zeros':
         x, padding = pad_images(x, spec.pads, spec.padding_mode), 0
+    geometry: Tuple[Any, ...]
     geometry = spec.stride, padding, spec.dilation, spec.groups
     run = CONV[spec.dims]
     if spec.transposed:

@@ -5,11 +5,23 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from typing import Any, Callable, Dict, List, Optional, Set, Tuple
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Callable,
+    Dict,
+    List,
+    Optional,
+    Set,
+    Tuple,
+    Type,
+)
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
+from mmdbb.blocks.base import ReparamConv2d
 from mmdbb.blocks.branch_sum import BranchSumConv2d
 from mmdbb.blocks.build import (
     block_of,
@@ -39,6 +51,9 @@ from mmdbb.reparam import find_blocks
 from mmdbb.stock_weights import stock_state
 from mmdbb.tracing import outside_blocks, own_readers
 from mmdbb.transforms import KernelBias
+
+if TYPE_CHECKING:
+    from typing import TypeGuard
 
 __all__ = ['insert_blocks_', 'merge_into_']
 
@@ -125,18 +140,20 @@ def insert_blocks_(
             f'that {block_type.__name__} can start as; where= gives another)'
         )
 
-        def where(name: str, conv: nn.Module) -> bool:
+        def where(name: str, conv: Any) -> bool:
             size = conv.kernel_size
             fits = sizes[0] <= max(size) <= sizes[1]
             return fits and block_type.starts_plain(size)
 
-    forms = _forms_of(block_type)
+    forms: Any = _forms_of(block_type)  # whose keys are of all convolutions
     readers = own_readers(model, example)
     held = held_layers(model)
     blocks = find_blocks(model)
     inside = tuple(f'{name}.' for name in blocks)
     new: Dict[nn.Module, nn.Module] = {}
-    names, candidates, others = [], [], []
+    names: List[str] = []
+    candidates: List[str] = []
+    others: List[str] = []
     for name, conv in model.named_modules():
         if not name or conv not in readers or not _is_plain(conv):
             continue
@@ -147,23 +164,23 @@ def insert_blocks_(
         candidates.append(name)
         form = forms[kind_of(conv)]
         if form is None:
-            others.append(kind_of(conv).name)
+            kind: Any = kind_of(conv)
+            others.append(kind.name)
         if form is None or not where(name, conv):
             continue
-        norm = readers[conv]
+        norm: Any = readers[conv]
         absorbed = issubclass(block_type, BranchSumConv2d)
         absorbed = absorbed and type(norm) in _ABSORBED
         absorbed = absorbed and not has_hooks(norm) and norm not in held
         absorbed = absorbed and norm.track_running_stats
         try:
-            new[conv] = _block_for(
-                conv, norm, absorbed, form, args, branch_scale
-            )
+            made = _block_for(conv, norm, absorbed, form, args, branch_scale)
         except ValueError as error:
             raise ValueError(f'{name}: {error}') from error
-        place = AbsorbedNorm(new[conv], norm) if absorbed else None
-        new[conv].replaced = Replaced.of(conv, norm, place)
-        if absorbed:
+        new[conv] = made
+        place = AbsorbedNorm(made, norm) if absorbed else None
+        made.replaced = Replaced.of(conv, norm, place)
+        if place is not None:
             new[norm] = place
         names.append(name)
     if not names:
@@ -263,7 +280,10 @@ def _check_same_network(plain: nn.Module, model: nn.Module) -> None:
         )
 
 
-def _block_config(block: Optional[dict]) -> Tuple[type, dict, tuple]:
+def _block_config(
+    block: Optional[dict],
+) -> Tuple[Type[ReparamConv2d], dict, tuple]:
+    block_type: Any
     block_type, args = block_of(block)
     del args['type']
     low, high = block_type.kernel_sizes
@@ -279,9 +299,12 @@ def _block_config(block: Optional[dict]) -> Tuple[type, dict, tuple]:
     return block_type, args, (low, high)
 
 
-def _forms_of(block_type: type) -> Dict[LayerKind, Optional[type]]:
+def _forms_of(
+    block_type: Type[ReparamConv2d],
+) -> Dict[LayerKind, Optional[Type[ReparamConv2d]]]:
     """The form of a block for each kind of convolution; None without one."""
     own = kind_of_block(block_type)
+    forms: Dict[LayerKind, Optional[Type[ReparamConv2d]]]
     forms = dict.fromkeys(CONV_TYPES)
     for kind in [own] if own != CONV2D else forms:
         with contextlib.suppress(ValueError):
@@ -290,13 +313,13 @@ def _forms_of(block_type: type) -> Dict[LayerKind, Optional[type]]:
 
 
 def _block_for(
-    conv: nn.Module,
+    conv: _ConvNd,
     norm: Optional[nn.Module],
     absorbed: bool,
-    block_type: type,
+    block_type: Type[ReparamConv2d],
     args: dict,
     branch_scale: float,
-) -> nn.Module:
+) -> ReparamConv2d:
     if conv.weight.is_meta:
         raise ValueError('it is on the meta device, where it has no values')
     values = None
@@ -355,5 +378,5 @@ def held_layers(model: nn.Module) -> Set[nn.Module]:
     return found
 
 
-def _is_plain(conv: nn.Module) -> bool:
+def _is_plain(conv: nn.Module) -> TypeGuard[_ConvNd]:
     return PORTS.class_of_layer(conv) in CONVS and not has_hooks(conv)

@@ -46,7 +46,7 @@ class Replaced(NamedTuple):
     def of(
         cls,
         conv: nn.Module,
-        norm: Optional[nn.Module],
+        norm: Any,
         place: Optional[nn.Module],
     ) -> Replaced:
         """Note a convolution, and the norm that alone reads its output.
@@ -104,7 +104,8 @@ def merge_back_(model: nn.Module) -> List[str]:
         ['Conv2d', 'BatchNorm2d']
     """
     blocks = find_blocks(model)
-    others = [n for n, block in blocks.items() if _replaced(block) is None]
+    noted: Dict[str, Any] = {n: _replaced(b) for n, b in blocks.items()}
+    others = [name for name, replaced in noted.items() if replaced is None]
     if others:
         raise ValueError(
             f'insert_blocks_ did not insert {some(others)}; '
@@ -113,8 +114,8 @@ def merge_back_(model: nn.Module) -> List[str]:
     within = set(model.modules())
     apart = [
         name
-        for name, block in blocks.items()
-        if not within.issuperset(_replaced(block).reader)
+        for name, replaced in noted.items()
+        if not within.issuperset(replaced.reader)
     ]
     if apart:
         raise ValueError(
@@ -123,15 +124,16 @@ def merge_back_(model: nn.Module) -> List[str]:
             'or merge with mmdbb.reparameterize(model)'
         )
     # Nothing is changed before all kernels are composed and checked.
+    merged: Dict[str, Any]
     merged = dict(reparameterize(model).named_modules(remove_duplicate=False))
     new: Dict[nn.Module, nn.Module] = {}
-    biases: Dict[nn.Module, Tensor] = {}
+    biases: Dict[Any, Tensor] = {}
     for name, block in blocks.items():
         if block in new:
             continue
         new[block] = conv = merged[name]
-        replaced = _replaced(block)
-        reader = replaced.reader[0] if replaced.reader else None
+        replaced: Any = _replaced(block)  # looked at above
+        reader: Any = replaced.reader[0] if replaced.reader else None
         bias = conv.bias
         if bias is None:
             bias = conv.weight.new_zeros(conv.out_channels)
@@ -158,7 +160,7 @@ def _replaced(block: ReparamConv2d) -> Optional[Replaced]:
     return getattr(block, 'replaced', None)
 
 
-def _norm_of(replaced: Replaced, bias: Tensor) -> nn.Module:
+def _norm_of(replaced: Any, bias: Tensor) -> nn.Module:
     norm = replaced.norm_type(**replaced.norm).to(bias)
     entries = norm_that_adds(bias, norm, '')
     norm.load_state_dict({n.lstrip('.'): v for n, v in entries.items()})
@@ -178,7 +180,7 @@ class MergeThenFuse:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
+        self.model: Any = model
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         merge_back_(self.model)
@@ -192,4 +194,5 @@ def merge_before_fuse_(model: nn.Module) -> None:
         model: The model.
     """
     if inspect.isfunction(getattr(type(model), 'fuse', None)):
-        model.fuse = MergeThenFuse(model)
+        own: Any = model
+        own.fuse = MergeThenFuse(model)

@@ -13,6 +13,7 @@ from typing import (
     List,
     Set,
     Tuple,
+    TypeVar,
     Union,
 )
 
@@ -26,6 +27,8 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from mmdbb.dimensions import CONVS
 from mmdbb.scale_norm import ScaleNorm
+
+_Module = TypeVar('_Module', bound=nn.Module)
 
 #: The forward methods of torch's own convolutions and norms, and of the norm
 #: in blocks without shift. A layer with one of these computes what its weights
@@ -214,8 +217,8 @@ def is_watched(module: nn.Module) -> bool:
 
 
 def shadow(
-    module: nn.Module, change: Callable[[nn.Module, str, Tensor], Tensor]
-) -> nn.Module:
+    module: _Module, change: Callable[[nn.Module, str, Tensor], Tensor]
+) -> _Module:
     """Make a module of the same structure that computes with other tensors.
 
     Only the dicts that hold tensors and children are new. ``copy.deepcopy``
@@ -250,10 +253,10 @@ def shadow(
 
 
 def cast(
-    module: nn.Module,
+    module: _Module,
     device: Union[str, torch.device, None],
     dtype: torch.dtype,
-) -> nn.Module:
+) -> _Module:
     """Make a module that computes with copies of another dtype.
 
     Gradients flow through the copies to the original tensors.

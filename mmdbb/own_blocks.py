@@ -14,6 +14,7 @@ import contextlib
 import copy
 import inspect
 from typing import (
+    Any,
     Callable,
     Dict,
     Iterator,
@@ -256,11 +257,13 @@ def _inputs(block: nn.Module) -> Iterator[Tensor]:
     generator = torch.Generator().manual_seed(0)
     shapes: Dict[Tuple[int, ...], bool] = {}
     for module in block.modules():
+        own: Any = module
         if isinstance(module, (*CONVS, ReparamConv2d)):
-            size = _SIZES[len(module.kernel_size)]
-            shapes[(2, module.in_channels, *size)] = True
+            images = (2, own.in_channels, *_SIZES[len(own.kernel_size)])
+            shapes[images] = True
         elif isinstance(module, nn.BatchNorm2d):
-            shapes[(2, module.num_features, *_SIZES[2])] = True
+            images = (2, module.num_features, *_SIZES[2])
+            shapes[images] = True
         elif isinstance(module, nn.Linear):
             shapes[2, 49, module.in_features] = True
         elif isinstance(module, nn.BatchNorm1d):

@@ -12,7 +12,7 @@ watched.
 from __future__ import annotations
 
 import copy
-from typing import Callable, Dict, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -91,10 +91,12 @@ def is_plain(layer: nn.Module) -> bool:
         return type(layer).forward is ReparamConv2d.forward
     if layer._parameters.get('weight') is None:
         return False  # computed before each pass, such as a masked one
-    if type(layer).forward is nn.Linear.forward or any(
-        type(layer).forward is conv.forward
-        and type(layer)._conv_forward is conv._conv_forward
-        for conv in FORWARD_CONVS
+    kind: Any = type(layer)
+    convs: Tuple[Any, ...] = FORWARD_CONVS
+    if kind.forward is nn.Linear.forward or any(
+        kind.forward is conv.forward
+        and kind._conv_forward is conv._conv_forward
+        for conv in convs
     ):
         return True
     return _returns_its_product(layer)
@@ -112,7 +114,8 @@ def own_forwards(layers: Dict[str, nn.Module]) -> str:
 
 @torch.no_grad()
 def _returns_its_product(layer: nn.Module) -> bool:
-    found, results = [], []
+    found: List[Product] = []
+    results: List[Tensor] = []
 
     def note(product: Product) -> Tuple[Tensor, Tensor]:
         found.append(product)
@@ -137,7 +140,7 @@ def _returns_its_product(layer: nn.Module) -> bool:
 
 def _example(layer: nn.Module) -> Tensor:
     """A small input for a layer."""
-    weight = layer.weight
+    own: Any = layer
     if not isinstance(layer, CONVS):
-        return weight.new_ones(2, layer.in_features)
-    return weight.new_ones(2, layer.in_channels, *small_size(layer))
+        return own.weight.new_ones(2, own.in_features)
+    return own.weight.new_ones(2, own.in_channels, *small_size(layer))

@@ -3,14 +3,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from mmdbb.dimensions import CONV_TYPES
 from mmdbb.geometry import ConvSpec, adaptive_pads, pad2d
 
 
-def plain_conv(spec: ConvSpec, bias: bool, **factory) -> nn.Module:
+def plain_conv(spec: ConvSpec, bias: bool, **factory) -> _ConvNd:
     """Build the plain convolution of a geometry.
 
     Args:
@@ -24,7 +27,7 @@ def plain_conv(spec: ConvSpec, bias: bool, **factory) -> nn.Module:
         :class:`AdaptiveConv2d`.
     """
     adaptive = spec.padding == 'adaptive'
-    conv = AdaptiveConv2d if adaptive else CONV_TYPES[spec.kind]
+    conv: Any = AdaptiveConv2d if adaptive else CONV_TYPES[spec.kind]
     return conv(**spec.conv_args, bias=bias, **factory)
 
 

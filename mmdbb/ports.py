@@ -114,7 +114,9 @@ class Ports:
         self.data_samples: Callable[[Tensor], Optional[list]] = (
             _no_data_samples
         )
-        self.start_plain: Optional[Callable[..., Dict[str, Tensor]]] = None
+        # None until the blocks are imported, and nobody calls it before.
+        self.start_plain: Callable[..., Dict[str, Tensor]]
+        self.start_plain = None  # type: ignore[assignment]
         self.run_network: Optional[Callable[[nn.Module], object]] = None
         self.history: Optional[Callable] = None
         self.classes: Dict[str, type] = {}

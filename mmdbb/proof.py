@@ -14,7 +14,17 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from typing import Dict, Iterable, Iterator, NamedTuple, Optional, Sequence
+from typing import (
+    Any,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Set,
+)
 
 import torch
 from torch import Tensor, nn
@@ -123,11 +133,12 @@ def prove_equal(
     known = {*found.compared, *found.left_out}
     outputs = {n: e for n, e in errors.outputs.items() if n not in known}
     single = _accepted(Errors(outputs, {}, {}), trained, images, bound, own)
+    allowed: List[Any] = [found.tolerance, single.tolerance]
     worst = max(found, single, key=lambda difference: difference.largest)
     return worst._replace(
         compared=(*found.compared, *single.compared),
         left_out={**errors.left_out, **found.left_out, **single.left_out},
-        tolerance=max(found.tolerance, single.tolerance),
+        tolerance=max(allowed),
     )
 
 
@@ -240,7 +251,7 @@ def _moved(
     Returns:
         dict: Name of an output -> the distance.
     """
-    blocks = set(find_blocks(trained).values())
+    blocks: Set[nn.Module] = set(find_blocks(trained).values())
     blocks.update(map(trained.get_submodule, own))
     moved: Dict[str, Error] = {}
     with literal_forward(trained):

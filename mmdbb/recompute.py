@@ -15,7 +15,16 @@ import contextlib
 import sys
 from collections import deque
 from types import FrameType
-from typing import Callable, Deque, Iterator, List, Optional, Sequence, Tuple
+from typing import (
+    Callable,
+    Deque,
+    Iterator,
+    List,
+    Mapping,
+    Optional,
+    Sequence,
+    Tuple,
+)
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -111,7 +120,7 @@ def _is_checkpoint(frame: FrameType, method: str) -> bool:
 
 
 def _frames() -> Iterator[FrameType]:
-    frame = sys._getframe(2)
+    frame: Optional[FrameType] = sys._getframe(2)
     while frame is not None:
         yield frame
         frame = frame.f_back
@@ -179,7 +188,7 @@ def _places(
         tuple: The ``id`` of a submodule and a name in it; and the tensor.
     """
     for each in module.modules():
-        read = [each._parameters]
+        read: List[Mapping[str, Optional[Tensor]]] = [each._parameters]
         if not isinstance(each, _BatchNorm):
             read.append(each._buffers)
         # Weights that hooks computed, and the weights of replicas.
@@ -285,7 +294,7 @@ class _Entry:
         key: Tensor,
         value: Tensor,
         owner: Optional[int],
-        segments: List[int],
+        segments: Sequence[int],
     ) -> None:
         self.key, self.value, self.owner = key, value, owner
         self.segments, self.used = set(segments), False
@@ -350,12 +359,12 @@ class _Memory:
             return None
         away = torch.stack([key, *(key - entry.key for entry in order)])
         # A batch with NaN is equally near to all; any value will do.
-        scale, *away = away.nan_to_num(0).abs().amax(1).tolist()
-        nearest = min(away)
+        scale, *far = away.nan_to_num(0).abs().amax(1).tolist()
+        nearest = min(far)
         # A second run may round differently, but differs no more than that.
         if nearest > 1e-3 * scale:
             return None
-        equal = [e for e, distance in zip(order, away) if distance == nearest]
+        equal = [e for e, distance in zip(order, far) if distance == nearest]
         if all(entry.used for entry in equal):
             for entry in equal:
                 entry.used = False

@@ -8,13 +8,26 @@ registers each block as a convolution layer for OpenMMLab's configs.
 
 from __future__ import annotations
 
-from typing import Callable, Dict, List, Optional, Sequence, Union
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    List,
+    Optional,
+    Sequence,
+    Type,
+    TypeVar,
+    Union,
+    overload,
+)
 
 from torch import nn
 
 #: Function that gets each registered class: its name, the class, and whether
 #: it may take the name from another class.
 Listener = Callable[[str, type, bool], None]
+
+_Class = TypeVar('_Class', bound=type)
 
 
 class Registry:
@@ -34,13 +47,13 @@ class Registry:
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
-        self.module_dict: Dict[str, type] = {}
+        self.module_dict: Dict[str, Type[Any]] = {}
         self._listeners: List[Listener] = []
 
     def __contains__(self, name: str) -> bool:
         return name in self.module_dict
 
-    def get(self, name: str) -> Optional[type]:
+    def get(self, name: str) -> Optional[Type[Any]]:
         """The class that is registered under a name, or None.
 
         Args:
@@ -51,12 +64,37 @@ class Registry:
     def __len__(self) -> int:
         return len(self.module_dict)
 
+    @overload
+    def register_module(
+        self,
+        name: Union[str, Sequence[str], None] = None,
+        force: bool = False,
+        module: None = None,
+    ) -> Callable[[_Class], _Class]: ...
+
+    @overload
+    def register_module(
+        self,
+        name: Union[str, Sequence[str], None] = None,
+        force: bool = False,
+        *,
+        module: _Class,
+    ) -> _Class: ...
+
+    @overload
+    def register_module(
+        self,
+        name: Union[str, Sequence[str], None],
+        force: bool,
+        module: _Class,
+    ) -> _Class: ...
+
     def register_module(
         self,
         name: Union[str, Sequence[str], None] = None,
         force: bool = False,
         module: Optional[type] = None,
-    ):
+    ) -> Any:
         """Register a class: as a decorator, or by ``module=``.
 
         Args:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import re
-from typing import Dict, Iterator, List, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -127,7 +127,7 @@ def reparameterize(
         return _with_own_merged(model, inplace, dtype)
     if not blocks:
         raise _no_block(model)
-    convs = {}
+    convs: Dict[nn.Module, nn.Module] = {}
     for name, block in blocks.items():
         if block in convs:
             continue
@@ -208,7 +208,8 @@ def literal_forward(model: nn.Module) -> Iterator[nn.Module]:
         block for block in find_blocks(model).values() if not block.deploy
     ]
     for block in blocks:
-        block.forward_train = block.forward_branches
+        own: Any = block
+        own.forward_train = block.forward_branches
     try:
         yield model
     finally:

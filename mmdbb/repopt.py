@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from typing import Dict, List, NamedTuple, Tuple
+from typing import Any, Dict, List, NamedTuple, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -227,7 +227,7 @@ def scale_gradients_(
     maps: Dict[nn.Parameter, GradientMap] = {}
     left = []
     for name, conv, linear in _fitted(model, scales):
-        weight = conv.weight
+        weight: Any = conv.weight
         if weight not in trained:
             if weight.requires_grad:
                 left.append(name)

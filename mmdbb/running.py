@@ -84,7 +84,7 @@ def run_network(
             return _parts(model, images, error, once)
 
 
-def _features(model: nn.Module, images: Tensor) -> Any:
+def _features(model: Any, images: Tensor) -> Any:
     try:
         return model.extract_feat(images)
     except Exception:
@@ -206,9 +206,9 @@ def _in_tensor_mode(model: nn.Module, images: Tensor) -> Any:
     return model(images, PORTS.data_samples(images), mode='tensor')
 
 
-def _encode_decode(model: nn.Module, images: Tensor) -> Any:
+def _encode_decode(model: Any, images: Tensor) -> Any:
     """Run one of mmseg's networks whose heads read each other's outputs."""
-    samples = PORTS.data_samples(images)
+    samples: Any = PORTS.data_samples(images)
     return model.encode_decode(images, [each.metainfo for each in samples])
 
 

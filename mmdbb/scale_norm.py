@@ -80,7 +80,7 @@ class ScaleNorm(_BatchNorm):
         new.synchronize_like(norm)
         return new
 
-    def synchronize_like(self, norm: nn.Module) -> None:
+    def synchronize_like(self, norm: Optional[nn.Module]) -> None:
         """Share the mean square with the processes of another norm.
 
         Args:
@@ -126,11 +126,12 @@ class ScaleNorm(_BatchNorm):
         Args:
             square: Mean square of each channel, shape (num_features,).
         """
-        self.num_batches_tracked.add_(1)
+        own: Any = self  # it always has running statistics
+        own.num_batches_tracked.add_(1)
         momentum = self.momentum
         if momentum is None:  # cumulative average
-            momentum = 1 / self.num_batches_tracked.item()
-        self.running_var.lerp_(square.to(self.running_var.dtype), momentum)
+            momentum = 1 / own.num_batches_tracked.item()
+        own.running_var.lerp_(square.to(own.running_var.dtype), momentum)
 
 
 class ScaleNorm1d(ScaleNorm, nn.BatchNorm1d):
@@ -155,7 +156,7 @@ class ScaleNorm3d(ScaleNorm, nn.BatchNorm3d):
 SCALE_NORMS = {1: ScaleNorm1d, 2: ScaleNorm2d, 3: ScaleNorm3d}
 
 
-def is_sync_norm(norm: nn.Module) -> bool:
+def is_sync_norm(norm: Optional[nn.Module]) -> bool:
     """Whether a norm is torch's SyncBN, or mmcv's, which subclasses nothing.
 
     Args:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Dict
+from typing import Any, Dict
 
 import torch
 from torch import Tensor, nn
@@ -101,7 +101,7 @@ def branch_shares(block: ReparamConv2d) -> BlockShares:
     """
     kernels = branch_kernels(block)
     flat = {name: kernel.flatten() for name, kernel in kernels.items()}
-    merged = sum(flat.values())
+    merged: Any = sum(flat.values())
     norms = {name: float(kernel.norm()) for name, kernel in flat.items()}
     norm = float(merged.norm())
     branches = {}
@@ -134,7 +134,7 @@ def model_shares(model: nn.Module) -> Dict[str, BlockShares]:
         ValueError: If a block's branches cannot be merged, see
             :func:`branch_shares`; the message names the block.
     """
-    blocks = {}
+    blocks: Dict[str, ReparamConv2d] = {}
     for name, block in find_blocks(model).items():
         if not block.deploy and block not in blocks.values():
             blocks[name] = block
@@ -175,7 +175,7 @@ def branch_kernels(block: ReparamConv2d) -> Dict[str, Tensor]:
     with fresh_weights(copied), without_autocast(torch.device('cpu')):
         if isinstance(copied, BranchSumConv2d):
             return _of_sum(copied)
-        generator = getattr(copied, 'generator', None)
+        generator: Any = getattr(copied, 'generator', None)
         if hasattr(generator, 'branch_kernels'):
             return generator.branch_kernels()
         rows = _rows_of(copied)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from typing import Callable, Dict, Optional
+from typing import Any, Callable, Dict, Optional, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -54,11 +54,11 @@ def stock_state(
     """
     merged = reparameterize(model, dtype=dtype, also_own=False)
     norms = find_norms(stock) if norms is None else norms
-    expected = stock.state_dict()
+    expected: Any = stock.state_dict()  # with torch's _metadata
     modules = dict(stock.named_modules(remove_duplicate=False))
     names = names_of(stock)
     renamed = names_in(stock, merged)
-    state = OrderedDict(
+    state: Any = OrderedDict(
         (renamed(n), v) for n, v in merged.state_dict().items()
     )
     state._metadata = expected._metadata
@@ -72,7 +72,7 @@ def stock_state(
         # OREPA blocks built with bias=False merge without one; count it as 0.
         state.setdefault(f'{name}.bias', zero_bias(state[f'{name}.weight']))
         bias = state[f'{name}.bias']
-        behind = norms.pairs.get(name, ())
+        behind: Sequence[str] = norms.pairs.get(name, ())
         if f'{name}.bias' in expected:
             # A bias *and* a norm, as in VGG: the convolution takes the bias,
             # and if the block had absorbed the norm, it now changes nothing.
@@ -197,10 +197,11 @@ def norm_that_adds(
         dict: Entries for a state dict.
 
     """
+    counted: Any = norm.num_batches_tracked  # it keeps statistics
     entries = dict(
         running_mean=torch.zeros_like(bias),
         running_var=torch.full_like(bias, 1 - norm.eps),
-        num_batches_tracked=torch.zeros_like(norm.num_batches_tracked),
+        num_batches_tracked=torch.zeros_like(counted),
     )
     if norm.affine:
         entries.update(weight=torch.ones_like(bias), bias=bias)

@@ -10,7 +10,17 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter, defaultdict
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Set, Tuple
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    List,
+    NamedTuple,
+    Optional,
+    Set,
+    Tuple,
+    Type,
+)
 
 import torch
 from torch import Tensor, fx, nn
@@ -21,7 +31,7 @@ from mmdbb.blocks.base import ReparamConv2d
 from mmdbb.dimensions import CONVS
 from mmdbb.modules import in_eval_mode, is_norm
 
-_CONVS = (*CONVS, ReparamConv2d)
+_CONVS: Tuple[Type[nn.Module], ...] = (*CONVS, ReparamConv2d)
 #: Attributes and methods of a tensor that tell nothing of its values.
 _LOOKS = frozenset(
     'shape size dim ndim numel dtype device layout stride is_contiguous '
@@ -48,9 +58,9 @@ class _Seen(NamedTuple):
 
     def norms(self) -> Dict[nn.Module, Norms]:
         """Each convolution -> the norms behind it, see `norms_behind`."""
-        found = {}
+        found: Dict[nn.Module, Norms] = {}
         for conv, readers in self.readers.items():
-            norms = tuple(dict.fromkeys(readers))
+            norms: Tuple[Any, ...] = tuple(dict.fromkeys(readers))
             read = [n for n in norms if n is not None]
             alone = sum(self.reads[n] for n in read) == len(readers)
             found[conv] = norms if alone and None not in norms else ()
@@ -223,7 +233,8 @@ def _traced(model: nn.Module) -> _Seen:
             f'{type(model).__name__} cannot be traced by torch.fx ({reason});'
             ' give an input to run it on: example=torch.rand(...)'
         ) from error
-    readers, reads = defaultdict(list), Counter()
+    readers: Dict[nn.Module, List[Optional[nn.Module]]] = defaultdict(list)
+    reads: Dict[nn.Module, int] = Counter()
     owners, taken = _owners(model), set()
     for node in graph.nodes:
         if node.op == 'get_attr' and not all(map(_looks, node.users)):
@@ -242,7 +253,7 @@ def _traced(model: nn.Module) -> _Seen:
 
 
 def _attribute(model: nn.Module, name: str) -> Any:
-    value = model
+    value: Any = model
     for part in name.split('.'):
         value = getattr(value, part, None)
     return value
@@ -291,7 +302,7 @@ class _Watch(TorchFunctionMode):
         self.owners = owners
         self.taken: Set[nn.Module] = set()
         self.outputs: Dict[int, _Output] = {}  # by id of the output
-        self.reads = Counter()
+        self.reads: Dict[nn.Module, int] = Counter()
         self._frames: List[_Frame] = []
 
     def __torch_function__(self, func, types, args=(), kwargs=None):

@@ -524,7 +524,7 @@ def _block_diagonal(blocks: Tensor) -> Tensor:
     return full.reshape(many, count * rows, count * columns)
 
 
-def frequency_prior(out_channels: int, kernel_size: Tuple[int, ...]) -> Tensor:
+def frequency_prior(out_channels: int, kernel_size: Sequence[int]) -> Tensor:
     """Make the patterns of the frequency prior: cosines of rising frequency.
 
     Source: the OREPA paper (CVPR 2022), sec. 3.3, and its code. Patterns of

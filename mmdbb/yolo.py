@@ -69,7 +69,8 @@ class TrainerWithBlocks:
         """
         resumed = weights is not None and bool(find_blocks(weights))
         plain = None if resumed else weights
-        model = super().get_model(cfg, plain, verbose)
+        trainer: Any = super()  # of ultralytics
+        model = trainer.get_model(cfg, plain, verbose)
         channels = getattr(model, 'yaml', {}).get('channels', 3)
         names = insert_blocks_(
             model,
@@ -77,7 +78,7 @@ class TrainerWithBlocks:
             type(self).where,  # self.where would be a method
             example=torch.rand(1, channels, _SIZE, _SIZE),
         )
-        if resumed:
+        if weights is not None and resumed:
             _check_same_blocks(model, weights)
             model.load(weights)
         if verbose:

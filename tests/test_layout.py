@@ -253,7 +253,10 @@ MOST_PARAMETERS = 8
 #: Functions that may take more, because others say what they take: the
 #: reason, and their names.
 TAKE_MORE = {
-    "nn.Conv2d's arguments": ('blocks.base.ReparamConv2d.__init__',),
+    "nn.Conv2d's arguments": (
+        'blocks.base.ReparamConv2d.__init__',
+        'geometry.ConvSpec.__init__',  # for type checkers; a dataclass's own
+    ),
     "nn.ConvTranspose2d's": ('blocks.forms._Transposed.__init__',),
     "nn.Conv2d's arguments and the papers', by position too": (
         'official.blocks.ACBlock.__init__',

@@ -7,7 +7,9 @@ Asymmetric Convolution Blocks", ICCV 2019 (https://arxiv.org/abs/1908.03930).
 
 from __future__ import annotations
 
-from mmdbb.blocks.branch_sum import BranchSumConv2d
+from typing import Tuple
+
+from mmdbb.blocks.branch_sum import BranchCfg, BranchSumConv2d
 from mmdbb.blocks.build import register_conv_layer
 
 
@@ -29,7 +31,7 @@ class ACB(BranchSumConv2d):
             ``single_init``.
     """
 
-    preset = ('kxk', 'kx1', '1xk')
+    preset: Tuple[BranchCfg, ...] = ('kxk', 'kx1', '1xk')
 
     def __init__(self, *args, reduce_gamma: bool = False, **kwargs) -> None:
         if reduce_gamma:

@@ -8,10 +8,21 @@ import copy
 import dataclasses
 import sys
 from types import MethodType
-from typing import Callable, Iterator, Optional, Sequence, Tuple, Union
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Callable,
+    Iterator,
+    Optional,
+    Protocol,
+    Sequence,
+    Tuple,
+    Union,
+)
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from mmdbb.blocks.block_type import BlockType
 from mmdbb.blocks.equivalent import equivalent
@@ -37,7 +48,7 @@ from mmdbb.transforms import KernelBias, swap_channels
 COMPOSED_IN = (torch.float64, torch.float32)
 
 
-def _geometry(name: str, fixed: bool = False) -> property:
+def _geometry(name: str, fixed: bool = False) -> Any:
     """A property for an attribute of ``nn.Conv2d``, kept in the block's spec.
 
     Args:
@@ -104,6 +115,18 @@ class ReparamConv2d(TakesPlainWeights, metaclass=BlockType):
         dtype: Precision of the block's parameters and statistics.
     """
 
+    if TYPE_CHECKING:
+        reparam_conv: _ConvNd  # once merged
+        in_channels: int
+        out_channels: int
+        kernel_size: IntPair
+        groups: int
+        stride: IntPair
+        padding: Union[str, IntPair]
+        dilation: IntPair
+        padding_mode: str
+        output_padding: IntPair
+
     #: Smallest and largest kernel (longer side, in taps) that a config turns
     #: into a block, unless the config says otherwise. As in the DBB paper's
     #: code, 1x1 convolutions and stems with kernels from 7 on stay plain.
@@ -158,7 +181,7 @@ class ReparamConv2d(TakesPlainWeights, metaclass=BlockType):
             output_padding,
         )
         self._initializing = False
-        self._cached_kernel = None
+        self._cached_kernel: Optional[Any] = None
         self._wants_bias = bias
         if deploy:
             self.reparam_conv = plain_conv(
@@ -177,10 +200,10 @@ class ReparamConv2d(TakesPlainWeights, metaclass=BlockType):
 
     def _refuse_other_dims(self, kernel_size: Union[int, IntPair]) -> None:
         """Say which form of the block a kernel of other dimensions needs."""
-        given = isinstance(kernel_size, (tuple, list))
-        if given and len(kernel_size) in (1, 2, 3):
-            if len(kernel_size) != self.dims:
-                kind = LayerKind(len(kernel_size), self.transposed)
+        given: Any = kernel_size
+        if isinstance(given, (tuple, list)) and len(given) in (1, 2, 3):
+            if len(given) != self.dims:
+                kind = LayerKind(len(given), self.transposed)
                 raise ValueError(
                     f'kernel_size must be {self.dims} numbers or one, got '
                     f'{kernel_size!r}: a {type(self).__name__} stands for an '
@@ -235,7 +258,8 @@ class ReparamConv2d(TakesPlainWeights, metaclass=BlockType):
         # Verification puts another method of the block there.
         method = vars(self).get('forward_train')
         if isinstance(method, MethodType):
-            twin.forward_train = MethodType(method.__func__, twin)
+            like: Any = twin
+            like.forward_train = MethodType(method.__func__, twin)
         return twin
 
     def _take_size(self, spec: ConvSpec) -> None:
@@ -304,14 +328,15 @@ class ReparamConv2d(TakesPlainWeights, metaclass=BlockType):
         Raises:
             TypeError: If the block is all that is traced.
         """
-        name = x.tracer.path_of_module(self)
+        tracer: Any = x.tracer
+        name = tracer.path_of_module(self)
         if not name:
             raise TypeError(
                 f'torch.fx would trace through a {type(self).__name__}, but '
                 'a block can only be a leaf of the graph: trace a module '
                 'that holds it, such as nn.Sequential(block)'
             )
-        return x.tracer.create_proxy('call_module', name, (x, *sized), {})
+        return tracer.create_proxy('call_module', name, (x, *sized), {})
 
     def _conv_forward(
         self, x: Tensor, weight: Tensor, bias: Optional[Tensor]
@@ -446,7 +471,7 @@ class ReparamConv2d(TakesPlainWeights, metaclass=BlockType):
         return True
 
     @torch.no_grad()
-    def to_conv(self, dtype: torch.dtype = torch.float64) -> nn.Module:
+    def to_conv(self, dtype: torch.dtype = torch.float64) -> _ConvNd:
         """Make the plain convolution that equals the block in eval mode.
 
         It has the block's dtype, device and mode, and its parameters require
@@ -522,7 +547,7 @@ class ReparamConv2d(TakesPlainWeights, metaclass=BlockType):
         """:meth:`switch_to_deploy`, by another name of the field."""
         self.switch_to_deploy()
 
-    def fuse(self) -> nn.Module:
+    def fuse(self) -> _ConvNd:
         """Merge in place, and return the convolution.
 
         As in timm, whose ``reparameterize_model`` puts what ``fuse()``
@@ -550,7 +575,8 @@ class ReparamConv2d(TakesPlainWeights, metaclass=BlockType):
         mmengine calls this method of every layer that has it.
         """
         self._apply_init_cfg()
-        for child in self.children():
+        children: Iterator[Any] = self.children()
+        for child in children:
             if hasattr(child, 'init_weights'):
                 child.init_weights()
         self.is_init = True
@@ -569,7 +595,7 @@ class ReparamConv2d(TakesPlainWeights, metaclass=BlockType):
         finally:
             self._initializing = False
 
-    def apply(self, fn: Callable[[nn.Module], None]) -> nn.Module:
+    def apply(self, fn: Callable[[nn.Module], None]) -> ReparamConv2d:
         """Apply a function to all submodules, but not mmengine's init rules.
 
         mmengine matches its rules to layers by class name, at any depth. A
@@ -619,6 +645,14 @@ class ReparamConv2d(TakesPlainWeights, metaclass=BlockType):
         return text
 
 
+class HasDeploy(Protocol):
+    """A block, or whatever else knows whether it is merged."""
+
+    @property
+    def deploy(self) -> bool:
+        """Whether it is merged."""
+
+
 def _hint(block: type, kind: LayerKind) -> str:
     """Name the form of a block that stands for another layer, if any."""
     for name, form in BLOCKS.module_dict.items():
@@ -628,7 +662,7 @@ def _hint(block: type, kind: LayerKind) -> str:
     return ''
 
 
-def refuse_merged(block: nn.Module, missing: str) -> None:
+def refuse_merged(block: HasDeploy, missing: str) -> None:
     """Raise a ValueError if a block is merged.
 
     Args:

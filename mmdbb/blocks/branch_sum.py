@@ -4,10 +4,22 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Optional, Sequence, Tuple, Union
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Dict,
+    ItemsView,
+    List,
+    Optional,
+    Sequence,
+    Tuple,
+    Union,
+    ValuesView,
+)
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmdbb.blocks.base import ReparamConv2d, refuse_merged
 from mmdbb.blocks.fast import fast_forward
@@ -31,6 +43,18 @@ from mmdbb.modules import tensors_of
 from mmdbb.recompute import is_compiling
 from mmdbb.registry import BRANCHES
 from mmdbb.transforms import KernelBias, add_branches, fuse_conv_bn
+
+if TYPE_CHECKING:
+
+    class Branches(nn.ModuleDict):
+        """An ``nn.ModuleDict`` whose modules are branches."""
+
+        def __getitem__(self, key: str) -> Branch: ...
+
+        def items(self) -> ItemsView[str, Branch]: ...
+
+        def values(self) -> ValuesView[Branch]: ...
+
 
 BranchCfg = Union[str, dict]
 
@@ -84,6 +108,10 @@ class BranchSumConv2d(ReparamConv2d):
         torch.Size([2, 8, 3, 4])
     """
 
+    if TYPE_CHECKING:
+        branches: Branches
+        norm: Optional[_BatchNorm]
+
     #: Branches of the preset: names or configs.
     preset: Tuple[BranchCfg, ...] = ()
 
@@ -107,7 +135,7 @@ class BranchSumConv2d(ReparamConv2d):
         super().__init__(*args, **kwargs)
         if not shift and isinstance(norm_cfg or {}, dict):
             norm_cfg = dict(norm_cfg or dict(type='BN'), shift=False)
-        self.left_out = []
+        self.left_out: List[str] = []
         if branches is None:
             branches = self._served_preset()
         elif isinstance(branches, (str, dict)) or not branches:
@@ -136,7 +164,7 @@ class BranchSumConv2d(ReparamConv2d):
         norm_cfg: Optional[dict],
         sum_norm: bool,
     ) -> None:
-        self.branches = nn.ModuleDict()
+        self.branches = nn.ModuleDict()  # type: ignore[assignment]
         for cfg in branches:
             branch = build_branch(cfg, self.spec, norm_cfg)
             name = key = split_branch_cfg(cfg)[0] + branch.suffix
@@ -306,6 +334,7 @@ class BranchSumConv2d(ReparamConv2d):
                 (``affine=False``), or the block is merged.
         """
         refuse_merged(self, 'gammas to initialise')
+        norms: Dict[str, Optional[_BatchNorm]]
         if self.norm is not None:
             norms = {'the sum': self.norm}
         else:
@@ -337,7 +366,8 @@ class BranchSumConv2d(ReparamConv2d):
         refuse_merged(self, 'gammas to initialise')
         names = {f'branch {k!r}': b for k, b in self.branches.items()}
         self._set_gammas({k: b.last_norm for k, b in names.items()}, 0.0)
-        next(iter(self.branches.values())).last_norm.weight.fill_(1.0)
+        first: Any = next(iter(self.branches.values()))
+        first.last_norm.weight.fill_(1.0)
 
     def extra_repr(self) -> str:
         text = super().extra_repr()

@@ -4,7 +4,16 @@
 from __future__ import annotations
 
 import inspect
-from typing import Callable, Dict, Iterable, Optional, Tuple, Type
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    Iterable,
+    Optional,
+    Tuple,
+    Type,
+    TypeVar,
+)
 
 from torch import nn
 
@@ -14,6 +23,8 @@ from mmdbb.geometry import ConvSpec
 from mmdbb.plain_conv import plain_conv
 from mmdbb.ports import PORTS, ReplacedLayer
 from mmdbb.registry import BLOCKS
+
+_Block = TypeVar('_Block', bound=Type[ReparamConv2d])
 
 #: Types of layers that are plain convolutions, and of those whose pads follow
 #: from the image's size.
@@ -46,7 +57,7 @@ def register_conv_layer(
     min_kernel_size: Optional[int] = None,
     max_kernel_size: Optional[float] = None,
     force: bool = False,
-) -> Callable[[Type[ReparamConv2d]], Type[ReparamConv2d]]:
+) -> Callable[[_Block], _Block]:
     """Class decorator: make ``conv_cfg=dict(type=name)`` build the block.
 
     Args:
@@ -61,7 +72,7 @@ def register_conv_layer(
         KeyError: If another block has the name, and ``force`` is False.
     """
 
-    def register(block: Type[ReparamConv2d]) -> Type[ReparamConv2d]:
+    def register(block: _Block) -> _Block:
         smallest, largest = block.kernel_sizes
         block.kernel_sizes = (
             smallest if min_kernel_size is None else min_kernel_size,
@@ -155,7 +166,7 @@ def layer_of(block: Type[ReparamConv2d]) -> Callable[..., nn.Module]:
         return build_conv(block, args, kwargs, sizes)
 
     build.__doc__ = f'Build a {block.__name__}, see build_conv.'
-    build.block = block
+    build.block = block  # type: ignore[attr-defined]  # see above
     return build
 
 
@@ -183,7 +194,7 @@ def block_of(
             f"block must be a config such as dict(type='DBB'), got {config!r}"
         )
     config = dict(config or dict(type='DBB'))
-    name = config.get('type')
+    name: Any = config.get('type')
     layer = name
     if not isinstance(name, type):
         own = BLOCKS.get(name) if name != 'Conv2d' else nn.Conv2d
@@ -197,6 +208,7 @@ def block_of(
             f'{sorted(blocks)}' + (", and 'Conv2d' for none" if plain else '')
         )
     if isinstance(name, type):
+        names: Dict[type, str]
         names = {known: name for name, known in blocks.items()}
         config['type'] = names.get(block, block)
     return block, config

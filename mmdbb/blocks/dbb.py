@@ -8,7 +8,7 @@ Inception-like Unit", CVPR 2021, sec. 3.3 and fig. 3
 
 from __future__ import annotations
 
-from typing import Sequence
+from typing import Sequence, Tuple
 
 from mmdbb.blocks.branch_sum import BranchCfg, BranchSumConv2d
 from mmdbb.blocks.build import register_conv_layer
@@ -34,7 +34,7 @@ class DBB(BranchSumConv2d):
         torch.Size([2, 8, 5, 6])
     """
 
-    preset = ('kxk', '1x1', '1x1_avg', '1x1_kxk')
+    preset: Tuple[BranchCfg, ...] = ('kxk', '1x1', '1x1_avg', '1x1_kxk')
 
     @classmethod
     def preset_for(cls, spec: ConvSpec) -> Sequence[BranchCfg]:

@@ -14,7 +14,7 @@ optimise or to fuse leaves the block alone.
 from __future__ import annotations
 
 import sys
-from typing import Optional
+from typing import TYPE_CHECKING, Optional
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmdbb.modules import tensors_of
 from mmdbb.recompute import is_compiling, is_transformed
+
+if TYPE_CHECKING:
+    from mmdbb.blocks.base import ReparamConv2d
 
 MERGE_FIRST = 'merge first: mmdbb.reparameterize(model)'
 
@@ -57,7 +60,7 @@ class Equivalent(Tensor):
         return result
 
 
-def equivalent(block: nn.Module, name: str) -> Optional[Tensor]:
+def equivalent(block: ReparamConv2d, name: str) -> Optional[Tensor]:
     """The ``weight`` or ``bias`` of the convolution that a block equals.
 
     Args:

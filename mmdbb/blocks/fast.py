@@ -58,14 +58,26 @@ digits of that difference.
 from __future__ import annotations
 
 import math
-from typing import Callable, Dict, List, NamedTuple, Optional, Union
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Callable,
+    Dict,
+    List,
+    NamedTuple,
+    Optional,
+    Tuple,
+    Type,
+    TypeVar,
+    Union,
+)
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmdbb.blocks.frozen import frozen_forward
-from mmdbb.branches.base import ConvNormBranch
+from mmdbb.branches.base import Branch, ConvNormBranch
 from mmdbb.branches.composed import ComposedKxK
 from mmdbb.branches.identity import Identity
 from mmdbb.branches.kxk import KxK
@@ -93,6 +105,7 @@ from mmdbb.branches.pointwise_kxk import (
 from mmdbb.dimensions import AVG_POOL, CONV, per_channel
 from mmdbb.geometry import (
     ConvSpec,
+    IntPair,
     add_shift,
     border_mask,
     convolve,
@@ -109,10 +122,17 @@ from mmdbb.recompute import (
 )
 from mmdbb.transforms import compose_1x1_kxk
 
+if TYPE_CHECKING:
+    from typing import TypeGuard
+
+    from mmdbb.blocks.branch_sum import BranchSumConv2d
+
+_Kind = TypeVar('_Kind', bound=Branch)
+
 # ---------------------------------------------------------------- dispatch
 
 
-def fast_forward(block: nn.Module, x: Tensor) -> Tensor:
+def fast_forward(block: BranchSumConv2d, x: Tensor) -> Tensor:
     """Compute ``block.forward_branches(x)`` in the cheapest way known.
 
     Args:
@@ -136,21 +156,22 @@ def fast_forward(block: nn.Module, x: Tensor) -> Tensor:
     return block.forward_branches(x) if y is None else y
 
 
-def _norms_of(block: nn.Module) -> List[_BatchNorm]:
+def _norms_of(block: BranchSumConv2d) -> List[_BatchNorm]:
     places = [*block.branches.values(), block]
     children = [m for place in places for m in place._modules.values()]
     return [m for m in children if isinstance(m, _BatchNorm)]
 
 
 def _conv_dtype(
-    block: nn.Module, norms: List[_BatchNorm], x: Tensor
+    block: BranchSumConv2d, norms: List[_BatchNorm], x: Tensor
 ) -> Optional[torch.dtype]:
     """Precision of the branches' convolutions; None if dtypes do not fit."""
     of_norms = {id(p) for norm in norms for p in norm.parameters()}
     kernels = {p.dtype for p in block.parameters() if id(p) not in of_norms}
     if any(norm.running_mean is None for norm in norms):
         return None
-    scales = {norm.running_mean.dtype for norm in norms}
+    tracking: List[Any] = norms
+    scales = {norm.running_mean.dtype for norm in tracking}
     halves = {torch.float16, torch.bfloat16, torch.float32}
     half = autocast_dtype(x.device.type)
     if half is not None and {x.dtype, *kernels, *scales} <= halves:
@@ -160,7 +181,7 @@ def _conv_dtype(
     return None
 
 
-def _is_left_alone(block: nn.Module, x: Tensor) -> bool:
+def _is_left_alone(block: BranchSumConv2d, x: Tensor) -> bool:
     """Whether only known layers run inside the branches, unwatched."""
     if not is_compiling() and (torch.jit.is_tracing() or is_transformed()):
         return False
@@ -187,7 +208,7 @@ def _share_statistics_alike(norms: List[_BatchNorm]) -> bool:
     return len(shared) == 1 and not (next(iter(shared))[0] and is_compiling())
 
 
-def _stays_literal(block: nn.Module, x: Tensor) -> bool:
+def _stays_literal(block: BranchSumConv2d, x: Tensor) -> bool:
     """Whether to run branches one by one because the batch is small.
 
     Batches so small that norms refuse them count, so that the norms raise
@@ -277,11 +298,11 @@ _KNOWN = (
 
 
 def _training_forward(
-    block: nn.Module, x: Tensor, dtype: torch.dtype
+    block: BranchSumConv2d, x: Tensor, dtype: torch.dtype
 ) -> Optional[Tensor]:
     borders: Dict[int, Tensor] = {}
 
-    def branches(of_block: nn.Module, x: Tensor) -> Tensor:
+    def branches(of_block: Any, x: Tensor) -> Tensor:
         return _training_sum(list(of_block.values()), x, dtype, borders)
 
     if not block.spec.is_depthwise or _is_large(block.spec):
@@ -302,7 +323,7 @@ def _is_large(spec: ConvSpec) -> bool:
 
 
 def _training_sum(
-    branches: List[nn.Module],
+    branches: List[Branch],
     x: Tensor,
     dtype: torch.dtype,
     borders: Dict[int, Tensor],
@@ -314,7 +335,7 @@ def _training_sum(
         serve = _takes_moments(half, spec.is_depthwise)
         stats = (moments_of if serve else Maps)(half, spec.groups, norm)
     batch = _Batch(x, half, stats, borders)
-    y = None
+    y: Any = None  # there is at least one branch
     for branch in branches:
         z = _training_branch(branch, batch)
         if y is None:
@@ -342,7 +363,7 @@ def _takes_moments(x: Tensor, depthwise: bool) -> bool:
     return depthwise or near_dtype(x.dtype) == x.dtype
 
 
-def _collapses(branch: nn.Module, x: Tensor) -> bool:
+def _collapses(branch: Branch, x: Tensor) -> TypeGuard[PointwiseKxK]:
     """Whether a branch is a 1x1, norm, KxK that should become one kernel.
 
     For each pair of an input channel and a channel in the middle, composing
@@ -361,12 +382,12 @@ def _collapses(branch: nn.Module, x: Tensor) -> bool:
     return work <= pixels
 
 
-def _is_a(branch: nn.Module, kind: type) -> bool:
+def _is_a(branch: Branch, kind: Type[_Kind]) -> TypeGuard[_Kind]:
     """Whether a branch is of a kind, and has the forward of that kind."""
     return isinstance(branch, kind) and type(branch).forward is kind.forward
 
 
-def _training_branch(branch: nn.Module, batch: _Batch) -> Tensor:
+def _training_branch(branch: Branch, batch: _Batch) -> Tensor:
     """Compute one branch, in the way that :data:`_WAYS` gives for it."""
     for kind, ways in _WAYS.items():
         if _is_a(branch, kind):
@@ -376,11 +397,11 @@ def _training_branch(branch: nn.Module, batch: _Batch) -> Tensor:
     return branch(batch.x if isinstance(branch, Identity) else batch.half)
 
 
-def _always(branch: nn.Module, batch: _Batch) -> bool:
+def _always(branch: Branch, batch: _Batch) -> bool:
     return True
 
 
-def _is_depthwise(branch: nn.Module, batch: _Batch) -> bool:
+def _is_depthwise(branch: Branch, batch: _Batch) -> bool:
     return branch.spec.is_depthwise
 
 
@@ -389,12 +410,12 @@ def _is_small_in_large(branch: KxK, batch: _Batch) -> bool:
     return _is_large(branch.spec) and not branch.is_dense
 
 
-def _has_moments(branch: nn.Module, batch: _Batch) -> bool:
+def _has_moments(branch: Branch, batch: _Batch) -> bool:
     """Whether statistics behind a 1x1 are known before it is computed."""
     return isinstance(batch.stats, Moments)
 
 
-def _collapses_here(branch: nn.Module, batch: _Batch) -> bool:
+def _collapses_here(branch: Branch, batch: _Batch) -> bool:
     """Whether a 1x1_kxk branch becomes one kernel for this batch."""
     return batch.stats is not None and _collapses(branch, batch.half)
 
@@ -427,10 +448,12 @@ def _is_worth_again(branch: Pointwise, batch: _Batch) -> bool:
 
 def _scaled_before(branch: Pointwise, batch: _Batch) -> Tensor:
     """Put the norm into the 1x1 kernel, by statistics known beforehand."""
-    x, moments = batch.half, batch.stats
+    x = batch.half
+    moments: Any = batch.stats  # known, as is the norm
+    norm: Any = branch.norm
     with without_autocast(x.device):
         weight = branch.conv.weight
-        scale, shift = batch_scale_shift(branch.norm, moments.through(weight))
+        scale, shift = batch_scale_shift(norm, moments.through(weight))
         exact = _scaled(weight.to(scale.dtype), scale)
         kernel = exact.to(x.dtype)
         # The norm centres the output of the rounded kernel, not of the exact.
@@ -443,14 +466,15 @@ def _scaled_before(branch: Pointwise, batch: _Batch) -> Tensor:
 def _collapsed(branch: PointwiseKxK, batch: _Batch) -> Tensor:
     """Run 1x1, norm and KxK as one kernel; see "Collapsed" above."""
     spec, x, kernel1 = branch.spec, batch.half, branch.kernel1
+    known: Any = batch.stats
     near = near_dtype(x.dtype)
     with without_autocast(x.device):
-        stats = batch.stats.through(kernel1)
+        stats = known.through(kernel1)
         scale, shift = batch_scale_shift(branch.norm1, stats)
         first = _scaled(kernel1.to(scale.dtype), scale).to(near)
         shift, kernel2 = shift.to(near), branch.conv2.weight.to(near)
         kernel = again(
-            lambda *kernels: compose_1x1_kxk(*kernels, spec.groups),
+            lambda one, many: compose_1x1_kxk(one, many, spec.groups),
             first,
             kernel2,
         )
@@ -473,20 +497,21 @@ def _pooled_first(branch: PointwiseAvg, batch: _Batch) -> Tensor:
     """Pool, then run 1x1 and norm; see "Pooled first" above."""
     spec, x, weight = branch.spec, batch.half, branch.conv1.weight
     area, dims = math.prod(spec.kernel_size), spec.dims
+    known: Any = batch.stats
     with without_autocast(x.device):
-        stats = batch.stats.through(weight)
+        stats = known.through(weight)
         scale, shift = batch_scale_shift(branch.norm1, stats)
         exact = _scaled(weight.to(scale.dtype), scale) / area
         kernel = exact.to(x.dtype)
         # As in _scaled_before.
-        shift = shift + batch.stats.mean_through(exact - kernel) * area
+        shift = shift + known.mean_through(exact - kernel) * area
         shift = shift.to(near_dtype(x.dtype))
         value = shift
         if spec.has_border:
             value = batch.border(branch.norm1, stats.mean.detach)
 
         def pooled(
-            norm: nn.Module, x: Tensor, kernel: Tensor, shift: Tensor
+            norm: _BatchNorm, x: Tensor, kernel: Tensor, shift: Tensor
         ) -> Tensor:
             q = pool_sum(x, spec)
             z = CONV[dims](q, kernel, groups=spec.groups)
@@ -504,7 +529,7 @@ def _pooled_first(branch: PointwiseAvg, batch: _Batch) -> Tensor:
 def _avg_again(branch: PointwiseAvg, batch: _Batch) -> Tensor:
     """Compute the branch as it is; the backward pass computes it again."""
 
-    def averaged(branch: nn.Module, x: Tensor) -> Tensor:
+    def averaged(branch: PointwiseAvg, x: Tensor) -> Tensor:
         z = branch.conv1(x)
         y = norm_then_pad(branch.norm1, z, branch.spec, batch.border)
         y = pool_sum(y, branch.spec, padded=True, mean=True)
@@ -527,15 +552,18 @@ def _in_sequence(branch: PointwiseKxK, batch: _Batch) -> Tensor:
     return run_norm(branch.norm2, branch.conv2(y))
 
 
-def _again_as_it_is(branch: nn.Module, batch: _Batch) -> Tensor:
+def _again_as_it_is(branch: Branch, batch: _Batch) -> Tensor:
     """Run the branch as it is; the backward pass runs it again."""
     return again(lambda b, x: b(x), batch.half, module=branch)
 
 
+# A condition, and the way to compute a branch where it holds.
+_Way = Tuple[Callable[..., bool], Callable[..., Tensor]]
+
 #: Kind of branch -> conditions and ways. The first condition that holds says
 #: how a branch of this kind is computed; where none does, and for all other
 #: kinds, the branch's own forward is.
-_WAYS = {
+_WAYS: Dict[Type[Branch], Tuple[_Way, ...]] = {
     KxK: ((_is_small_in_large, _again_as_it_is),),
     PointwiseKxK: (
         (_collapses_here, _collapsed),
@@ -581,6 +609,7 @@ def pool_by_convolution(
     x: Tensor, spec: ConvSpec, padded: bool, mean: bool
 ) -> Tensor:
     """:func:`pool_sum` as a depthwise convolution with ones."""
+    padding: Union[int, str, IntPair]
     channels, padding = x.shape[1], spec.padding
     if padded:
         padding = 0

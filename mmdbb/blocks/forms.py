@@ -14,9 +14,10 @@ read, and nobody has trained others.
 from __future__ import annotations
 
 import math
-from typing import Union
+from typing import TYPE_CHECKING, Union
 
 from mmdbb.blocks.acb import ACB
+from mmdbb.blocks.branch_sum import BranchSumConv2d
 from mmdbb.blocks.build import register_conv_layer
 from mmdbb.blocks.conv_bn import ConvBN
 from mmdbb.blocks.dbb import DBB
@@ -177,7 +178,13 @@ class DilatedReparamConv3d(DilatedReparamConv):
     dims = 3
 
 
-class _Transposed:
+if TYPE_CHECKING:
+    _Block = BranchSumConv2d
+else:
+    _Block = object
+
+
+class _Transposed(_Block):
     """The order of arguments is that of ``nn.ConvTranspose2d``."""
 
     transposed = True

@@ -14,13 +14,13 @@ is zero and cancels that gradient.
 from __future__ import annotations
 
 import math
-from typing import List, Optional, Sequence
+from typing import TYPE_CHECKING, Any, List, Optional, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmdbb.blocks.kernel_cache import cached_kernel, can_keep
-from mmdbb.branches.base import leaf_dtype
+from mmdbb.branches.base import Branch, leaf_dtype
 from mmdbb.branches.moments import near_dtype, pixels_of
 from mmdbb.branches.norm import norm_scale_shift
 from mmdbb.branches.pointwise_avg import PointwiseAvg
@@ -31,9 +31,12 @@ from mmdbb.modules import cast, tensors_of
 from mmdbb.recompute import is_compiling, without_autocast
 from mmdbb.transforms import KernelBias
 
+if TYPE_CHECKING:
+    from mmdbb.blocks.branch_sum import BranchSumConv2d
+
 
 def frozen_forward(
-    block: nn.Module, x: Tensor, dtype: torch.dtype
+    block: BranchSumConv2d, x: Tensor, dtype: torch.dtype
 ) -> Optional[Tensor]:
     """Run a branch sum with frozen norms as one convolution.
 
@@ -79,7 +82,7 @@ def frozen_forward(
     return y.to(out)
 
 
-def _without_convolution(block: nn.Module) -> List[nn.Module]:
+def _without_convolution(block: BranchSumConv2d) -> List[Branch]:
     """Branches that have norms only; autocast does not touch these."""
     return [
         branch
@@ -89,7 +92,9 @@ def _without_convolution(block: nn.Module) -> List[nn.Module]:
 
 
 def composed(
-    block: nn.Module, dtype: torch.dtype, without: Sequence = ()
+    block: BranchSumConv2d,
+    dtype: torch.dtype,
+    without: Sequence[Branch] = (),
 ) -> KernelBias:
     """Compose a block's kernel and bias.
 
@@ -108,7 +113,7 @@ def composed(
 
 
 def _without_border_gradient(
-    y: Tensor, block: nn.Module, x: Tensor, dtype: torch.dtype
+    y: Tensor, block: BranchSumConv2d, x: Tensor, dtype: torch.dtype
 ) -> Tensor:
     """Add a zero whose gradient cancels the gradient through the border."""
     after = None if block.norm is None else norm_scale_shift(block.norm)
@@ -129,7 +134,7 @@ def _without_border_gradient(
     return y
 
 
-def _border_kernel(branch: nn.Module) -> Optional[Tensor]:
+def _border_kernel(branch: Branch) -> Optional[Tensor]:
     """A kernel of zeros that cancels the gradient through a branch's border.
 
     It reads a mask of the border. Its values have the gradient of the border
@@ -148,7 +153,8 @@ def _border_kernel(branch: nn.Module) -> Optional[Tensor]:
         return None
     shift = norm_scale_shift(norm).shift
     nothing = shift.detach() - shift
-    scale = norm_scale_shift(branch.last_norm).scale
+    last: Any = branch.last_norm  # as there is a norm1
+    scale = norm_scale_shift(last).scale
     if isinstance(branch, PointwiseKxK):
         kernel = mask_kernel(branch.conv2.weight, nothing, spec.groups)
         return kernel * per_channel(scale, spec.dims + 1)

@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
-from typing import Callable, Dict, List, NamedTuple
+from typing import TYPE_CHECKING, Callable, Dict, List, NamedTuple, Optional
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmdbb.modules import tensors_of
 from mmdbb.transforms import KernelBias
+
+if TYPE_CHECKING:
+    from mmdbb.blocks.base import ReparamConv2d
 
 
 class KeptKernel(NamedTuple):
@@ -42,7 +45,7 @@ def can_keep(device: torch.device) -> bool:
 
 
 def cached_kernel(
-    block: nn.Module, compose: Callable[[], KernelBias]
+    block: ReparamConv2d, compose: Callable[[], KernelBias]
 ) -> KernelBias:
     """Compose a block's kernel, or return the last one if nothing changed.
 
@@ -57,7 +60,7 @@ def cached_kernel(
     with torch.inference_mode(False), torch.no_grad():
         tensors = list(tensors_of(block))
         values, structure = _values_of(tensors), _structure_of(block, tensors)
-        kept = block._cached_kernel
+        kept: Optional[KeptKernel] = block._cached_kernel
         if (
             kept is None
             or kept.structure != structure
@@ -88,7 +91,7 @@ def _values_of(tensors: List[Tensor]) -> List[Tensor]:
     return [torch.cat(group) for group in by_dtype.values()]
 
 
-def _structure_of(block: nn.Module, tensors: List[Tensor]) -> list:
+def _structure_of(block: ReparamConv2d, tensors: List[Tensor]) -> list:
     """All that a kernel depends on besides tensors: modules, geometry, eps.
 
     The shapes count as well, because tensors may be compared as one.

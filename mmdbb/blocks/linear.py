@@ -11,7 +11,16 @@ outside the package count too.
 from __future__ import annotations
 
 import dataclasses
-from typing import List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import (
+    Any,
+    Dict,
+    List,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Tuple,
+    Union,
+)
 
 import torch
 from torch import Tensor, nn
@@ -94,9 +103,9 @@ def linear_branches(
     found: List[LinearBranch] = []
     left_out: List[str] = []
     keys: List[str] = []
-    for cfg in branches if listed else kind.preset_for(spec):
+    for cfg in kind.preset_for(spec) if branches is None else branches:
         name = split_branch_cfg(cfg)[0]
-        served = BRANCHES.get(name).supports(spec)
+        served = BRANCHES.module_dict[name].supports(spec)
         branch = None
         if served or listed:
             with torch.device('cpu'):
@@ -123,6 +132,7 @@ def linear_branches(
 
 def _probed(cfg: BranchCfg, spec: ConvSpec) -> Optional[LinearBranch]:
     """Find the map of a branch; None if it is not linear."""
+    channels: Dict[str, Any]
     if spec.is_depthwise:  # where some branches have no weight
         channels = dict(in_channels=2, out_channels=2, groups=2)
     else:

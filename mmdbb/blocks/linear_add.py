@@ -10,7 +10,17 @@ from __future__ import annotations
 
 import math
 from numbers import Real
-from typing import Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Callable,
+    Dict,
+    Iterator,
+    List,
+    Optional,
+    Sequence,
+    Tuple,
+)
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +81,9 @@ class LinearAddConv(ComposedKernelConv2d):
         torch.Size([2, 4, 5, 6])
     """
 
+    if TYPE_CHECKING:
+        generator: LinearAddKernel
+
     def __init__(
         self,
         *args,
@@ -89,9 +102,9 @@ class LinearAddConv(ComposedKernelConv2d):
             raise ValueError(
                 f'scale_init must be a positive number, got {scale_init!r}'
             )
-        self._asked = dict(block=block, branches=branches)
+        self._asked: Dict[str, Any] = dict(block=block, branches=branches)
         #: Names of the branches that are left out.
-        self.left_out = []
+        self.left_out: List[str] = []
 
         def build(spec: ConvSpec) -> LinearAddKernel:
             return LinearAddKernel(

@@ -8,7 +8,7 @@ Vasu et al., "MobileOne: An Improved One millisecond Mobile Backbone", CVPR
 from __future__ import annotations
 
 from numbers import Integral
-from typing import Sequence
+from typing import Any, Sequence
 
 from mmdbb.blocks.branch_sum import BranchCfg, BranchSumConv2d
 from mmdbb.blocks.build import register_conv_layer
@@ -53,7 +53,7 @@ class MobileOneConv(BranchSumConv2d):
         num_conv_branches: int = default_num_conv_branches,
         **kwargs,
     ) -> None:
-        count = num_conv_branches
+        count: Any = num_conv_branches
         if not isinstance(count, Integral) or isinstance(count, bool):
             raise TypeError(
                 f'num_conv_branches must be a whole number, got {count!r}'

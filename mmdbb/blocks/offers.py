@@ -11,13 +11,14 @@ norm was, which hands them on.
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+from typing import TYPE_CHECKING, Any, Dict, List, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
 
 from mmdbb.blocks.equivalent import MERGE_FIRST
 from mmdbb.errors import UserError
+from mmdbb.geometry import ConvSpec
 from mmdbb.ports import PORTS
 from mmdbb.transforms import KernelBias
 
@@ -76,7 +77,10 @@ class AbsorbedNorm(nn.Identity):
     affine = True
 
     def __init__(
-        self, block: nn.Module, norm: nn.Module, returns: bool = True
+        self,
+        block: TakesPlainWeights,
+        norm: nn.Module,
+        returns: bool = True,
     ) -> None:
         super().__init__()
         self.returns = returns
@@ -87,7 +91,7 @@ class AbsorbedNorm(nn.Identity):
         self._offers: Dict[str, _Offer] = {}
         self.belong_to(block)
 
-    def belong_to(self, block: nn.Module) -> None:
+    def belong_to(self, block: TakesPlainWeights) -> None:
         """Remember that a block does what the norm did.
 
         Args:
@@ -98,7 +102,7 @@ class AbsorbedNorm(nn.Identity):
         block._absorbed = (self,)
 
     @property
-    def block(self) -> nn.Module:
+    def block(self) -> TakesPlainWeights:
         """The block that absorbed the norm."""
         return self._block[0]
 
@@ -211,6 +215,11 @@ class TakesPlainWeights(nn.Module):
     A state dict with the block's own entries loads as into any module.
     """
 
+    if TYPE_CHECKING:
+        spec: ConvSpec
+        out_channels: int
+        _wants_bias: bool
+
     #: The place of the norm that the block absorbed, in a tuple.
     _absorbed: Tuple[AbsorbedNorm, ...] = ()
 
@@ -248,7 +257,7 @@ class TakesPlainWeights(nn.Module):
             )
         missing, _, errors = args[-3:]
         kernel = state.pop(f'{prefix}weight')
-        bias = state.pop(f'{prefix}bias', None)
+        bias: Any = state.pop(f'{prefix}bias', None)
         entries = {}
         shape, channels = self.spec.weight_shape, (self.out_channels,)
         if tuple(kernel.shape) != shape:

@@ -8,12 +8,14 @@ mmpretrain's ``RepVGG`` is a backbone.
 
 from __future__ import annotations
 
+from typing import Any, Tuple
+
 from torch import Tensor
 
 from mmdbb.blocks.base import refuse_merged
 from mmdbb.blocks.branch_sum import DENSE_BRANCHES, BranchSumConv2d
 from mmdbb.blocks.build import register_conv_layer
-from mmdbb.branches.base import Branch, kernel_of
+from mmdbb.branches.base import kernel_of
 from mmdbb.branches.norm import norm_scale_shift
 from mmdbb.dimensions import per_channel
 
@@ -57,15 +59,16 @@ class RepVGGConv(BranchSumConv2d):
             raise ValueError(
                 f'custom L2 needs the branch {wanted!r}, got {list(branches)}'
             )
-        dense = branches[self.dense_branch]
+        dense: Any = branches[self.dense_branch]
         kernel = dense.kernel
         taps = (slice(tap, tap + 1) for tap in self.spec.centre)
-        centre = kernel[(slice(None), slice(None), *taps)]
+        place: Tuple[Any, ...] = (slice(None), slice(None), *taps)
+        centre = kernel[place]
         outer = kernel.square().sum() - centre.square().sum()
         scale = _scale_of(dense)
         equivalent, units = centre * scale, scale.square()
         if '1x1' in branches:
-            pointwise = branches['1x1']
+            pointwise: Any = branches['1x1']
             scale = _scale_of(pointwise)
             weight = kernel_of(pointwise.conv.weight, self.spec)
             equivalent = equivalent + weight * scale
@@ -75,6 +78,7 @@ class RepVGGConv(BranchSumConv2d):
         return outer + (equivalent.square() / units).sum()
 
 
-def _scale_of(branch: Branch) -> Tensor:
+def _scale_of(branch: Any) -> Tensor:
+    """The scale of a branch that is one kernel and one norm."""
     scale = norm_scale_shift(branch.norm).scale.detach()
     return per_channel(scale, branch.spec.dims + 1)

@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import inspect
-from typing import Optional, Tuple, Union
+from typing import Any, Optional, Tuple, Union
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
 from mmdbb.branches.norm import (
     build_branch_norm,
@@ -58,7 +59,7 @@ class Branch(nn.Module):
         super().__init__()
         self.spec = spec
         self.norm_cfg = norm_cfg
-        self._built_with = None
+        self._built_with: Optional[list] = None
 
     def add_module(self, name: str, module: Optional[nn.Module]) -> None:
         """Add a module; a SyncBN gives way to a norm without shift."""
@@ -145,7 +146,7 @@ class Branch(nn.Module):
     def _norm(self, channels: int) -> _BatchNorm:
         return build_branch_norm(self.norm_cfg, channels, self.spec.dims)
 
-    def _pointwise(self, channels: int) -> nn.Module:
+    def _pointwise(self, channels: int) -> _ConvNd:
         """A 1x1 convolution from the block's input to so many channels."""
         spec = self.spec
         return CONV_TYPES[LayerKind(spec.dims)](
@@ -176,7 +177,7 @@ class ConvNormBranch(Branch):
         super().__init__(spec, norm_cfg)
         self.explicit_pads, geometry = self._own_geometry(spec)
         self.norm = self._norm(spec.out_channels) if norm else None
-        self.conv = CONV_TYPES[spec.kind](
+        self.conv: _ConvNd = CONV_TYPES[spec.kind](
             spec.in_channels,
             spec.out_channels,
             self.size(spec),
@@ -273,7 +274,7 @@ def kernel_of(weight: Tensor, spec: ConvSpec) -> Tensor:
     return swap_channels(weight, spec.groups) if spec.transposed else weight
 
 
-def take_geometry(conv: nn.Module, geometry: dict) -> None:
+def take_geometry(conv: _ConvNd, geometry: dict) -> None:
     """Give a built convolution another geometry.
 
     Args:
@@ -287,9 +288,8 @@ def take_geometry(conv: nn.Module, geometry: dict) -> None:
         kernel_size=conv.kernel_size,
         groups=conv.groups,
     )
-    like = CONV_TYPES[kind_of(conv)](
-        **{**arguments, **geometry}, device='meta'
-    )
+    kind: Any = kind_of(conv)  # never None: it is one of torch's
+    like = CONV_TYPES[kind](**{**arguments, **geometry}, device='meta')
     for name, value in vars(like).items():
         if name in _GEOMETRY:
             setattr(conv, name, value)
@@ -341,7 +341,7 @@ def build_branch(
             the geometry.
     """
     name, args = split_branch_cfg(cfg)
-    branch_type = BRANCHES.get(name)
+    branch_type = BRANCHES.module_dict[name]
     allowed = [
         parameter
         for parameter in inspect.signature(branch_type).parameters
@@ -404,7 +404,7 @@ def is_served(cfg: Union[str, dict], spec: ConvSpec) -> bool:
             range.
     """
     name, args = split_branch_cfg(cfg)
-    supports = BRANCHES.get(name).supports
+    supports = BRANCHES.module_dict[name].supports
     deciding = inspect.signature(supports).parameters
     return supports(spec, **{k: args[k] for k in args if k in deciding})
 
@@ -420,7 +420,9 @@ def named(cfg: Union[str, dict]) -> str:
         ('1x1', 'kxk (kernel_size=5, dilation=2)')
     """
     name, args = split_branch_cfg(cfg)
-    deciding = inspect.signature(BRANCHES.get(name).supports).parameters
+    deciding = inspect.signature(
+        BRANCHES.module_dict[name].supports
+    ).parameters
     given = [f'{k}={v!r}' for k, v in args.items() if k in deciding]
     return f'{name} ({", ".join(given)})' if given else name
 

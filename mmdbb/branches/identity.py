@@ -7,7 +7,7 @@ Ding et al., "RepVGG: Making VGG-style ConvNets Great Again", CVPR 2021, sec.
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
@@ -58,7 +58,7 @@ class Identity(Branch):
 
     def equivalent_kernel_bias(self) -> KernelBias:
         spec, norm = self.spec, self.norm
-        like = torch.empty(0) if norm is None else norm.running_mean
+        like: Any = torch.empty(0) if norm is None else norm.running_mean
         eye = identity_kernel(
             spec.in_channels,
             spec.groups,

@@ -65,19 +65,21 @@ class KxK(ConvNormBranch):
     ) -> bool:
         return spec.has_room_for(*_inner(spec, kernel_size, dilation))
 
+    # These two are constants of all other branches.
     @property
-    def is_dense(self) -> bool:
+    def is_dense(self) -> bool:  # type: ignore[override]
         return self._size == self.spec.kernel_size
 
     @property
-    def suffix(self) -> str:
+    def suffix(self) -> str:  # type: ignore[override]
         """Says size and dilation of a kernel of its own: ``_k5_d2``."""
         if self.is_dense:
             return ''
         text = f'_k{_short(self._size)}'
-        if set(self.tap_dilation) == {1}:
+        dilation = self._dilation(self.spec)
+        if set(dilation) == {1}:
             return text
-        return f'{text}_d{_short(self.tap_dilation)}'
+        return f'{text}_d{_short(dilation)}'
 
     def size(self, spec: ConvSpec) -> IntPair:
         return self._size

@@ -25,7 +25,7 @@ processes in one all-reduce, in double precision.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, Optional, Tuple, Union
+from typing import Any, NamedTuple, Optional, Tuple, Union
 
 import torch
 import torch.distributed as dist
@@ -53,7 +53,8 @@ class BatchStats(NamedTuple):
 
     mean: Tensor
     var: Tensor
-    count: Union[int, Tensor]
+    # A tuple has a method of this name, which nobody calls.
+    count: Union[int, Tensor]  # type: ignore[assignment]
 
     def about_zero(self) -> BatchStats:
         """The same with the mean taken as zero: ``var`` is the mean square."""
@@ -74,7 +75,8 @@ class Moments(NamedTuple):
 
     mean: Tensor
     cov: Tensor
-    count: Union[int, Tensor]
+    # A tuple has a method of this name, which nobody calls.
+    count: Union[int, Tensor]  # type: ignore[assignment]
 
     def through(self, kernel: Tensor) -> BatchStats:
         """Statistics of the output of a 1x1 convolution.
@@ -153,7 +155,8 @@ def moments_of(
     if x.dim() != 4:
         x = x.flatten(2)[..., None]  # as pictures; statistics know no places
     with without_autocast(x.device):
-        found = Moments(*_MomentsOf.apply(x, groups), pixels_of(x))
+        mean, cov = _MomentsOf.apply(x, groups)
+        found = Moments(mean, cov, pixels_of(x))
         return _over_processes(found, norm)
 
 
@@ -202,7 +205,8 @@ class _MomentsOf(torch.autograd.Function):
         # centred pixels, corrects that below.
         near = near_dtype(x.dtype)
         centre = x.mean((0, 2, 3), dtype=near).reshape(-1, 1, 1)
-        rest, cov = 0, 0
+        rest: Any = 0
+        cov: Any = 0
         for images in _in_parts(x):
             pixels = _in_rows((images - centre).to(wide), groups)
             rest = rest + pixels.sum((0, -1))
@@ -258,15 +262,16 @@ def _in_rows(x: Tensor, groups: int) -> Tensor:
 
 def synchronizes(norm: Optional[nn.Module]) -> bool:
     """Whether a norm now shares its batch with other processes (SyncBN)."""
+    own: Any = norm
     return (
         (
             isinstance(norm, nn.SyncBatchNorm)
             or getattr(norm, 'synchronized', False)
         )
-        and norm.training
+        and own.training
         and dist.is_available()
         and dist.is_initialized()
-        and dist.get_world_size(norm.process_group) > 1
+        and dist.get_world_size(own.process_group) > 1
     )
 
 
@@ -289,6 +294,7 @@ def _over_processes(moments: Moments, norm: Optional[_BatchNorm]) -> Moments:
     """Combine the moments of all processes of a norm, differentiably."""
     if not synchronizes(norm):
         return moments
+    own: Any = norm
     mean, cov = moments.mean.double(), moments.cov.double()
     second = cov + mean[..., None] * mean[..., None, :]
     sums = torch.cat(
@@ -298,7 +304,7 @@ def _over_processes(moments: Moments, norm: Optional[_BatchNorm]) -> Moments:
             second.reshape(-1),
         ]
     )
-    sums = _Sum.apply(sums * moments.count, norm.process_group)
+    sums = _Sum.apply(sums * moments.count, own.process_group)
     count = sums[0].detach()
     mean_, second_ = (sums[1:] / count).split([mean.numel(), cov.numel()])
     mean_, second_ = mean_.reshape(mean.shape), second_.reshape(cov.shape)

@@ -10,7 +10,7 @@ compute its output on a zero-padded border.
 
 from __future__ import annotations
 
-from typing import Callable, Optional
+from typing import Any, Callable, Dict, Optional
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +64,7 @@ def build_branch_norm(
         )
     elif not is_known(norm):
         reason = f'{type(norm).__name__} overrides forward()'
-    if reason:
+    if norm is None or reason:
         raise ValueError(
             f'norm_cfg={norm_cfg} cannot be merged into a convolution: '
             f"{reason}. Allowed: 'BN', 'SyncBN' and subclasses that keep "
@@ -104,7 +104,9 @@ def _build(norm_cfg: dict, channels: int, dims: int) -> Optional[_BatchNorm]:
     return norm.requires_grad_(requires_grad)
 
 
-def norm_for(place: Optional[nn.Module], norm: nn.Module) -> nn.Module:
+def norm_for(
+    place: Optional[nn.Module], norm: Optional[nn.Module]
+) -> Optional[nn.Module]:
     """The norm to put where another one stands.
 
     Trainers replace all batch norms by SyncBN (``sync_bn='torch'``). A SyncBN
@@ -143,7 +145,7 @@ def run_norm(norm: _BatchNorm, x: Tensor) -> Tensor:
     if own and synchronizes(norm):
         return _run_synchronized(norm, x)
     if norm.training and is_recomputing():
-        buffers = dict(norm._buffers)
+        buffers: Dict[str, Any] = dict(norm._buffers)
         norm._buffers.update({k: b.clone() for k, b in buffers.items()})
         try:
             return norm(x)
@@ -195,14 +197,15 @@ def update_running_stats(norm: _BatchNorm, stats: BatchStats) -> None:
     if isinstance(norm, ScaleNorm):
         norm.update_(stats.var)
         return
-    norm.num_batches_tracked.add_(1)
+    own: Any = norm  # has statistics, because it tracks them
+    own.num_batches_tracked.add_(1)
     momentum = norm.momentum
     if momentum is None:  # cumulative average
-        momentum = 1 / norm.num_batches_tracked.item()
+        momentum = 1 / own.num_batches_tracked.item()
     unbiased = stats.var * (stats.count / (stats.count - 1))
-    dtype = norm.running_mean.dtype
-    norm.running_mean.lerp_(stats.mean.to(dtype), momentum)
-    norm.running_var.lerp_(unbiased.to(dtype), momentum)
+    dtype = own.running_mean.dtype
+    own.running_mean.lerp_(stats.mean.to(dtype), momentum)
+    own.running_var.lerp_(unbiased.to(dtype), momentum)
 
 
 def border_value(norm: _BatchNorm, mean: Callable[[], Tensor]) -> Tensor:
@@ -245,8 +248,9 @@ def mean_of(x: Tensor) -> Tensor:
 
 def norm_scale_shift(norm: _BatchNorm) -> ScaleShift:
     """A norm in eval mode as scale and shift, differentiable."""
+    own: Any = norm  # has statistics, or it would not be merged
     return bn_scale_shift(
-        norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps
+        own.running_mean, own.running_var, norm.weight, norm.bias, norm.eps
     )
 
 

@@ -10,11 +10,12 @@ same from pixel to pixel, so no bias of one convolution is equal to it.
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import TYPE_CHECKING, Optional, Union
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
 from mmdbb.branches.base import (
     Branch,
@@ -24,7 +25,7 @@ from mmdbb.branches.base import (
 )
 from mmdbb.branches.norm import build_branch_norm, norm_then_pad, run_norm
 from mmdbb.dimensions import CONV, CONV_TYPES
-from mmdbb.geometry import ConvSpec
+from mmdbb.geometry import ConvSpec, IntPair
 from mmdbb.kernels.base import check_internal_channels
 from mmdbb.registry import BRANCHES
 from mmdbb.transforms import (
@@ -61,13 +62,14 @@ class PointwiseKxK(Branch):
         check_internal_channels(internal_channels, spec)
         self.norm1 = self._first_norm(internal_channels)
         self.norm2 = self._norm(spec.out_channels)
+        self.conv1: Union[IdentityConv1x1, _ConvNd]
         if internal_channels == spec.in_channels:
             self.conv1 = IdentityConv1x1(
                 internal_channels, spec.groups, spec.dims
             )
         else:
             self.conv1 = self._pointwise(internal_channels)
-        self.conv2 = CONV_TYPES[spec.kind](
+        self.conv2: _ConvNd = CONV_TYPES[spec.kind](
             internal_channels,
             spec.out_channels,
             spec.kernel_size,
@@ -162,6 +164,12 @@ class IdentityConv1x1(nn.Module):
         groups: Number of groups.
         dims: Number of dimensions of the images.
     """
+
+    if TYPE_CHECKING:
+        kernel_size: IntPair
+        stride: IntPair
+        dilation: IntPair
+        padding: IntPair
 
     # OpenMMLab packages read these of all layers with "Conv" in the name. A
     # block that was pickled before there were other dimensions has no others.

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from numbers import Integral
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,9 @@ class ComposedKernel(nn.Module):
     Args:
         spec: Geometry of the convolution.
     """
+
+    if TYPE_CHECKING:
+        scale: nn.Parameter  # of all but stacks, a row for each branch
 
     # Whether the backward pass composes again, which saves the memory of the
     # intermediate results.

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from typing import Optional
+from typing import TYPE_CHECKING, Any, Dict, List, Optional
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +51,11 @@ class KxKKernel(ComposedKernel):
         ValueError: If ``internal_channels`` is not a positive multiple of the
             groups.
     """
+
+    if TYPE_CHECKING:
+        avg_pattern: Tensor
+        prior_pattern: Tensor
+        identity: Tensor
 
     scales = (0.25, 0.25, 0.0, 0.5, 1.0, 0.5)
 
@@ -135,12 +140,12 @@ class KxKKernel(ComposedKernel):
             spec.groups,
         )
         kernel = torch.addcmul(kernel, self.origin, origin)
-        coefficients = [self.avg, self.prior]
+        coefficients: List[Tensor] = [self.avg, self.prior]
         patterns = [
             (avg * self.avg_pattern).reshape(out, 1, -1),
             (prior.squeeze(1) * self.prior_pattern).reshape(out, 1, -1),
         ]
-        if pointwise:
+        if self.pointwise is not None:
             coefficients.append(self.pointwise)
             before = 0  # taps before the centre, row by row
             for tap, length in zip(spec.centre, size):
@@ -158,7 +163,9 @@ class KxKKernel(ComposedKernel):
     def forward_branches(self, x: Tensor) -> Tensor:
         """See :meth:`ComposedKernel.forward_branches`."""
         spec, groups = self.spec, self.spec.groups
-        moves = dict(stride=spec.stride, dilation=spec.dilation)
+        moves: Dict[str, Any] = dict(
+            stride=spec.stride, dilation=spec.dilation
+        )
         conv, one = CONV[spec.dims], (1,) * spec.dims
         padded = pad_images(x, spec.pads, spec.padding_mode)
 

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any, Tuple
+
 import torch
 from torch import Tensor, nn
 
@@ -63,7 +65,9 @@ class PointwiseKernel(ComposedKernel):
         spec = self.spec
         conv, one = CONV[spec.dims], (1,) * spec.dims
         x = pad_images(x, spec.pads, spec.padding_mode)
-        x = x[(..., *(slice(None, None, step) for step in spec.stride))]
+        steps = (slice(None, None, step) for step in spec.stride)
+        place: Tuple[Any, ...] = (..., *steps)
+        x = x[place]
         origin, inner = self.scale.reshape(2, 1, -1, *one)
         y = conv(x, self.inner1, groups=spec.groups)
         y = conv(y, self.inner2, groups=spec.groups)

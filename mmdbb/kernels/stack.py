@@ -7,7 +7,7 @@ The deep stem of the OREPA paper (CVPR 2022, sec. 4.1) and of its code.
 from __future__ import annotations
 
 import math
-from typing import Tuple
+from typing import Any, Iterable, Tuple
 
 from torch import Tensor, nn
 
@@ -106,12 +106,14 @@ class StackedKernel(ComposedKernel):
 
     def init_gamma(self, value: float) -> None:
         """Set the scales of all branches, in all layers, to one value."""
-        for layer in self.layers:
+        layers: Iterable[Any] = self.layers
+        for layer in layers:
             layer.init_gamma(value)
 
     def single_init(self) -> None:
         """In each layer, give the original kernel scale 1 and others 0."""
-        for layer in self.layers:
+        layers: Iterable[Any] = self.layers
+        for layer in layers:
             layer.single_init()
 
 

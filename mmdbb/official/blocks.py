@@ -9,7 +9,7 @@ they are.
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import Any, Optional
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -41,7 +41,7 @@ class OfficialBlock(nn.Module):
         super().__init__()
         # So that entries of a merged block have the same names, whether it
         # was built merged or merged later.
-        self.block = block.reparam_conv if block.deploy else block
+        self.block: Any = block.reparam_conv if block.deploy else block
         self.nonlinear = nn.Identity() if nonlinear is None else nonlinear
 
     @property
@@ -56,7 +56,8 @@ class OfficialBlock(nn.Module):
     def get_equivalent_kernel_bias(self) -> KernelBias:
         """Merge the block into kernel (out, in / groups, kH, kW) and bias."""
         if isinstance(self.block, nn.Conv2d):
-            return KernelBias(self.block.weight, self.block.bias)
+            conv: Any = self.block  # with a bias, if it was a block
+            return KernelBias(conv.weight, conv.bias)
         return self.block.get_equivalent_kernel_bias()
 
     def switch_to_deploy(self) -> None:

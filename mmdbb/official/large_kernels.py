@@ -13,7 +13,7 @@ as they are.
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import Any, List, Optional
 
 from mmdbb.blocks.dilated import DilatedReparamConv
 from mmdbb.blocks.large_kernel import LargeKernelConv
@@ -108,7 +108,7 @@ class ReparamLargeKernelConv(OfficialBlock):
         small_kernel: Optional[int],
         small_kernel_merged: bool = False,
     ) -> None:
-        branches = ['kxk']
+        branches: List[Any] = ['kxk']
         if small_kernel is not None:
             branches.append(dict(type='kxk', kernel_size=small_kernel))
         block = LargeKernelConv(

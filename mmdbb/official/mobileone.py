@@ -73,7 +73,7 @@ class MobileOneBlock(OfficialBlock):
             deploy=inference_mode,
         )
         super().__init__(block, nn.ReLU())
-        self.se = nn.Identity()
+        self.se: nn.Module = nn.Identity()
         if use_se:
             # The paper's share of channels inside.
             inside = int(out_channels * 0.0625)

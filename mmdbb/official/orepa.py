@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from functools import partial
-from typing import Callable, Optional
+from typing import Any, Callable, Optional
 
 import torch
 from torch import Tensor, nn
@@ -191,7 +191,8 @@ class OREPA(OfficialComposed):
         """
         if self.weight_only and not self.deploy:
             return self.weight_gen()
-        return super().forward(x)
+        images: Any = x
+        return super().forward(images)
 
 
 class OREPA_1x1(OfficialComposed):
@@ -373,7 +374,8 @@ def fold_norm_(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
         norm: The norm behind it; unchanged.
     """
     exact = copy.deepcopy(norm).double()
-    merged = KernelBias(conv.weight.double(), conv.bias.double())
+    own: Any = conv  # with a bias
+    merged = KernelBias(own.weight.double(), own.bias.double())
     kernel, bias = fuse_conv_bn(merged, norm_scale_shift(exact))
-    conv.weight.copy_(kernel)
-    conv.bias.copy_(bias)
+    own.weight.copy_(kernel)
+    own.bias.copy_(bias)

@@ -20,11 +20,12 @@ plain norm are still about right for W. For composed kernels (OREPA) see
 from __future__ import annotations
 
 import copy
-from typing import Dict, Optional
+from typing import Any, Dict, Optional
 
 import torch
 from torch import Tensor, nn
 
+from mmdbb.blocks.base import ReparamConv2d
 from mmdbb.blocks.branch_sum import BranchSumConv2d
 from mmdbb.blocks.composed import ComposedKernelConv2d
 from mmdbb.blocks.offers import NormEntries
@@ -45,7 +46,7 @@ BRANCH_SCALE = 0.1
 
 @torch.no_grad()
 def plain_start(
-    block: nn.Module,
+    block: ReparamConv2d,
     plain: KernelBias,
     norm: Optional[NormValues] = None,
     absorbed: bool = False,
@@ -83,7 +84,7 @@ def plain_start(
             'a block with shift=False has no place for the mean and bias of '
             'the norm that it would take the place of'
         )
-    work = copy.deepcopy(block).cpu()
+    work: Any = copy.deepcopy(block).cpu()
     plain = KernelBias(*(t.detach().cpu().double() for t in plain))
     plain = block.in_torchs_layout(plain)
     wanted = _with_norm(plain, norm if absorbed else None)
@@ -108,7 +109,7 @@ def plain_start(
 
 @torch.no_grad()
 def start_offered(
-    block: nn.Module, plain: KernelBias, norm: Optional[NormEntries]
+    block: ReparamConv2d, plain: KernelBias, norm: Optional[NormEntries]
 ) -> Dict[str, Tensor]:
     """Compute the start of a block to which a state dict offers plain weights.
 
@@ -162,7 +163,11 @@ def _with_norm(plain: KernelBias, norm: Optional[NormValues]) -> KernelBias:
     if norm is None:
         return plain
     scale_shift = bn_scale_shift(
-        *(exactly(value) for value in norm[:4]), norm.eps
+        exactly(norm.mean),
+        exactly(norm.var),
+        exactly(norm.weight),
+        exactly(norm.bias),
+        norm.eps,
     )
     return fuse_conv_bn(plain, scale_shift)
 
@@ -202,7 +207,9 @@ def _only_scales(block: nn.Module) -> bool:
     return any(isinstance(b.last_norm, ScaleNorm) for b in branches)
 
 
-def _check(block: nn.Module, plain: KernelBias, branch_scale: float) -> None:
+def _check(
+    block: ReparamConv2d, plain: KernelBias, branch_scale: float
+) -> None:
     is_sum = isinstance(block, BranchSumConv2d)
     if not is_sum and not isinstance(block, ComposedKernelConv2d):
         raise ValueError(

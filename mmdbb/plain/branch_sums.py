@@ -6,7 +6,7 @@ See :mod:`mmdbb.plain.blocks` for the equations.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional
+from typing import Any, NamedTuple, Optional, overload
 
 import torch
 from torch import Tensor, nn
@@ -42,14 +42,16 @@ class NormValues(NamedTuple):
     weight: Optional[Tensor]
     bias: Optional[Tensor]
     eps: float
-    count: Optional[Tensor] = None
+    # A tuple has a method of this name, which nobody calls.
+    count: Optional[Tensor] = None  # type: ignore[assignment]
 
     @classmethod
     def of(cls, norm: _BatchNorm) -> NormValues:
         """Read them from a norm that keeps running statistics."""
+        own: Any = norm
         return cls(
-            norm.running_mean,
-            norm.running_var,
+            own.running_mean,
+            own.running_var,
             norm.weight,
             norm.bias,
             norm.eps,
@@ -85,7 +87,8 @@ def start_sum(
         ValueError: If the block has no place for a bias.
     """
     dtype = leaf_dtype(work)
-    dense = work.branches[work.dense_branch]
+    key: Any = work.dense_branch
+    dense: Any = work.branches[key]
     others = [b for b in work.branches.values() if b is not dense]
     start = dense.norm
     values = _start_of_norm(plain, norm, absorbed, start.eps)
@@ -100,7 +103,8 @@ def start_sum(
         start.num_batches_tracked.copy_(values.count)
     gamma = torch.ones_like(values.var)
     if start.affine:
-        gamma = _alive(values.weight)
+        known: Any = values.weight  # never None at the start
+        gamma = _alive(known)
         start.weight.copy_(gamma)
     if start.bias is not None:
         start.bias.zero_()
@@ -136,6 +140,14 @@ def start_sum(
     return exact
 
 
+@overload
+def exactly(value: Tensor) -> Tensor: ...
+
+
+@overload
+def exactly(value: Optional[Tensor]) -> Optional[Tensor]: ...
+
+
 def exactly(value: Optional[Tensor]) -> Optional[Tensor]:
     """Copy a value to the CPU in float64; None stays None."""
     return None if value is None else value.detach().cpu().double()
@@ -161,7 +173,8 @@ def _start_of_norm(
     one = torch.ones_like(plain.bias)
     if norm is None:
         return NormValues(plain.bias, one, one, 0 * one, 0.0)
-    mean, var, weight, bias = (exactly(value) for value in norm[:4])
+    mean, var = exactly(norm.mean), exactly(norm.var)
+    weight, bias = exactly(norm.weight), exactly(norm.bias)
     values = NormValues(mean, var, weight, bias, norm.eps, norm.count)
     if absorbed:
         return values._replace(weight=one if weight is None else weight)

@@ -14,6 +14,8 @@ fast as the plain kernel would.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -48,8 +50,9 @@ def start_as_(
         ValueError: If the composed kernel is a stack, for which there is
             nothing to solve.
     """
+    solver: Any = generator
     if hasattr(generator, 'start_as_'):
-        generator.start_as_(kernel, share, dtype)
+        solver.start_as_(kernel, share, dtype)
         return
     if not isinstance(generator, (KxKKernel, PointwiseKernel)):
         size = 'x'.join(map(str, generator.spec.kernel_size))

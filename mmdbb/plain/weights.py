@@ -12,7 +12,7 @@ import itertools
 import logging
 import os
 import re
-from typing import Callable, Dict, List, NamedTuple, Optional, Union
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Union
 
 import torch
 from torch import Tensor, nn
@@ -211,6 +211,8 @@ class _Places:
             ValueError: If the weights lack an entry or do not fit the block.
         """
         block = self.blocks[name]
+        kernel: Any
+        bias: Any
         kernel, bias = (state.get(n) for n in _under(name, ('weight', 'bias')))
         norm, module = self.norms.get(name, (None, None))
         absorbed = isinstance(module, nn.Identity)
@@ -232,7 +234,7 @@ class _Places:
             )
             if mean is not None and var is not None:
                 # No file holds the eps of the plain network's norms.
-                eps = getattr(module, 'eps', None)
+                eps: Any = getattr(module, 'eps', None)
                 if eps is None:
                     # Of the norms in a config, all have the same.
                     norms = (m for m in block.modules() if is_norm(m))
@@ -303,6 +305,7 @@ def state_under(
         within = f'{name}.'.startswith(start)
         return name[len(start) :] if within else None
 
+    found: Dict[Any, Tensor]
     found = {renamed(name): value for name, value in state.items()}
     found.pop(None, None)
     if start and not found:

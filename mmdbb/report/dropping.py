@@ -10,7 +10,7 @@ trained without it would be worth.
 from __future__ import annotations
 
 import contextlib
-from typing import Dict, Iterator, List, Mapping, NamedTuple, Optional
+from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Optional
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +51,7 @@ def without(
     with torch.no_grad():
         for layer, branch in left_out.items():
             part = parts[layer][branch]
-            conv = merged.get_submodule(layer)
+            conv: Any = merged.get_submodule(layer)
             for tensor, value in zip((conv.weight, conv.bias), part):
                 if tensor is not None:
                     kept.append((tensor, tensor.clone()))

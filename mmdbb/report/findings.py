@@ -63,7 +63,8 @@ def _of_kinds(report: Report) -> Iterator[Finding]:
     }
     if len(parts) < 2:
         return
-    most, least = max(parts, key=parts.get), min(parts, key=parts.get)
+    most = max(parts, key=parts.__getitem__)
+    least = min(parts, key=parts.__getitem__)
     layers = _layers(report.kinds[most].layers)
     yield Finding(
         'note',
@@ -77,7 +78,7 @@ def _of_kinds(report: Report) -> Iterator[Finding]:
         if kind.network is not None
     }
     if changes:
-        least = min(changes, key=changes.get)
+        least = min(changes, key=changes.__getitem__)
         text = (
             f'Without all `{least}` branches the outputs change by '
             f'{_percent(changes[least])}, less than without any other kind'

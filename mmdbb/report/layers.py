@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import math
-from typing import Dict, List, Optional
+from typing import Any, Dict, List, Optional
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmdbb.blocks.base import ReparamConv2d
 from mmdbb.blocks.branch_sum import BranchSumConv2d
@@ -45,7 +46,7 @@ class Layer:
         self,
         name: str,
         block: ReparamConv2d,
-        norm: Optional[nn.Module],
+        norm: Optional[_BatchNorm],
         norm_name: str,
     ) -> None:
         self.name, self.block = name, block
@@ -76,9 +77,9 @@ class Layer:
             difference: See :class:`LayerFigures`.
         """
         block, shares = self.block, branch_shares(self.block)
-        kernel = sum(part.kernel for part in self.parts.values())
+        kernel: Any = sum(part.kernel for part in self.parts.values())
         folded = kernel
-        if self._norm_name:
+        if self._norm is not None and self._norm_name:
             scale = norm_scale_shift(self._norm).scale.to(kernel)
             folded = kernel * scale.reshape(-1, *[1] * (kernel.dim() - 1))
         return LayerFigures(

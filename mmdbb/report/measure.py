@@ -120,11 +120,12 @@ def network_report(
     proof = _proof(trained, merged, images)
     flops = _Flops(trained, merged, list(blocks), images)
     dropping = Dropping({}, {})
-    runs = images is not None and not _cannot_run(merged, images)
-    if runs and options.drop:
+    able = images is not None and not _cannot_run(merged, images)
+    shown = images if able else None
+    if shown is not None and options.drop:
         count = sum(map(len, parts.values()))
         say(f'running the network without each of {count} branches')
-        dropping = measure_dropping(merged, parts, images)
+        dropping = measure_dropping(merged, parts, shown)
     found = [
         layer.figures(
             merged.get_submodule(name),
@@ -147,7 +148,7 @@ def network_report(
         before=Cost(count_parameters(trained), before),
         after=Cost(count_parameters(merged), after),
         proof=proof,
-        images=len(images) if runs else 0,
+        images=0 if shown is None else len(shown),
         metric=options.metric if options.evaluate else '',
         score=scores.get(''),
     )
@@ -211,11 +212,13 @@ def _proof(
     double = copy.deepcopy(trained).double()
     # Merged in float64: nothing is rounded before it is proven.
     pair = [double, reparameterize(double).eval()]
+    exact, plain = pair
     doubled = [batch.double() for batch in batches]
-    found = errors_of(*pair, doubled)
-    refused, tolerance, left_out = '', None, found.left_out
+    found = errors_of(exact, plain, doubled)
+    left_out: Mapping[str, str] = found.left_out
+    refused, tolerance = '', None
     try:
-        proven = prove_equal(*pair, batches)
+        proven = prove_equal(exact, plain, batches)
         tolerance, left_out = proven.tolerance, proven.left_out
     except UserError as error:
         refused = str(error).partition('; nothing written')[0]
@@ -315,7 +318,7 @@ def _kinds(
         }
         # Where the merged kernel is zero, its parts are no numbers.
         finite = {n: p for n, p in parts.items() if math.isfinite(p)}
-        weakest = min(finite or parts, key=parts.get)
+        weakest = min(finite or parts, key=parts.__getitem__)
         found[kind] = KindFigures(
             layers=len(parts),
             projection=fmean(finite.values()) if finite else math.nan,

@@ -9,7 +9,7 @@ filtering and the switch of colours need one.
 from __future__ import annotations
 
 from html import escape
-from typing import Iterator, List
+from typing import Any, Iterator, List
 
 from mmdbb.report.details import details, shape_of
 from mmdbb.report.figures import Cost, LayerFigures, Report
@@ -135,10 +135,9 @@ def _cards(report: Report) -> str:
         ),
         _saving('Parameters', before.parameters, after.parameters),
     ]
+    flops: Any = after.flops
     if before.flops is not None:
-        cards.append(
-            _saving('Operations, one image', before.flops, after.flops)
-        )
+        cards.append(_saving('Operations, one image', before.flops, flops))
     if proof.equal:
         worst = max(
             [*proof.outputs.values(), *proof.layers.values()], default=0.0
