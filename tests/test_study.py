@@ -855,6 +855,28 @@ def test_the_pages_tables_are_those_of_the_trainings():
     assert f'{dbb.megabytes / plain.megabytes:.2f} times its memory' in text
 
 
+def test_the_pages_tables_of_dropped_branches():
+    record = rows.read_record(RESULTS)
+    machine = record.rows[0].training.machine
+    (cell,) = plan.cells_for(['RepVGG'], [30], machine)
+    lines = drop.drops(record, cell, variants.PARTS['drop'], [*drop.ROLES])
+    assert [line[1] for line in lines] == [*drop.ROLES]
+    text = PAGE.read_text()
+    for line in lines:
+        assert f'| {" | ".join(line)} |' in text
+    changes = {line[1]: line[4] for line in lines}
+    left = {line[1]: line[2] for line in lines}
+    short = (HOME / 'docs' / 'choosing_blocks.md').read_text()
+    for limit in drop.THRESHOLDS:
+        roles = [
+            f'{limit:g} {kind}{later}'
+            for later in ('', ', trained on')
+            for kind in ('cut', 'folded')
+        ]
+        found = ' | '.join(changes[role] for role in roles)
+        assert f'| {limit:g} | {left[roles[0]]} | {found} |' in short
+
+
 def test_what_was_run_is_what_the_plan_asks_for():
     """Nobody can leave out a training, or choose another setting."""
     record = rows.read_record(RESULTS)
