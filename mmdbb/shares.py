@@ -2,8 +2,10 @@
 """How much each branch of a block contributes to the merged kernel.
 
 A block merges into the sum of its branches' kernels. The norm of each of them
-beside the norm of the sum, and the angles between them, say what a branch is
-worth once trained, and whether it could be left out.
+beside the norm of the sum, and the angles between them, say how much of the
+kernel a branch supplies once trained. They leave out the branches' biases: to
+take out a branch with a small share may change the output a lot, unless what
+it adds is folded into the others (:mod:`mmdbb.drop_branches`).
 """
 
 from __future__ import annotations

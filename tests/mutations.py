@@ -1687,6 +1687,27 @@ TABLE = (
         'pruning changes the trained network',
         (f'{STUDY}::test_pruning_saves_what_it_says',),
     ),
+    Mutation(
+        'tools/workshop/study/drop.py',
+        'network = copy.deepcopy(trained.network)',
+        'network = trained.network',
+        'dropping branches changes the trained network',
+        (f'{STUDY}::test_dropped_branches_are_folded_or_cut',),
+    ),
+    Mutation(
+        'tools/workshop/study/drop.py',
+        'weak_branches(network, threshold), fold)',
+        'weak_branches(network, threshold))',
+        'what the study says is cut was folded',
+        (f'{STUDY}::test_dropped_branches_are_folded_or_cut',),
+    ),
+    Mutation(
+        'tools/workshop/study/drop.py',
+        'return TRAINED_ON if longer else WHOLE',
+        'return WHOLE',
+        'what was trained on is compared with what was not',
+        (f'{STUDY}::test_drops_are_compared_with_what_was_trained_as_long',),
+    ),
     # ------------------------------------------------------------ recompute
     Mutation(
         'mmdbb/recompute.py',

@@ -84,6 +84,26 @@ def test_channels_without_a_scale():
     assert weight.abs().max() < 100
 
 
+def test_a_small_share_may_come_with_a_large_bias():
+    """The share measures kernels: what is cut may matter, folded it may not.
+
+    So documentation must not say that a small share has a small effect.
+    """
+    net = built()
+    norm = net[0].branches['1x1'].norm
+    norm.weight.data.mul_(1e-3)
+    norm.bias.data.fill_(5.0)
+    expected = net[0].forward_branches(X)
+    weak = weak_branches(net, 0.01)
+    assert weak == {'0': ['1x1']}
+    assert branch_shares(net[0]).branches['1x1'].share < 0.01
+    cut = copy.deepcopy(net)
+    drop_branches_(cut, weak, fold=False)
+    assert distance(cut[0].forward_branches(X), expected) > 0.5
+    drop_branches_(net, weak)
+    assert distance(net[0].forward_branches(X), expected) < EXACT
+
+
 def test_the_mean_in_training_is_kept():
     """Statistics as data give them: the output's mean stays in training."""
     torch.manual_seed(0)

@@ -15,6 +15,7 @@ from helpers import distance, run_tool
 from torch import nn
 from workshop.study import (
     costs,
+    drop,
     follow,
     images,
     networks,
@@ -31,6 +32,7 @@ from workshop.study import (
 from mmdbb.errors import UserError
 from mmdbb.registry import BLOCKS
 from mmdbb.reparam import find_blocks
+from mmdbb.shares import model_shares
 
 pytestmark = pytest.mark.usefixtures('quiet', 'own_blocks')
 HOME = Path(__file__).resolve().parents[1]
@@ -645,6 +647,106 @@ def test_follow_ups_are_rows(data_root, tmp_path, capfd):
     assert len(rows.read_record(out).rows) == len(record.rows)
 
 
+@pytest.mark.parametrize('train_on', [False, True])
+def test_dropped_branches_are_folded_or_cut(train_on, followed, monkeypatch):
+    one = followed['DBB']
+    x = one.data.test.images[:20]
+    before = {n: v.clone() for n, v in one.network.state_dict().items()}
+    expected = training.merged(one.network).eval()(x)
+    tested, trained = [], []
+
+    def keep(network, data):
+        tested.append(network)
+        return 50.0
+
+    monkeypatch.setattr(drop, 'top1', keep)
+    monkeypatch.setattr(
+        follow.Trained, 'train_on', lambda self, net: trained.append(net)
+    )
+    shares = [
+        branch.share
+        for block in model_shares(one.network).values()
+        for name, branch in block.branches.items()
+        if name != 'kxk'
+    ]
+    threshold = sorted(shares)[len(shares) // 2]
+    whole = 4 * 7
+    left = whole - sum(share <= threshold for share in shares)
+    assert 7 < left < whole
+    for fold, limit, count in (
+        (True, -1.0, whole), (True, threshold, left), (False, threshold, left)
+    ):  # fmt: skip
+        found = drop.after_dropping(one, limit, fold, train_on)
+        assert found == (50.0, count)
+    for network in trained:
+        assert network is not one.network
+    counts = [drop.count_branches(network) for network in trained]
+    assert counts == ([whole, left, left] if train_on else [])
+    differences = [distance(net.eval()(x), expected) for net in tested]
+    assert differences[0] < 1e-6
+    assert differences[1] < 1e-4
+    assert differences[2] > 1e-2
+    for name, value in one.network.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_drops_are_compared_with_what_was_trained_as_long():
+    record = record_of(plain=(), OREPA=())
+    roles = [*drop.ROLES]
+    assert roles[0] == 'float' and len({*roles}) == 14
+    for role, tops, branches in (
+        ('float', (90.0, 92.0), (28, 28)),
+        ('0.2 cut', (80.0, 80.0), (20, 25)),
+        (drop.TRAINED_ON, (91.0, 94.0), (28, 28)),
+        ('0.2 cut, trained on', (90.0, 94.0), (20, 25)),
+        ('0.5 cut, trained on', (90.0,), (9,)),
+    ):
+        for seed, (top, count) in enumerate(zip(tops, branches)):
+            one = CELL.training('OREPA', seed, role, 0.1, 2)
+            record.rows.append(rows.Row(one, top, 1.0, count))
+    lines = drop.drops(record, CELL, PART, roles)
+    half = 12.7062
+    assert lines == [
+        ('OREPA', 'float', '28.0', f'91.00 ± {half:.2f}', '', '2'),
+        ('OREPA', '0.2 cut', '22.5', '80.00 ± 0.00',
+         f'-11.00 ± {half:.2f}', '2'),
+        ('OREPA', drop.TRAINED_ON, '28.0', f'92.50 ± {1.5 * half:.2f}',
+         f'+1.50 ± {half / 2:.2f}', '2'),
+        ('OREPA', '0.2 cut, trained on', '22.5', f'92.00 ± {2 * half:.2f}',
+         f'-0.50 ± {half / 2:.2f}', '2'),
+        ('OREPA', '0.5 cut, trained on', '9.0', '90.00', '-1.00', '1'),
+    ]  # fmt: skip
+
+
+def test_drops_are_rows(data_root, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(follow, 'FURTHER', training.Recipe(0.01, 1, 8))
+    out = tmp_path / 'out.json'
+    arguments = [
+        '--out', out, '--data-root', data_root, '--networks', 'RepVGG',
+        '--sizes', 2, '--width', 2, '--seeds', 1, '--epochs', 1,
+        '--blocks', 'DBB', '--part', 'drop',
+    ]  # fmt: skip
+    assert run_tool('study', *arguments) == 0
+    said = capfd.readouterr().out
+    found = [r for r in rows.read_record(out).rows if r.training.seed < 99]
+    assert [r.training.role for r in found] == [*drop.ROLES]
+    by_role = {r.training.role: r for r in found}
+    assert by_role['float'].branches == 28
+    for role, row in by_role.items():
+        assert f'DBB, {role} 0' in said
+        start = role.replace(', trained on', '')
+        start = 'float' if role == drop.TRAINED_ON else start
+        assert row.branches == by_role[start].branches
+        if role.endswith('folded'):
+            assert row.top1 == by_role['float'].top1
+    # What is lost is made again, and nothing else.
+    record = rows.read_record(out)
+    rows.write_record(out, record._replace(rows=record.rows[:-1]))
+    assert run_tool('study', *arguments) == 0
+    assert rows.read_record(out).rows[-1][:2] == found[-1][:2]
+    assert rows.read_record(out).rows[-1].branches == found[-1].branches
+
+
 # The detector and the segmentor
 
 
@@ -753,6 +855,28 @@ def test_the_pages_tables_are_those_of_the_trainings():
     assert f'{dbb.megabytes / plain.megabytes:.2f} times its memory' in text
 
 
+def test_the_pages_tables_of_dropped_branches():
+    record = rows.read_record(RESULTS)
+    machine = record.rows[0].training.machine
+    (cell,) = plan.cells_for(['RepVGG'], [30], machine)
+    lines = drop.drops(record, cell, variants.PARTS['drop'], [*drop.ROLES])
+    assert [line[1] for line in lines] == [*drop.ROLES]
+    text = PAGE.read_text()
+    for line in lines:
+        assert f'| {" | ".join(line)} |' in text
+    changes = {line[1]: line[4] for line in lines}
+    left = {line[1]: line[2] for line in lines}
+    short = (HOME / 'docs' / 'choosing_blocks.md').read_text()
+    for limit in drop.THRESHOLDS:
+        roles = [
+            f'{limit:g} {kind}{later}'
+            for later in ('', ', trained on')
+            for kind in ('cut', 'folded')
+        ]
+        found = ' | '.join(changes[role] for role in roles)
+        assert f'| {limit:g} | {left[roles[0]]} | {found} |' in short
+
+
 def test_what_was_run_is_what_the_plan_asks_for():
     """Nobody can leave out a training, or choose another setting."""
     record = rows.read_record(RESULTS)
@@ -761,7 +885,7 @@ def test_what_was_run_is_what_the_plan_asks_for():
         (cell,) = plan.cells_for([one.network], [one.size], one.machine)
         assert (cell.width, cell.schedule.batch) == (one.width, one.batch)
         setting = plan.search(record, cell, one.block)[1]
-        if one.role == 'test':
+        if one.role == 'test' or one.role in drop.ROLES:
             assert (one.lr, one.epochs) == setting
         elif one.role == 'same time':
             baseline = 'plain'

@@ -7,11 +7,7 @@ Takes hours on a CPU core for everything. An interrupted study goes on where
 it was; --minutes ends a run in time.
 """
 
-from pathlib import Path
-
 from arguments import Parser, at_least_one, at_least_zero, run
-
-HOME = Path(__file__).resolve().parents[1]
 
 
 def parse_args():
@@ -38,12 +34,14 @@ def parse_args():
             'transfer',
             'int8',
             'pruning',
+            'drop',
             'tasks',
         ],
         default='blocks',
         help='what is compared: blocks; branches of DBB; starts from trained '
-        'plain weights; networks after rounding to eight bits, or with fewer '
-        "filters; the demo's detector and segmentor; default: %(default)s",
+        'plain weights; networks after rounding to eight bits, with fewer '
+        "filters, or without weak branches; the demo's detector and "
+        'segmentor; default: %(default)s',
     )
     parser.add_argument(
         '--blocks', nargs='+', help='default: those of the part'
@@ -111,89 +109,9 @@ def parse_args():
 
 
 def main(args):
-    import logging
+    from workshop.study.command import run_command
 
-    import torch
-    from workshop.study.picture import draw_study
-    from workshop.study.report import print_follow_ups, print_study
-    from workshop.study.rows import read_record
-
-    from mmdbb.mm.engine.measure import check_picture, report_files
-
-    check_picture(args.plot)
-    torch.set_num_threads(1)
-    logging.disable(logging.INFO)  # mmengine lists all weights at the start
-    out = Path(args.out)
-    with report_files(args.plot, overwrite=args.force) as (plot,):
-        study = (
-            _tasks(args, out) if args.part == 'tasks' else _fashion(args, out)
-        )
-        rows, cells, part, roles = study
-        for row in rows:
-            t = row.training
-            print(
-                f'{t.network}, {t.size} a class, {t.block}, {t.role} '
-                f'{t.seed}, rate {t.lr:g}, {t.epochs} epochs: '
-                f'{row.top1:.2f} %, {row.seconds:.1f} s',
-                flush=True,
-            )
-        record = read_record(out)
-        if plot:
-            draw_study(record, cells, part, plot)
-    if roles:
-        print_follow_ups(record, cells, part, roles)
-    else:
-        print_study(record, cells, part)
-
-
-def _fashion(args, out):
-    import torch
-    from workshop.study.follow import FOLLOW_UPS
-    from workshop.study.plan import cells_for
-    from workshop.study.run import Plan, run_study
-    from workshop.study.training import Machine
-    from workshop.study.variants import PARTS
-
-    machine = Machine(torch.device(args.device), args.precision, args.graphs)
-    part = _chosen(args, PARTS[args.part])
-    cells = cells_for(
-        args.networks,
-        args.sizes,
-        machine.name,
-        width=args.width,
-        batch=args.batch,
-        epochs=args.epochs,
-    )
-    roles = FOLLOW_UPS.get(args.part, {})
-    data_root = args.data_root or 'data/fashion_mnist'
-    plan = Plan(data_root, cells, part, args.seeds, machine, roles)
-    return run_study(plan, out, args.minutes, args.jobs), cells, part, roles
-
-
-def _tasks(args, out):
-    from workshop.study.tasks import (
-        NETWORKS,
-        PART,
-        TaskPlan,
-        base_config,
-        cell_of,
-        run_tasks,
-    )
-
-    part, names = _chosen(args, PART), args.networks or [*NETWORKS]
-    data_root = args.data_root or 'data'
-    plan = TaskPlan(HOME, data_root, names, part, args.seeds)
-    rows = run_tasks(plan, out, args.minutes)
-    cells = [
-        cell_of(name, base_config(HOME, name))
-        for name in names
-        if name in NETWORKS
-    ]
-    return rows, cells, part, {}
-
-
-def _chosen(args, part):
-    return part._replace(blocks=tuple(args.blocks)) if args.blocks else part
+    run_command(args)
 
 
 if __name__ == '__main__':

@@ -1,5 +1,5 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""A hook of mmengine's Runner that logs what each branch is worth."""
+"""A hook of mmengine's Runner that logs what branches add to kernels."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""What a trained network keeps when it is quantized or pruned.
+"""What a trained network keeps when it is quantized, pruned or cut down.
 
 Each function takes a trained network that is not merged, and gives the
 accuracy of what it makes of it. The network itself stays as it is. All blocks
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from functools import partial
-from typing import Callable, Dict, NamedTuple
+from typing import Callable, Dict, NamedTuple, Union
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,8 @@ from mmdbb.mm.quantization.insert_bn import insert_bn_
 from mmdbb.mm.quantization.qat import prepare_qat_
 from mmdbb.modules import in_eval_mode
 from mmdbb.reparam import find_blocks
+from workshop.study.drop import ROLES as DROPS
+from workshop.study.drop import Left
 from workshop.study.images import FashionMNIST
 from workshop.study.training import Machine, Recipe, merged, top1, train
 
@@ -157,7 +159,7 @@ def _calibrated(network: nn.Module, trained: Trained) -> float:
     return top1(network, trained.data.test)
 
 
-FollowUp = Callable[[Trained], float]
+FollowUp = Callable[[Trained], Union[float, Left]]
 
 #: Part of the study -> role of a row -> what is done.
 FOLLOW_UPS: Dict[str, Dict[str, FollowUp]] = {
@@ -176,4 +178,5 @@ FOLLOW_UPS: Dict[str, Dict[str, FollowUp]] = {
         '50 % fewer FLOPs': partial(after_pruning, saved=0.5),
         '70 % fewer FLOPs': partial(after_pruning, saved=0.7),
     },
+    'drop': DROPS,
 }

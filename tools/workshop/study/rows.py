@@ -50,11 +50,14 @@ class Row(NamedTuple):
             held-out images if its role is ``'search'``, else on the 10,000
             test images.
         seconds: Of all training steps; on a CPU, of computing.
+        branches: Of all blocks together, where some may have been dropped;
+            else None, and not in the file.
     """
 
     training: Training
     top1: float
     seconds: float
+    branches: Optional[int] = None
 
 
 class Cost(NamedTuple):
@@ -110,7 +113,10 @@ def read_record(path: Path) -> Record:
         rows, costs = [], [Cost(**fields) for fields in report.pop('costs')]
         for fields in report.pop('rows'):
             top1, seconds = (fields.pop(n) for n in ('top1', 'seconds'))
-            rows.append(Row(Training(**fields), float(top1), float(seconds)))
+            branches = fields.pop('branches', None)
+            rows.append(
+                Row(Training(**fields), float(top1), float(seconds), branches)
+            )
         if report:
             raise KeyError(*report)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -122,14 +128,17 @@ def read_record(path: Path) -> Record:
 
 def write_record(path: Path, record: Record) -> None:
     """Write a study's file, a row in a line."""
-    rows = [
-        dict(r.training._asdict(), top1=r.top1, seconds=r.seconds)
-        for r in record.rows
-    ]
+    rows = [_fields_of(row) for row in record.rows]
     costs = [cost._asdict() for cost in record.costs]
     text = f'{{"costs": {_lines(costs)},\n"rows": {_lines(rows)}}}\n'
     with all_or_nothing(str(path), overwrite=True) as drafts:
         Path(drafts[0]).write_text(text)
+
+
+def _fields_of(row: Row) -> dict:
+    training, top1, seconds, branches = row
+    fields = dict(training._asdict(), top1=top1, seconds=seconds)
+    return fields if branches is None else dict(fields, branches=branches)
 
 
 def _lines(items: List[dict]) -> str:

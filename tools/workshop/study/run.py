@@ -12,6 +12,7 @@ from torch import nn
 
 from mmdbb.errors import UserError
 from workshop.study.costs import add_costs
+from workshop.study.drop import Left
 from workshop.study.follow import FollowUp, Trained
 from workshop.study.images import (
     FashionMNIST,
@@ -146,9 +147,10 @@ def _follow(
     trained = Trained(network, build, data, training.seed, plan.machine)
     for one, follow_up in missing.items():
         begin = time.process_time()
-        yield Row(
-            one, *rounded(follow_up(trained), time.process_time() - begin)
-        )
+        found = follow_up(trained)
+        left = found if isinstance(found, Left) else Left(found, None)
+        seconds = time.process_time() - begin
+        yield Row(one, *rounded(left.top1, seconds), left.branches)
 
 
 def _check_needed(part: Part) -> None:

@@ -103,6 +103,7 @@ PARTS: Dict[str, Part] = {
     ),
     'int8': Part((PLAIN, 'RepVGGConv', 'QARepVGGConv', 'DBB', 'OREPA')),
     'pruning': Part((PLAIN, 'RepVGGConv', 'QARepVGGConv', 'DBB', 'OREPA')),
+    'drop': Part(('DBB', 'DBB + identity'), 'DBB'),
     'transfer': Part(
         (PLAIN, TRAINED_ON, 'DBB from plain', 'OREPA from plain'), TRAINED_ON
     ),
