@@ -126,7 +126,8 @@ def start_offered(
     """
     values, is_merged = None, plain.bias is not None
     if plain.bias is None:
-        plain = plain._replace(bias=torch.zeros_like(plain.kernel[:, 0, 0, 0]))
+        zeros = plain.kernel.new_zeros(block.out_channels)
+        plain = plain._replace(bias=zeros)
     if norm is not None:
         one = torch.ones_like(plain.bias)
         found = norm.entries
