@@ -130,7 +130,7 @@ def insert_blocks_(
             fits = sizes[0] <= max(size) <= sizes[1]
             return fits and block_type.starts_plain(size)
 
-    forms = _forms_of(block_type)
+    forms = forms_of(block_type)
     readers = own_readers(model, example)
     held = held_layers(model)
     blocks = find_blocks(model)
@@ -279,8 +279,13 @@ def _block_config(block: Optional[dict]) -> Tuple[type, dict, tuple]:
     return block_type, args, (low, high)
 
 
-def _forms_of(block_type: type) -> Dict[LayerKind, Optional[type]]:
-    """The form of a block for each kind of convolution; None without one."""
+def forms_of(block_type: type) -> Dict[LayerKind, Optional[type]]:
+    """The form of a block for each kind of convolution; None without one.
+
+    Args:
+        block_type: The block's class. A form such as ``DBB3d`` is one for
+            its own kind only.
+    """
     own = kind_of_block(block_type)
     forms = dict.fromkeys(CONV_TYPES)
     for kind in [own] if own != CONV2D else forms:
