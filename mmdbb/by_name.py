@@ -15,10 +15,10 @@ from mmdbb.blocks.build import (
     block_of,
     refuse_unknown_keys,
 )
-from mmdbb.dimensions import CONV_TYPES, CONVS, LayerKind, kind_of
+from mmdbb.dimensions import CONV_TYPES, LayerKind, kind_of
 from mmdbb.errors import UserError
 from mmdbb.files.sources import some
-from mmdbb.insert import forms_of, held_layers
+from mmdbb.insert import forms_of, held_layers, is_replaceable
 from mmdbb.modules import has_hooks, memory_format_of, names_of, to_layout_
 from mmdbb.plain_conv import plain_conv
 
@@ -104,9 +104,7 @@ def put_blocks_(
     new: Dict[nn.Module, nn.Module] = {}
     used, changed = set(), {}
     for layer in layers:
-        rule = next(
-            (r for r in parsed if r.takes(names[layer], layer)), None
-        )
+        rule = next((r for r in parsed if r.takes(names[layer], layer)), None)
         if rule is None:
             continue
         used.add(rule.number)
@@ -204,7 +202,7 @@ def _layers(model: nn.Module) -> List[nn.Module]:
         and (module not in held or getattr(module, '_absorbed', ()))
         and not has_hooks(module)
         and (
-            type(module) in CONVS
+            is_replaceable(module)
             or _is_adaptive(module)
             or (isinstance(module, ReparamConv2d) and not module.deploy)
         )

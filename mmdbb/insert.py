@@ -24,6 +24,7 @@ from mmdbb.dimensions import (
     CONVS,
     NORM_TYPES,
     LayerKind,
+    is_torchs_conv,
     kind_of,
 )
 from mmdbb.errors import UserError
@@ -92,9 +93,10 @@ def insert_blocks_(
     Returns:
         list: Names of the convolutions that are blocks now. These stay as
         they are: convolutions that a run of the model in eval mode does not
-        reach, subclasses of torch's layers, convolutions with hooks, those
-        whose weights something else reads or shares, those that the model
-        holds in a plain list or dict too, and those inside blocks.
+        reach, subclasses of torch's layers that have more than another
+        constructor, convolutions with hooks, those whose weights something
+        else reads or shares, those that the model holds in a plain list or
+        dict too, and those inside blocks.
 
     Raises:
         TypeError: If ``block`` is not a dict, or has unknown keys or those
@@ -138,7 +140,7 @@ def insert_blocks_(
     new: Dict[nn.Module, nn.Module] = {}
     names, candidates, others = [], [], []
     for name, conv in model.named_modules():
-        if not name or conv not in readers or not _is_plain(conv):
+        if not name or conv not in readers or not is_replaceable(conv):
             continue
         if conv in held:
             continue
@@ -360,5 +362,14 @@ def held_layers(model: nn.Module) -> Set[nn.Module]:
     return found
 
 
-def _is_plain(conv: nn.Module) -> bool:
-    return PORTS.class_of_layer(conv) in CONVS and not has_hooks(conv)
+def is_replaceable(layer: nn.Module) -> bool:
+    """Whether a layer is a convolution of torch that a block can stand for.
+
+    It has no hooks, and its class computes nothing else, see
+    :func:`~mmdbb.dimensions.is_torchs_conv`.
+
+    Args:
+        layer: Any layer.
+    """
+    plain = PORTS.class_of_layer(layer) in CONVS or is_torchs_conv(layer)
+    return plain and not has_hooks(layer)
