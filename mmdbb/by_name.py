@@ -24,10 +24,11 @@ from mmdbb.blocks.build import (
     block_of,
     refuse_unknown_keys,
 )
+from mmdbb.dimensions import CONV_TYPES, LayerKind, kind_of
 from mmdbb.errors import UserError
 from mmdbb.files.sources import some
-from mmdbb.insert import held_layers
-from mmdbb.modules import has_hooks, memory_format_of, names_of
+from mmdbb.insert import forms_of, held_layers, is_replaceable
+from mmdbb.modules import has_hooks, memory_format_of, names_of, to_layout_
 from mmdbb.plain_conv import plain_conv
 
 Patterns = Union[str, Sequence[str], None]
@@ -39,6 +40,7 @@ class _Rule(NamedTuple):
     Attributes:
         number: Its place in the list, from 0 on, for messages.
         block: The class; ``nn.Conv2d`` for none.
+        forms: Kind of a layer -> the form of the block for it; None for none.
         args: The block's own arguments.
         sizes: Smallest and largest kernel (longer side, in taps).
         only: Shell patterns, of which one must match; empty for any name.
@@ -47,18 +49,24 @@ class _Rule(NamedTuple):
 
     number: int
     block: Any
+    forms: Dict[LayerKind, Optional[type]]
     args: dict
     sizes: tuple
     only: List[str]
     skip: List[str]
 
-    def takes(self, names: Sequence[str], size: Sequence[int]) -> bool:
-        """Whether the rule is for a layer of these names and this size."""
+    def takes(self, names: Sequence[str], layer: nn.Module) -> bool:
+        """Whether the rule is for a layer, which has these names."""
         low, high = self.sizes
-        return low <= max(size) <= high and any(
-            (not self.only or _matches(name, self.only))
-            and not _matches(name, self.skip)
-            for name in names
+        fits = low <= max(layer.kernel_size) <= high
+        return (
+            fits
+            and self.forms[_kind(layer)] is not None
+            and any(
+                (not self.only or _matches(name, self.only))
+                and not _matches(name, self.skip)
+                for name in names
+            )
         )
 
 
@@ -106,10 +114,7 @@ def put_blocks_(
     used: Set[int] = set()
     changed: Dict[str, Optional[str]] = {}
     for layer in layers:
-        rule = next(
-            (r for r in parsed if r.takes(names[layer], layer.kernel_size)),
-            None,
-        )
+        rule = next((r for r in parsed if r.takes(names[layer], layer)), None)
         if rule is None:
             continue
         used.add(rule.number)
@@ -119,13 +124,14 @@ def put_blocks_(
             new[layer] = _built(rule, layer)
         except (TypeError, ValueError) as error:
             raise UserError(f'{names[layer][0]}: {error}') from error
-        changed[names[layer][0]] = rule.block.__name__
+        changed[names[layer][0]] = rule.forms[_kind(layer)].__name__
     idle = [rule for rule in parsed if rule.number not in used]
     if idle:
         raise UserError(
             f'blocks[{idle[0].number}] decides for no convolution: earlier '
             'ones take those that its patterns match, or their kernels are '
-            f'not of {idle[0].sizes[0]} to {idle[0].sizes[1]} taps'
+            f'not of {idle[0].sizes[0]} to {idle[0].sizes[1]} taps, or it has '
+            'no form for them'
         )
     for parent in model.modules():
         for attribute, child in parent._modules.items():
@@ -172,7 +178,8 @@ def _parsed(rules: Sequence[dict]) -> List[_Rule]:
                 f'blocks[{number}]: Conv2d leaves a layer plain, and takes no '
                 f'{sorted(args)}'
             )
-        found.append(_Rule(number, block, args, sizes, only, skip))
+        forms = CONV_TYPES if block is nn.Conv2d else forms_of(block)
+        found.append(_Rule(number, block, forms, args, sizes, only, skip))
     return found
 
 
@@ -206,11 +213,17 @@ def _layers(model: nn.Module) -> List[Any]:
         and (module not in held or bool(getattr(module, '_absorbed', ())))
         and not has_hooks(module)
         and (
-            type(module) is nn.Conv2d
+            is_replaceable(module)
             or _is_adaptive(module)
             or (isinstance(module, ReparamConv2d) and not module.deploy)
         )
     ]
+
+
+def _kind(layer: nn.Module) -> LayerKind:
+    if isinstance(layer, ReparamConv2d):
+        return layer.spec.kind
+    return kind_of(layer)
 
 
 def _is_adaptive(module: nn.Module) -> bool:
@@ -231,6 +244,7 @@ def _refuse_idle_patterns(rules: Sequence[_Rule], names: List[str]) -> None:
 def _built(rule: _Rule, layer: Any) -> nn.Module:
     """Build the block that a rule puts into a layer's place."""
     absorbed: tuple = getattr(layer, '_absorbed', ())
+    form = rule.forms[_kind(layer)]
     if absorbed and not issubclass(rule.block, BranchSumConv2d):
         raise ValueError(
             f'the {type(layer).__name__} there does what the norm behind it '
@@ -253,14 +267,16 @@ def _built(rule: _Rule, layer: Any) -> nn.Module:
         if absorbed:  # the norm that it does the work of is its backbone's
             first = next(iter(layer.branches.values()))
             args.setdefault('norm_cfg', first.norm_cfg)
-        new = rule.block(
+        if form.transposed:
+            args['output_padding'] = layer.output_padding
+        new = form(
             layer.in_channels,
             layer.out_channels,
             layer.kernel_size,
             layer.stride,
             layer.padding,
-            layer.dilation,
-            layer.groups,
+            dilation=layer.dilation,
+            groups=layer.groups,
             bias=bias,
             padding_mode=layer.padding_mode,
             **args,
@@ -268,7 +284,7 @@ def _built(rule: _Rule, layer: Any) -> nn.Module:
     tensors = list(layer.parameters())
     floating = next(t for t in tensors if t.is_floating_point())
     new.to(floating.device, floating.dtype)
-    new.to(memory_format=memory_format_of(layer))
+    to_layout_(new, memory_format_of(layer))
     if not any(tensor.requires_grad for tensor in tensors):
         new.requires_grad_(False)
     for place in absorbed:

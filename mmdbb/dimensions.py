@@ -99,3 +99,51 @@ def kind_of(layer: nn.Module) -> Optional[LayerKind]:
         if isinstance(layer, conv_type):
             return kind
     return None
+
+
+#: What a class may have of its own without computing anything else.
+_HARMLESS = {
+    '__init__',
+    '__module__',
+    '__doc__',
+    '__qualname__',
+    '__annotations__',
+    '__firstlineno__',
+    '__static_attributes__',
+}
+
+
+def is_torchs_conv(layer: nn.Module) -> bool:
+    """Whether a layer computes one of torch's convolutions and has no more.
+
+    That is an instance of one of :data:`CONVS`, or of a subclass that has
+    another constructor and static methods only, as torchvision's
+    ``Conv3DSimple`` of its video ResNets.
+
+    Args:
+        layer: Any layer.
+
+    Examples:
+        >>> class Wide(nn.Conv2d):
+        ...     def __init__(self, channels):
+        ...         super().__init__(channels, channels, 3)
+        >>> is_torchs_conv(Wide(4)), is_torchs_conv(nn.Linear(4, 4))
+        (True, False)
+    """
+    kind, own = kind_of(layer), type(layer)
+    if kind is None or own in CONVS:
+        return kind is not None
+    torchs = CONV_TYPES[kind]
+    for cls in own.__mro__:
+        if cls in torchs.__mro__:
+            continue
+        for name, value in vars(cls).items():
+            if name in _HARMLESS:
+                continue
+            if not isinstance(value, staticmethod) or hasattr(torchs, name):
+                return False
+    fresh = torchs(1, 1, 1)
+    return vars(layer).keys() == vars(fresh).keys() and all(
+        vars(layer)[part].keys() == vars(fresh)[part].keys()
+        for part in ('_parameters', '_buffers', '_modules')
+    )

@@ -26,13 +26,14 @@ from torch import Tensor, nn
 
 from mmdbb.blocks.base import ReparamConv2d, refuse_merged
 from mmdbb.blocks.branch_sum import BranchSumConv2d
-from mmdbb.branches.base import Branch
+from mmdbb.branches.base import Branch, kernel_of
 from mmdbb.branches.norm import norm_scale_shift
+from mmdbb.dimensions import CONVS
 from mmdbb.errors import UserError
 from mmdbb.files.sources import some
 from mmdbb.modules import cast, fresh_weights, tensors_of
 from mmdbb.reparam import find_blocks
-from mmdbb.scale_norm import ScaleNorm2d
+from mmdbb.scale_norm import ScaleNorm
 from mmdbb.shares import model_shares
 
 #: A channel of the ``kxk`` branch whose scaled kernel is smaller than this
@@ -164,8 +165,8 @@ def _target(
         conv = getattr(branch, 'conv', None)
         if (
             key not in without
-            and isinstance(conv, nn.Conv2d)
-            and tuple(conv.weight.shape) == tuple(block.spec.kernel_shape)
+            and isinstance(conv, CONVS)
+            and tuple(conv.weight.shape) == tuple(block.spec.weight_shape)
             and 'weight' in conv._parameters
         ):
             return key
@@ -192,7 +193,7 @@ def _folded(
     var: Any = sum(part.var for part in parts)
     own: Any = block.branches[target]
     new: Any = exact.branches[target]
-    weight, norm = new.conv.weight, new.norm
+    weight, norm = kernel_of(new.conv.weight, block.spec), new.norm
     if norm is None:
         return _without_norm(block, own, weight + kernel, bias)
     scale = norm_scale_shift(norm).scale
@@ -203,15 +204,18 @@ def _folded(
     target_scale = torch.where(tiny, 1.0, scale)
     wide = [-1, *[1] * (weight.dim() - 1)]
     changes = {
-        own.conv.weight: (weight * scale.reshape(wide) + kernel)
-        / target_scale.reshape(wide)
+        own.conv.weight: kernel_of(
+            (weight * scale.reshape(wide) + kernel)
+            / target_scale.reshape(wide),
+            block.spec,
+        )
     }
     shift = mean - bias
     if norm.bias is not None:
         changes[own.norm.bias] = norm.bias + mean
     else:
         shift = -bias
-    if not isinstance(norm, ScaleNorm2d):
+    if not isinstance(norm, ScaleNorm):
         changes[own.norm.running_mean] = (
             scale * norm.running_mean + shift
         ) / target_scale
@@ -232,7 +236,7 @@ def _folded(
 def _without_norm(
     block: BranchSumConv2d, own: Any, kernel: Tensor, bias: Tensor
 ) -> Dict[Tensor, Tensor]:
-    changes = {own.conv.weight: kernel}
+    changes = {own.conv.weight: kernel_of(kernel, block.spec)}
     if bias.any():
         if block.own_bias is not None:
             changes[block.own_bias] = block.own_bias.double().cpu() + bias

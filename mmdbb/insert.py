@@ -36,6 +36,7 @@ from mmdbb.dimensions import (
     CONVS,
     NORM_TYPES,
     LayerKind,
+    is_torchs_conv,
     kind_of,
 )
 from mmdbb.errors import UserError
@@ -107,9 +108,10 @@ def insert_blocks_(
     Returns:
         list: Names of the convolutions that are blocks now. These stay as
         they are: convolutions that a run of the model in eval mode does not
-        reach, subclasses of torch's layers, convolutions with hooks, those
-        whose weights something else reads or shares, those that the model
-        holds in a plain list or dict too, and those inside blocks.
+        reach, subclasses of torch's layers that have more than another
+        constructor, convolutions with hooks, those whose weights something
+        else reads or shares, those that the model holds in a plain list or
+        dict too, and those inside blocks.
 
     Raises:
         TypeError: If ``block`` is not a dict, or has unknown keys or those
@@ -145,7 +147,7 @@ def insert_blocks_(
             fits = sizes[0] <= max(size) <= sizes[1]
             return fits and block_type.starts_plain(size)
 
-    forms: Any = _forms_of(block_type)  # whose keys are of all convolutions
+    forms: Any = forms_of(block_type)  # whose keys are of all convolutions
     readers = own_readers(model, example)
     held = held_layers(model)
     blocks = find_blocks(model)
@@ -155,7 +157,7 @@ def insert_blocks_(
     candidates: List[str] = []
     others: List[str] = []
     for name, conv in model.named_modules():
-        if not name or conv not in readers or not _is_plain(conv):
+        if not name or conv not in readers or not is_replaceable(conv):
             continue
         if conv in held:
             continue
@@ -299,10 +301,15 @@ def _block_config(
     return block_type, args, (low, high)
 
 
-def _forms_of(
+def forms_of(
     block_type: Type[ReparamConv2d],
 ) -> Dict[LayerKind, Optional[Type[ReparamConv2d]]]:
-    """The form of a block for each kind of convolution; None without one."""
+    """The form of a block for each kind of convolution; None without one.
+
+    Args:
+        block_type: The block's class. A form such as ``DBB3d`` is one for
+            its own kind only.
+    """
     own = kind_of_block(block_type)
     forms: Dict[LayerKind, Optional[Type[ReparamConv2d]]]
     forms = dict.fromkeys(CONV_TYPES)
@@ -378,5 +385,14 @@ def held_layers(model: nn.Module) -> Set[nn.Module]:
     return found
 
 
-def _is_plain(conv: nn.Module) -> TypeGuard[_ConvNd]:
-    return PORTS.class_of_layer(conv) in CONVS and not has_hooks(conv)
+def is_replaceable(layer: nn.Module) -> TypeGuard[_ConvNd]:
+    """Whether a layer is a convolution of torch that a block can stand for.
+
+    It has no hooks, and its class computes nothing else, see
+    :func:`~mmdbb.dimensions.is_torchs_conv`.
+
+    Args:
+        layer: Any layer.
+    """
+    plain = PORTS.class_of_layer(layer) in CONVS or is_torchs_conv(layer)
+    return plain and not has_hooks(layer)

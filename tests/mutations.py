@@ -330,6 +330,28 @@ TABLE = (
         (BY_NAME,),
     ),
     Mutation(
+        'mmdbb/by_name.py',
+        "        if form.transposed:\n            args['output_padding']",
+        "        if False:\n            args['output_padding']",
+        'a transposed layer keeps its output padding',
+        (BY_NAME,),
+    ),
+    Mutation(
+        'mmdbb/drop_branches.py',
+        '    weight, norm = kernel_of(new.conv.weight, block.spec), new.norm',
+        '    weight, norm = new.conv.weight, new.norm',
+        'a transposed kernel has its inputs first',
+        (DROP,),
+    ),
+    Mutation(
+        'mmdbb/blocks/linear.py',
+        "return kind(**spec.conv_args, **args, device='meta')."
+        'preset_branches()',
+        'return kind.preset_for(spec)',
+        "the block's own arguments say which branches it has",
+        (REPOPT,),
+    ),
+    Mutation(
         'mmdbb/drop_branches.py',
         '    shift = mean - bias',
         '    shift = -bias',
@@ -1517,8 +1539,8 @@ TABLE = (
     ),
     Mutation(
         'mmdbb/insert.py',
-        'class_of_layer(conv) in CONVS and not has_hooks(conv)',
-        'class_of_layer(conv) in CONVS',
+        'return plain and not has_hooks(layer)',
+        'return plain',
         'convolutions with hooks stay',
         (f'{INSERT}::test_norms_and_convs_with_hooks_stay',),
     ),

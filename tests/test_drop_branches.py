@@ -9,6 +9,7 @@ from registered import each_block, starts_plain, sums_several
 from torch import nn
 
 from mmdbb import ACB, DBB, OREPAConv, QARepVGGConv, RepVGGConv
+from mmdbb.blocks.build import registered_blocks
 from mmdbb.drop_branches import drop_branches_, weak_branches
 from mmdbb.errors import UserError
 from mmdbb.shares import branch_shares
@@ -72,6 +73,21 @@ def test_eval_mode_stays_in_other_forms(kind, kwargs):
     net = built(kind, **kwargs)
     keys = [key for key in net[0].branches if key != 'kxk']
     assert_dropped(net, keys)
+
+
+@pytest.mark.parametrize('shift', [True, False])
+@pytest.mark.parametrize(
+    'name',
+    ['DBB1d', 'DBB3d', 'ACB3d', 'DBBTranspose1d', 'DBBTranspose2d'],
+)
+def test_eval_mode_stays_in_other_dimensions(name, shift):
+    kind = registered_blocks(None)[name]
+    size = dict(kernel_size=3, stride=2, padding=1, groups=2, shift=shift)
+    net = nn.Sequential(randomize(kind(4, 6, **size)).double(), nn.ReLU())
+    net.eval()
+    keys = [key for key in net[0].branches if key != 'kxk']
+    assert weak_branches(net, 1e9) == {'0': keys}
+    assert_dropped(net, keys, image(2, 4, *(7, 6, 5)[: kind.dims]))
 
 
 def test_channels_without_a_scale():

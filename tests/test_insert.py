@@ -720,6 +720,39 @@ def test_a_traced_model_keeps_the_places_of_norms(trace):
     }
 
 
+class Conv3DSimple(nn.Conv3d):
+    """As torchvision's video ResNets have it."""
+
+    def __init__(self, channels):
+        super().__init__(channels, channels, 3, padding=1, bias=False)
+
+    @staticmethod
+    def get_downsample_stride(stride):
+        return stride, stride, stride
+
+
+class Doubled(Conv3DSimple):
+    def _conv_forward(self, *args):
+        return 2 * super()._conv_forward(*args)
+
+
+class Gated(Conv3DSimple):
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.gate = True
+
+
+def test_subclasses_with_another_constructor_only_become_blocks():
+    model = nn.Sequential(Conv3DSimple(4), nn.BatchNorm3d(4), Doubled(4))
+    model = randomize(model.append(Gated(4))).double().eval()
+    x, plain = image(2, 4, 4, 5, 6), copy.deepcopy(model)
+    expected = model(x)
+    assert insert_blocks_(model) == ['0']
+    assert distance(model(x), expected) < EXACT
+    assert distance(merge_into_(plain, model)(x), expected) < EXACT
+    assert type(plain[0]) is Conv3DSimple
+
+
 def test_where_is_a_function():
-    with pytest.raises(TypeError, match="where must be .*, got 'layer4'"):
+    with pytest.raises(TypeError, match="where must be .*; got 'layer4'"):
         insert_blocks_(nn.Sequential(nn.Conv2d(3, 4, 3)), where='layer4')

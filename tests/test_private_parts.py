@@ -133,7 +133,7 @@ def replaced_names(text):
                     root = root.value
                 owner = getattr(root, 'id', '')
                 value = getattr(getattr(node, 'value', None), 'id', None)
-                if owner not in ('self', 'PORTS') and (
+                if owner not in ('self', 'PORTS', *functions) and (
                     owner in hosts
                     or value in functions
                     or isinstance(node, ast.Delete)
@@ -193,6 +193,7 @@ def test_the_test_of_private_names_bites(text, names):
         ('del head.forward', {'forward'}),
         ('setattr(place, name, 1)', {'setattr'}),
         ('def f(): pass\nself.a = f\nrunner.model = network', set()),
+        ('def f(): pass\ndef g(): pass\nf.of_ours = g', set()),
     ],
 )
 def test_the_test_of_replaced_names_bites(text, names):

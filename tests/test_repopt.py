@@ -476,6 +476,8 @@ def test_optimizers_that_do_not_fit():
 
 # Which branches are linear, and how
 
+KXK = ['kxk', 'kxk_2', 'kxk_3', 'kxk_4']
+
 
 def linear_of(spec, **kwargs):
     found = linear_branches(
@@ -492,15 +494,43 @@ def linear_of(spec, **kwargs):
         ('DBB', ['kxk', '1x1', '1x1_avg'], ['1x1_kxk']),
         ('QARepVGGConv', ['kxk', '1x1', 'identity'], []),
         ('OREPARepVGG', ['identity', '1x1'], ['orepa']),
+        ('MobileOneConv', ['identity', '1x1', *KXK], []),
+        ('LargeKernelConv', ['kxk', 'kxk_k5'], []),
+        (
+            'DilatedReparamConv',
+            ['kxk', 'kxk_k5', 'kxk_k3_d2', 'kxk_k3_d3'],
+            [],
+        ),
     ],
 )
 def test_the_linear_branches_of_presets(name, expected, left_out):
-    spec = dict(in_channels=4, out_channels=4)
+    size = 7 if name in ('LargeKernelConv', 'DilatedReparamConv') else 3
+    spec = dict(in_channels=4, out_channels=4, kernel_size=size)
     branches, found = linear_of(spec, block=dict(type=name))
     assert (list(branches), found) == (expected, left_out)
-    block = LinearAddConv(4, 4, 3, block=dict(type=name))
+    block = LinearAddConv(4, 4, size, block=dict(type=name))
     assert block.left_out == left_out
     assert [*block.generator.scales] == expected
+
+
+@pytest.mark.parametrize(
+    ('block', 'size', 'expected'),
+    [
+        (dict(type='LargeKernelConv', small_kernel=3), 9, ['kxk', 'kxk_k3']),
+        (dict(type='LargeKernelConv', small_kernel=None), 9, ['kxk']),
+        (dict(type='LargeKernelConv'), 8, ['kxk']),  # none fits its middle
+        (dict(type='MobileOneConv', num_conv_branches=1), 1, ['kxk']),
+        (dict(type='ACB', shift=False, max_kernel_size=9), 3, ['kxk', 'kx1']),
+    ],
+)
+def test_the_block_s_arguments_say_which_branches_it_has(
+    block, size, expected
+):
+    spec = dict(in_channels=4, out_channels=6, kernel_size=size)
+    branches, _ = linear_of(spec, block=block)
+    assert list(branches)[:2] == expected
+    with pytest.raises(TypeError, match=r"unknown keys \['small'\]"):
+        linear_of(spec, block=dict(block, small=3))
 
 
 def test_maps_by_hand():

@@ -215,13 +215,13 @@ class BranchSumConv2d(ReparamConv2d):
         """
         return cls.preset
 
-    def _preset(self) -> Sequence[BranchCfg]:
+    def preset_branches(self) -> Sequence[BranchCfg]:
         """The preset's branches; a subclass may look at its arguments."""
         return self.preset_for(self.spec)
 
     def _served_preset(self) -> Sequence[BranchCfg]:
         served = []
-        for cfg in self._preset():
+        for cfg in self.preset_branches():
             if is_served(cfg, self.spec):
                 served.append(cfg)
             else:

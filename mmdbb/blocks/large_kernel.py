@@ -60,7 +60,8 @@ class LargeKernelConv(BranchSumConv2d):
         self._small_kernel = small_kernel
         super().__init__(*args, **kwargs)
 
-    def _preset(self) -> Sequence[BranchCfg]:
+    def preset_branches(self) -> Sequence[BranchCfg]:
+        """See :meth:`BranchSumConv2d.preset_branches`."""
         if self._small_kernel is None:
             return self.preset
         return [*self.preset, dict(type='kxk', kernel_size=self._small_kernel)]

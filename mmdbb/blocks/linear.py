@@ -19,6 +19,7 @@ from typing import (
     Optional,
     Sequence,
     Tuple,
+    Type,
     Union,
 )
 
@@ -27,10 +28,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmdbb.blocks.branch_sum import BranchSumConv2d
-from mmdbb.blocks.build import block_of
-from mmdbb.branches.base import Branch, build_branch, split_branch_cfg
+from mmdbb.blocks.build import block_of, refuse_unknown_keys
+from mmdbb.branches.base import (
+    Branch,
+    build_branch,
+    is_served,
+    split_branch_cfg,
+)
 from mmdbb.geometry import ConvSpec
-from mmdbb.registry import BRANCHES
 
 BranchCfg = Union[str, dict]
 
@@ -43,7 +48,8 @@ class LinearBranch(NamedTuple):
 
     Attributes:
         cfg: Its name, or its config.
-        key: Its name in the block; the second ``kxk`` is ``kxk_2``.
+        key: Its name in the block, such as ``kxk_k5``; the second ``kxk`` is
+            ``kxk_2``.
         size: Taps of its weight, such as (1, 1) or (3, 3); None for a branch
             without a weight, whose kernel is a constant times its scale.
         basis: Shape (taps of the weight, taps of the kernel): a weight
@@ -103,11 +109,10 @@ def linear_branches(
     found: List[LinearBranch] = []
     left_out: List[str] = []
     keys: List[str] = []
-    for cfg in kind.preset_for(spec) if branches is None else branches:
+    for cfg in branches if listed else _preset_of(kind, config, spec):
         name = split_branch_cfg(cfg)[0]
-        served = BRANCHES.module_dict[name].supports(spec)
         branch = None
-        if served or listed:
+        if listed or is_served(cfg, spec):
             with torch.device('cpu'):
                 branch = _probed(cfg, spec)
         if branch is None and listed:
@@ -118,6 +123,7 @@ def linear_branches(
         if branch is None:
             left_out.append(name)
             continue
+        name = branch.key
         keys.append(name)
         count = keys.count(name)
         key = name if count == 1 else f'{name}_{count}'
@@ -130,6 +136,18 @@ def linear_branches(
     return LinearBranches(found, left_out)
 
 
+def _preset_of(
+    kind: Type[BranchSumConv2d], config: dict, spec: ConvSpec
+) -> Sequence[BranchCfg]:
+    """The branches of a block's preset, as its config asks for them."""
+    limits = 'type', 'branches', 'min_kernel_size', 'max_kernel_size'
+    args = {k: v for k, v in config.items() if k not in limits}
+    refuse_unknown_keys(kind, args)
+    if spec.padding == 'adaptive':
+        args['adaptive_padding'] = True
+    return kind(**spec.conv_args, **args, device='meta').preset_branches()
+
+
 def _probed(cfg: BranchCfg, spec: ConvSpec) -> Optional[LinearBranch]:
     """Find the map of a branch; None if it is not linear."""
     channels: Dict[str, Any]
@@ -140,6 +158,7 @@ def _probed(cfg: BranchCfg, spec: ConvSpec) -> Optional[LinearBranch]:
     with torch.random.fork_rng(devices=[]):
         small = dataclasses.replace(spec, **channels)
         branch = _neutral(cfg, small)
+        key = split_branch_cfg(cfg)[0] + branch.suffix
         own = [
             parameter
             for module in branch.modules()
@@ -148,7 +167,7 @@ def _probed(cfg: BranchCfg, spec: ConvSpec) -> Optional[LinearBranch]:
         ]
         if not own:
             kernel = _kernel(_neutral(cfg, spec))
-            return LinearBranch(cfg, '', None, kernel)
+            return LinearBranch(cfg, key, None, kernel)
         if len(own) > 1 or own[0].shape[:2] != small.kernel_shape[:2]:
             return None
         weight = own[0].data
@@ -164,7 +183,7 @@ def _probed(cfg: BranchCfg, spec: ConvSpec) -> Optional[LinearBranch]:
         return None
     size, dense = tuple(weight.shape[2:]), torch.eye(basis.shape[1])
     is_dense = torch.equal(basis, dense.double())
-    return LinearBranch(cfg, '', size, basis, is_dense)
+    return LinearBranch(cfg, key, size, basis, is_dense)
 
 
 def _neutral(cfg: BranchCfg, spec: ConvSpec) -> Branch:

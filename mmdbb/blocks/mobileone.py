@@ -69,6 +69,7 @@ class MobileOneConv(BranchSumConv2d):
         self._num_conv_branches = int(count)
         super().__init__(*args, **kwargs)
 
-    def _preset(self) -> Sequence[BranchCfg]:
+    def preset_branches(self) -> Sequence[BranchCfg]:
+        """See :meth:`BranchSumConv2d.preset_branches`."""
         *others, kxk = self.preset
         return [*others, *[kxk] * self._num_conv_branches]

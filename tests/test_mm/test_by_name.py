@@ -69,7 +69,7 @@ def test_the_first_rule_decides():
         [
             dict(type='ACB', only=['1.*', '3'], skip='3'),
             dict(type='OREPA', only='0', min_kernel_size=7),
-            dict(type='DBB', norm_cfg=dict(type='BN', eps=1e-3)),
+            dict(type='DBB', skip='4', norm_cfg=dict(type='BN', eps=1e-3)),
         ],
     )
     assert found == {'0': 'OREPAConv', '1.0': 'ACB', '2': 'DBB'}
@@ -110,6 +110,46 @@ def test_blocks_give_way_to_others():
     assert found == {'0': 'Conv2d', '1': 'ACB'}
     assert type(model[0]) is nn.Conv2d and model[0].bias is not None
     assert not model[1]._wants_bias
+
+
+def sounds_and_clips():
+    return nn.ModuleDict(
+        dict(
+            sound=nn.Conv1d(4, 8, 5, stride=2, groups=2, bias=False),
+            clip=nn.Conv3d(4, 8, (1, 3, 3), dilation=(1, 2, 1)),
+            up=nn.ConvTranspose2d(4, 8, 3, stride=2, output_padding=1),
+            picture=nn.Conv2d(4, 8, 3),
+        )
+    )
+
+
+def test_layers_of_other_kinds_get_their_forms():
+    plain, model = sounds_and_clips(), sounds_and_clips()
+    rules = [dict(type='ACB', skip='sound'), dict(type='DBB')]
+    found = put_blocks_(model, rules)
+    assert found == kinds(model)
+    assert found == dict(  # ACB has no form for two of them
+        sound='DBB1d', clip='ACB3d', up='DBBTranspose2d', picture='ACB'
+    )
+    for name, size in (('sound', [19]), ('clip', [2, 9, 8]), ('up', [5, 4])):
+        x = torch.rand(2, 4, *size)
+        assert model[name](x).shape == plain[name](x).shape
+        assert plain[name].state_dict().keys() >= {'weight'}
+        assert model[name]._wants_bias is (name != 'sound')
+    # They give way to others in turn, each in its own form.
+    changed = put_blocks_(
+        model, [dict(type='Conv2d', only='[su]*'), dict(type='RepVGGConv')]
+    )
+    assert changed['clip'] == 'RepVGGConv3d'
+    for name in ('sound', 'up'):
+        assert repr(model[name]) == repr(plain[name])
+
+
+def test_a_form_is_for_its_own_kind():
+    model = sounds_and_clips()
+    assert put_blocks_(model, [dict(type='DBB3d')]) == {'clip': 'DBB3d'}
+    with pytest.raises(UserError, match='it has no form for them'):
+        put_blocks_(model, [dict(type='ACB', only='sound')])
 
 
 def test_padding_by_the_image_is_kept():

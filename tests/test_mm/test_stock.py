@@ -36,6 +36,7 @@ STOCK_BACKBONES = {
     'AlexNetDBB': 'PlainAlexNet',
     'VGGDBB': 'VGG',
     'ReparamRepVGG': 'RepVGG',
+    'UniRepLKNet': 'PlainUniRepLKNet',
 }
 #: Hooks with nothing to do where no block is left.
 OWN_HOOKS = (
