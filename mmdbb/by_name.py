@@ -49,13 +49,13 @@ class _Rule(NamedTuple):
 
     number: int
     block: Any
-    forms: Dict[LayerKind, Optional[type]]
+    forms: Dict[LayerKind, Any]  # None where the block has no form
     args: dict
     sizes: tuple
     only: List[str]
     skip: List[str]
 
-    def takes(self, names: Sequence[str], layer: nn.Module) -> bool:
+    def takes(self, names: Sequence[str], layer: Any) -> bool:
         """Whether the rule is for a layer, which has these names."""
         low, high = self.sizes
         fits = low <= max(layer.kernel_size) <= high
@@ -223,7 +223,8 @@ def _layers(model: nn.Module) -> List[Any]:
 def _kind(layer: nn.Module) -> LayerKind:
     if isinstance(layer, ReparamConv2d):
         return layer.spec.kind
-    return kind_of(layer)
+    kind: Any = kind_of(layer)  # not None, as the layer is a convolution
+    return kind
 
 
 def _is_adaptive(module: nn.Module) -> bool:

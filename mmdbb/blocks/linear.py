@@ -109,7 +109,9 @@ def linear_branches(
     found: List[LinearBranch] = []
     left_out: List[str] = []
     keys: List[str] = []
-    for cfg in branches if listed else _preset_of(kind, config, spec):
+    if branches is None:
+        branches = _preset_of(kind, config, spec)
+    for cfg in branches:
         name = split_branch_cfg(cfg)[0]
         branch = None
         if listed or is_served(cfg, spec):
