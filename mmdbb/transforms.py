@@ -353,12 +353,12 @@ def dilate_kernel(kernel: Tensor, dilation: Sequence[int]) -> Tensor:
     Block" (https://arxiv.org/abs/2311.15599).
 
     Args:
-        kernel: Shape (out, in / groups, *taps), of any number of dimensions.
+        kernel: Shape (out, in / groups, taps...), of any number of dimensions.
         dilation: Distance between two neighbouring taps, in taps of the
             larger kernel, for each dimension.
 
     Returns:
-        Tensor: Shape (out, in / groups, *spans), where a span is
+        Tensor: Shape (out, in / groups, spans...), where a span is
         ``dilation * (taps - 1) + 1``.
 
     Raises:

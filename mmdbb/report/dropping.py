@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mmdbb.report.figures import Lost
 from mmdbb.running import is_of_head, run_network
-from mmdbb.transforms import KernelBias
+from mmdbb.transforms import KernelBias, swap_channels
 
 #: Layer -> branch -> its part of the merged kernel and bias.
 Parts = Dict[str, Dict[str, KernelBias]]
@@ -52,6 +52,9 @@ def without(
         for layer, branch in left_out.items():
             part = parts[layer][branch]
             conv: Any = merged.get_submodule(layer)
+            if getattr(conv, 'transposed', False):
+                kernel = swap_channels(part.kernel, conv.groups)
+                part = part._replace(kernel=kernel)
             for tensor, value in zip((conv.weight, conv.bias), part):
                 if tensor is not None:
                     kept.append((tensor, tensor.clone()))

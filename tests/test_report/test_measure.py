@@ -10,7 +10,14 @@ from registered import each_block, is_composed, sums_several
 from test_report.cases import small_network, some_images
 from torch import nn
 
-from mmdbb import DBB, OREPAConv, QARepVGGConv, RepVGGConv, reparameterize
+from mmdbb import (
+    DBB,
+    OREPAConv,
+    QARepVGGConv,
+    RepVGGConv,
+    insert_blocks_,
+    reparameterize,
+)
 from mmdbb.errors import UserError
 from mmdbb.reparam import literal_forward
 from mmdbb.report import ReportOptions, findings, network_report
@@ -317,3 +324,13 @@ def test_what_stands_out():
         '1 layer is at risk in INT8, with a signal-to-noise ratio of weights '
         'down to 21.5 dB: `7`.',
     ]
+
+
+@pytest.mark.parametrize('channels', [(3, 8), (4, 4)])
+def test_what_is_lost_in_a_transposed_layer(channels):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.ConvTranspose2d(*channels, 4, 2, 1))
+    insert_blocks_(network)
+    randomize(network)
+    network.eval()
+    check_lost(network, torch.randn(2, channels[0], 7, 6))
