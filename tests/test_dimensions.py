@@ -255,6 +255,8 @@ def test_an_offered_kernel_of_other_dimensions_is_refused():
 
 
 def test_a_form_of_ones_own():
+    from mmengine.registry import MODELS
+
     from mmdbb.blocks.build import form_of, register_conv_layer
     from mmdbb.registry import BLOCKS
 
@@ -277,3 +279,4 @@ def test_a_form_of_ones_own():
         assert type(model[0]) is Own3d
     finally:
         del BLOCKS.module_dict['Own3d']
+        MODELS.module_dict.pop('Own3d', None)

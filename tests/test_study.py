@@ -766,6 +766,7 @@ def test_tasks_differ_in_blocks_only(network, tmp_path):
         expected = dict(variants.BLOCKS[block].config)
         assert found['model']['backbone'].pop('block') == expected
         assert block in found.pop('experiment_name')
+        assert block in found['visualizer'].pop('name')
         configs.append(found)
     assert configs[0] == configs[1] == configs[2]
     search = tasks.task_config(whole, one._replace(role='search')).to_dict()

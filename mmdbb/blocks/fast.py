@@ -144,8 +144,10 @@ def fast_forward(block: BranchSumConv2d, x: Tensor) -> Tensor:
     """
     norms = _norms_of(block)
     modes = {norm.training for norm in norms}
-    literal = block.transposed or _stays_literal(block, x)
-    if len(modes) != 1 or (modes == {True} and literal):
+    if len(modes) != 1:
+        return block.forward_branches(x)
+    # Asked in training only: what asks for a size fixes it when exported.
+    if modes == {True} and (block.transposed or _stays_literal(block, x)):
         return block.forward_branches(x)
     y, dtype = None, _conv_dtype(block, norms, x)
     if dtype is not None and _is_left_alone(block, x):

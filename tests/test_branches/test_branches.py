@@ -198,7 +198,8 @@ def test_unknown_key_lists_the_allowed():
     cfg = dict(type='1x1_kxk', internal=3)
     with pytest.raises(TypeError, match="'internal'.*'internal_channels'"):
         build_branch(cfg, ConvSpec(4, 4, 3))
-    with pytest.raises(TypeError, match=r"allowed: \['type', 'norm'\]"):
+    allowed = r"allowed: \['type', 'norm', 'kernel_size', 'dilation'\]"
+    with pytest.raises(TypeError, match=allowed):
         build_branch(dict(type='kxk', width=3), ConvSpec(4, 4, 3))
 
 

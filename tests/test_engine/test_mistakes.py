@@ -199,6 +199,7 @@ def test_a_run_marks_them(tmp_path, monkeypatch):
         wait_time=0,
         interval=1,
         tta=False,
+        quiet=False,
     )
     launch.test(cfg, arguments)
     paths = sorted((tmp_path / 'drawn').glob('*.jpg'))

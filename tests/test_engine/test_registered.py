@@ -98,6 +98,7 @@ ROWS = {
     'BackbonePretrained': dict(checkpoint=of_the_network),
     'BlocksHook': dict(),
     'BranchSharesHook': dict(interval=1),
+    'DataCheckHook': dict(),
     'KernelPenaltyHook': dict(weight=1e-4),
     'LayerDecayOptimWrapperConstructor': dict(decay_rate=rate_of_unireplknet),
     'OfficialPretrained': dict(checkpoint=of_the_papers),

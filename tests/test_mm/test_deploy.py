@@ -734,7 +734,7 @@ def test_command_with_a_mistake(
     arguments, message = {
         'no checkpoint': (
             (config, folder / 'none.pth', out),
-            'checkpoint not found: ',
+            'no such checkpoint: ',
         ),
         'no config': ((folder / 'none.py', checkpoint, out), 'none.py'),
         'differs': (

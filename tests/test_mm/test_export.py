@@ -705,7 +705,7 @@ def test_command(trained, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ('out', 'more', 'message'),
     [
-        ('net.pth', ['--format', 'onnx'], 'onnx must end in .onnx'),
+        ('net.pth', ['--format', 'onnx'], 'the output must end in .onnx'),
         ('net.pth', ['--format', 'tflite'], 'invalid choice'),
         (
             'net.pt',

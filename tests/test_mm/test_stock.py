@@ -41,6 +41,8 @@ STOCK_BACKBONES = {
 #: Hooks with nothing to do where no block is left.
 OWN_HOOKS = (
     'BlocksHook',
+    'BranchSharesHook',
+    'DataCheckHook',
     'KernelPenaltyHook',
     'QATHook',
     'ReparamHook',

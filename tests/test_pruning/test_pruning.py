@@ -389,6 +389,8 @@ def test_a_pruned_network_is_evaluated(trained, tmp_path, quiet):
     pruned = Config.fromfile(result.config)
     pruned.update(work_dir=str(tmp_path), experiment_name='pruned')
     arguments = dict.fromkeys(('out', 'show', 'show_dir', 'tta'))
-    found = launch.test(pruned, Namespace(checkpoint=out, **arguments))
+    found = launch.test(
+        pruned, Namespace(checkpoint=out, quiet=False, **arguments)
+    )
     figure = result.stages[-1].figure
     assert found[figure.name] == figure.points

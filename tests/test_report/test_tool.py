@@ -134,7 +134,7 @@ def test_mistakes_end_with_one_line(run, tmp_path, capsys):
     image = tmp_path / 'none.png'
     for out, options, message in [
         (old, (), f'output exists: {old}; choose another name or pass --for'),
-        ('r.pdf', (), "the page must end in .html, got 'r.pdf'"),
+        ('r.pdf', (), 'the output must end in .html or .htm, got r.pdf'),
         (new, ('--data', '0'), 'argument --data: must be a whole number from'),
         (new, ('--data', '1', '--images', 'a'), 'argument --images: not allo'),
         (new, ('--images', image), f'cannot read image {image}: image n'),

@@ -165,6 +165,8 @@ def task_config(plan: TaskPlan, training: Training) -> Config:
     cfg.log_level = 'WARNING'
     name = f'{training.network}_{training.block}_{training.seed}'
     cfg.experiment_name = f'{name}_{training.lr}_{os.getpid()}'
+    # By a name of the config's, all runs would share the first one's folder.
+    cfg.visualizer.name = cfg.experiment_name
     return cfg
 
 
