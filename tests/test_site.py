@@ -70,7 +70,7 @@ def test_links_of_a_readme(tmp_path):
     page = pages.page_of(root, root / 'README.md', ENGLISH)
     assert page.text.splitlines() == [
         'see [faq](faq.md#why) and [code](files/configs/a.py), all, '
-        '[zh](zh_cn/index.html)',
+        '[zh](other:zh_cn/index.html)',
         '![block](files/docs/figures/b.svg)',
         '[![badge](https://x.invalid/b)](files/LICENSE) '
         '[web](https://y.invalid)',
@@ -88,10 +88,10 @@ def test_links_of_a_readme(tmp_path):
 def test_links_between_languages(tmp_path):
     root = small_checkout(tmp_path)
     page = pages.page_of(root, root / 'docs/zh_cn/faq.md', CHINESE)
-    assert page.text == '[en](../faq.html#why) [首页](index.md)'
+    assert page.text == '[en](other:../faq.html#why) [首页](index.md)'
     page = pages.page_of(root, root / 'docs/faq.md', ENGLISH)
     assert page.text.splitlines()[1] == (
-        '[back](index.md), [here](#why), [zh](zh_cn/faq.html)'
+        '[back](index.md), [here](#why), [zh](other:zh_cn/faq.html)'
     )
 
 

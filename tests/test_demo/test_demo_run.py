@@ -96,6 +96,18 @@ def test_progress_off_a_terminal_is_sparse(capsys):
     assert capsys.readouterr().out == '  val  2/2  accuracy/top1 97.0\n'
 
 
+def test_progress_keeps_errors(capsys):
+    """A detector that finds nothing gets no figure; the log says why."""
+    with Progress(every=3600) as progress:
+        progress.read(
+            '11/26 12:00:00 - mmengine - ERROR - a/b.py - compute_metrics - '
+            '463 - The testing results of the whole dataset is empty.'
+        )
+        progress.read('11/26 12:00:00 - mmengine - WARNING - an old name')
+    expected = '  The testing results of the whole dataset is empty.\n'
+    assert capsys.readouterr().out == expected
+
+
 def test_latency_calls_in_turn():
     calls = []
     seconds = interleaved_latency(

@@ -16,6 +16,8 @@ WHERE = re.compile(
     r'\[\s*(\d+)/(\d+)\]'
 )
 SHOWN = ('eta', 'loss', 'accuracy/top1', 'coco/bbox_mAP', 'mIoU')
+# 'mmengine - ERROR - .../coco_metric.py - compute_metrics - 463 - No box.'
+ERROR = re.compile(r' - (?:ERROR|CRITICAL) - (?:.* - )?(\S.*)$')
 MERGED = re.compile(r'^(merged \d+ blocks|largest difference)')
 
 
@@ -43,6 +45,10 @@ class Progress:
         """Take one line of the log."""
         if MERGED.match(line):
             self._keep(line.strip())
+            return
+        error = ERROR.search(line)
+        if error:
+            self._keep(error[1])
             return
         text = summary(line)
         if text is None:

@@ -20,6 +20,13 @@ extensions = [
 ]
 myst_enable_extensions = ['dollarmath']
 myst_heading_anchors = 4
+# Pages in the other language belong to another build: addresses, not pages.
+myst_url_schemes = {
+    'http': None,
+    'https': None,
+    'mailto': None,
+    'other': {'url': '{{path}}#{{fragment}}'},
+}
 # Marks of the docs' tests, such as ```python config, are no languages.
 suppress_warnings = ['ref.python']
 

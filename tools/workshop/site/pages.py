@@ -217,7 +217,8 @@ def _link(other: Language, name: str, language: Language, anchor: str) -> str:
         return f'{name}.md{anchor}'
     # Another language is another build, of which only the address is known.
     target = Path(other.folder or '.', f'{name}.html').as_posix()
-    return f'{os.path.relpath(target, language.folder or ".")}{anchor}'
+    path = os.path.relpath(target, language.folder or '.')
+    return f'other:{path}{anchor}'  # a scheme of conf.py's
 
 
 def toctree(title: str, names: List[str]) -> str:
