@@ -65,6 +65,9 @@ _OF_CONV = {
     'adaptive_padding',
 }
 
+#: Attributes of each of torch's convolutions.
+_OF_TORCH = frozenset(vars(nn.ConvTranspose2d(1, 1, 1)))
+
 Where = Callable[[str, nn.Module], bool]
 
 # Norms that a block can absorb. A subclass may compute more (timm has norms
@@ -109,9 +112,10 @@ def insert_blocks_(
         list: Names of the convolutions that are blocks now. These stay as
         they are: convolutions that a run of the model in eval mode does not
         reach, subclasses of torch's layers that have more than another
-        constructor, convolutions with hooks, those whose weights something
-        else reads or shares, those that the model holds in a plain list or
-        dict too, and those inside blocks.
+        constructor, convolutions with hooks or with attributes that the
+        model wrote, those whose weights something else reads or shares, those
+        that the model holds in a plain list or dict too, and those inside
+        blocks.
 
     Raises:
         TypeError: If ``block`` is not a dict, or has unknown keys or those
@@ -389,10 +393,14 @@ def is_replaceable(layer: nn.Module) -> TypeGuard[_ConvNd]:
     """Whether a layer is a convolution of torch that a block can stand for.
 
     It has no hooks, and its class computes nothing else, see
-    :func:`~mmdbb.dimensions.is_torchs_conv`.
+    :func:`~mmdbb.dimensions.is_torchs_conv`. Nor has the model written an
+    attribute into it, as ultralytics' models do into those layers whose
+    inputs they look up by it: a block in its place would lack it.
 
     Args:
         layer: Any layer.
     """
     plain = PORTS.class_of_layer(layer) in CONVS or is_torchs_conv(layer)
-    return plain and not has_hooks(layer)
+    more = vars(layer).keys() - _OF_TORCH
+    written = any(not name.startswith('_') for name in more)
+    return plain and not written and not has_hooks(layer)

@@ -756,3 +756,11 @@ def test_subclasses_with_another_constructor_only_become_blocks():
 def test_where_is_a_function():
     with pytest.raises(TypeError, match="where must be .*; got 'layer4'"):
         insert_blocks_(nn.Sequential(nn.Conv2d(3, 4, 3)), where='layer4')
+
+
+def test_a_layer_that_the_model_wrote_into_stays():
+    """ultralytics' models look up by `f` which output a layer reads."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3))
+    model[1].f = -1
+    assert insert_blocks_(model) == ['0']
+    assert type(model[1]) is nn.Conv2d and model[1].f == -1
