@@ -1070,8 +1070,8 @@ TABLE = (
     ),
     Mutation(
         'mmdbb/blocks/fast.py',
-        'len(modes) != 1 or (modes',
-        'False or (modes',
+        'if len(modes) != 1:',
+        'if False:',
         'norms of which some are frozen',
         (f'{FAST}::test_one_frozen_norm_among_others',),
     ),
@@ -1539,10 +1539,17 @@ TABLE = (
     ),
     Mutation(
         'mmdbb/insert.py',
-        'return plain and not has_hooks(layer)',
-        'return plain',
+        'return plain and not written and not has_hooks(layer)',
+        'return plain and not written',
         'convolutions with hooks stay',
         (f'{INSERT}::test_norms_and_convs_with_hooks_stay',),
+    ),
+    Mutation(
+        'mmdbb/insert.py',
+        'return plain and not written and not has_hooks(layer)',
+        'return plain and not has_hooks(layer)',
+        'convolutions stay that the model wrote into',
+        (f'{INSERT}::test_a_layer_that_the_model_wrote_into_stays',),
     ),
     # ----------------------------------------------------------- merge back
     Mutation(
