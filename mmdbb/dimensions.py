@@ -47,6 +47,9 @@ CONV_TYPES: Dict[LayerKind, Any] = {
 }
 #: All of torch's convolutions, for ``isinstance``.
 CONVS: Tuple[Type[_ConvNd], ...] = tuple(CONV_TYPES.values())
+#: Names of what each of them has in its ``__dict__``. On the device ``meta``
+#: no random numbers are drawn for the weight.
+ATTRIBUTES = frozenset(vars(nn.Conv2d(1, 1, 1, device='meta')))
 #: Those that read their input through a kernel, for ``isinstance``.
 FORWARD_CONVS: Tuple[Type[_ConvNd], ...] = CONVS[:3]
 #: Those that spread their input by a kernel, for ``isinstance``.
@@ -142,8 +145,9 @@ def is_torchs_conv(layer: nn.Module) -> bool:
                 continue
             if not isinstance(value, staticmethod) or hasattr(torchs, name):
                 return False
-    fresh = torchs(1, 1, 1)
-    return vars(layer).keys() == vars(fresh).keys() and all(
-        vars(layer)[part].keys() == vars(fresh)[part].keys()
-        for part in ('_parameters', '_buffers', '_modules')
+    return (
+        vars(layer).keys() == ATTRIBUTES
+        and vars(layer)['_parameters'].keys() == {'weight', 'bias'}
+        and not vars(layer)['_buffers']
+        and not vars(layer)['_modules']
     )

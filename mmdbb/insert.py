@@ -31,6 +31,7 @@ from mmdbb.blocks.build import (
 )
 from mmdbb.blocks.offers import AbsorbedNorm
 from mmdbb.dimensions import (
+    ATTRIBUTES,
     CONV2D,
     CONV_TYPES,
     CONVS,
@@ -64,9 +65,6 @@ _OF_CONV = {
     'output_padding',
     'adaptive_padding',
 }
-
-#: Attributes of each of torch's convolutions.
-_OF_TORCH = frozenset(vars(nn.ConvTranspose2d(1, 1, 1)))
 
 Where = Callable[[str, nn.Module], bool]
 
@@ -401,6 +399,6 @@ def is_replaceable(layer: nn.Module) -> TypeGuard[_ConvNd]:
         layer: Any layer.
     """
     plain = PORTS.class_of_layer(layer) in CONVS or is_torchs_conv(layer)
-    more = vars(layer).keys() - _OF_TORCH
+    more = vars(layer).keys() - ATTRIBUTES
     written = any(not name.startswith('_') for name in more)
     return plain and not written and not has_hooks(layer)

@@ -24,6 +24,7 @@ from mmdbb import (
 from mmdbb.blocks import OREPAConv
 from mmdbb.blocks.offers import AbsorbedNorm
 from mmdbb.errors import UserError
+from mmdbb.insert import is_replaceable
 from mmdbb.reparam import literal_forward
 from mmdbb.tracing import norms_behind, sole_readers
 
@@ -764,3 +765,14 @@ def test_a_layer_that_the_model_wrote_into_stays():
     model[1].f = -1
     assert insert_blocks_(model) == ['0']
     assert type(model[1]) is nn.Conv2d and model[1].f == -1
+
+
+def test_looking_at_a_layer_draws_no_random_numbers():
+    class Wide(nn.Conv2d):
+        def __init__(self):
+            super().__init__(3, 4, 3)
+
+    layer = Wide()
+    before = torch.get_rng_state()
+    assert is_replaceable(layer)
+    assert torch.equal(torch.get_rng_state(), before)

@@ -126,8 +126,10 @@ def insert_load_write():
 def main():
     sys.meta_path.insert(0, Refusing())
     torch.manual_seed(0)
+    before = torch.get_rng_state()
     for name in lower_modules():
         importlib.import_module(name)
+    assert torch.equal(torch.get_rng_state(), before), 'imports draw numbers'
     for kind in ('DBB', 'ACB', 'RepVGGConv', 'OREPA'):
         for norm in ('BN', 'SyncBN'):
             train(kind, norm)
