@@ -224,7 +224,27 @@ class ACBlock(OfficialBlock):
         super().__init__(block, nonlinear)
 
 
-class RepVGGBlock(OfficialBlock):
+class SEOfficialBlock(OfficialBlock):
+    """A block of a paper's code that SE and ReLU may follow.
+
+    Args:
+        block: The block.
+        use_se: Whether squeeze-and-excitation follows the block. Merging
+            leaves it in place.
+    """
+
+    def __init__(self, block: ReparamConv2d, use_se: bool) -> None:
+        super().__init__(block, nn.ReLU())
+        channels = block.out_channels
+        self.se = (
+            SEBlock(channels, channels // 16) if use_se else nn.Identity()
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.nonlinear(self.se(self.block(x)))
+
+
+class RepVGGBlock(SEOfficialBlock):
     """``RepVGGBlock`` of the RepVGG paper's code: block, SE, ReLU.
 
     Args:
@@ -268,15 +288,7 @@ class RepVGGBlock(OfficialBlock):
             padding_mode=padding_mode,
             deploy=deploy,
         )
-        super().__init__(block, nn.ReLU())
-        self.se = (
-            SEBlock(out_channels, out_channels // 16)
-            if use_se
-            else nn.Identity()
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.nonlinear(self.se(self.block(x)))
+        super().__init__(block, use_se)
 
     def get_custom_L2(self) -> Tensor:
         """Compute the penalty that replaces weight decay in the paper's code.

@@ -8,14 +8,12 @@ State dicts of the original class load as they are.
 
 from __future__ import annotations
 
-from torch import Tensor, nn
-
 from mmdbb.blocks.mobileone import MobileOneConv
 from mmdbb.official import names
-from mmdbb.official.blocks import OfficialBlock, SEBlock
+from mmdbb.official.blocks import SEOfficialBlock
 
 
-class MobileOneBlock(OfficialBlock):
+class MobileOneBlock(SEOfficialBlock):
     """``MobileOneBlock`` of the paper's code: block, SE, ReLU.
 
     Args:
@@ -72,15 +70,7 @@ class MobileOneBlock(OfficialBlock):
             num_conv_branches=num_conv_branches,
             deploy=inference_mode,
         )
-        super().__init__(block, nn.ReLU())
-        self.se: nn.Module = nn.Identity()
-        if use_se:
-            # The paper's share of channels inside.
-            inside = int(out_channels * 0.0625)
-            self.se = SEBlock(out_channels, inside)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.nonlinear(self.se(self.block(x)))
+        super().__init__(block, use_se)
 
     def reparameterize(self) -> None:
         """``switch_to_deploy`` by the name of the paper's code."""
