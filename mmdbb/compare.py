@@ -30,7 +30,11 @@ import torch
 from torch import Tensor, nn
 
 from mmdbb.errors import UserError
-from mmdbb.modules import named_values, small_size
+from mmdbb.modules import (
+    named_values,
+    small_size,
+    sync_norms_in_any_precision,
+)
 from mmdbb.reparam import literal_forward
 from mmdbb.running import (
     WHOLE,
@@ -159,7 +163,8 @@ def errors_of(
         _layers_of_both(model, merged, own, norms),
         _own_of_both(model, merged, own, batches),
     )
-    with literal_forward(model):
+    precise = sync_norms_in_any_precision(model, merged)
+    with literal_forward(model), precise:
         for compared, found in (
             (outputs, errors.outputs),
             (layers, errors.layers),

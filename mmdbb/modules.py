@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import (
     Any,
     Callable,
@@ -126,6 +127,46 @@ def in_eval_mode(*models: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+@contextlib.contextmanager
+def sync_norms_in_any_precision(*models: nn.Module) -> Iterator[None]:
+    """Within the context, sync norms of other packages run in float64 too.
+
+    mmdet3d's ``NaiveSyncBatchNorm2d``, for one, asserts float32. In eval mode
+    such a norm shares nothing with other processes, so it computes what the
+    class of torch's that it derives from computes.
+
+    Args:
+        models: The models, in eval mode.
+    """
+    changed = []
+    for module in (each for model in models for each in model.modules()):
+        own = vars(module)
+        if 'forward' in own or module.training or not _syncs_its_way(module):
+            continue
+        base = next(c for c in type(module).__mro__ if _is_of_torch(c))
+        own['forward'] = functools.partial(base.forward, module)
+        changed.append(own)
+    try:
+        yield
+    finally:
+        for own in changed:
+            own.pop('forward', None)
+
+
+def _syncs_its_way(module: nn.Module) -> bool:
+    """Whether a module is a sync norm with a ``forward`` that is not torch's.
+
+    Only the name tells, because packages share no class of such norms.
+    """
+    known = type(module).forward in KNOWN_FORWARDS
+    named = 'Sync' in type(module).__name__
+    return isinstance(module, _BatchNorm) and named and not known
+
+
+def _is_of_torch(kind: type) -> bool:
+    return kind.__module__.partition('.')[0] == 'torch'
 
 
 @contextlib.contextmanager

@@ -16,7 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from mmdbb.errors import UserError
-from mmdbb.modules import modules_that_run, named_values
+from mmdbb.modules import (
+    modules_that_run,
+    named_values,
+    sync_norms_in_any_precision,
+)
 from mmdbb.ports import PORTS
 from mmdbb.reparam import find_blocks
 
@@ -70,7 +74,9 @@ def run_network(
     Raises:
         CannotRun: If not even the features can be computed.
     """
-    with torch.random.fork_rng(devices=[]), modules_that_run(model) as reached:
+    seeded = torch.random.fork_rng(devices=[])
+    precise = sync_norms_in_any_precision(model)
+    with seeded, precise, modules_that_run(model) as reached:
         torch.manual_seed(0)
         if hasattr(model, 'extract_feat'):
             try:

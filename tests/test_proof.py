@@ -131,6 +131,40 @@ def test_a_wrongly_wired_head_that_jumps_is_refused():
         prove_equal(model, merged, [BATCH])
 
 
+class NaiveSyncBatchNorm2d(nn.BatchNorm2d):
+    """As mmdet3d's: shares statistics in its own way, in float32 only."""
+
+    def forward(self, x):
+        assert x.dtype == torch.float32, f'float32, not {x.dtype}'
+        return super().forward(x)
+
+
+class SyncNormed(Head):
+    """A block, and a norm that its bias goes into."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = NaiveSyncBatchNorm2d(4)
+
+    def forward(self, features):
+        return self.norm(self.conv(features))
+
+
+def test_a_norm_that_asks_for_float32_runs_in_float64():
+    norms = {'bbox_head.conv': ('bbox_head.norm',)}
+    model, merged = pair(Net(SyncNormed()))
+    difference = prove_equal(model, merged, [BATCH], norms=norms)
+    assert difference.largest < 1e-12 and not difference.left_out
+    assert {'bbox_head', 'bbox_head.conv'} <= {*difference.compared}
+    model, merged = pair(Net(SyncNormed()), bbox_head__norm=1e-8)
+    with pytest.raises(UserError, match='in bbox_head'):
+        prove_equal(model, merged, [BATCH], norms=norms)
+    # Afterwards the norms are again what they were.
+    assert 'forward' not in vars(model.bbox_head.norm)
+    with pytest.raises(AssertionError, match='float32, not'):
+        model.bbox_head.norm(BATCH.double())
+
+
 class Amplifies(Head):
     """Far from itself under rounding, but not as far as the tolerance."""
 

@@ -13,10 +13,10 @@ from arguments import (
     add_config_arguments,
     add_output_argument,
     add_unsafe_argument,
-    at_least_zero,
+    from_zero_to_one,
     run,
 )
-from arguments.paths import check_input
+from arguments.paths import check_image
 
 
 def parse_args():
@@ -26,7 +26,7 @@ def parse_args():
         parser, 'path of the checkpoint, or of an ONNX file'
     )
     parser.add_argument('image', help='path of the image')
-    parser.checks.append(lambda args: check_input(parser, args.image, 'image'))
+    parser.checks.append(lambda args: check_image(parser, args.image))
     add_output_argument(
         parser,
         'out',
@@ -37,7 +37,7 @@ def parse_args():
     )
     parser.add_argument(
         '--min-score',
-        type=at_least_zero,
+        type=from_zero_to_one,
         default=0.3,
         help='print and draw boxes from this score on; default: %(default)s',
     )

@@ -21,7 +21,7 @@ from arguments import (
     at_least_zero,
     run,
 )
-from arguments.paths import check_input
+from arguments.paths import check_image
 
 #: Formats for runtimes -> their endings.
 FORMATS = {'onnx': '.onnx', 'torchscript': '.pt', 'torch.export': '.pt2'}
@@ -151,7 +151,7 @@ def check(parser, args):
             'does not have'
         )
     for path in args.images:
-        check_input(parser, path, 'image')
+        check_image(parser, path)
 
 
 def main(args):

@@ -20,6 +20,7 @@ from arguments import (
     at_least_one,
     run,
 )
+from arguments.paths import check_image
 
 
 def parse_args():
@@ -69,6 +70,9 @@ def parse_args():
         action='store_false',
         help='do not run the network without each branch, which takes a '
         'forward pass for each',
+    )
+    parser.checks.append(
+        lambda args: [check_image(parser, each) for each in args.images]
     )
     parser.add_argument('--title', default='', help='heading of the page')
     parser.add_argument(

@@ -119,6 +119,17 @@ def _of_layers(report: Report) -> Iterator[Finding]:
             f'the merged kernel, and the others make up for it: '
             f'{_some(against)}.',
         )
+    zero = [
+        f'`{layer.name}`'
+        for layer in report.layers
+        if not any(layer.range.channels)
+    ]
+    if zero:
+        yield Finding(
+            'warning',
+            f'{_count(zero, "layer has", "layers have")} a merged kernel of '
+            f'zeros, so the images do not matter behind it: {_some(zero)}.',
+        )
     noisy = sorted(
         (layer for layer in report.layers if layer.range.snr < NOISY),
         key=lambda layer: layer.range.snr,
@@ -132,7 +143,7 @@ def _of_layers(report: Report) -> Iterator[Finding]:
             f'a signal-to-noise ratio of weights down to {lowest:.1f} dB: '
             f'{_some(names)}.',
         )
-    elif report.layers:
+    elif len(zero) < len(report.layers):
         lowest = min(layer.range.snr for layer in report.layers)
         yield Finding(
             'good',

@@ -326,6 +326,22 @@ def test_what_stands_out():
     ]
 
 
+def test_kernels_of_zeros_are_named():
+    network = small_network()
+    for parameter in network[7].parameters():
+        parameter.data.zero_()
+    found = findings(network_report(network))
+    assert [f.text for f in found if 'a merged kernel of zeros' in f.text] == [
+        '1 layer has a merged kernel of zeros, so the images do not matter '
+        'behind it: `7`.'
+    ]
+    assert any('No layer stands out in INT8' in f.text for f in found)
+    for parameter in network.parameters():
+        parameter.data.zero_()
+    found = findings(network_report(network))
+    assert not any('INT8' in f.text for f in found)
+
+
 @pytest.mark.parametrize('channels', [(3, 8), (4, 4)])
 def test_what_is_lost_in_a_transposed_layer(channels):
     torch.manual_seed(0)

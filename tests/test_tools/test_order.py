@@ -18,6 +18,7 @@ OF_FILES = {
     'quantize': ('config.py', 'in.pth', 'out.onnx'),
     'range_report': ('config.py', 'in.pth'),
     'reparam': ('config.py', 'in.pth', 'out.pth'),
+    'report': ('config.py', 'in.pth', 'out.html'),
     'test': ('config.py', 'in.pth'),
     'train': ('config.py',),
 }
@@ -86,9 +87,15 @@ def test_help_and_refusals_import_nothing(tmp_path):
         (['--head'], '--head is not for the format stock'),
         (['--head', '--boxes'], 'not allowed with argument'),
         (['--images', 'no.png'], 'no such image: no.png'),
+        (['--images', 'https://a/b.png'], 'must be files of this machine'),
     ):
         calls.append([*reparam, *options])
         expected.append((2, message))
+    calls.append(['report', *OF_FILES['report'], '--force', '--images', 'no'])
+    expected.append((2, 'no such image: no'))
+    predict = ['predict', *OF_FILES['predict'], '--force']
+    calls.append([*predict, '--min-score', '30'])
+    expected.append((2, "must be a number from 0 to 1, got '30'"))
     calls.append(['train', 'config.py', '--resume', 'no.pth'])
     expected.append((2, 'no such checkpoint to resume from: no.pth'))
     calls.append(['test', 'config.py', 'in.pth', '--out', 'a.json'])

@@ -18,6 +18,7 @@ from arguments.numbers import (
     at_least_one,
     at_least_zero,
     between_zero_and_one,
+    from_zero_to_one,
     seed,
 )
 from arguments.parser import Parser
@@ -37,6 +38,7 @@ __all__ = [
     'at_least_one',
     'at_least_zero',
     'between_zero_and_one',
+    'from_zero_to_one',
     'run',
     'seed',
 ]

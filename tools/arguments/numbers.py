@@ -46,6 +46,18 @@ def between_zero_and_one(text: str) -> float:
     )
 
 
+def from_zero_to_one(text: str) -> float:
+    """Parse a score: the `type` of `--min-score`.
+
+    Args:
+        text: The argument as typed.
+
+    Raises:
+        argparse.ArgumentTypeError: If it is no number from 0 to 1.
+    """
+    return _number(float, text, lambda n: 0 <= n <= 1, 'a number from 0 to 1')
+
+
 def seed(text: str) -> int:
     """Parse a seed, which NumPy's generators limit to 32 bits.
 

@@ -34,6 +34,18 @@ def check_input(parser: Parser, path: Optional[str], what: str) -> None:
         parser.refuse(f'no such {what}: {path}')
 
 
+def check_image(parser: Parser, path: str) -> None:
+    """Refuse an image that does not exist, or is none of this machine.
+
+    Args:
+        parser: The command's parser.
+        path: The path.
+    """
+    if '://' in path:
+        parser.refuse(f'images must be files of this machine, got {path}')
+    check_input(parser, path, 'image')
+
+
 def add_checkpoint_argument(
     parser: Parser, help: str = 'path of the trained checkpoint'
 ) -> None:
