@@ -12,7 +12,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from torch import nn
-from workshop.sweep import table, training, verdicts, whole
+from workshop.sweep import table, training, trial, verdicts, whole
 from workshop.sweep.architectures import (
     Architecture,
     Read,
@@ -113,6 +113,19 @@ def test_it_sees_a_wrong_merge():
     row = row_of('mmpretrain', 'resnet/resnet18_8xb32_in1k.py')
     assert verdict_of(row) is Verdict.FAILS
     assert 'differs by' in reason_of(row)
+
+
+def test_it_sees_a_wrong_start(monkeypatch):
+    right = trial.load_plain_weights_
+
+    def wrong(model, state):
+        right(model, state)
+        model.backbone.layer1[0].conv1.branches['kxk'].conv.weight.data *= 1.1
+
+    monkeypatch.setattr(trial, 'load_plain_weights_', wrong)
+    row = row_of('mmpretrain', 'resnet/resnet18_8xb32_in1k.py')
+    assert verdict_of(row) is Verdict.FAILS
+    assert 'starts: the start is another: ' in reason_of(row)
 
 
 def test_it_sees_an_error_in_a_block(monkeypatch):

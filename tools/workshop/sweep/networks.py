@@ -23,6 +23,11 @@ from mmdbb.mm.config_types import class_of
 #: What the sweep puts into every part that takes it.
 BLOCK = dict(type='DBB')
 
+#: Types that no registry knows -> the class. SlowFast builds its pathways by a
+#: table of its own.
+_UNREGISTERED = {
+    'resnet3d': 'mmaction.models.backbones.resnet3d_slowfast.ResNet3dPathway'
+}
 #: Keys whose numbers are divided by four, if they are multiples of 32.
 _WIDTHS = re.compile(r'channels|^num_groups$|^width$')
 #: The same of transformers, whose numbers of heads do not always divide them.
@@ -170,7 +175,10 @@ def _built(
             yield from _built(each, scope, f'{where}.{number}')
     elif isinstance(node, dict):
         scope = node.get('_scope_', scope)
-        kind = class_of(node.get('type'), scope)
+        type_ = node.get('type')
+        if isinstance(type_, str):
+            type_ = _UNREGISTERED.get(type_, type_)
+        kind = class_of(type_, scope)
         if isinstance(kind, type) and issubclass(kind, nn.Module):
             yield where, node, kind
         for key, value in node.items():

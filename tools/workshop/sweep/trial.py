@@ -20,7 +20,7 @@ from mmengine.config import Config
 from torch import Tensor, nn
 
 from mmdbb import BlocksHook, load_plain_weights_
-from mmdbb.compare import compare_networks, network_outputs
+from mmdbb.compare import network_outputs
 from mmdbb.deploy import (
     MergeOptions,
     Proof,
@@ -30,6 +30,7 @@ from mmdbb.deploy import (
 )
 from mmdbb.errors import UserError
 from mmdbb.modules import count_parameters
+from mmdbb.proof import prove_equal
 from mmdbb.reparam import find_blocks
 from mmdbb.running import run_network
 
@@ -49,7 +50,10 @@ from .training import train
 TOLERANCE = 1e-6
 #: Heights and widths of the images to try, in pixels: the first that the
 #: network runs on is taken.
-SIZES = ((64, 64), (128, 128), (224, 224), (32, 96), (32, 32), (448, 448))
+SIZES = (
+    *((64, 64), (128, 128), (224, 224)),
+    *((32, 96), (32, 32), (448, 448), (512, 512)),
+)
 
 
 class Trial:
@@ -181,11 +185,10 @@ class Trial:
         plain = build(stock_config(self.cfg)).double()
         model = build(self.cfg).double()
         load_plain_weights_(model, plain.state_dict())
-        found = compare_networks(model, plain, self._batches(model))
-        if not found.largest <= TOLERANCE:
-            raise ValueError(
-                f'the start differs by {found.largest:.0e} in {found.output}'
-            )
+        try:
+            found = prove_equal(model, plain, self._batches(model), TOLERANCE)
+        except UserError as error:
+            raise ValueError(f'the start is another: {error}') from error
         return f'{found.largest:.0e} in {found.output}'
 
     def _merge(self, options: MergeOptions) -> dict:
