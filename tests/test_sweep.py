@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import time
 from pathlib import Path
 
@@ -281,6 +282,16 @@ def test_a_run_goes_on_where_it_was_cut(tmp_path):
     assert list(Results(file).rows) == ['a', 'b']
 
 
+def test_rows_name_no_folder_of_the_machine(tmp_path):
+    file = tmp_path / 'rows.jsonl'
+    reason = f"{tmp_path}/a.pth: no file '/x/y/_base_/b.py'\n/usr/lib/c"
+    config = 'body_2d/coco/rtmpose.py'
+    Results(file).add(dict(key='a', reason=reason, config=config))
+    (found,) = Results(file).rows.values()
+    assert found['reason'] == ".../a.pth: no file '.../b.py'\n.../c"
+    assert found['config'] == config
+
+
 GOOD = dict.fromkeys(('alone', 'builds', 'starts', 'merges'), dict(ok=True))
 GOOD['trains'] = dict(ok=True, how='loss')
 
@@ -405,3 +416,23 @@ def test_the_docs_have_the_marks():
     page = Path(mmdbb.__file__).parents[1] / table.PAGE
     text = page.read_text()
     assert text.count(table.BEGIN) == text.count(table.END) == 1
+
+
+def test_the_docs_say_what_the_rows_say():
+    root = Path(__file__).resolve().parents[1]
+    lines = (root / 'docs/figures/hosts.jsonl').read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    page = (root / table.PAGE).read_text(encoding='utf-8')
+    # But for the heading, which names day and processor.
+    for line in [*table._body(rows)][1:]:
+        assert line in page
+    tried = [row for row in rows if 'takes' in row]
+    (share,) = re.findall(r'in another form, (\S+) train', page)
+    (count,) = re.findall(r'Of (\d+) architectures that get blocks', page)
+    for path in ('docs/any_config.md', 'docs/zh_cn/any_config.md'):
+        text = (root / path).read_text(encoding='utf-8')
+        assert f' {count} ' in text and share in text
+    deploy = [
+        verdict_of(row) in (Verdict.WORKS, Verdict.WARNED) for row in tried
+    ]
+    assert f'{sum(deploy) / int(count):.1%}' == share

@@ -12,7 +12,9 @@ from a network that was trained with the same block.
 import argparse
 import copy
 import functools
+import itertools
 import logging
+import math
 import sys
 from pathlib import Path
 
@@ -34,8 +36,10 @@ from mmdbb import load_plain_weights_  # noqa: E402
 
 NETWORK, WIDTH, IMAGES, BATCH = 'RepVGG', 8, 30, 50
 NAMES = (PLAIN, 'RepVGGConv', 'ACB', 'DBB', 'OREPA')
+#: Values of branch_scale, of starts from plain weights.
+SHARES = (0.1, 1.0)
 FIRST = Recipe(0.1, 40, BATCH)
-RATES = (0.1, 0.03, 0.01, 0.003, 0.001)
+RATES = (0.03, 0.01, 0.003)
 EPOCHS = 20
 
 
@@ -55,6 +59,9 @@ def trained_on(network, data, rate, seed, frozen):
     train(network, data.train, Recipe(rate, EPOCHS, BATCH), seed)
     for norm in norms:
         del norm.train
+    values = network.state_dict().values()
+    if not all(value.isfinite().all() for value in values):
+        return math.nan
     return top1(merged(network), data.test)
 
 
@@ -63,13 +70,13 @@ def starts(data, seed):
     built = functools.partial(start_with, NETWORK, width=WIDTH, seed=seed)
     plain = built(BLOCKS[PLAIN].config)
     train(plain, data.train, FIRST, seed)
-    for name in NAMES:
+    yield 'plain weights', PLAIN, plain
+    for name, share in itertools.product(NAMES[1:], SHARES):
         network = built(BLOCKS[name].config)
-        if name == PLAIN:
-            network = plain
-        else:
-            load_plain_weights_(network, plain.state_dict())
-        yield 'plain weights', name, network
+        load_plain_weights_(network, plain.state_dict(), branch_scale=share)
+        # OREPA has no such branches.
+        if name != 'OREPA' or share == SHARES[0]:
+            yield f'plain weights, {share:g}', name, network
     for name in NAMES[1:]:
         network = built(BLOCKS[name].config)
         train(network, data.train, FIRST, seed)

@@ -8,6 +8,7 @@ import json
 import logging
 import multiprocessing
 import os
+import re
 import resource
 import signal
 import time
@@ -68,8 +69,21 @@ class Results:
             file.write(_line(row))
 
 
+#: An absolute path with its folders, of which rows keep none.
+_FOLDERS = re.compile(r'(?<![\w.:/])/(?:[\w.+-]+/)+')
+
+
 def _line(row: dict) -> str:
-    return json.dumps(row) + '\n'
+    return json.dumps(_without_folders(row)) + '\n'
+
+
+def _without_folders(value: Any) -> Any:
+    """Plain data for a file that is kept with the docs."""
+    if isinstance(value, dict):
+        return {key: _without_folders(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_folders(each) for each in value]
+    return _FOLDERS.sub('.../', value) if isinstance(value, str) else value
 
 
 def find_architectures(

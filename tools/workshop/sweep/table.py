@@ -151,7 +151,13 @@ def _shares(tried: List[dict]) -> Iterator[str]:
     of = {verdict: [] for verdict in Verdict}
     for row in tried:
         of[verdict_of(row)].append(row)
-    built = [r for v in _WITH_BLOCKS for r in of[v] if r['blocks']]
+    # What ended before it said so counts as if it got blocks.
+    built = [
+        row
+        for verdict in _WITH_BLOCKS
+        for row in of[verdict]
+        if row['blocks'] or 'ended' in row
+    ]
     if not built:
         return
     works, warned = len(of[Verdict.WORKS]), len(of[Verdict.WARNED])
