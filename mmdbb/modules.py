@@ -134,8 +134,9 @@ def sync_norms_in_any_precision(*models: nn.Module) -> Iterator[None]:
     """Within the context, sync norms of other packages run in float64 too.
 
     mmdet3d's ``NaiveSyncBatchNorm2d``, for one, asserts float32. In eval mode
-    such a norm shares nothing with other processes, so it computes what the
-    class of torch's that it derives from computes.
+    such a norm shares nothing with other processes. So where it refuses its
+    input, torch's class that it derives from computes instead, provided that
+    in float32 both compute the same.
 
     Args:
         models: The models, in eval mode.
@@ -143,11 +144,14 @@ def sync_norms_in_any_precision(*models: nn.Module) -> Iterator[None]:
     changed = []
     for module in (each for model in models for each in model.modules()):
         own = vars(module)
-        if 'forward' in own or module.training or not _syncs_its_way(module):
+        bases = [c for c in type(module).__mro__ if c in _BATCH_NORMS]
+        # Only the name tells, because packages share no class of such norms.
+        named = 'Sync' in type(module).__name__
+        if not (named and bases) or module.training or 'forward' in own:
             continue
-        base = next(c for c in type(module).__mro__ if _is_of_torch(c))
-        own['forward'] = functools.partial(base.forward, module)
-        changed.append(own)
+        if type(module).forward not in KNOWN_FORWARDS:
+            own['forward'] = functools.partial(_or_base, module, bases[0])
+            changed.append(own)
     try:
         yield
     finally:
@@ -155,18 +159,19 @@ def sync_norms_in_any_precision(*models: nn.Module) -> Iterator[None]:
             own.pop('forward', None)
 
 
-def _syncs_its_way(module: nn.Module) -> bool:
-    """Whether a module is a sync norm with a ``forward`` that is not torch's.
-
-    Only the name tells, because packages share no class of such norms.
-    """
-    known = type(module).forward in KNOWN_FORWARDS
-    named = 'Sync' in type(module).__name__
-    return isinstance(module, _BatchNorm) and named and not known
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
-def _is_of_torch(kind: type) -> bool:
-    return kind.__module__.partition('.')[0] == 'torch'
+def _or_base(norm: Any, base: Any, x: Tensor, *args: Any) -> Tensor:
+    """A norm's own forward, or that of a base where it refuses its input."""
+    try:
+        return type(norm).forward(norm, x, *args)
+    except (AssertionError, RuntimeError):
+        single = cast(norm, None, torch.float32)
+        expected = type(norm).forward(single, x.float(), *args)
+        if not torch.allclose(base.forward(single, x.float()), expected):
+            raise
+        return base.forward(norm, x)
 
 
 @contextlib.contextmanager

@@ -139,6 +139,20 @@ class NaiveSyncBatchNorm2d(nn.BatchNorm2d):
         return super().forward(x)
 
 
+class SyncBatchNormReLU(nn.BatchNorm2d):
+    """A norm with an activation, in any precision."""
+
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+class NaiveSyncBatchNormReLU(NaiveSyncBatchNorm2d):
+    """A norm with an activation, in float32 only."""
+
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
 class SyncNormed(Head):
     """A block, and a norm that its bias goes into."""
 
@@ -159,6 +173,15 @@ def test_a_norm_that_asks_for_float32_runs_in_float64():
     model, merged = pair(Net(SyncNormed()), bbox_head__norm=1e-8)
     with pytest.raises(UserError, match='in bbox_head'):
         prove_equal(model, merged, [BATCH], norms=norms)
+    # A norm that computes more than its base is no such norm.
+    model, merged = pair(Net(SyncNormed()))
+    model.bbox_head.norm.__class__ = SyncBatchNormReLU
+    with pytest.raises(UserError, match='in bbox_head'):
+        prove_equal(model, merged, [BATCH], norms=norms)
+    model.bbox_head.norm.__class__ = NaiveSyncBatchNormReLU
+    with pytest.raises(AssertionError, match='float32, not'):
+        prove_equal(model, merged, [BATCH], norms=norms)
+    model.bbox_head.norm.__class__ = NaiveSyncBatchNorm2d
     # Afterwards the norms are again what they were.
     assert 'forward' not in vars(model.bbox_head.norm)
     with pytest.raises(AssertionError, match='float32, not'):

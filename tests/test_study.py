@@ -4,6 +4,7 @@
 import copy
 import gzip
 import math
+import re
 import struct
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from workshop.study import (
     follow,
     images,
     networks,
+    page,
     picture,
     plan,
     report,
@@ -61,9 +63,11 @@ def data_root(tmp_path_factory):
     return write_files(tmp_path_factory.mktemp('fashion'))
 
 
-def write_files(folder, order=lambda count: torch.arange(count)):
+def write_files(
+    folder, order=lambda count: torch.arange(count), counts=COUNTS
+):
     generator = torch.Generator().manual_seed(0)
-    for split, count in COUNTS.items():
+    for split, count in counts.items():
         labels = (torch.arange(count) % 10).to(torch.uint8)
         pixels = torch.randint(
             0, 200, (count, 28, 28), generator=generator, dtype=torch.uint8
@@ -306,12 +310,13 @@ def test_accuracy_is_counted():
 class Tops:
     """A record that a function fills, as trainings would."""
 
-    def __init__(self, top1):
+    def __init__(self, top1, cell=CELL):
         self.top1, self.record, self.order = top1, rows.Record([], []), []
+        self.cell = cell
 
     def run(self, part=PART, seeds=2):
         while True:
-            waiting = plan.runnable(self.record, CELL, part, seeds)
+            waiting = plan.runnable(self.record, self.cell, part, seeds)
             if not waiting:
                 return self
             next_one = waiting[0]
@@ -361,9 +366,28 @@ def test_the_same_time_is_plains():
     assert {(t.block, t.epochs) for t in timed} == {('OREPA', 1)}
     assert [t.seed for t in timed] == [0, 1]
     # Plain has two epochs; OREPA's step takes 1.5 times as long.
-    setting = plan.setting_in_the_same_time(found.record, CELL, 'OREPA')
+    _, setting = plan.search_in_the_same_time(found.record, CELL, 'OREPA')
     assert setting.epochs == round(2 / 1.5)
-    assert plan.setting_in_the_same_time(found.record, CELL, 'plain') is None
+    none = plan.search_in_the_same_time(found.record, CELL, 'plain')
+    assert none == ([], None)
+
+
+def test_the_rate_in_the_same_time_is_searched_anew():
+    def top1(t):
+        best = 0.01 if t.epochs == 6 else 0.1
+        return 50 - abs(math.log(t.lr / best)) + (t.epochs == 16)
+
+    cell = CELL._replace(schedule=plan.Schedule(8, 8))
+    found = Tops(top1, cell)
+    found.record.costs.extend([cost('plain', 3.0), cost('OREPA', 8.0)])
+    found.run()
+    timed = [t for t in found.order if t.role == 'same time']
+    assert {(t.lr, t.epochs) for t in timed} == {(0.01, 6)}
+    searched = [
+        t.lr for t in found.order if t.role == 'search' and t.epochs == 6
+    ]
+    assert searched == [0.03, 0.1, 0.3, 0.01, 0.003]
+    assert {t.lr for t in found.order if t.role == 'test'} == {0.1}
 
 
 def test_sizes_without_a_schedule_take_the_next_smaller_ones():
@@ -554,9 +578,13 @@ def test_what_trained_networks_keep(tmp_path):
     lines = report.follow_ups(record, CELL, PART, ['float', 'INT8'])
     half = 12.7062 * 0.5**0.5
     assert lines == [
-        ('plain', '91.00 ± 12.71', f'-1.50 ± {half * 0.5**0.5:.2f}'),
-        ('OREPA', '92.00 ± 12.71', ''),
+        ('plain', '91.00 ± 12.71', f'-1.50 ± {half * 0.5**0.5:.2f}', '2'),
     ]
+    # Seeds that only other parts have do not count.
+    one = CELL.training('OREPA', 1, 'INT8', 0.1, 2)
+    record.rows.append(rows.Row(one, 92.5, 1.0))
+    lines = report.follow_ups(record, CELL, PART, ['float', 'INT8'])
+    assert lines[1] == ('OREPA', '93.00', '-0.50', '1')
 
 
 @pytest.fixture(scope='module')
@@ -578,6 +606,7 @@ def followed():
             network,
             build,
             images.FashionMNIST(data, data),
+            data,
             0,
             training.CPU,
         )
@@ -604,6 +633,25 @@ def test_eight_bits_after_training_change_little(block, followed):
     assert 1e-4 < distance(prepared(x), in_float) < 0.3
     for name, value in one.network.state_dict().items():
         assert torch.equal(value, before[name]), name
+
+
+def test_a_rate_for_rounding_is_chosen_on_held_out_images(
+    followed, monkeypatch
+):
+    one = followed['DBB']
+    one = one._replace(held_out=images.Images(*one.data.test))
+    held_out = {0.01: 70.0, 0.001: 90.0, 0.0001: 80.0}
+    test = {0.01: 99.0, 0.001: 60.0, 0.0001: 50.0}
+    assert {*held_out} == {*follow.QAT_RATES}
+
+    def top(network, data):
+        return (held_out if data is one.held_out else test)[network.lr]
+
+    monkeypatch.setattr(
+        follow.Trained, 'train_on', lambda _, net, lr: setattr(net, 'lr', lr)
+    )
+    monkeypatch.setattr(follow, 'top1', top)
+    assert follow.after_qat(one, True) == 60
 
 
 def test_pruning_saves_what_it_says(followed, monkeypatch):
@@ -645,6 +693,28 @@ def test_follow_ups_are_rows(data_root, tmp_path, capfd):
     assert run_tool('study', *arguments) == 0
     assert rows.read_record(out).rows[-1].top1 == found[-1].top1
     assert len(rows.read_record(out).rows) == len(record.rows)
+
+
+def test_processes_find_what_one_finds(tmp_path, monkeypatch):
+    monkeypatch.undo()  # processes hold out as many images as ever
+    count = 10 * (images.HELD_OUT + 2)
+    root = write_files(tmp_path, counts=dict(train=count, t10k=20))
+    cells = plan.cells_for(['RepVGG'], [2], 'CPU, one thread, float32', 2)
+    whole = run.Plan(
+        str(root),
+        tuple(cell._replace(schedule=plan.Schedule(8, 1)) for cell in cells),
+        variants.Part(('plain', 'RepVGGConv')),
+        2,
+        follow_ups={'float': follow.as_float},
+    )
+    found = []
+    for jobs in (1, 2):
+        out = tmp_path / f'{jobs}.json'
+        ran = [*run.run_study(whole, out, jobs=jobs)]
+        assert ran == rows.read_record(out).rows
+        found.append({row.training: row.top1 for row in ran})
+    assert found[0] == found[1]
+    assert sum(t.role == 'float' for t in found[0]) == 4
 
 
 @pytest.mark.parametrize('train_on', [False, True])
@@ -826,45 +896,47 @@ PAGE = HOME / 'docs' / 'study.md'
 RESULTS = HOME / 'docs' / 'figures' / 'study_fashion.json'
 
 
-def test_the_pages_tables_are_those_of_the_trainings():
+def test_the_page_says_what_the_trainings_gave(tmp_path):
     record = rows.read_record(RESULTS)
-    text = PAGE.read_text()
-    machine = record.rows[0].training.machine
-    shown = 0
-    for cell in plan.cells_for(None, plan.SCHEDULES, machine):
-        for summary in report.summarize(
-            record, cell, variants.PARTS['blocks']
-        ):
-            assert f'| {" | ".join(report.cells_of(summary))} |' in text
-            shown += 1
-    assert shown >= 5
-    (cell,) = plan.cells_for(['RepVGG'], [30], machine)
-    for row in report.compared(
-        record, cell, variants.PARTS['blocks'], 'search'
-    ).items():
-        searched = [r for r in record.rows if r.training.role == 'search']
-        own = [r for r in searched if r.training.block == row[0]]
-        line = next(
-            x
-            for x in text.splitlines()
-            if x.startswith(f'| {row[0]} | ') and x.count('|') == 7
-        )
-        assert all(f'| {r.top1:.2f} |' in line for r in own), line
-    dbb, plain = (plan.cost_of(record, cell, b) for b in ('DBB', 'plain'))
-    slower = dbb.milliseconds / plain.milliseconds
-    assert f'takes {slower:.2f} times as long' in text
-    assert f'{dbb.megabytes / plain.megabytes:.2f} times its memory' in text
+    copied = tmp_path / page.PAGE
+    copied.parent.mkdir()
+    copied.write_text(PAGE.read_text())
+    assert page.write_page(tmp_path, record) == copied
+    assert copied.read_text() == PAGE.read_text()
+    tests = [row for row in record.rows if row.training.role == 'test']
+    for changed in (tests[0], tests[-1]):
+        others = [r for r in record.rows if r is not changed]
+        other = changed._replace(top1=changed.top1 + 1)
+        page.write_page(tmp_path, record._replace(rows=[*others, other]))
+        assert copied.read_text() != PAGE.read_text()
+    copied.write_text(PAGE.read_text().replace(page.END.format('int8'), ''))
+    with pytest.raises(UserError, match='wrote what stands above: int8'):
+        page.write_page(tmp_path, record)
 
 
-def test_the_pages_tables_of_dropped_branches():
+def test_the_pages_picture_shows_the_trainings(tmp_path):
+    record = rows.read_record(RESULTS)
+    machine = record.rows[0].training.machine
+    cells = plan.cells_for(None, [*plan.SCHEDULES], machine)
+    pytest.importorskip('matplotlib')
+    drawn = tmp_path / 'study.svg'
+    picture.draw_study(record, cells, variants.PARTS['blocks'], str(drawn))
+    found, shown = (
+        path.read_text() for path in (drawn, RESULTS.with_suffix('.svg'))
+    )
+    version = re.search('Matplotlib v[0-9.]+', shown)[0]
+    if version not in found:
+        pytest.skip(f'the picture was drawn by {version}')
+    assert found == shown
+
+
+def test_what_another_page_says_of_dropped_branches():
     record = rows.read_record(RESULTS)
     machine = record.rows[0].training.machine
     (cell,) = plan.cells_for(['RepVGG'], [30], machine)
-    lines = drop.drops(record, cell, variants.PARTS['drop'], [*drop.ROLES])
+    part = variants.Part(('DBB',), 'DBB')
+    lines = drop.drops(record, cell, part, [*drop.ROLES])
     assert [line[1] for line in lines] == [*drop.ROLES]
-    text = PAGE.read_text()
-    for line in lines:
-        assert f'| {" | ".join(line)} |' in text
     changes = {line[1]: line[4] for line in lines}
     left = {line[1]: line[2] for line in lines}
     short = (HOME / 'docs' / 'choosing_blocks.md').read_text()
@@ -883,13 +955,17 @@ def test_what_was_run_is_what_the_plan_asks_for():
     record = rows.read_record(RESULTS)
     for row in record.rows:
         one = row.training
+        if one.network in tasks.NETWORKS:
+            continue
         (cell,) = plan.cells_for([one.network], [one.size], one.machine)
         assert (cell.width, cell.schedule.batch) == (one.width, one.batch)
         setting = plan.search(record, cell, one.block)[1]
-        if one.role == 'test' or one.role in drop.ROLES:
-            assert (one.lr, one.epochs) == setting
-        elif one.role == 'same time':
-            baseline = 'plain'
-            assert (one.lr, one.epochs) == plan.setting_in_the_same_time(
-                record, cell, one.block, baseline
-            )
+        if one.role == 'search':
+            continue
+        if one.role == 'same time':
+            trained = variants.BLOCKS[one.block].start == 'trained'
+            part = variants.PARTS['transfer' if trained else 'blocks']
+            setting = plan.search_in_the_same_time(
+                record, cell, one.block, part.baseline
+            )[1]
+        assert (one.lr, one.epochs) == setting, row

@@ -126,7 +126,7 @@ def test_it_sees_a_wrong_start(monkeypatch):
     monkeypatch.setattr(trial, 'load_plain_weights_', wrong)
     row = row_of('mmpretrain', 'resnet/resnet18_8xb32_in1k.py')
     assert verdict_of(row) is Verdict.FAILS
-    assert 'starts: the start is another: ' in reason_of(row)
+    assert 'starts: the start differs by ' in reason_of(row)
 
 
 def test_it_sees_an_error_in_a_block(monkeypatch):

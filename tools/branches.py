@@ -20,6 +20,7 @@ from arguments import (
     at_least_zero,
     run,
 )
+from arguments.paths import check_image
 
 
 def parse_args():
@@ -48,6 +49,9 @@ def parse_args():
         parser,
         'pixels of the images to compare on; default: %(default)s',
         (224, 224),
+    )
+    parser.checks.append(
+        lambda args: [check_image(parser, each) for each in args.images]
     )
     parser.add_argument(
         '--force',

@@ -15,6 +15,11 @@ def parse_args():
     parser.add_argument('--out', required=True, help='JSON for the results')
     parser.add_argument('--plot', help='picture of the results')
     parser.add_argument(
+        '--docs',
+        action='store_true',
+        help="write the tables of this checkout's docs/study.md too",
+    )
+    parser.add_argument(
         '--data',
         choices=['fashion_mnist'],
         default='fashion_mnist',

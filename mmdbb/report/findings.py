@@ -128,7 +128,7 @@ def _of_layers(report: Report) -> Iterator[Finding]:
         yield Finding(
             'warning',
             f'{_count(zero, "layer has", "layers have")} a merged kernel of '
-            f'zeros, so the images do not matter behind it: {_some(zero)}.',
+            f'zeros, which gives the same for all images: {_some(zero)}.',
         )
     noisy = sorted(
         (layer for layer in report.layers if layer.range.snr < NOISY),

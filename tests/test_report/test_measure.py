@@ -332,8 +332,8 @@ def test_kernels_of_zeros_are_named():
         parameter.data.zero_()
     found = findings(network_report(network))
     assert [f.text for f in found if 'a merged kernel of zeros' in f.text] == [
-        '1 layer has a merged kernel of zeros, so the images do not matter '
-        'behind it: `7`.'
+        '1 layer has a merged kernel of zeros, which gives the same for all '
+        'images: `7`.'
     ]
     assert any('No layer stands out in INT8' in f.text for f in found)
     for parameter in network.parameters():

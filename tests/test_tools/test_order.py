@@ -93,6 +93,8 @@ def test_help_and_refusals_import_nothing(tmp_path):
         expected.append((2, message))
     calls.append(['report', *OF_FILES['report'], '--force', '--images', 'no'])
     expected.append((2, 'no such image: no'))
+    calls.append(['branches', 'config.py', 'in.pth', '--images', 'http://a'])
+    expected.append((2, 'images must be files of this machine, got http://a'))
     predict = ['predict', *OF_FILES['predict'], '--force']
     calls.append([*predict, '--min-score', '30'])
     expected.append((2, "must be a number from 0 to 1, got '30'"))

@@ -10,10 +10,12 @@ from typing import Iterator, NamedTuple, Sequence
 
 import torch
 
+from mmdbb.errors import UserError
 from mmdbb.mm.engine.measure import check_picture, report_files
 from workshop.study import tasks
 from workshop.study.drop import print_drops
 from workshop.study.follow import FOLLOW_UPS
+from workshop.study.page import RESULTS, write_page
 from workshop.study.picture import draw_study
 from workshop.study.plan import Cell, cells_for
 from workshop.study.report import print_follow_ups, print_study
@@ -56,6 +58,8 @@ def run_command(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     logging.disable(logging.INFO)  # mmengine lists all weights at the start
     out = Path(args.out)
+    if args.docs and out.resolve() != HOME / RESULTS:
+        raise UserError(f'--docs is for --out {RESULTS}, got {args.out}')
     with report_files(args.plot, overwrite=args.force) as (plot,):
         study = (_tasks if args.part == 'tasks' else _fashion)(args, out)
         for row in study.rows:
@@ -69,6 +73,8 @@ def run_command(args: argparse.Namespace) -> None:
         print_follow_ups(record, study.cells, study.part, study.roles)
     else:
         print_study(record, study.cells, study.part)
+    if args.docs:
+        print(write_page(HOME, record))
 
 
 def _line(row: Row) -> str:

@@ -3,7 +3,8 @@
 
 Each function takes a trained network that is not merged, and gives the
 accuracy of what it makes of it. The network itself stays as it is. All blocks
-are treated alike; whatever is trained further is trained with one recipe.
+are treated alike: what is trained further after pruning is trained with one
+recipe, what is trained with rounding with the best of the same three rates.
 """
 
 from __future__ import annotations
@@ -29,14 +30,16 @@ from mmdbb.modules import in_eval_mode
 from mmdbb.reparam import find_blocks
 from workshop.study.drop import ROLES as DROPS
 from workshop.study.drop import Left
-from workshop.study.images import FashionMNIST
+from workshop.study.images import FashionMNIST, Images
 from workshop.study.training import Machine, Recipe, merged, top1, train
 
 IMAGE_SIZE = (28, 28)
 #: Training images that ranges and norms are calibrated with.
 CALIBRATION = 300
-#: How a network is trained further, for eight bits or after pruning.
+#: How a network is trained further; with rounding, the rate is another.
 FURTHER = Recipe(lr=0.01, epochs=10, batch=50)
+#: Rates of quantization-aware training, of which the best is taken.
+QAT_RATES = (0.01, 0.001, 0.0001)
 
 
 class Trained(NamedTuple):
@@ -46,6 +49,7 @@ class Trained(NamedTuple):
         network: The network, not merged.
         rebuilt: Builds it anew with another block's config, to be filled.
         data: Images to train and to test on.
+        held_out: Images to choose a rate of training further on.
         seed: Of what is trained further.
         machine: Where to train.
     """
@@ -53,6 +57,7 @@ class Trained(NamedTuple):
     network: nn.Module
     rebuilt: Callable[[dict], nn.Module]
     data: FashionMNIST
+    held_out: Images
     seed: int
     machine: Machine
 
@@ -62,9 +67,10 @@ class Trained(NamedTuple):
         images = self.data.train.images
         return images[:: max(1, len(images) // CALIBRATION)]
 
-    def train_on(self, network: nn.Module) -> None:
+    def train_on(self, network: nn.Module, lr: float = FURTHER.lr) -> None:
         """Train something made of the network further, in place."""
-        train(network, self.data.train, FURTHER, self.seed, self.machine)
+        recipe = FURTHER._replace(lr=lr)
+        train(network, self.data.train, recipe, self.seed, self.machine)
 
 
 def as_float(trained: Trained) -> float:
@@ -81,12 +87,20 @@ def after_training(trained: Trained, per_channel: bool) -> float:
 
 
 def after_qat(trained: Trained, per_channel: bool) -> float:
-    """Trained further with its equivalent kernels rounded."""
-    network = copy.deepcopy(trained.network)
-    prepare_qat_(network, IMAGE_SIZE, 0.1, per_channel)
-    set_quantizing_(network)
-    trained.train_on(network)
-    return top1(network, trained.data.test)
+    """Trained further with its equivalent kernels rounded.
+
+    The norms are frozen then, so blocks bear other rates than they were
+    trained with. The best rate on held-out images counts.
+    """
+    networks = []
+    for lr in QAT_RATES:
+        network = copy.deepcopy(trained.network)
+        prepare_qat_(network, IMAGE_SIZE, 0.1, per_channel)
+        set_quantizing_(network)
+        trained.train_on(network, lr)
+        networks.append(network)
+    best = max(networks, key=lambda each: top1(each, trained.held_out))
+    return top1(best, trained.data.test)
 
 
 def after_inserted_norms(trained: Trained, per_channel: bool) -> float:

@@ -18,9 +18,12 @@ def draw_study(
 ) -> None:
     """Draw the difference to plain of every seed, and their means.
 
+    What blocks gain and what they gain in plain's training time stand side
+    by side, each on a scale of its own.
+
     Args:
         record: The study.
-        cells: A panel for each that has results.
+        cells: A row of panels for each that has results.
         part: What is compared.
         path: The picture to write, in a format that matplotlib knows.
 
@@ -36,11 +39,18 @@ def draw_study(
     cells = [cell for cell in cells if compared(record, cell, part, 'test')]
     figure, panels = plt.subplots(
         max(1, len(cells)),
+        len(_SHOWN),
         squeeze=False,
-        figsize=(7, 0.7 + 2.3 * max(1, len(cells))),
+        sharey='row',
+        figsize=(10, 0.7 + 2.6 * max(1, len(cells))),
     )
-    for cell, axes in zip(cells, panels[:, 0]):
-        _draw_cell(record, cell, part, axes)
+    for cell, row in zip(cells, panels):
+        for (role, colour, name), axes in zip(_SHOWN, row):
+            _draw_cell(record, cell, part, role, axes, color=colour)
+            axes.set_title(
+                f'{cell.network}, {cell.size} images a class: {name}',
+                fontsize=9,
+            )
     figure.tight_layout()
     # Without dates and random names the same results give the same file.
     metadata = dict(Date=None) if path.endswith('.svg') else None
@@ -49,46 +59,38 @@ def draw_study(
     plt.close(figure)
 
 
-def _draw_cell(record: Record, cell: Cell, part: Part, axes) -> None:
-    plain = compared(record, cell, part, 'test').get(part.baseline, {})
+#: Role of the rows, colour and title of the panels in a row.
+_SHOWN = (
+    ('test', 'C0', 'each with its best setting'),
+    ('same time', 'C1', "in plain's training time"),
+)
+
+
+def _draw_cell(
+    record: Record, cell: Cell, part: Part, role: str, axes, color: str
+) -> None:
     rows = compared(record, cell, part, 'test')
+    plain = rows.get(part.baseline, {})
     blocks = [b for b in part.blocks if b in rows and b != part.baseline]
     axes.axvline(0, color='0.4', linewidth=1)
-    for role, shift, colour, name in (
-        ('test', -0.15, 'C0', 'each with its best setting'),
-        ('same time', 0.15, 'C1', "in plain's training time"),
+    for place, differences in _differences(
+        compared(record, cell, part, role), plain, blocks
     ):
-        label = name
-        for place, differences in _differences(
-            compared(record, cell, part, role), plain, blocks
-        ):
-            mean, half = interval(differences)
-            axes.plot(
-                differences,
-                [place + shift] * len(differences),
-                'o',
-                color=colour,
-                alpha=0.3,
-                markersize=4,
-            )
-            axes.errorbar(
-                mean,
-                place + shift,
-                xerr=half if half < math.inf else None,
-                fmt='s',
-                capsize=3,
-                color=colour,
-                label=label,
-            )
-            label = None
+        mean, half = interval(differences)
+        places = [place] * len(differences)
+        axes.plot(differences, places, 'o', color=color, alpha=0.3, ms=4)
+        axes.errorbar(
+            mean,
+            place,
+            xerr=half if half < math.inf else None,
+            fmt='s',
+            capsize=3,
+            color=color,
+        )
     axes.set_yticks(range(len(blocks)), blocks)
-    axes.invert_yaxis()
-    axes.set_title(
-        f'{cell.network}, {cell.size} training images a class', fontsize=10
-    )
+    axes.set_ylim(len(blocks) - 0.5, -0.5)
     axes.set_xlabel('points of top-1 over plain: each seed, mean, 95 %')
     axes.grid(axis='x', alpha=0.3)
-    axes.legend(fontsize=7)
 
 
 def _differences(

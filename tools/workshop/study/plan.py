@@ -108,23 +108,31 @@ def search(
         if setting is None:
             return needed, None
     base = cell.schedule.epochs
-    tried = list(FIRST_RATES)
-    while True:
-        needed, tops = _tops(
-            record, cell, block, [Setting(lr, base) for lr in tried]
-        )
-        if needed:
-            return needed, None
-        best = max(tried, key=lambda lr: tops[Setting(lr, base)])
-        further = _beyond(best, tried)
-        if further is None:
-            break
-        tried = sorted([*tried, further])
-    settings = [Setting(best, factor * base) for factor in LONGER]
+    needed, best = _search_rate(record, cell, block, base)
+    if best is None:
+        return needed, None
+    settings = [Setting(best.lr, factor * base) for factor in LONGER]
     needed, tops = _tops(record, cell, block, settings)
     if needed:
         return needed, None
     return [], max(settings, key=tops.__getitem__)
+
+
+def _search_rate(
+    record: Record, cell: Cell, block: str, epochs: int
+) -> Tuple[List[Training], Optional[Setting]]:
+    """As :func:`search`, for a given number of epochs."""
+    tried = list(FIRST_RATES)
+    while True:
+        settings = [Setting(lr, epochs) for lr in tried]
+        needed, tops = _tops(record, cell, block, settings)
+        if needed:
+            return needed, None
+        best = max(settings, key=tops.__getitem__)
+        further = _beyond(best.lr, tried)
+        if further is None:
+            return [], best
+        tried = sorted([*tried, further])
 
 
 def _beyond(best: float, tried: List[float]) -> Optional[float]:
@@ -160,21 +168,38 @@ def cost_of(record: Record, cell: Cell, block: str) -> Optional[Cost]:
     return None
 
 
-def setting_in_the_same_time(
+def search_in_the_same_time(
     record: Record, cell: Cell, block: str, baseline: str = PLAIN
-) -> Optional[Setting]:
-    """The block's setting, with as many epochs as the baseline's time allows.
+) -> Tuple[List[Training], Optional[Setting]]:
+    """As :func:`search`, for as many epochs as take the baseline's time.
 
-    None where that is not known yet, or the block is no block.
+    The rate is searched anew, because fewer steps want another one.
+
+    Returns:
+        tuple: An empty list and None where the baseline's time is not known
+        yet, or the block is no block.
+    """
+    epochs = epochs_in_the_same_time(record, cell, block, baseline)
+    if epochs is None:
+        return [], None
+    return _search_rate(record, cell, block, epochs)
+
+
+def epochs_in_the_same_time(
+    record: Record, cell: Cell, block: str, baseline: str
+) -> Optional[int]:
+    """How many epochs take a block about as long as the baseline's training.
+
+    Whole ones, at least one; None as in :func:`search_in_the_same_time`.
     """
     if BLOCKS[block].config == BLOCKS[PLAIN].config:
         return None
-    plain, own = (search(record, cell, b)[1] for b in (baseline, block))
+    plain = search(record, cell, baseline)[1]
     costs = [cost_of(record, cell, b) for b in (baseline, block)]
-    if None in (plain, own, *costs):
+    if None in (plain, *costs):
         return None
     share = costs[0].milliseconds / costs[1].milliseconds
-    return Setting(own.lr, max(1, round(plain.epochs * share)))
+    return max(1, round(plain.epochs * share))
 
 
 def comparison(
@@ -186,9 +211,9 @@ def comparison(
         if role == 'test':
             setting = search(record, cell, block)[1]
         else:
-            setting = setting_in_the_same_time(
+            setting = search_in_the_same_time(
                 record, cell, block, part.baseline
-            )
+            )[1]
         if setting is not None:
             found.append(
                 [
@@ -205,7 +230,8 @@ def runnable(
     """What can be run now in a cell, the first first; empty if it is done.
 
     First all searches, then the comparison seed by seed, so that what exists
-    when a study is cut compares blocks on the same seeds.
+    when a study is cut compares blocks on the same seeds. The same for the
+    comparison in the same time.
     """
     needed = [
         training
@@ -214,13 +240,22 @@ def runnable(
     ]
     if needed:
         return needed
-    return [
-        training
-        for role in ('test', 'same time')
-        for trainings in zip(*comparison(record, cell, part, seeds, role))
-        for training in trainings
-        if record.find(training) is None
-    ]
+    for role in ('test', 'same time'):
+        needed += [
+            training
+            for trainings in zip(*comparison(record, cell, part, seeds, role))
+            for training in trainings
+            if record.find(training) is None
+        ]
+        if role == 'test' and seeds:
+            needed += [
+                training
+                for block in part.blocks
+                for training in search_in_the_same_time(
+                    record, cell, block, part.baseline
+                )[0]
+            ]
+    return needed
 
 
 def plain_before(

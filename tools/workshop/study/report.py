@@ -90,6 +90,22 @@ def compared(record: Record, cell: Cell, part: Part, role: str) -> Compared:
     return found
 
 
+def searched(
+    record: Record, cell: Cell, part: Part
+) -> Dict[str, Dict[Tuple[float, int], float]]:
+    """What a cell's searches found: block -> rate and epochs -> accuracy."""
+    found: Dict[str, Dict[Tuple[float, int], float]] = {}
+    for row in record.rows:
+        one = row.training
+        if (
+            one
+            == cell.training(one.block, one.seed, 'search', one.lr, one.epochs)
+            and one.block in part.blocks
+        ):
+            found.setdefault(one.block, {})[one.lr, one.epochs] = row.top1
+    return {b: found[b] for b in part.blocks if b in found}
+
+
 def summarize(record: Record, cell: Cell, part: Part) -> List[Summary]:
     """The lines of a cell's table, in the part's order."""
     rows = compared(record, cell, part, 'test')
@@ -221,10 +237,9 @@ def print_follow_ups(
         lines = follow_ups(record, cell, part, roles)
         if lines:
             print_table(
-                ('block', *roles),
+                follow_up_header(roles),
                 lines,
-                f'top-1 (%) {roles[0]}, then the change; ± is half of a 95 % '
-                'confidence interval',
+                '± is half of a 95 % confidence interval',
                 f'{cell.network}, width {cell.width}: {cell.size} training '
                 'images a class',
             )
@@ -234,7 +249,7 @@ def follow_ups(
     record: Record, cell: Cell, part: Part, roles: Sequence[str]
 ) -> List[Tuple[str, ...]]:
     """The lines of that table."""
-    found = {role: compared(record, cell, part, role) for role in roles}
+    found = followed(record, cell, part, roles)
     base = found[roles[0]]
     lines = []
     for block in filter(base.__contains__, part.blocks):
@@ -242,5 +257,29 @@ def follow_ups(
         for role in roles[1:]:
             change = gains(found[role].get(block, {}), base[block])
             cells.append(change.text('+') if change else '')
-        lines.append((block, *cells))
+        lines.append((block, *cells, str(len(base[block]))))
     return lines
+
+
+def follow_up_header(roles: Sequence[str]) -> Tuple[str, ...]:
+    """Titles of the columns of that table."""
+    changes = (f'{role}, change' for role in roles[1:])
+    return ('block', f'{roles[0]}, top-1 (%)', *changes, 'seeds')
+
+
+def followed(
+    record: Record, cell: Cell, part: Part, roles: Sequence[str]
+) -> Dict[str, Compared]:
+    """What was done with trained networks: role -> rows.
+
+    Other parts have rows of the first role too. Here it has the seeds that
+    another role has.
+    """
+    found = {role: compared(record, cell, part, role) for role in roles}
+    for block, rows in [*found[roles[0]].items()]:
+        seeds = {s for r in roles[1:] for s in found[r].get(block, ())}
+        kept = {seed: row for seed, row in rows.items() if seed in seeds}
+        found[roles[0]][block] = kept
+        if not kept:
+            del found[roles[0]][block]
+    return found

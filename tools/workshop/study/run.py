@@ -4,9 +4,19 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import time
 from pathlib import Path
-from typing import Callable, Dict, Iterator, NamedTuple, Optional, Tuple
+from typing import (
+    Callable,
+    Dict,
+    Iterator,
+    List,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Tuple,
+)
 
 from torch import nn
 
@@ -118,25 +128,44 @@ def _follow_cell(
 ) -> Iterator[Row]:
     """Run a cell's searches, then what is done with trained networks."""
     yield from _run_cell(plan._replace(seeds=0), cell, record, stop, jobs)
-    for trainings in zip(
-        *comparison(record, cell, plan.part, plan.seeds, 'test')
-    ):
-        for training in trainings:
-            missing = {
-                training._replace(role=role): follow_up
-                for role, follow_up in plan.follow_ups.items()
+    compared = comparison(record, cell, plan.part, plan.seeds, 'test')
+    run = functools.partial(run_follow_ups, plan)
+    with Workers(run, jobs) as workers:
+        for training in itertools.chain.from_iterable(zip(*compared)):
+            missing = [
+                role
+                for role in plan.follow_ups
                 if record.find(training._replace(role=role)) is None
-            }
+            ]
             if time.monotonic() > stop:
-                return
+                break
             if missing:
-                yield from _follow(plan, training, missing)
+                workers.start(training, missing)
+            if workers.are_busy:
+                yield from workers.wait()
+        while workers.running:
+            yield from workers.wait()
 
 
-def _follow(
-    plan: Plan, training: Training, missing: Dict[Training, FollowUp]
-) -> Iterator[Row]:
+def run_follow_ups(
+    plan: Plan, training: Training, roles: Sequence[str]
+) -> List[Row]:
+    """Train one network, and do with it what the plan says.
+
+    Args:
+        plan: What to do, and where the data are.
+        training: The training.
+        roles: Which of the plan's follow-ups.
+
+    Raises:
+        UserError: If no images are left to choose a rate on.
+    """
     data = images_of(plan, training)
+    searching = images_of(plan, training._replace(role='search'))
+    if len(searching.train.labels) < len(data.train.labels):
+        raise UserError(
+            f'size must leave images to choose rates on, got {training.size}'
+        )
     network, _ = _trained(plan, training, data.train)
     build = functools.partial(
         start_with,
@@ -144,13 +173,18 @@ def _follow(
         width=training.width,
         seed=training.seed,
     )
-    trained = Trained(network, build, data, training.seed, plan.machine)
-    for one, follow_up in missing.items():
+    trained = Trained(
+        network, build, data, searching.test, training.seed, plan.machine
+    )
+    rows = []
+    for role in roles:
         begin = time.process_time()
-        found = follow_up(trained)
+        found = plan.follow_ups[role](trained)
         left = found if isinstance(found, Left) else Left(found, None)
         seconds = time.process_time() - begin
-        yield Row(one, *rounded(left.top1, seconds), left.branches)
+        one = training._replace(role=role)
+        rows.append(Row(one, *rounded(left.top1, seconds), left.branches))
+    return rows
 
 
 def _check_needed(part: Part) -> None:
@@ -166,7 +200,7 @@ def _check_needed(part: Part) -> None:
 
 def run_training(
     plan: Plan, training: Training, before: Optional[Training] = None
-) -> Tuple[float, float]:
+) -> List[Row]:
     """Train one network from its start, and merge it.
 
     Args:
@@ -175,7 +209,7 @@ def run_training(
         before: The training whose network it starts from, if there is one.
 
     Returns:
-        tuple: Accuracy in per cent, seconds of the steps.
+        list: Its row.
     """
     data = images_of(plan, training)
     network, seconds = _trained(
@@ -184,7 +218,8 @@ def run_training(
         data.train,
         lambda: _trained(plan, before, data.train)[0],
     )
-    return rounded(top1(merged(network), data.test), seconds)
+    found = rounded(top1(merged(network), data.test), seconds)
+    return [Row(training, *found)]
 
 
 def _trained(

@@ -56,6 +56,7 @@ BLOCKS: Dict[str, Variant] = {
     CONTROL: Variant(dict(type='Conv2d'), 'as DBB'),
     'DBB + identity': Variant(dict(type='DBBWithIdentity')),
     'QARepVGGConv': Variant(dict(type='QARepVGGConv')),
+    'MobileOneConv': Variant(dict(type='MobileOneConv')),
     # The rows of the DBB paper's Table 4.
     'kxk, kxk': _dbb('kxk', 'kxk'),
     'kxk, 1x1': _dbb('kxk', '1x1'),
@@ -89,6 +90,8 @@ PARTS: Dict[str, Part] = {
             'OREPA',
             CONTROL,
             'DBB + identity',
+            'QARepVGGConv',
+            'MobileOneConv',
         )
     ),
     'ablation': Part(

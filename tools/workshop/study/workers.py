@@ -14,7 +14,7 @@ from concurrent.futures import (
     wait,
 )
 from multiprocessing import active_children, get_context
-from typing import Callable, Dict, Iterator, Optional
+from typing import Any, Callable, Dict, Iterator, List, Optional
 
 import torch
 
@@ -25,12 +25,12 @@ class Workers:
     """Processes that train; with one job, this process does.
 
     Args:
-        run: Trains a network, given the training and the one whose network
-            it starts from; gives the accuracy and the seconds.
+        run: Trains a network, given the training and what else it needs;
+            gives the rows that it found.
         jobs: How many.
     """
 
-    def __init__(self, run: Callable[..., tuple], jobs: int) -> None:
+    def __init__(self, run: Callable[..., List[Row]], jobs: int) -> None:
         self.run, self.jobs = run, jobs
         self.running: Dict[Future, Training] = {}
         self.pool = None
@@ -50,8 +50,13 @@ class Workers:
         """Whether each has something to do."""
         return len(self.running) >= self.jobs
 
-    def start(self, training: Training, before: Optional[Training]) -> None:
-        """Start a training, unless it runs already."""
+    def start(self, training: Training, needs: Any) -> None:
+        """Start a training, unless it runs already.
+
+        Args:
+            training: The training.
+            needs: What ``run`` gets besides.
+        """
         if training in self.running.values():
             return
         if self.jobs > 1 and self.pool is None:
@@ -61,17 +66,18 @@ class Workers:
             self.pool = ProcessPoolExecutor(self.jobs, context, _prepare)
         if self.pool is None:
             future = Future()
-            future.set_result(self.run(training, before))
+            future.set_result(self.run(training, needs))
         else:
             with _imports_found():
-                future = self.pool.submit(self.run, training, before)
+                future = self.pool.submit(self.run, training, needs)
         self.running[future] = training
 
     def wait(self) -> Iterator[Row]:
         """Wait until a training is done."""
         done, _ = wait(self.running, return_when=FIRST_COMPLETED)
         for future in done:
-            yield Row(self.running.pop(future), *future.result())
+            del self.running[future]
+            yield from future.result()
 
 
 @contextlib.contextmanager

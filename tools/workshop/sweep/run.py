@@ -70,7 +70,7 @@ class Results:
 
 
 #: An absolute path with its folders, of which rows keep none.
-_FOLDERS = re.compile(r'(?<![\w.:/])/(?:[\w.+-]+/)+')
+_FOLDERS = re.compile(r'(?<![\w./])/(?:[\w.+-]+/)+')
 
 
 def _line(row: dict) -> str:

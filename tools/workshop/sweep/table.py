@@ -3,10 +3,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
-import os
-import platform
 import re
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -83,9 +80,9 @@ def _heading(packages: Dict[str, dict], tried: List[dict]) -> Iterator[str]:
     )
     hours = sum(row.get('seconds', 0) for row in tried) / 3600
     yield (
-        f'Written on {datetime.date.today()} by `make sweep-hosts`, which '
-        f'took {hours:.1f} hours of one core ({_processor()}). Commit: '
-        f'{commits}. Packages: torch {torch.__version__}, {versions}.'
+        f'Written on {datetime.date.today()} by `tools/sweep.py`. What has a '
+        f'result took {hours:.1f} hours of one core. Commit: {commits}. '
+        f'Packages: torch {torch.__version__}, {versions}.'
     )
     known = sum(row.get('architectures', 0) for row in packages.values())
     if len(tried) < known:
@@ -236,16 +233,6 @@ def _not_compared(row: dict) -> Dict[str, str]:
     return step.get('left_out', {})
 
 
-def _processor() -> str:
-    """The processor's name, and how many of its cores there are."""
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        text = Path('/proc/cpuinfo').read_text('utf-8')
-        found = re.search(r'model name\s*: (.+)', text)
-        name = found[1] if found else name
-    return f'{name}, {os.cpu_count()} cores'
-
-
 def _numbers(values: Sequence[int]) -> str:
     return ' | '.join(f'{value:,}' for value in values)
 
@@ -259,7 +246,9 @@ def _reasons(verdict: Verdict, rows: List[dict]) -> Iterator[str]:
     groups: Dict[str, List[dict]] = defaultdict(list)
     for row in rows:
         reason = reason_of(row)
-        groups[re.sub(r"[\w.]*\d[\w.]*|'[^']*'", '...', reason)].append(row)
+        if 'ended' not in row:  # there the number is the limit
+            reason = re.sub(r"[\w.]*\d[\w.]*|'[^']*'", '...', reason)
+        groups[reason].append(row)
     for group in sorted(groups.values(), key=len, reverse=True):
         names = [f'`{row["package"]}::{row["config"]}`' for row in group]
         yield ''

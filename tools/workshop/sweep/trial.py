@@ -188,7 +188,8 @@ class Trial:
         try:
             found = prove_equal(model, plain, self._batches(model), TOLERANCE)
         except UserError as error:
-            raise ValueError(f'the start is another: {error}') from error
+            said = str(error).replace('the merged network', 'the start')
+            raise ValueError(said.partition(';')[0]) from error
         return f'{found.largest:.0e} in {found.output}'
 
     def _merge(self, options: MergeOptions) -> dict:
