@@ -914,6 +914,21 @@ def test_the_page_says_what_the_trainings_gave(tmp_path):
         page.write_page(tmp_path, record)
 
 
+def test_the_readme_repeats_the_study():
+    record = rows.read_record(RESULTS)
+    (cell,) = plan.cells_for(['RepVGG'], [30], training.CPU.name)
+    summaries = report.summarize(record, cell, variants.PARTS['blocks'])
+    gains = {s.block: s.gain for s in summaries if s.gain}
+    timed = [s.gain_in_same_time for s in summaries if s.gain_in_same_time]
+    assert len(timed) == 7 and all(gain.mean < 0 for gain in timed)
+    *_, other, third, second, first = sorted(g.mean for g in gains.values())
+    assert other < 0.7 and {round(g) for g in (third, second, first)} == {1}
+    for path in ('README.md', 'README_zh-CN.md'):
+        text = (HOME / path).read_text(encoding='utf-8')
+        assert f'`QARepVGGConv` {gains["QARepVGGConv"].text("+")}' in text
+        assert f'DBB {gains["DBB"].text("+")}' in text
+
+
 def test_the_pages_picture_shows_the_trainings(tmp_path):
     record = rows.read_record(RESULTS)
     machine = record.rows[0].training.machine
