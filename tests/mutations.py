@@ -1405,6 +1405,24 @@ TABLE = (
         'the mode after looking',
         (f'{INSERT}::test_looking_changes_nothing',),
     ),
+    Mutation(
+        'mmdbb/modules.py',
+        'if not torch.allclose(base.forward(single, x.float()), expected):',
+        'if False:',
+        'a sync norm that computes more than its base',
+        (
+            'tests/test_proof.py::test_a_norm_that_asks_for_float32_runs_in_float64',
+        ),
+    ),
+    Mutation(
+        'mmdbb/modules.py',
+        "            own.pop('forward', None)\n",
+        '            pass\n',
+        'sync norms are again what they were',
+        (
+            'tests/test_proof.py::test_a_norm_that_asks_for_float32_runs_in_float64',
+        ),
+    ),
     # -------------------------------------------------------------- reparam
     Mutation(
         'mmdbb/reparam.py',

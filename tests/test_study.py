@@ -763,9 +763,9 @@ def test_dropped_branches_are_folded_or_cut(train_on, followed, monkeypatch):
 def test_drops_are_compared_with_what_was_trained_as_long():
     record = record_of(plain=(), OREPA=())
     roles = [*drop.ROLES]
-    assert roles[0] == 'float' and len({*roles}) == 14
+    assert roles[0] == 'all branches' and len({*roles}) == 14
     for role, tops, branches in (
-        ('float', (90.0, 92.0), (28, 28)),
+        ('all branches', (90.0, 92.0), (28, 28)),
         ('0.2 cut', (80.0, 80.0), (20, 25)),
         (drop.TRAINED_ON, (91.0, 94.0), (28, 28)),
         ('0.2 cut, trained on', (90.0, 94.0), (20, 25)),
@@ -777,7 +777,7 @@ def test_drops_are_compared_with_what_was_trained_as_long():
     lines = drop.drops(record, CELL, PART, roles)
     half = 12.7062
     assert lines == [
-        ('OREPA', 'float', '28.0', f'91.00 ± {half:.2f}', '', '2'),
+        ('OREPA', 'all branches', '28.0', f'91.00 ± {half:.2f}', '', '2'),
         ('OREPA', '0.2 cut', '22.5', '80.00 ± 0.00',
          f'-11.00 ± {half:.2f}', '2'),
         ('OREPA', drop.TRAINED_ON, '28.0', f'92.50 ± {1.5 * half:.2f}',
@@ -801,14 +801,14 @@ def test_drops_are_rows(data_root, tmp_path, capfd, monkeypatch):
     found = [r for r in rows.read_record(out).rows if r.training.seed < 99]
     assert [r.training.role for r in found] == [*drop.ROLES]
     by_role = {r.training.role: r for r in found}
-    assert by_role['float'].branches == 28
+    assert by_role[drop.WHOLE].branches == 28
     for role, row in by_role.items():
         assert f'DBB, {role} 0' in said
         start = role.replace(', trained on', '')
-        start = 'float' if role == drop.TRAINED_ON else start
+        start = drop.WHOLE if role == drop.TRAINED_ON else start
         assert row.branches == by_role[start].branches
         if role.endswith('folded'):
-            assert row.top1 == by_role['float'].top1
+            assert row.top1 == by_role[drop.WHOLE].top1
     # What is lost is made again, and nothing else.
     record = rows.read_record(out)
     rows.write_record(out, record._replace(rows=record.rows[:-1]))

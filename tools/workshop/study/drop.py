@@ -30,7 +30,7 @@ from workshop.study.variants import Part
 #: 0.05 it would lose none.
 THRESHOLDS = (0.2, 0.35, 0.5)
 #: Roles that others are compared with.
-WHOLE, TRAINED_ON = 'float', 'all branches, trained on'
+WHOLE, TRAINED_ON = 'all branches', 'all branches, trained on'
 
 
 class Left(NamedTuple):

@@ -101,6 +101,11 @@ class Record(NamedTuple):
                 return row
         return None
 
+    def replace(self, row: Row) -> None:
+        """Add a row, in the place of one of the same training."""
+        others = [r for r in self.rows if r.training != row.training]
+        self.rows[:] = [*others, row]
+
 
 def read_record(path: Path) -> Record:
     """Read a study's file.

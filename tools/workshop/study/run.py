@@ -14,7 +14,6 @@ from typing import (
     List,
     NamedTuple,
     Optional,
-    Sequence,
     Tuple,
 )
 
@@ -99,7 +98,7 @@ def run_study(
             write_record(out, record)
             found = _run_cell(plan, cell, record, stop, jobs)
         for row in found:
-            record.rows.append(row)
+            record.replace(row)
             write_record(out, record)
             yield row
         if time.monotonic() > stop:
@@ -132,30 +131,28 @@ def _follow_cell(
     run = functools.partial(run_follow_ups, plan)
     with Workers(run, jobs) as workers:
         for training in itertools.chain.from_iterable(zip(*compared)):
-            missing = [
-                role
+            rows = [
+                record.find(training._replace(role=role))
                 for role in plan.follow_ups
-                if record.find(training._replace(role=role)) is None
             ]
             if time.monotonic() > stop:
                 break
-            if missing:
-                workers.start(training, missing)
+            # All of them, because changes are those of one network: another
+            # machine's rounding trains another one.
+            if None in rows:
+                workers.start(training)
             if workers.are_busy:
                 yield from workers.wait()
         while workers.running:
             yield from workers.wait()
 
 
-def run_follow_ups(
-    plan: Plan, training: Training, roles: Sequence[str]
-) -> List[Row]:
+def run_follow_ups(plan: Plan, training: Training) -> List[Row]:
     """Train one network, and do with it what the plan says.
 
     Args:
         plan: What to do, and where the data are.
         training: The training.
-        roles: Which of the plan's follow-ups.
 
     Raises:
         UserError: If no images are left to choose a rate on.
@@ -177,9 +174,9 @@ def run_follow_ups(
         network, build, data, searching.test, training.seed, plan.machine
     )
     rows = []
-    for role in roles:
+    for role, follow_up in plan.follow_ups.items():
         begin = time.process_time()
-        found = plan.follow_ups[role](trained)
+        found = follow_up(trained)
         left = found if isinstance(found, Left) else Left(found, None)
         seconds = time.process_time() - begin
         one = training._replace(role=role)

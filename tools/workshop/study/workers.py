@@ -50,7 +50,7 @@ class Workers:
         """Whether each has something to do."""
         return len(self.running) >= self.jobs
 
-    def start(self, training: Training, needs: Any) -> None:
+    def start(self, training: Training, *needs: Any) -> None:
         """Start a training, unless it runs already.
 
         Args:
@@ -66,10 +66,10 @@ class Workers:
             self.pool = ProcessPoolExecutor(self.jobs, context, _prepare)
         if self.pool is None:
             future = Future()
-            future.set_result(self.run(training, needs))
+            future.set_result(self.run(training, *needs))
         else:
             with _imports_found():
-                future = self.pool.submit(self.run, training, needs)
+                future = self.pool.submit(self.run, training, *needs)
         self.running[future] = training
 
     def wait(self) -> Iterator[Row]:
