@@ -72,8 +72,14 @@ def squared_errors(block, x, weight, half):
 def test_autocast_is_as_exact_as_the_literal_sum(
     name, geometry, half, training
 ):
-    """At most 1.5 times its error, in outputs and in every gradient."""
+    """At most 1.5 times its error, in outputs and in every gradient.
+
+    Gradients of LinearAdd's scales come from the kernel's gradient, which is
+    rounded once. On some processors the literal sum rounds less: the identity
+    needs no convolution.
+    """
     arguments, total = GEOMETRIES[geometry], {}
+    once = torch.finfo(HALVES[half]).eps / 2
     for seed in range(5):
         torch.manual_seed(seed)
         block = BLOCKS[name](kernel_size=3, padding=1, **arguments)
@@ -88,7 +94,8 @@ def test_autocast_is_as_exact_as_the_literal_sum(
             total[key] = total.get(key, 0) + errors
     for key, sums in total.items():
         theirs, ours, scale = sums.sqrt().tolist()
-        assert ours <= 1.5 * theirs + 1e-6 * scale, key
+        rounding = once if key.startswith('grad generator.scales') else 1e-6
+        assert ours <= 1.5 * theirs + rounding * scale, key
 
 
 @pytest.mark.parametrize('name', BLOCKS)

@@ -137,7 +137,7 @@ def test_mistakes_end_with_one_line(run, tmp_path, capsys):
         ('r.pdf', (), 'the output must end in .html or .htm, got r.pdf'),
         (new, ('--data', '0'), 'argument --data: must be a whole number from'),
         (new, ('--data', '1', '--images', 'a'), 'argument --images: not allo'),
-        (new, ('--images', image), f'cannot read image {image}: image n'),
+        (new, ('--images', image), f'no such image: {image}'),
         (new, ('--image-size', '0', '9'), 'argument --image-size: must be'),
         (new, ('--metric', 'best', '--image-size', 24, 32), 'the evaluator g'),
     ]:

@@ -20,7 +20,7 @@ from mmdbb.drop_branches import drop_branches_, weak_branches
 from mmdbb.mm.engine.measure import print_table
 from mmdbb.reparam import find_blocks
 from workshop.study.plan import Cell
-from workshop.study.report import followed, gains, interval
+from workshop.study.report import compared, gains, interval
 from workshop.study.rows import Record
 from workshop.study.training import merged, top1
 from workshop.study.variants import Part
@@ -141,7 +141,7 @@ def drops(
     record: Record, cell: Cell, part: Part, roles: Sequence[str]
 ) -> List[Tuple[str, ...]]:
     """The lines of that table: a line for each block and role."""
-    found = followed(record, cell, part, roles)
+    found = {role: compared(record, cell, part, role) for role in roles}
     lines = []
     for block in part.blocks:
         for role in filter(lambda role: block in found[role], roles):

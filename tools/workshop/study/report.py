@@ -249,7 +249,7 @@ def follow_ups(
     record: Record, cell: Cell, part: Part, roles: Sequence[str]
 ) -> List[Tuple[str, ...]]:
     """The lines of that table."""
-    found = followed(record, cell, part, roles)
+    found = {role: compared(record, cell, part, role) for role in roles}
     base = found[roles[0]]
     lines = []
     for block in filter(base.__contains__, part.blocks):
@@ -265,21 +265,3 @@ def follow_up_header(roles: Sequence[str]) -> Tuple[str, ...]:
     """Titles of the columns of that table."""
     changes = (f'{role}, change' for role in roles[1:])
     return ('block', f'{roles[0]}, top-1 (%)', *changes, 'seeds')
-
-
-def followed(
-    record: Record, cell: Cell, part: Part, roles: Sequence[str]
-) -> Dict[str, Compared]:
-    """What was done with trained networks: role -> rows.
-
-    Other parts have rows of the first role too. Here it has the seeds that
-    another role has.
-    """
-    found = {role: compared(record, cell, part, role) for role in roles}
-    for block, rows in [*found[roles[0]].items()]:
-        seeds = {s for r in roles[1:] for s in found[r].get(block, ())}
-        kept = {seed: row for seed, row in rows.items() if seed in seeds}
-        found[roles[0]][block] = kept
-        if not kept:
-            del found[roles[0]][block]
-    return found
