@@ -423,7 +423,7 @@ def test_the_docs_say_what_the_rows_say():
     lines = (root / 'docs/figures/hosts.jsonl').read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     page = (root / table.PAGE).read_text(encoding='utf-8')
-    # But for the heading, which names day and processor.
+    # But for the heading, which names the day.
     for line in [*table._body(rows)][1:]:
         assert line in page
     tried = [row for row in rows if 'takes' in row]

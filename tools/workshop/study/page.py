@@ -14,7 +14,7 @@ from typing import (
     Tuple,
 )
 
-from mmdbb.errors import UserError
+from workshop.markers import put_between
 from workshop.study import drop, report
 from workshop.study.follow import FOLLOW_UPS
 from workshop.study.plan import (
@@ -56,17 +56,13 @@ def write_page(root: Path, record: Record) -> Path:
         UserError: If the page lacks a marker.
     """
     page = root / PAGE
-    text = page.read_text(encoding='utf-8')
+    text = page.read_text('utf-8')
     cells = cells_for(None, [*SCHEDULES], CPU.name)
     for name, tables in _TABLES.items():
+        body = '\n'.join(_in_cells(record, cells, tables)).strip('\n')
         begin, end = BEGIN.format(name), END.format(name)
-        if text.count(begin) != 1 or text.count(end) != 1:
-            raise UserError(f'{page} needs the lines {begin!r} and {end!r}')
-        head, rest = text.split(begin)
-        tail = rest.split(end)[1]
-        body = '\n'.join(_in_cells(record, cells, tables))
-        text = f'{head}{begin}\n{body}\n{end}{tail}'
-    page.write_text(text, encoding='utf-8')
+        text = put_between(text, begin, end, body, page)
+    page.write_text(text, 'utf-8')
     return page
 
 
@@ -88,7 +84,6 @@ def _in_cells(
             yield f'| {" | ".join(header)} |'
             yield '|' + '---|' * len(header)
             yield from (f'| {" | ".join(line)} |' for line in lines)
-    yield ''
 
 
 def _compared(part: str) -> Callable[[Record, Cell], tuple]:

@@ -11,7 +11,7 @@ from typing import Dict, Iterator, List, Sequence
 
 import torch
 
-from mmdbb.errors import UserError
+from workshop.markers import put_between
 
 from .packages import PACKAGES
 from .run import Results
@@ -38,14 +38,9 @@ def write_page(root: Path, path: Path) -> Path:
         UserError: If the page has no markers.
     """
     page = root / PAGE
-    text = page.read_text(encoding='utf-8')
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise UserError(f'{page} needs the lines {BEGIN!r} and {END!r}')
-    head, rest = text.split(BEGIN)
-    tail = rest.split(END)[1]
-    rows = list(Results(path).rows.values())
-    body = '\n'.join(_body(rows))
-    page.write_text(f'{head}{BEGIN}\n\n{body}\n\n{END}{tail}', 'utf-8')
+    body = '\n'.join(_body(list(Results(path).rows.values())))
+    text = put_between(page.read_text('utf-8'), BEGIN, END, body, page)
+    page.write_text(text, 'utf-8')
     return page
 
 
