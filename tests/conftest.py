@@ -11,6 +11,7 @@ os.environ['OMP_NUM_THREADS'] = '1'
 import mmengine.config.utils
 import pytest
 import torch
+from helpers import process_kept
 from hypothesis import HealthCheck, Phase, settings
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
@@ -44,17 +45,15 @@ def _isolated():
     torch.manual_seed(0)
     instances = DefaultScope._instance_dict.copy()
     DefaultScope._instance_dict = type(instances)()
-    yield
+    with process_kept():
+        yield
     DefaultScope._instance_dict = instances
 
 
 @pytest.fixture
 def quiet():
     """Silence what the host packages log while they build networks."""
-    before = logging.root.manager.disable
     logging.disable(logging.WARNING)
-    yield
-    logging.disable(before)
 
 
 @pytest.fixture(scope='session')

@@ -1,6 +1,7 @@
 """What the tests share: random norms, measures, random geometries."""
 
 import contextlib
+import logging
 import runpy
 import sys
 from pathlib import Path
@@ -195,12 +196,25 @@ def pad_with_values(x, values, pads):
     return F.pad(x - values, (left, right, top, bottom)) + values
 
 
+@contextlib.contextmanager
+def process_kept():
+    """Undo what a tool sets for its own process, where tests share one."""
+    disabled = logging.root.manager.disable
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        logging.disable(disabled)
+        torch.set_num_threads(threads)
+
+
 def run_tool(name, *arguments):
     """Run a tool in this process; its exit code."""
     tools = Path(__file__).resolve().parents[1] / 'tools'
     argv, sys.argv = sys.argv, [f'{name}.py', *map(str, arguments)]
     try:
-        runpy.run_path(str(tools / f'{name}.py'), run_name='__main__')
+        with process_kept():
+            runpy.run_path(str(tools / f'{name}.py'), run_name='__main__')
     except SystemExit as end:
         return end.code
     finally:

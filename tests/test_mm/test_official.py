@@ -7,7 +7,6 @@ MMDBB_REFERENCE names the folder that they were taken from.
 
 import functools
 import json
-import logging
 import lzma
 import os
 import re
@@ -403,7 +402,6 @@ def test_imagenet_networks_are_tested_as_the_papers_do(
         'test_dataloader.num_workers=0',
         'test_evaluator.topk=(1,)',
     )
-    logging.disable(logging.NOTSET)
     metrics = tmp_path / 'metrics'
     code = tool(
         'test',

@@ -1,12 +1,14 @@
 """Tools check arguments and paths before they import anything heavy."""
 
+import logging
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from helpers import run_tool
+import torch
+from helpers import process_kept, run_tool
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = sorted(path.stem for path in (ROOT / 'tools').glob('*.py'))
@@ -199,3 +201,14 @@ def test_options_of_another_form(text, tmp_path, capsys):
     assert run_tool('train', config, '--cfg-options', text) == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert line.startswith('train.py: --cfg-options')
+
+
+def test_what_a_tool_sets_for_its_process_ends_with_it():
+    """The tests share one; a log that stays off fails others by order."""
+    before = torch.get_num_threads(), logging.root.manager.disable
+    with pytest.raises(SystemExit), process_kept():
+        torch.set_num_threads(before[0] + 1)
+        logging.disable(logging.CRITICAL)
+        raise SystemExit(2)
+    assert (torch.get_num_threads(), logging.root.manager.disable) == before
+    assert logging.getLogger('mmdbb').isEnabledFor(logging.ERROR)
