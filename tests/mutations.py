@@ -1793,6 +1793,15 @@ TABLE = (
     ),
     Mutation(
         'mmdbb/recompute.py',
+        'if distance <= same]',
+        'if distance == nearest]',
+        'means of one batch that two graphs round',
+        (
+            'tests/test_blocks/test_compiled.py::test_rounding_tells_no_batches_apart',
+        ),
+    ),
+    Mutation(
+        'mmdbb/recompute.py',
         'order = inside\n',
         'order = inside[::-1]\n',
         'the order of values within a segment',
