@@ -8,6 +8,7 @@ import re
 import struct
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import mmengine.registry
 import pytest
@@ -26,12 +27,14 @@ from workshop.study import (
     report,
     rows,
     run,
+    task_tables,
     tasks,
     training,
     variants,
 )
 
 from mmdbb.errors import UserError
+from mmdbb.kernels import StackedKernel
 from mmdbb.registry import BLOCKS
 from mmdbb.reparam import find_blocks
 from mmdbb.shares import model_shares
@@ -851,20 +854,95 @@ def test_tasks_differ_in_blocks_only(network, tmp_path):
     assert pictures[0] and not pictures[0] & pictures[1]
 
 
-def test_tasks_are_rows(tmp_path, monkeypatch):
+def test_tasks_are_rows(tmp_path, monkeypatch, capfd):
     def run_one(whole, training):
-        return 50 - abs(math.log(training.lr / 6e-3)), 1.0
+        better = 2 if training.block == 'DBB' else training.seed % 2
+        top = 50 + better - abs(math.log(training.lr / 6e-3))
+        return top, 3.0 if training.block == 'OREPA' else 2.0
 
     monkeypatch.setattr(tasks, '_run', run_one)
     out = tmp_path / 'out.json'
     whole = tasks.TaskPlan(HOME, str(tmp_path), ['ATSS'], tasks.PART, 2)
     found = [*tasks.run_tasks(whole, out)]
-    assert len(found) == 3 * 3 + 2 * 3
-    assert {r.training.lr for r in found[9:]} == {0.006}
-    assert [r.training.seed for r in found[9:]] == [0] * 3 + [1] * 3
+    assert len(found) == 3 * 4 + 2 * 3
+    # Of the first three the last was best, so a fourth was tried.
+    rates = [r.training.lr for r in found[:4]]
+    assert rates == [0.0006, 0.002, 0.006, 0.02]
+    assert {r.training.lr for r in found[12:]} == {0.006}
+    assert [r.training.seed for r in found[12:]] == [0] * 3 + [1] * 3
     assert not [*tasks.run_tasks(whole, out)]
     with pytest.raises(UserError, match='unknown networks .*YOLO'):
         next(tasks.run_tasks(whole._replace(networks=['YOLO']), out))
+
+    record = rows.read_record(out)
+    cell = tasks.cell_of('ATSS', tasks.base_config(HOME, 'ATSS'))
+    header, lines = task_tables.compared(record, cell)
+    assert header[2] == 'box mAP (%)'
+    assert [line[-1] for line in lines] == ['2'] * 3
+    plain, dbb, orepa = ([line[0], *line[3:5]] for line in lines)
+    assert plain == ['plain', '', '1.00']
+    assert dbb == ['DBB', '+1.50 ± 6.35', '1.00']
+    assert orepa == ['OREPA', '+0.00 ± 0.00', '1.50']
+    header, lines = task_tables.searches(record, cell)
+    assert header == ('block', '0.0006', '0.002', '0.006', '0.02')
+    assert lines[1] == ('DBB', '49.70', '50.90', '52.00', '50.80')
+    # The command shows the same, and draws the comparison that there is.
+    drawn = tmp_path / 'tasks.svg'
+    arguments = ['--part', 'tasks', '--networks', 'ATSS', '--seeds', 2]
+    assert run_tool('study', *arguments, '--out', out, '--plot', drawn) == 0
+    said = capfd.readouterr().out
+    assert (
+        'box mAP (%)' in said and "ATSS, width 16, the demo's images" in said
+    )
+    assert '+1.50 ± 6.35' in said
+    svg = drawn.read_text()
+    assert 'with its best setting' in svg
+    assert 'training time' not in svg
+
+
+@pytest.mark.parametrize('network', tasks.NETWORKS)
+def test_tasks_start_from_the_plain_network(network, tmp_path):
+    """All that networks share is equal, and the kernels of `kxk` are."""
+    pytest.importorskip('mlxtend')
+    whole = tasks.TaskPlan(
+        HOME, str(tmp_path), [network], tasks.PART, 1, (4, 2)
+    )
+    cell = tasks.cell_of(network, tasks.base_config(HOME, network))
+    models, drawn = {}, set()
+    for block in tasks.PART.blocks:
+        one = cell.training(block, 3, 'test', 1e-3, 1)
+        cfg = tasks.task_config(whole, one)
+        mmengine.registry.init_default_scope(cfg.default_scope)
+        model = mmengine.registry.MODELS.build(cfg.model)
+        model.init_weights()
+        tasks.start_of(cfg).before_train(SimpleNamespace(model=model))
+        models[block] = model
+        drawn.add(torch.rand(1).item())
+    assert len(drawn) == 1
+    states = {block: m.state_dict() for block, m in models.items()}
+    plain = states['plain']
+    for block in ('DBB', 'OREPA'):
+        found = find_blocks(models[block])
+        shared = [
+            n
+            for n in plain
+            if n in states[block] and n.rpartition('.')[0] not in found
+        ]
+        norms = {n for n in plain if re.search(r'\.bn\d\.', n)}
+        assert len(found) == 16 + (block == 'OREPA') and len(shared) > 40
+        kernels = {f'{name}.weight' for name in found}
+        assert {*plain} - {*shared} <= norms | kernels
+        assert all(torch.equal(plain[n], states[block][n]) for n in shared)
+    for name, block in find_blocks(models['DBB']).items():
+        kernel = block.branches['kxk'].conv.weight
+        assert torch.equal(kernel, plain[f'{name}.weight'])
+    found = find_blocks(models['OREPA'])
+    stem = found.pop('backbone.conv1')
+    assert isinstance(stem.generator, StackedKernel)
+    for name, block in found.items():
+        origin = block.generator.origin.flatten()
+        ratios = origin / plain[f'{name}.weight'].flatten()
+        assert torch.allclose(ratios, ratios[0].expand_as(ratios))
 
 
 def test_a_detector_is_trained(tmp_path, monkeypatch):
@@ -882,7 +960,8 @@ def test_a_detector_is_trained(tmp_path, monkeypatch):
         return cfg
 
     monkeypatch.setattr(tasks, 'task_config', tiny)
-    monkeypatch.setattr(tasks, 'FACTORS', (1.0,))
+    for name in ('FACTORS', 'FIRST_FACTORS'):
+        monkeypatch.setattr(tasks, name, (1.0,))
     part = variants.Part(('DBB',), 'DBB')
     whole = tasks.TaskPlan(HOME, str(tmp_path), ['ATSS'], part, 1, (4, 2))
     found = [*tasks.run_tasks(whole, tmp_path / 'out.json')]
@@ -900,6 +979,7 @@ def test_the_page_says_what_the_trainings_gave(tmp_path):
     record = rows.read_record(RESULTS)
     copied = tmp_path / page.PAGE
     copied.parent.mkdir()
+    (tmp_path / 'configs').symlink_to(HOME / 'configs')
     copied.write_text(PAGE.read_text())
     assert page.write_page(tmp_path, record) == copied
     assert copied.read_text() == PAGE.read_text()

@@ -21,6 +21,7 @@ from workshop.study.plan import Cell, cells_for
 from workshop.study.report import print_follow_ups, print_study
 from workshop.study.rows import Row, read_record
 from workshop.study.run import Plan, run_study
+from workshop.study.task_tables import print_tasks
 from workshop.study.training import Machine
 from workshop.study.variants import PARTS, Part
 
@@ -67,7 +68,9 @@ def run_command(args: argparse.Namespace) -> None:
         record = read_record(out)
         if plot:
             draw_study(record, study.cells, study.part, plot)
-    if args.part == 'drop':
+    if args.part == 'tasks':
+        print_tasks(record, study.cells, study.part)
+    elif args.part == 'drop':
         print_drops(record, study.cells, study.part, study.roles)
     elif study.roles:
         print_follow_ups(record, study.cells, study.part, study.roles)

@@ -132,8 +132,7 @@ def print_drops(
                 f'change: to {WHOLE!r}, or of what was trained on to '
                 f'{TRAINED_ON!r}, seed by seed; ± is half of a 95 % '
                 'confidence interval',
-                f'{cell.network}, width {cell.width}: {cell.size} training '
-                'images a class',
+                cell.title,
             )
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mmdbb.blocks import BranchSumConv2d
 from mmdbb.conv_norms import norm_names
 from mmdbb.errors import UserError
-from mmdbb.kernels import KxKKernel, PointwiseKernel
+from mmdbb.kernels import KxKKernel, PointwiseKernel, StackedKernel
 from mmdbb.mm.backbones import MobileNetV1DBB, ReparamRepVGG, ResNetDBB
 from mmdbb.plain.weights import load_plain_weights_
 from mmdbb.reparam import find_blocks, reparameterize
@@ -181,7 +181,8 @@ def take_dense_kernels_(model: nn.Module, plain: nn.Module) -> None:
     """Give blocks the kernels of a plain network, in place.
 
     The branch of the full kernel size takes the kernel; OREPA's original
-    kernel takes it at the width of its own distribution.
+    kernel takes it at the width of its own distribution. OREPA's stack of
+    3x3 kernels, its form for 7x7, holds no such kernel and keeps its own.
 
     Args:
         model: A network with blocks.
@@ -192,7 +193,7 @@ def take_dense_kernels_(model: nn.Module, plain: nn.Module) -> None:
         kernel = layers[name].weight
         if isinstance(block, BranchSumConv2d):
             block.branches[block.dense_branch].conv.weight.copy_(kernel)
-        else:
+        elif not isinstance(block.generator, StackedKernel):
             width = _OREPA_WIDTHS[type(block.generator)]
             block.generator.origin.copy_(width * kernel)
 

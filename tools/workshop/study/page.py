@@ -15,7 +15,7 @@ from typing import (
 )
 
 from workshop.markers import put_between
-from workshop.study import drop, report
+from workshop.study import drop, report, task_tables, tasks
 from workshop.study.follow import FOLLOW_UPS
 from workshop.study.plan import (
     LONGER,
@@ -46,7 +46,7 @@ def write_page(root: Path, record: Record) -> Path:
     """Write all tables between the markers of `docs/study.md`.
 
     Args:
-        root: The checkout.
+        root: The checkout, with ``configs``.
         record: The study.
 
     Returns:
@@ -58,8 +58,13 @@ def write_page(root: Path, record: Record) -> Path:
     page = root / PAGE
     text = page.read_text('utf-8')
     cells = cells_for(None, [*SCHEDULES], CPU.name)
-    for name, tables in _TABLES.items():
-        body = '\n'.join(_in_cells(record, cells, tables)).strip('\n')
+    demos = [
+        tasks.cell_of(name, tasks.base_config(root, name))
+        for name in tasks.NETWORKS
+    ]
+    for name, tables in {**_TABLES, **_TASK_TABLES}.items():
+        among = demos if name in _TASK_TABLES else cells
+        body = '\n'.join(_in_cells(record, among, tables)).strip('\n')
         begin, end = BEGIN.format(name), END.format(name)
         text = put_between(text, begin, end, body, page)
     page.write_text(text, 'utf-8')
@@ -76,10 +81,7 @@ def _in_cells(
         header, lines = tables(record, cell)
         if lines:
             yield ''
-            yield (
-                f'**{cell.network}, width {cell.width}, {cell.size} images a '
-                'class**'
-            )
+            yield f'**{cell.title}**'
             yield ''
             yield f'| {" | ".join(header)} |'
             yield '|' + '---|' * len(header)
@@ -182,4 +184,8 @@ _TABLES: Dict[str, Callable[[Record, Cell], tuple]] = {
     'int8': _followed('int8'),
     'pruning': _followed('pruning'),
     'drop': _dropped,
+}
+_TASK_TABLES: Dict[str, Callable[[Record, Cell], tuple]] = {
+    'tasks': task_tables.compared,
+    'searches of tasks': task_tables.searches,
 }

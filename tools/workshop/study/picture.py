@@ -19,7 +19,7 @@ def draw_study(
     """Draw the difference to plain of every seed, and their means.
 
     What blocks gain and what they gain in plain's training time stand side
-    by side, each on a scale of its own.
+    by side, each on a scale of its own; what nobody trained for is left out.
 
     Args:
         record: The study.
@@ -37,20 +37,22 @@ def draw_study(
     import matplotlib.pyplot as plt
 
     cells = [cell for cell in cells if compared(record, cell, part, 'test')]
+    shown = [
+        each
+        for each in _SHOWN
+        if any(compared(record, cell, part, each[0]) for cell in cells)
+    ]
     figure, panels = plt.subplots(
         max(1, len(cells)),
-        len(_SHOWN),
+        max(1, len(shown)),
         squeeze=False,
         sharey='row',
         figsize=(10, 0.7 + 2.6 * max(1, len(cells))),
     )
     for cell, row in zip(cells, panels):
-        for (role, colour, name), axes in zip(_SHOWN, row):
+        for (role, colour, name), axes in zip(shown, row):
             _draw_cell(record, cell, part, role, axes, color=colour)
-            axes.set_title(
-                f'{cell.network}, {cell.size} images a class: {name}',
-                fontsize=9,
-            )
+            axes.set_title(f'{cell.title}:\n{name}', fontsize=9)
     figure.tight_layout()
     # Without dates and random names the same results give the same file.
     metadata = dict(Date=None) if path.endswith('.svg') else None
@@ -89,7 +91,7 @@ def _draw_cell(
         )
     axes.set_yticks(range(len(blocks)), blocks)
     axes.set_ylim(len(blocks) - 0.5, -0.5)
-    axes.set_xlabel('points of top-1 over plain: each seed, mean, 95 %')
+    axes.set_xlabel(f'points over {part.baseline}: each seed, mean, 95 %')
     axes.grid(axis='x', alpha=0.3)
 
 

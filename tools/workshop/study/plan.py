@@ -53,7 +53,7 @@ class Cell(NamedTuple):
     Attributes:
         network: Name of the network.
         width: Channels of its first stage.
-        size: Training images a class.
+        size: Training images a class; 0 for all images of a demo.
         schedule: Batch and epochs.
         machine: Device and precision.
     """
@@ -63,6 +63,14 @@ class Cell(NamedTuple):
     size: int
     schedule: Schedule
     machine: str
+
+    @property
+    def title(self) -> str:
+        """As tables and pictures name it."""
+        images = f'{self.size} images a class'
+        if not self.size:
+            images = "the demo's images"
+        return f'{self.network}, width {self.width}, {images}'
 
     def training(
         self, block: str, seed: int, role: str, lr: float, epochs: int
@@ -129,19 +137,31 @@ def _search_rate(
         if needed:
             return needed, None
         best = max(settings, key=tops.__getitem__)
-        further = _beyond(best.lr, tried)
+        further = beyond(best.lr, tried, RATES)
         if further is None:
             return [], best
         tried = sorted([*tried, further])
 
 
-def _beyond(best: float, tried: List[float]) -> Optional[float]:
-    """The rate next to the best, if that is at an end of those tried."""
-    place = RATES.index(best)
+def beyond(
+    best: float, tried: Sequence[float], allowed: Sequence[float]
+) -> Optional[float]:
+    """What a search tries next.
+
+    Args:
+        best: The best of what was tried.
+        tried: Some neighbours among the allowed ones.
+        allowed: All that may be tried, in order.
+
+    Returns:
+        float: The neighbour of the best, if that is at an end of those
+        tried; else None.
+    """
+    place = allowed.index(best)
     if best == min(tried) and place > 0:
-        return RATES[place - 1]
-    if best == max(tried) and place + 1 < len(RATES):
-        return RATES[place + 1]
+        return allowed[place - 1]
+    if best == max(tried) and place + 1 < len(allowed):
+        return allowed[place + 1]
     return None
 
 

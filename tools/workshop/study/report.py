@@ -217,8 +217,7 @@ def print_study(record: Record, cells: Sequence[Cell], part: Part) -> None:
                 [cells_of(summary) for summary in summaries],
                 '± is half of a 95 % confidence interval; step time and '
                 f'memory over {part.baseline}',
-                f'{cell.network}, width {cell.width}: {cell.size} training '
-                'images a class',
+                cell.title,
             )
 
 
@@ -240,8 +239,7 @@ def print_follow_ups(
                 follow_up_header(roles),
                 lines,
                 '± is half of a 95 % confidence interval',
-                f'{cell.network}, width {cell.width}: {cell.size} training '
-                'images a class',
+                cell.title,
             )
 
 

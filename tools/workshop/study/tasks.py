@@ -2,25 +2,30 @@
 """The demo's detector and segmentor with each block: box mAP and mIoU.
 
 mmengine's Runner trains them by the demo's configs. Each block gets the same
-search of the learning rate, on a data set that was drawn anew for it.
+search of the learning rate, on a data set that was drawn anew for it, and
+starts from the plain network's kernels.
 """
 
 from __future__ import annotations
 
+import copy
 import os
 import tempfile
 import time
 from pathlib import Path
-from typing import Dict, Iterator, List, NamedTuple, Sequence, Tuple
+from typing import Dict, Iterator, NamedTuple, Sequence, Tuple
 
 from mmengine.config import Config
-from mmengine.runner import Runner
+from mmengine.hooks import Hook
+from mmengine.registry import MODELS
+from mmengine.runner import Runner, set_random_seed
 
 from mmdbb.errors import UserError
+from mmdbb.reparam import find_blocks
 from workshop.demo.prepare import prepare
 from workshop.demo.run import TASKS
-from workshop.study.networks import check_names
-from workshop.study.plan import SEARCH_SEED, Cell, Schedule
+from workshop.study.networks import check_names, take_dense_kernels_
+from workshop.study.plan import SEARCH_SEED, Cell, Schedule, beyond
 from workshop.study.rows import (
     Record,
     Row,
@@ -31,13 +36,30 @@ from workshop.study.rows import (
 )
 from workshop.study.variants import BLOCKS, PLAIN, Part
 
-#: Name in tables -> the demo's task, and its evaluator's unit in per cent.
-NETWORKS: Dict[str, Tuple[str, float]] = {
-    'ATSS': ('detection', 100.0),
-    'Semantic FPN': ('segmentation', 1.0),
+
+class Task(NamedTuple):
+    """One of the demo's.
+
+    Attributes:
+        name: Its name there.
+        figure: What its evaluator measures.
+        unit: The evaluator's unit in per cent.
+    """
+
+    name: str
+    figure: str
+    unit: float
+
+
+#: Name in tables -> the demo's task.
+NETWORKS = {
+    'ATSS': Task('detection', 'box mAP', 100.0),
+    'Semantic FPN': Task('segmentation', 'mIoU', 1.0),
 }
-#: The demo's learning rate is multiplied by one of these.
-FACTORS = (0.3, 1.0, 3.0)
+#: The demo's learning rate is multiplied by one of these. A search begins with
+#: three, and goes on as long as the best is at an end.
+FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0)
+FIRST_FACTORS = (0.3, 1.0, 3.0)
 #: What is drawn anew for searches.
 SEARCH_DATA = 1
 _MACHINE = 'CPU, one thread, float32'
@@ -113,35 +135,38 @@ def _trainings(
     """All that a network needs, in order; later ones depend on earlier."""
     cfg = base_config(plan.home, network)
     cell = cell_of(network, cfg)
-    searches: Dict[str, List[Training]] = {}
+    rate = cfg.optim_wrapper.optimizer.lr
+    epochs = cell.schedule.epochs
+    found = {}
     for block in plan.part.blocks:
-        searches[block] = [
-            cell.training(
-                block,
-                SEARCH_SEED,
-                'search',
-                round(factor * cfg.optim_wrapper.optimizer.lr, 6),
-                cell.schedule.epochs,
-            )
-            for factor in FACTORS
-        ]
-        yield from searches[block]
+        tried: Dict[float, Training] = {}
+        factors = [*FIRST_FACTORS]
+        while factors:
+            for factor in factors:
+                lr = round(factor * rate, 6)
+                tried[factor] = cell.training(
+                    block, SEARCH_SEED, 'search', lr, epochs
+                )
+                yield tried[factor]
+            best = max(tried, key=lambda f: record.find(tried[f]).top1)
+            further = beyond(best, [*tried], FACTORS)
+            factors = [] if further is None else [further]
+        found[block] = tried[best]
     for seed in range(plan.seeds):
-        for tried in searches.values():
-            best = max(tried, key=lambda t: record.find(t).top1)
-            yield best._replace(seed=seed, role='test')
+        for training in found.values():
+            yield training._replace(seed=seed, role='test')
 
 
 def base_config(home: Path, network: str) -> Config:
     """The demo's config of a task."""
-    name = TASKS[NETWORKS[network][0]].config
+    name = TASKS[NETWORKS[network].name].config
     return Config.fromfile(Path(home, 'configs', 'demo', name))
 
 
 def task_config(plan: TaskPlan, training: Training) -> Config:
     """The demo's config with another block, rate and seed, and one start."""
     cfg = base_config(plan.home, training.network)
-    task, _ = NETWORKS[training.network]
+    task = NETWORKS[training.network].name
     searching = training.role == 'search'
     root = Path(plan.data_root, 'search') if searching else plan.data_root
     folder = prepare(task, root, SEARCH_DATA * searching, *plan.images)
@@ -170,20 +195,57 @@ def task_config(plan: TaskPlan, training: Training) -> Config:
     return cfg
 
 
+class OneStart(Hook):
+    """Gives a network the start of the plain network of a seed.
+
+    What lies outside blocks takes the plain network's weights, and of a block
+    what :func:`~workshop.study.networks.take_dense_kernels_` says. The plain
+    network's norms behind blocks have no counterpart, and start as norms do.
+    Random numbers begin anew after it.
+
+    Args:
+        plain: Config of the plain network.
+        seed: Of its weights.
+    """
+
+    def __init__(self, plain: dict, seed: int) -> None:
+        self.plain, self.seed = plain, seed
+
+    def before_train(self, runner: Runner) -> None:
+        """Take the weights."""
+        set_random_seed(self.seed)
+        plain = MODELS.build(self.plain)
+        plain.init_weights()
+        blocks, state = find_blocks(runner.model), runner.model.state_dict()
+        for name, value in plain.state_dict().items():
+            if name.rpartition('.')[0] not in blocks and name in state:
+                state[name].copy_(value)
+        take_dense_kernels_(runner.model, plain)
+        set_random_seed(self.seed)
+
+
+def start_of(cfg: Config) -> OneStart:
+    """The hook for a config of :func:`task_config`."""
+    plain = copy.deepcopy(cfg.model)
+    plain.backbone.block = dict(BLOCKS[PLAIN].config)
+    return OneStart(plain, cfg.randomness.seed)
+
+
 def _run(plan: TaskPlan, training: Training) -> Tuple[float, float]:
     cfg = task_config(plan, training)
-    task, unit = NETWORKS[training.network]
+    task = NETWORKS[training.network]
     with tempfile.TemporaryDirectory() as folder:
         cfg.work_dir = folder
         runner = Runner.from_cfg(cfg)
+        runner.register_hook(start_of(cfg), priority='HIGHEST')
         begin = time.process_time()
         runner.train()
         seconds = time.process_time() - begin
         scalars = runner.message_hub.log_scalars
-        name = f'val/{TASKS[task].metric}'
+        name = f'val/{TASKS[task.name].metric}'
         # A detector that finds nothing at all gets no figure.
         value = scalars[name].current() if name in scalars else 0.0
-    return rounded(unit * value, seconds)
+    return rounded(task.unit * value, seconds)
 
 
 #: What the detector and the segmentor are compared with.
