@@ -1003,8 +1003,17 @@ def test_the_readme_repeats_the_study():
     assert len(timed) == 7 and all(gain.mean < 0 for gain in timed)
     *_, other, third, second, first = sorted(g.mean for g in gains.values())
     assert other < 0.7 and {round(g) for g in (third, second, first)} == {1}
+    (cell,) = plan.cells_for(['ResNet-18'], [30], training.CPU.name)
+    others = report.summarize(record, cell, variants.PARTS['blocks'])
+    lost = {s.block: s.gain for s in others if s.gain}
+    assert len(lost) == 8 and all(gain.mean < 0 for gain in lost.values())
+    timed = [s.gain_in_same_time for s in others if s.gain_in_same_time]
+    assert len(timed) == 7 and all(gain.mean < 0 for gain in timed)
     for path in ('README.md', 'README_zh-CN.md'):
         text = (HOME / path).read_text(encoding='utf-8')
+        assert f'ResNet-18 (DBB {lost["DBB"].text("+")})' in text.replace(
+            'ResNet-18(', 'ResNet-18 ('
+        )
         assert f'`QARepVGGConv` {gains["QARepVGGConv"].text("+")}' in text
         assert f'DBB {gains["DBB"].text("+")}' in text
 
