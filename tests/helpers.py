@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -194,6 +195,16 @@ def pad_with_values(x, values, pads):
     top, bottom, left, right = pads
     values = values.reshape(1, -1, 1, 1)
     return F.pad(x - values, (left, right, top, bottom)) + values
+
+
+def sums_saturate():
+    """Whether ONNX Runtime's eight-bit sums saturate here: x86 without VNNI.
+
+    Users get `--reduce-range` for it; integers then are no fake quantization.
+    """
+    info = Path('/proc/cpuinfo')
+    flags = info.read_text() if info.is_file() else ''
+    return 'sse4' in flags and not re.search('avx(512)?_vnni', flags)
 
 
 @contextlib.contextmanager

@@ -1715,7 +1715,7 @@ TABLE = (
     ),
     Mutation(
         'tools/workshop/study/plan.py',
-        'return RATES[place + 1]',
+        'return allowed[place + 1]',
         'return None',
         'a search stops at its largest rate',
         (f'{STUDY}::test_each_block_gets_its_own_setting',),

@@ -75,8 +75,9 @@ def test_autocast_is_as_exact_as_the_literal_sum(
     """At most 1.5 times its error, in outputs and in every gradient.
 
     Gradients of LinearAdd's scales come from the kernel's gradient, which is
-    rounded once. On some processors the literal sum rounds less: the identity
-    needs no convolution.
+    rounded once, and so do those of norms' weights in eval mode. On some
+    processors the literal sum rounds less: without instructions for bfloat16,
+    or where the identity needs no convolution.
     """
     arguments, total = GEOMETRIES[geometry], {}
     once = torch.finfo(HALVES[half]).eps / 2
@@ -94,7 +95,10 @@ def test_autocast_is_as_exact_as_the_literal_sum(
             total[key] = total.get(key, 0) + errors
     for key, sums in total.items():
         theirs, ours, scale = sums.sqrt().tolist()
-        rounding = once if key.startswith('grad generator.scales') else 1e-6
+        of_kernel = key.startswith('grad generator.scales') or (
+            not training and key.endswith('norm.weight')
+        )
+        rounding = once if of_kernel else 1e-6
         assert ours <= 1.5 * theirs + rounding * scale, key
 
 

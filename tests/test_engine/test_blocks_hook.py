@@ -1,6 +1,7 @@
 """What is said at the start of a training, and that nothing else happens."""
 
 import copy
+import logging
 import random
 from pathlib import Path
 from types import SimpleNamespace
@@ -327,6 +328,7 @@ LOOPS = dict(
 
 @pytest.mark.parametrize('loop', LOOPS)
 def test_training_goes_on_as_without_the_hook(loop, tmp_path):
+    logging.disable(logging.NOTSET)
     found = []
     for hooks in ([], [HOOK]):
         folder = tmp_path / f'{loop}{len(hooks)}'
@@ -341,6 +343,7 @@ def test_training_goes_on_as_without_the_hook(loop, tmp_path):
 
 
 def test_validation_and_tests_are_silent(tmp_path):
+    logging.disable(logging.NOTSET)
     cfg = conv_config(tmp_path / 'silent', custom_hooks=[HOOK])
     cfg.default_hooks.checkpoint = dict(type='CheckpointHook')
     cfg.update(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import distance, export, image
+from helpers import distance, export, image, sums_saturate
 from mmcv.cnn.bricks import Conv2dAdaptivePadding, ConvAWS2d, ConvWS2d
 from mmengine.config import Config
 from networks import CONFIGS, SIZE
@@ -38,6 +38,10 @@ from mmdbb.mm.quantization.quantizers import (
 )
 from mmdbb.mm.quantization.session import OnnxNetwork
 from mmdbb.own_forward import is_plain
+
+needs_whole_sums = pytest.mark.skipif(
+    sums_saturate(), reason='eight-bit sums saturate on x86 without VNNI'
+)
 
 
 def learn_ranges(model, batches=2, size=SIZE):
@@ -239,6 +243,7 @@ PLAIN = [
 OWN = [Twice, InPlace, Centered, ConvWS2d, ConvAWS2d]
 
 
+@needs_whole_sums
 @pytest.mark.parametrize('kind', PLAIN + OWN, ids=str)
 def test_training_and_file_are_one_function(kind, tmp_path):
     """Whatever a layer's forward does, and close to the float network's."""
@@ -267,6 +272,7 @@ def test_training_and_file_are_one_function(kind, tmp_path):
     assert (integers - found).abs().mean() < 0.2 * lost
 
 
+@needs_whole_sums
 def test_the_runtime_leaves_in_float_what_training_left(tmp_path):
     """Also between two layers in integers, where it quantizes weights."""
     pytest.importorskip('onnxruntime')
@@ -494,6 +500,7 @@ def test_what_no_export_runs_through_is_left(tmp_path, quiet):
     assert not [name for name in found if name.startswith('auxiliary_head')]
 
 
+@needs_whole_sums
 @pytest.mark.parametrize('task', ['classifier', 'segmentor', 'detector'])
 def test_integers_agree_with_fake_quantization(task, tmp_path, quiet):
     pytest.importorskip('onnxruntime')
