@@ -33,6 +33,7 @@ def compared(
     base = rows.get(part.baseline, {})
     lines = []
     for found in report.summarize(record, cell, part):
+        rate = next(iter(rows[found.block].values())).training.lr
         # Trained one after the other with each seed, so other work on the
         # machine slows both alike.
         ratios = [
@@ -43,7 +44,7 @@ def compared(
         lines.append(
             (
                 found.block,
-                found.setting.split(',')[0],
+                f'{rate:g}',
                 found.top1.text(),
                 found.gain.text('+') if found.gain else '',
                 f'{statistics.median(ratios):.2f}' if ratios else '',
