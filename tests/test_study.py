@@ -27,6 +27,7 @@ from workshop.study import (
     report,
     rows,
     run,
+    task_plan,
     task_tables,
     tasks,
     training,
@@ -823,17 +824,17 @@ def test_drops_are_rows(data_root, tmp_path, capfd, monkeypatch):
 # The detector and the segmentor
 
 
-@pytest.mark.parametrize('network', tasks.NETWORKS)
+@pytest.mark.parametrize('network', task_plan.NETWORKS)
 def test_tasks_differ_in_blocks_only(network, tmp_path):
     pytest.importorskip('mlxtend')
-    whole = tasks.TaskPlan(
-        HOME, str(tmp_path), [network], tasks.PART, 1, (4, 2)
+    whole = task_plan.TaskPlan(
+        HOME, str(tmp_path), [network], task_plan.PART, 1, (4, 2)
     )
-    cfg = tasks.base_config(HOME, network)
-    cell = tasks.cell_of(network, cfg)
+    cfg = task_plan.base_config(HOME, network)
+    cell = task_plan.cell_of(network, cfg)
     rate = cfg.optim_wrapper.optimizer.lr
     configs = []
-    for block in tasks.PART.blocks:
+    for block in task_plan.PART.blocks:
         one = cell.training(block, 3, 'test', rate, cell.schedule.epochs)
         found = tasks.task_config(whole, one).to_dict()
         expected = dict(variants.BLOCKS[block].config)
@@ -862,30 +863,45 @@ def test_tasks_are_rows(tmp_path, monkeypatch, capfd):
 
     monkeypatch.setattr(tasks, '_run', run_one)
     out = tmp_path / 'out.json'
-    whole = tasks.TaskPlan(HOME, str(tmp_path), ['ATSS'], tasks.PART, 2)
+    whole = task_plan.TaskPlan(
+        HOME, str(tmp_path), ['ATSS'], task_plan.PART, 2
+    )
     found = [*tasks.run_tasks(whole, out)]
-    assert len(found) == 3 * 4 + 2 * 3
+    # In plain's time DBB has as many epochs, so its search is done.
+    assert len(found) == 3 * 4 + 2 * 3 + 4 + 2 * 2
     # Of the first three the last was best, so a fourth was tried.
     rates = [r.training.lr for r in found[:4]]
     assert rates == [0.0006, 0.002, 0.006, 0.02]
-    assert {r.training.lr for r in found[12:]} == {0.006}
-    assert [r.training.seed for r in found[12:]] == [0] * 3 + [1] * 3
+    assert {r.training.lr for r in found[12:18]} == {0.006}
+    assert [r.training.seed for r in found[12:18]] == [0] * 3 + [1] * 3
+    assert {r.training.epochs for r in found[:18]} == {10}
+    last = [r.training[2:] for r in found[18:]]
+    assert [each[:2] for each in last[:4]] == [('OREPA', 0)] * 4
+    assert last[4:] == [
+        (block, 0, seed, 'same time', 0.006, epochs, 16, last[0][-1])
+        for seed in (0, 1)
+        for block, epochs in (('DBB', 10), ('OREPA', 7))
+    ]
     assert not [*tasks.run_tasks(whole, out)]
     with pytest.raises(UserError, match='unknown networks .*YOLO'):
         next(tasks.run_tasks(whole._replace(networks=['YOLO']), out))
 
     record = rows.read_record(out)
-    cell = tasks.cell_of('ATSS', tasks.base_config(HOME, 'ATSS'))
+    cell = task_plan.cell_of('ATSS', task_plan.base_config(HOME, 'ATSS'))
     header, lines = task_tables.compared(record, cell)
     assert header[2] == 'box mAP (%)'
     assert [line[-1] for line in lines] == ['2'] * 3
-    plain, dbb, orepa = ([line[0], *line[3:5]] for line in lines)
-    assert plain == ['plain', '', '1.00']
-    assert dbb == ['DBB', '+1.50 ± 6.35', '1.00']
-    assert orepa == ['OREPA', '+0.00 ± 0.00', '1.50']
+    plain, dbb, orepa = ([line[0], *line[3:6]] for line in lines)
+    assert plain == ['plain', '', '', '1.00']
+    assert dbb == ['DBB', '+1.50 ± 6.35', '+1.50 ± 6.35', '1.00']
+    assert orepa == ['OREPA', '+0.00 ± 0.00', '+0.00 ± 0.00', '1.50']
     header, lines = task_tables.searches(record, cell)
-    assert header == ('block', '0.0006', '0.002', '0.006', '0.02')
-    assert lines[1] == ('DBB', '49.70', '50.90', '52.00', '50.80')
+    assert header == ('block', 'epochs', *map(str, rates))
+    assert lines[1] == ('DBB', '10', '49.70', '50.90', '52.00', '50.80')
+    assert [line[:2] for line in lines[2:]] == [
+        ('OREPA', '10'),
+        ('OREPA', '7'),
+    ]
     # The command shows the same, and draws the comparison that there is.
     drawn = tmp_path / 'tasks.svg'
     arguments = ['--part', 'tasks', '--networks', 'ATSS', '--seeds', 2]
@@ -897,19 +913,51 @@ def test_tasks_are_rows(tmp_path, monkeypatch, capfd):
     assert '+1.50 ± 6.35' in said
     svg = drawn.read_text()
     assert 'with its best setting' in svg
+    assert 'training time' in svg
+    # What nobody trained for gets no column.
+    kept = [r for r in record.rows if r.training.role != 'same time']
+    cells, part = [cell], task_plan.PART
+    less = record._replace(rows=kept)
+    picture.draw_study(less, cells, part, str(drawn))
+    svg = drawn.read_text()
+    assert 'with its best setting' in svg
     assert 'training time' not in svg
 
 
-@pytest.mark.parametrize('network', tasks.NETWORKS)
+@pytest.mark.parametrize('network', task_plan.NETWORKS)
+def test_shorter_tasks_keep_the_shape_of_their_schedule(network, tmp_path):
+    pytest.importorskip('mlxtend')
+    whole = task_plan.TaskPlan(
+        HOME, str(tmp_path), [network], task_plan.PART, 1, (4, 2)
+    )
+    cfg = task_plan.base_config(HOME, network)
+    cell = task_plan.cell_of(network, cfg)
+    length = cell.schedule.epochs // 2
+    one = cell.training('DBB', 0, 'same time', 1e-3, length)
+    short = tasks.task_config(whole, one)
+    key = task_plan.length_key(cfg.train_cfg)
+    assert short.train_cfg[key] == short.train_cfg.val_interval == length
+    warmup, decay = short.param_scheduler
+    assert warmup.end == 25
+    if network == 'ATSS':
+        assert decay.T_max == length
+    else:
+        assert (decay.begin, decay.end) == (25, length)
+    again = tasks.task_config(whole, one._replace(epochs=2 * length))
+    assert again.param_scheduler == cfg.param_scheduler
+    assert again.train_cfg == cfg.train_cfg
+
+
+@pytest.mark.parametrize('network', task_plan.NETWORKS)
 def test_tasks_start_from_the_plain_network(network, tmp_path):
     """All that networks share is equal, and the kernels of `kxk` are."""
     pytest.importorskip('mlxtend')
-    whole = tasks.TaskPlan(
-        HOME, str(tmp_path), [network], tasks.PART, 1, (4, 2)
+    whole = task_plan.TaskPlan(
+        HOME, str(tmp_path), [network], task_plan.PART, 1, (4, 2)
     )
-    cell = tasks.cell_of(network, tasks.base_config(HOME, network))
+    cell = task_plan.cell_of(network, task_plan.base_config(HOME, network))
     models, drawn = {}, set()
-    for block in tasks.PART.blocks:
+    for block in task_plan.PART.blocks:
         one = cell.training(block, 3, 'test', 1e-3, 1)
         cfg = tasks.task_config(whole, one)
         mmengine.registry.init_default_scope(cfg.default_scope)
@@ -961,9 +1009,9 @@ def test_a_detector_is_trained(tmp_path, monkeypatch):
 
     monkeypatch.setattr(tasks, 'task_config', tiny)
     for name in ('FACTORS', 'FIRST_FACTORS'):
-        monkeypatch.setattr(tasks, name, (1.0,))
+        monkeypatch.setattr(task_plan, name, (1.0,))
     part = variants.Part(('DBB',), 'DBB')
-    whole = tasks.TaskPlan(HOME, str(tmp_path), ['ATSS'], part, 1, (4, 2))
+    whole = task_plan.TaskPlan(HOME, str(tmp_path), ['ATSS'], part, 1, (4, 2))
     found = [*tasks.run_tasks(whole, tmp_path / 'out.json')]
     assert [r.training.role for r in found] == ['search', 'test']
     assert all(0 <= r.top1 <= 100 and r.seconds > 0 for r in found)
@@ -1059,7 +1107,7 @@ def test_what_was_run_is_what_the_plan_asks_for():
     record = rows.read_record(RESULTS)
     for row in record.rows:
         one = row.training
-        if one.network in tasks.NETWORKS:
+        if one.network in task_plan.NETWORKS:
             continue
         (cell,) = plan.cells_for([one.network], [one.size], one.machine)
         assert (cell.width, cell.schedule.batch) == (one.width, one.batch)

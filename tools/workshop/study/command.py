@@ -12,7 +12,7 @@ import torch
 
 from mmdbb.errors import UserError
 from mmdbb.mm.engine.measure import check_picture, report_files
-from workshop.study import tasks
+from workshop.study import task_plan
 from workshop.study.drop import print_drops
 from workshop.study.follow import FOLLOW_UPS
 from workshop.study.page import RESULTS, write_page
@@ -22,6 +22,7 @@ from workshop.study.report import print_follow_ups, print_study
 from workshop.study.rows import Row, read_record
 from workshop.study.run import Plan, run_study
 from workshop.study.task_tables import print_tasks
+from workshop.study.tasks import run_tasks
 from workshop.study.training import Machine
 from workshop.study.variants import PARTS, Part
 
@@ -107,16 +108,19 @@ def _fashion(args: argparse.Namespace, out: Path) -> _Study:
 
 
 def _tasks(args: argparse.Namespace, out: Path) -> _Study:
-    part, names = _chosen(args, tasks.PART), args.networks or [*tasks.NETWORKS]
-    plan = tasks.TaskPlan(
+    part, names = (
+        _chosen(args, task_plan.PART),
+        args.networks or [*task_plan.NETWORKS],
+    )
+    plan = task_plan.TaskPlan(
         HOME, args.data_root or 'data', names, part, args.seeds
     )
     cells = [
-        tasks.cell_of(name, tasks.base_config(HOME, name))
+        task_plan.cell_of(name, task_plan.base_config(HOME, name))
         for name in names
-        if name in tasks.NETWORKS
+        if name in task_plan.NETWORKS
     ]
-    return _Study(tasks.run_tasks(plan, out, args.minutes), cells, part, [])
+    return _Study(run_tasks(plan, out, args.minutes), cells, part, [])
 
 
 def _chosen(args: argparse.Namespace, part: Part) -> Part:

@@ -15,7 +15,7 @@ from typing import (
 )
 
 from workshop.markers import put_between
-from workshop.study import drop, report, task_tables, tasks
+from workshop.study import drop, report, task_plan, task_tables
 from workshop.study.follow import FOLLOW_UPS
 from workshop.study.plan import (
     LONGER,
@@ -59,8 +59,8 @@ def write_page(root: Path, record: Record) -> Path:
     text = page.read_text('utf-8')
     cells = cells_for(None, [*SCHEDULES], CPU.name)
     demos = [
-        tasks.cell_of(name, tasks.base_config(root, name))
-        for name in tasks.NETWORKS
+        task_plan.cell_of(name, task_plan.base_config(root, name))
+        for name in task_plan.NETWORKS
     ]
     for name, tables in {**_TABLES, **_TASK_TABLES}.items():
         among = demos if name in _TASK_TABLES else cells

@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-import statistics
 from typing import List, Sequence, Tuple
 
 from mmdbb.mm.engine.measure import print_table
 from workshop.study import report
 from workshop.study.plan import Cell
 from workshop.study.rows import Record
-from workshop.study.tasks import NETWORKS, PART
+from workshop.study.task_plan import NETWORKS, PART, time_ratios
 from workshop.study.variants import Part
 
 Lines = List[Tuple[str, ...]]
@@ -30,29 +29,25 @@ def compared(
         tuple: The table's header and its lines.
     """
     rows = report.compared(record, cell, part, 'test')
-    base = rows.get(part.baseline, {})
+    ratios = time_ratios(record, cell, part)
     lines = []
     for found in report.summarize(record, cell, part):
         rate = next(iter(rows[found.block].values())).training.lr
-        # Trained one after the other with each seed, so other work on the
-        # machine slows both alike.
-        ratios = [
-            row.seconds / base[seed].seconds
-            for seed, row in rows[found.block].items()
-            if seed in base
-        ]
+        gains = (found.gain, found.gain_in_same_time)
+        ratio = ratios.get(found.block)
         lines.append(
             (
                 found.block,
                 f'{rate:g}',
                 found.top1.text(),
-                found.gain.text('+') if found.gain else '',
-                f'{statistics.median(ratios):.2f}' if ratios else '',
+                *(gain.text('+') if gain else '' for gain in gains),
+                f'{ratio:.2f}' if ratio else '',
                 str(found.seeds),
             )
         )
     figure = f'{NETWORKS[cell.network].figure} (%)'
-    return ('block', 'rate', figure, 'gain', 'training time', 'seeds'), lines
+    columns = ('gain', 'gain in the same time', 'training time', 'seeds')
+    return ('block', 'rate', figure, *columns), lines
 
 
 def searches(record: Record, cell: Cell) -> Tuple[Sequence[str], Lines]:
@@ -61,13 +56,13 @@ def searches(record: Record, cell: Cell) -> Tuple[Sequence[str], Lines]:
     rates = sorted({rate for tops in found.values() for rate, _ in tops})
     lines = []
     for block, tops in found.items():
-        by_rate = {rate: top for (rate, _), top in tops.items()}
-        shown = (
-            f'{by_rate[rate]:.2f}' if rate in by_rate else '-'
-            for rate in rates
-        )
-        lines.append((block, *shown))
-    return ('block', *(f'{rate:g}' for rate in rates)), lines
+        # The comparison in the same time has a shorter search of its own.
+        for length in sorted({length for _, length in tops}, reverse=True):
+            cells = (tops.get((rate, length)) for rate in rates)
+            shown = ('-' if top is None else f'{top:.2f}' for top in cells)
+            lines.append((block, str(length), *shown))
+    header = (NETWORKS[cell.network].length, *(f'{r:g}' for r in rates))
+    return ('block', *header), lines
 
 
 def print_tasks(record: Record, cells: Sequence[Cell], part: Part) -> None:

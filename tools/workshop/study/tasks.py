@@ -13,7 +13,7 @@ import os
 import tempfile
 import time
 from pathlib import Path
-from typing import Dict, Iterator, NamedTuple, Sequence, Tuple
+from typing import Iterator, Tuple
 
 from mmengine.config import Config
 from mmengine.hooks import Hook
@@ -25,7 +25,6 @@ from mmdbb.reparam import find_blocks
 from workshop.demo.prepare import prepare
 from workshop.demo.run import TASKS
 from workshop.study.networks import check_names, take_dense_kernels_
-from workshop.study.plan import SEARCH_SEED, Cell, Schedule, beyond
 from workshop.study.rows import (
     Record,
     Row,
@@ -34,63 +33,17 @@ from workshop.study.rows import (
     rounded,
     write_record,
 )
-from workshop.study.variants import BLOCKS, PLAIN, Part
+from workshop.study.task_plan import (
+    NETWORKS,
+    TaskPlan,
+    base_config,
+    length_key,
+    trainings,
+)
+from workshop.study.variants import BLOCKS, PLAIN
 
-
-class Task(NamedTuple):
-    """One of the demo's.
-
-    Attributes:
-        name: Its name there.
-        figure: What its evaluator measures.
-        unit: The evaluator's unit in per cent.
-    """
-
-    name: str
-    figure: str
-    unit: float
-
-
-#: Name in tables -> the demo's task.
-NETWORKS = {
-    'ATSS': Task('detection', 'box mAP', 100.0),
-    'Semantic FPN': Task('segmentation', 'mIoU', 1.0),
-}
-#: The demo's learning rate is multiplied by one of these. A search begins with
-#: three, and goes on as long as the best is at an end.
-FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0)
-FIRST_FACTORS = (0.3, 1.0, 3.0)
 #: What is drawn anew for searches.
 SEARCH_DATA = 1
-_MACHINE = 'CPU, one thread, float32'
-_WIDTH = 16
-
-
-class TaskPlan(NamedTuple):
-    """What to run.
-
-    Attributes:
-        home: The folder that holds ``configs``.
-        data_root: The folder that has or gets the data sets.
-        networks: Some of :data:`NETWORKS`.
-        part: What is compared.
-        seeds: Trainings of each block that are compared.
-        images: To train and to validate on; None for the demo's numbers.
-    """
-
-    home: Path
-    data_root: str
-    networks: Sequence[str]
-    part: Part
-    seeds: int = 5
-    images: Sequence = (None, None)
-
-
-def cell_of(network: str, cfg: Config) -> Cell:
-    """The cell of a task's rows; the demo's whole data set has size 0."""
-    length = cfg.train_cfg.get('max_epochs') or cfg.train_cfg.max_iters
-    schedule = Schedule(cfg.train_dataloader.batch_size, length)
-    return Cell(network, _WIDTH, 0, schedule, _MACHINE)
 
 
 def run_tasks(
@@ -119,7 +72,7 @@ def run_tasks(
     write_record(out, record)
     stop = time.monotonic() + 60 * minutes
     for network in plan.networks:
-        for training in _trainings(plan, network, record):
+        for training in trainings(plan, network, record):
             if record.find(training) is None:
                 if time.monotonic() > stop:
                     return
@@ -127,40 +80,6 @@ def run_tasks(
                 record.rows.append(row)
                 write_record(out, record)
                 yield row
-
-
-def _trainings(
-    plan: TaskPlan, network: str, record: Record
-) -> Iterator[Training]:
-    """All that a network needs, in order; later ones depend on earlier."""
-    cfg = base_config(plan.home, network)
-    cell = cell_of(network, cfg)
-    rate = cfg.optim_wrapper.optimizer.lr
-    epochs = cell.schedule.epochs
-    found = {}
-    for block in plan.part.blocks:
-        tried: Dict[float, Training] = {}
-        factors = [*FIRST_FACTORS]
-        while factors:
-            for factor in factors:
-                lr = round(factor * rate, 6)
-                tried[factor] = cell.training(
-                    block, SEARCH_SEED, 'search', lr, epochs
-                )
-                yield tried[factor]
-            best = max(tried, key=lambda f: record.find(tried[f]).top1)
-            further = beyond(best, [*tried], FACTORS)
-            factors = [] if further is None else [further]
-        found[block] = tried[best]
-    for seed in range(plan.seeds):
-        for training in found.values():
-            yield training._replace(seed=seed, role='test')
-
-
-def base_config(home: Path, network: str) -> Config:
-    """The demo's config of a task."""
-    name = TASKS[NETWORKS[network].name].config
-    return Config.fromfile(Path(home, 'configs', 'demo', name))
 
 
 def task_config(plan: TaskPlan, training: Training) -> Config:
@@ -185,6 +104,7 @@ def task_config(plan: TaskPlan, training: Training) -> Config:
         init_cfg=dict(type='TorchDefault'),
     )
     cfg.optim_wrapper.optimizer.lr = training.lr
+    _set_length_(cfg, training.epochs)
     cfg.default_hooks.checkpoint.update(interval=-1)
     cfg.randomness = dict(seed=training.seed)
     cfg.log_level = 'WARNING'
@@ -193,6 +113,16 @@ def task_config(plan: TaskPlan, training: Training) -> Config:
     # By a name of the config's, all runs would share the first one's folder.
     cfg.visualizer.name = cfg.experiment_name
     return cfg
+
+
+def _set_length_(cfg: Config, length: int) -> None:
+    """Train for as long as given, with a schedule of the same shape."""
+    loop = cfg.train_cfg
+    share = length / loop[length_key(loop)]
+    loop.update({length_key(loop): length, 'val_interval': length})
+    for schedule in cfg.param_scheduler:
+        for bound in {'begin', 'end', 'T_max'} & {*schedule}:
+            schedule[bound] = round(share * schedule[bound])
 
 
 class OneStart(Hook):
@@ -246,7 +176,3 @@ def _run(plan: TaskPlan, training: Training) -> Tuple[float, float]:
         # A detector that finds nothing at all gets no figure.
         value = scalars[name].current() if name in scalars else 0.0
     return rounded(task.unit * value, seconds)
-
-
-#: What the detector and the segmentor are compared with.
-PART = Part((PLAIN, 'DBB', 'OREPA'))
