@@ -85,7 +85,7 @@ def _line(row: Row) -> str:
     t = row.training
     return (
         f'{t.network}, {t.size} a class, {t.block}, {t.role} {t.seed}, rate '
-        f'{t.lr:g}, {t.epochs} epochs: {row.top1:.2f} %, {row.seconds:.1f} s'
+        f'{t.lr:g}, {t.epochs:g} epochs: {row.top1:.2f} %, {row.seconds:.1f} s'
     )
 
 

@@ -39,7 +39,7 @@ _DASH = '-'
 
 Lines = List[Tuple[str, ...]]
 #: Rate and epochs -> accuracy on the held-out images, of one block.
-Tops = Dict[Tuple[float, int], float]
+Tops = Dict[Tuple[float, float], float]
 
 
 def write_page(root: Path, record: Record) -> Path:

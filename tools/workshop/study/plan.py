@@ -39,7 +39,8 @@ class Schedule(NamedTuple):
 SCHEDULES = {
     30: Schedule(50, 40),
     300: Schedule(100, 10),
-    3000: Schedule(200, 3),
+    # As many steps as with 300, to see what more images change.
+    3000: Schedule(100, 1),
 }
 
 
@@ -73,7 +74,7 @@ class Cell(NamedTuple):
         return f'{self.network}, width {self.width}, {images}'
 
     def training(
-        self, block: str, seed: int, role: str, lr: float, epochs: int
+        self, block: str, seed: int, role: str, lr: float, epochs: float
     ) -> Training:
         """A training in this cell."""
         return Training(
@@ -99,7 +100,7 @@ class Setting(NamedTuple):
     """
 
     lr: float
-    epochs: int
+    epochs: float
 
 
 def search(
@@ -127,7 +128,7 @@ def search(
 
 
 def _search_rate(
-    record: Record, cell: Cell, block: str, epochs: int
+    record: Record, cell: Cell, block: str, epochs: float
 ) -> Tuple[List[Training], Optional[Setting]]:
     """As :func:`search`, for a given number of epochs."""
     tried = list(FIRST_RATES)
@@ -207,10 +208,11 @@ def search_in_the_same_time(
 
 def epochs_in_the_same_time(
     record: Record, cell: Cell, block: str, baseline: str
-) -> Optional[int]:
+) -> Optional[float]:
     """How many epochs take a block about as long as the baseline's training.
 
-    Whole ones, at least one; None as in :func:`search_in_the_same_time`.
+    Whole ones, or tenths where they are fewer than three; None as in
+    :func:`search_in_the_same_time`.
     """
     if BLOCKS[block].config == BLOCKS[PLAIN].config:
         return None
@@ -218,8 +220,8 @@ def epochs_in_the_same_time(
     costs = [cost_of(record, cell, b) for b in (baseline, block)]
     if None in (plain, *costs):
         return None
-    share = costs[0].milliseconds / costs[1].milliseconds
-    return max(1, round(plain.epochs * share))
+    epochs = plain.epochs * costs[0].milliseconds / costs[1].milliseconds
+    return round(epochs) if epochs >= 3 else max(0.1, round(epochs, 1))
 
 
 def comparison(

@@ -92,9 +92,9 @@ def compared(record: Record, cell: Cell, part: Part, role: str) -> Compared:
 
 def searched(
     record: Record, cell: Cell, part: Part
-) -> Dict[str, Dict[Tuple[float, int], float]]:
+) -> Dict[str, Dict[Tuple[float, float], float]]:
     """What a cell's searches found: block -> rate and epochs -> accuracy."""
-    found: Dict[str, Dict[Tuple[float, int], float]] = {}
+    found: Dict[str, Dict[Tuple[float, float], float]] = {}
     for row in record.rows:
         one = row.training
         if (
@@ -125,7 +125,7 @@ def summarize(record: Record, cell: Cell, part: Part) -> List[Summary]:
         summaries.append(
             Summary(
                 block,
-                f'{first.lr:g}, {first.epochs}',
+                f'{first.lr:g}, {first.epochs:g}',
                 interval([row.top1 for row in by_seed.values()]),
                 gain,
                 gains(timed.get(block, {}), plain),
@@ -171,7 +171,7 @@ def _gain_a_minute(
     return gain.mean / ((own - base) / 60e3) if own > base else None
 
 
-def _steps(training: Training) -> int:
+def _steps(training: Training) -> float:
     return training.epochs * (CLASSES * training.size // training.batch)
 
 

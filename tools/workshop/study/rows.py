@@ -24,7 +24,7 @@ class Training(NamedTuple):
             held-out training images; ``'test'``; ``'same time'`` for one
             that may take as long as the baseline's.
         lr: Largest learning rate.
-        epochs: Passes over the images.
+        epochs: Passes over the images, perhaps a part of one.
         batch: Images in a step.
         machine: Device and precision.
     """
@@ -36,7 +36,7 @@ class Training(NamedTuple):
     seed: int
     role: str
     lr: float
-    epochs: int
+    epochs: float
     batch: int
     machine: str
 

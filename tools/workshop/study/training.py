@@ -27,13 +27,13 @@ class Recipe(NamedTuple):
     Attributes:
         lr: Largest learning rate, after a warm-up of a tenth of the steps;
             it then falls to 0 by a cosine.
-        epochs: Passes over the training images.
+        epochs: Passes over the training images, perhaps a part of one.
         batch: Images in a step.
         weight_decay: Of all parameters.
     """
 
     lr: float
-    epochs: int
+    epochs: float
     batch: int
     weight_decay: float = 5e-4
 
@@ -97,7 +97,7 @@ def train(
         weight_decay=recipe.weight_decay,
         nesterov=True,
     )
-    total = steps * recipe.epochs
+    total = max(1, round(steps * recipe.epochs))
     warm_up = max(1, total // 10)
     schedule = torch.optim.lr_scheduler.SequentialLR(
         optimizer,
@@ -116,9 +116,9 @@ def train(
     network.train()
     forward_and_backward = _step_of(network, images, batch, scaler, machine)
     begin = _now(device)
-    for _ in range(recipe.epochs):
+    for done in range(0, total, steps):
         order = torch.randperm(count, generator=generator, device=device)
-        for places in order.split(batch)[:steps]:
+        for places in order.split(batch)[: min(steps, total - done)]:
             inputs, labels = images.take(places)
             forward_and_backward(augmented(inputs, generator), labels)
             scaler.step(optimizer)
