@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from fnmatch import fnmatchcase
 from typing import (
     Any,
     Dict,
     List,
+    Mapping,
     NamedTuple,
     Optional,
     Sequence,
@@ -15,6 +18,7 @@ from typing import (
     Union,
 )
 
+import torch
 from torch import nn
 
 from mmdbb.blocks.base import ReparamConv2d
@@ -29,7 +33,10 @@ from mmdbb.errors import UserError
 from mmdbb.files.sources import some
 from mmdbb.insert import forms_of, held_layers, is_replaceable
 from mmdbb.modules import has_hooks, memory_format_of, names_of, to_layout_
+from mmdbb.plain.blocks import copy_entries_, plain_start
 from mmdbb.plain_conv import plain_conv
+from mmdbb.ports import PORTS
+from mmdbb.transforms import KernelBias
 
 Patterns = Union[str, Sequence[str], None]
 
@@ -77,7 +84,11 @@ def put_blocks_(
 
     The blocks start as they do under ``conv_cfg``: by their own rules and not
     as the convolutions that they replace, which is what ``insert_blocks_``
-    does. The norms behind them stay.
+    does. The norms behind them stay. But what the network set on purpose
+    stays, too: a convolution that is frozen (a fixed filter), or whose bias is
+    one number other than zero (a detector's prior), starts its block; one
+    whose kernel is zero stays plain, because a block with norms cannot start
+    as zero. So does one that shares its weight with another layer.
 
     Args:
         model: The network, with random weights; changed in place.
@@ -197,6 +208,11 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 def _layers(model: nn.Module) -> List[Any]:
     """The convolutions and blocks that another block can take the place of."""
     held = held_layers(model)
+    owners = Counter(
+        tensor
+        for module in model.modules()
+        for tensor in module._parameters.values()
+    )
     inside = {
         part
         for module in model.modules()
@@ -212,12 +228,48 @@ def _layers(model: nn.Module) -> List[Any]:
         # The place of a norm that a block absorbed remembers the block.
         and (module not in held or bool(getattr(module, '_absorbed', ())))
         and not has_hooks(module)
+        and not _is_tied(module, owners)
+        and not _is_zero(module)
         and (
             is_replaceable(module)
             or _is_adaptive(module)
             or (isinstance(module, ReparamConv2d) and not module.deploy)
         )
     ]
+
+
+def _is_tied(layer: nn.Module, owners: Mapping[Any, int]) -> bool:
+    """Whether another layer has the same parameter."""
+    return any(owners[tensor] > 1 for tensor in layer.parameters(False))
+
+
+def _is_zero(layer: nn.Module) -> bool:
+    """Whether a convolution starts as zero, as offsets in DCN do."""
+    weight = layer._parameters.get('weight')
+    return weight is not None and not weight.is_meta and not weight.any()
+
+
+def _start_of(layer: Any) -> Optional[KernelBias]:
+    """The convolution as which a block has to start; None if as it likes."""
+    if isinstance(layer, ReparamConv2d) or layer.weight.is_meta:
+        return None
+    bias = layer.bias
+    if layer.weight.requires_grad and not (
+        bias is not None and len(bias) > 1 and is_prior(bias)
+    ):
+        return None
+    if bias is None:
+        bias = layer.weight.new_zeros(layer.out_channels)
+    return KernelBias(layer.weight, bias)
+
+
+def is_prior(bias: torch.Tensor) -> bool:
+    """Whether a bias is one number other than zero, so set on purpose.
+
+    Args:
+        bias: The bias, of shape (channels,).
+    """
+    return bool((bias == bias[0]).all()) and bool(bias[0] != 0)
 
 
 def _kind(layer: nn.Module) -> LayerKind:
@@ -290,4 +342,19 @@ def _built(rule: _Rule, layer: Any) -> nn.Module:
         new.requires_grad_(False)
     for place in absorbed:
         place.belong_to(new)
+    start = _start_of(layer)
+    if start is not None and isinstance(new, ReparamConv2d):
+        _start_as_(new, start, layer)
     return new.train(layer.training)
+
+
+def _start_as_(block: ReparamConv2d, start: KernelBias, layer: Any) -> None:
+    try:
+        copy_entries_(block, plain_start(block, start))
+    except ValueError as error:
+        # Frozen stages get weights later, which the block then refuses.
+        PORTS.log(
+            f'a {type(block).__name__} takes the place of {layer}, whose '
+            f'start it cannot have: {error}',
+            logging.WARNING,
+        )

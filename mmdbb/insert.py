@@ -45,7 +45,12 @@ from mmdbb.files.checkpoints import load_strictly
 from mmdbb.files.sources import some
 from mmdbb.found_norms import norms_shown
 from mmdbb.merge_back import Replaced, merge_before_fuse_
-from mmdbb.modules import has_hooks, memory_format_of, to_layout_
+from mmdbb.modules import (
+    has_hooks,
+    memory_format_of,
+    to_layout_,
+    uncompiled,
+)
 from mmdbb.plain.blocks import BRANCH_SCALE, copy_entries_, plain_start
 from mmdbb.plain.branch_sums import NormValues
 from mmdbb.ports import PORTS
@@ -250,6 +255,7 @@ def merge_into_(
         >>> [type(layer).__name__ for layer in merge_into_(plain, model)]
         ['Conv2d', 'BatchNorm2d']
     """
+    model = uncompiled(model)
     _check_same_network(plain, model)
     state = stock_state(model, plain, norms_shown(plain, example))
     load_strictly(plain, state, 'the merged network')

@@ -132,6 +132,8 @@ def merge_back_(model: nn.Module) -> List[str]:
         if block in new:
             continue
         new[block] = conv = merged[name]
+        trains = any(p.requires_grad for p in block.parameters())
+        conv.requires_grad_(trains)
         replaced: Any = _replaced(block)  # looked at above
         reader: Any = replaced.reader[0] if replaced.reader else None
         bias = conv.bias
@@ -139,7 +141,8 @@ def merge_back_(model: nn.Module) -> List[str]:
             bias = conv.weight.new_zeros(conv.out_channels)
         if replaced.norm is not None:
             adds = torch.zeros_like(bias) if replaced.bias else bias.detach()
-            new[reader] = _norm_of(replaced, adds).train(block.training)
+            norm = _norm_of(replaced, adds).train(block.training)
+            new[reader] = norm.requires_grad_(trains)
         elif reader is not None and not replaced.bias:
             biases[reader] = bias
         if reader is not None and not replaced.bias:

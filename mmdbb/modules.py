@@ -416,12 +416,25 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """Take a network out of its wrappers for several GPUs or augmentation.
 
     Args:
-        model: The network, or a module that holds it as ``module``.
+        model: The network, or a module that holds it as ``module``; what
+            ``torch.compile`` made of either, too.
     """
+    model = uncompiled(model)
     inner = getattr(model, 'module', None)
     while isinstance(inner, nn.Module):
-        model, inner = inner, getattr(inner, 'module', None)
+        model = uncompiled(inner)
+        inner = getattr(model, 'module', None)
     return model
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The network that ``torch.compile`` wrapped; itself if it is not so.
+
+    Args:
+        model: The network; both have the same parameters.
+    """
+    inner = vars(model).get('_modules', {}).get('_orig_mod')
+    return model if inner is None else inner
 
 
 @torch.no_grad()

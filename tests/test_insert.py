@@ -455,6 +455,29 @@ def test_takes_over_what_the_modules_were():
     assert model.training and all(m.training for m in model.conv1.modules())
 
 
+def test_a_layer_may_be_called_by_its_arguments_name():
+    class Called(Misleading):
+        def forward(self, x):
+            return self.conv2(input=self.norm1(input=self.conv1(input=x)))
+
+    model = Called().double().eval()
+    expected = model(image(2, 3, 9, 9))
+    assert 'conv1' in insert_blocks_(model)
+    assert distance(model(image(2, 3, 9, 9)), expected) < EXACT
+
+
+def test_a_compiled_model_is_merged_and_loaded_as_the_model():
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    model = copy.deepcopy(plain)
+    insert_blocks_(model)
+    compiled = torch.compile(randomize(model), backend='eager')
+    x = image(2, 3, 9, 9).float()
+    merged = merge_into_(copy.deepcopy(plain), compiled).eval()
+    assert distance(merged(x), model.eval()(x)) < 1e-5
+    load_plain_weights_(compiled, randomize(plain).state_dict())
+    assert distance(model.eval()(x), plain.eval()(x)) < 1e-5
+
+
 def test_looking_changes_nothing():
     model = randomize(Misleading().train())
     model.norm1.eval()

@@ -112,6 +112,19 @@ def outputs(model):
 
 
 @pytest.mark.parametrize('block', BLOCKS)
+def test_frozen_layers_come_back_frozen(block):
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3)
+    )
+    model[:2].requires_grad_(False)
+    expected = {n: p.requires_grad for n, p in model.named_parameters()}
+    mmdbb.insert_blocks_(model, dict(type=block))
+    mmdbb.merge_back_(model)
+    found = {n: p.requires_grad for n, p in model.named_parameters()}
+    assert found == expected
+
+
+@pytest.mark.parametrize('block', BLOCKS)
 def test_structure_and_function_come_back(block):
     plain, model = with_blocks(block)
     expected = outputs(model)

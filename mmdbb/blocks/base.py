@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from mmdbb.blocks.block_type import BlockType
-from mmdbb.blocks.equivalent import equivalent
+from mmdbb.blocks.equivalent import equivalent, is_settable
 from mmdbb.blocks.offers import TakesPlainWeights
 from mmdbb.branches.base import leaf_dtype, take_geometry
 from mmdbb.dimensions import LayerKind
@@ -271,13 +271,15 @@ class ReparamConv2d(TakesPlainWeights, metaclass=BlockType):
         return 'reparam_conv' in self._modules
 
     def forward(
-        self, x: Tensor, output_size: Optional[Sequence[int]] = None
+        self,
+        input: Tensor,  # noqa: A002, the name that torch's layers have
+        output_size: Optional[Sequence[int]] = None,
     ) -> Tensor:
         """Convolve images.
 
         Args:
-            x: Images of shape (N, in, H, W), or one image (in, H, W); (N, in,
-                T, H, W) for a block of three dimensions.
+            input: Images of shape (N, in, H, W), or one image (in, H, W);
+                (N, in, T, H, W) for a block of three dimensions.
             output_size: Size of a transposed convolution's output, as in
                 ``nn.ConvTranspose2d``: (H', W'), or the whole shape.
 
@@ -286,8 +288,9 @@ class ReparamConv2d(TakesPlainWeights, metaclass=BlockType):
 
         Raises:
             TypeError: If torch.fx traces the block alone.
-            ValueError: If ``x`` has another number of dimensions.
+            ValueError: If ``input`` has another number of dimensions.
         """
+        x = input
         sized = () if output_size is None else (output_size,)
         if self.deploy:
             return self.reparam_conv(x, *sized)
@@ -600,12 +603,16 @@ class ReparamConv2d(TakesPlainWeights, metaclass=BlockType):
 
         mmengine matches its rules to layers by class name, at any depth. A
         rule such as "every norm's weight is 1" would undo the gammas with
-        which a block starts, so such rules stop here.
+        which a block starts, so such rules stop here. Those that a network
+        has for this layer by its name are heard, see
+        :func:`~mmdbb.blocks.equivalent.settable`.
 
         Args:
             fn: The function, which gets each module.
         """
         if not self._initializing and PORTS.is_host_rule(fn):
+            if is_settable(self):
+                fn(self)
             return self
         return super().apply(fn)
 

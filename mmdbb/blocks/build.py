@@ -302,7 +302,7 @@ def keeps_adaptive(
     kind = replaced.type.rpartition('.')[2]
     if kind in ADAPTIVE_TYPES:
         return kind_of_block(block) == CONV2D
-    if kind in PLAIN_TYPES or kind in LAYER_KINDS:
+    if kind in PLAIN_TYPES or kind in LAYER_KINDS or kind in BLOCKS:
         return False
     reason = 'a block computes a convolution of torch, and no other layer'
     raise ValueError(

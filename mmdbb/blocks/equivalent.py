@@ -6,6 +6,9 @@ flow back. Nothing is stored: they are in no state dict, and whoever writes
 into them would lose the values, so such writes are refused. Functions that
 initialise weights pass a block by: it has its own start.
 
+Where a network is to initialise its layers, :func:`settable` lets it write
+values for the whole convolution, which its caller makes the block start as.
+
 Reading raises an AttributeError where the two would not be the layer. Then
 ``hasattr`` is False, so code that looks for weights to initialise, to
 optimise or to fuse leaves the block alone.
@@ -13,8 +16,10 @@ optimise or to fuse leaves the block alone.
 
 from __future__ import annotations
 
+import contextlib
+import math
 import sys
-from typing import TYPE_CHECKING, Optional
+from typing import TYPE_CHECKING, Any, Dict, Iterable, Iterator, Optional
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +32,45 @@ if TYPE_CHECKING:
     from mmdbb.blocks.base import ReparamConv2d
 
 MERGE_FIRST = 'merge first: mmdbb.reparameterize(model)'
+
+
+_SETTABLE = '_settable'
+
+
+@contextlib.contextmanager
+def settable(
+    blocks: Iterable[ReparamConv2d],
+) -> Iterator[Dict[ReparamConv2d, Dict[str, Any]]]:
+    """Within the context, whoever writes into a block's weight is heard.
+
+    The weight and bias that are read are tensors full of NaN, which belong to
+    nothing; what is not NaN in the end was written.
+
+    Args:
+        blocks: Blocks whose parameters have values.
+
+    Yields:
+        dict: Block -> ``'weight'`` and ``'bias'``, None without a bias.
+    """
+    written: Dict[ReparamConv2d, Dict[str, Any]] = {}
+    for block in blocks:
+        like = next(tensors_of(block))
+        shapes = dict(weight=block.spec.weight_shape)
+        if block._wants_bias:
+            shapes['bias'] = (block.out_channels,)
+        empty = {n: like.new_full(s, math.nan) for n, s in shapes.items()}
+        written[block] = dict(dict(bias=None), **empty)
+        vars(block)[_SETTABLE] = written[block]
+    try:
+        yield written
+    finally:
+        for block in written:
+            del vars(block)[_SETTABLE]
+
+
+def is_settable(block: ReparamConv2d) -> bool:
+    """Whether a block is within :func:`settable` now."""
+    return _SETTABLE in vars(block)
 
 
 class Equivalent(Tensor):
@@ -75,6 +119,9 @@ def equivalent(block: ReparamConv2d, name: str) -> Optional[Tensor]:
         AttributeError: If there is no such convolution, or its weight and
             bias together would not be what the block computes.
     """
+    written = vars(block).get(_SETTABLE)
+    if written is not None:
+        return written[name]
     modules = vars(block).get('_modules', {})
     if not is_compiling():
         _refuse_weight_norm(block)

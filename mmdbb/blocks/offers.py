@@ -109,15 +109,16 @@ class AbsorbedNorm(nn.Identity):
     def extra_repr(self) -> str:
         return f'{self.kind}, eps={self.eps}'
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Pass the input on.
 
         A graph that torch.fx traces keeps this place, as it keeps a norm, so
         that a norm can come back here.
 
         Args:
-            x: Anything.
+            input: Anything.
         """
+        x = input
         if not isinstance(x, torch.fx.Proxy):
             return x
         name = x.tracer.path_of_module(self)
@@ -152,14 +153,17 @@ class AbsorbedNorm(nn.Identity):
         else:
             self._start(plain, norm, args)
 
-    def norm_for(self, args: tuple) -> Optional[NormEntries]:
+    def norm_for(
+        self, args: tuple, plain: KernelBias
+    ) -> Optional[NormEntries]:
         """The norm's entries, if this load found them before the block.
 
         Args:
             args: Last arguments of the block's ``_load_from_state_dict``.
+            plain: What the block was offered.
         """
         offer = self._taken('norm', args[-3])
-        return None if offer is None else self._used(offer, args)
+        return None if offer is None else self._used(offer, args, plain)
 
     def wait(self, missing: List[str], prefix: str, plain: KernelBias) -> None:
         """Keep what a block was offered, until this load comes to the norm.
@@ -178,7 +182,7 @@ class AbsorbedNorm(nn.Identity):
         return offer if same_load else None
 
     def _start(self, plain: _Offer, norm: _Offer, args: tuple) -> None:
-        found = self._used(norm, args)
+        found = self._used(norm, args, plain.found)
         if found is None:
             return
         block, name = self.block, plain.prefix[:-1]
@@ -187,11 +191,20 @@ class AbsorbedNorm(nn.Identity):
         for entry, value in entries.items():
             own[entry].data.copy_(value)
 
-    def _used(self, offer: _Offer, args: tuple) -> Optional[NormEntries]:
+    def _used(
+        self, offer: _Offer, args: tuple, plain: KernelBias
+    ) -> Optional[NormEntries]:
         """Tell the load that it used a norm's entries; None if it did not."""
         if not (offer.found or self.returns):
             return None
         missing, unexpected, errors = args[-3:]
+        if not offer.found and plain.bias is None:
+            raise UserError(
+                'the weights hold a plain convolution for a '
+                f'{type(self.block).__name__} that does the work of the '
+                f'{self.kind} at {offer.prefix[:-1]}, too, but no entry of '
+                'that norm: load both, or neither'
+            )
         channels = (self.block.out_channels,)
         names = {offer.prefix + name for name in offer.found}
         missing.extend(
@@ -270,7 +283,7 @@ class TakesPlainWeights(nn.Module):
                 missing.append(f'{prefix}bias')
             bias = None if bias is None else bias.detach()
             plain = KernelBias(kernel.detach(), bias)
-            norm = None if place is None else place.norm_for(args)
+            norm = None if place is None else place.norm_for(args, plain)
             if place is not None and norm is None:
                 place.wait(missing, prefix, plain)
             entries = _started(self, prefix[:-1], plain, norm)

@@ -301,6 +301,34 @@ def load_strictly(
     model.load_state_dict(state, assign=keep_dtype)
 
 
+def refuse_untied(
+    model: nn.Module, state: Dict[str, Tensor], path: str
+) -> None:
+    """Raise if layers share a tensor for which the file has several values.
+
+    Whoever loads the file would get the last one in all of these layers.
+
+    Args:
+        model: The model that the file is for.
+        state: The file's entries, which fit the model.
+        path: The file, for the message.
+
+    Raises:
+        UserError: If there is such a tensor.
+    """
+    first: Dict[Any, str] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if not isinstance(tensor, Tensor):
+            continue
+        other = first.setdefault(tensor, name)
+        if other != name and not torch.equal(state[name], state[other]):
+            raise UserError(
+                f'{path}: {other} and {name} are one tensor in the network of '
+                'the config, but the trained network has two different '
+                'kernels there; train with these layers plain (skip=)'
+            )
+
+
 def _parts(state: Dict[str, Tensor]) -> List[str]:
     """Names of a network's parts, such as ``backbone``, ``neck``, ``head``."""
     return list(dict.fromkeys(n.split('.')[0] for n in state if '.' in n))

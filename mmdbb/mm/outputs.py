@@ -32,7 +32,12 @@ from torch import Tensor, nn
 
 from mmdbb.errors import UserError
 from mmdbb.files.atomic import all_or_nothing
-from mmdbb.files.checkpoints import load_strictly, read_checkpoint, sha256
+from mmdbb.files.checkpoints import (
+    load_strictly,
+    read_checkpoint,
+    refuse_untied,
+    sha256,
+)
 from mmdbb.files.formats import OWN, SUFFIXES, write_checkpoint
 from mmdbb.files.sources import with_versions_of
 from mmdbb.mm.config_files import files_of
@@ -272,6 +277,7 @@ class Drafts(NamedTuple):
         prove_rounded(loaded['state_dict'], contents.state, dtypes)
         network = network_of(config, loaded)
         load_strictly(network, loaded['state_dict'], checkpoint)
+        refuse_untied(network, loaded['state_dict'], checkpoint)
 
     def _meta(self, contents: Contents) -> Dict[str, Any]:
         notes = self.source.notes(

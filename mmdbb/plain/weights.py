@@ -24,7 +24,7 @@ from mmdbb.errors import UserError
 from mmdbb.files.checkpoints import read_checkpoint
 from mmdbb.files.sources import some, with_versions_of
 from mmdbb.found_norms import absorbed_norms, find_norms
-from mmdbb.modules import is_frozen_norm, is_norm
+from mmdbb.modules import is_frozen_norm, is_norm, uncompiled
 from mmdbb.plain.blocks import BRANCH_SCALE, copy_entries_, plain_start
 from mmdbb.plain.branch_sums import NormValues
 from mmdbb.ports import PORTS
@@ -94,6 +94,7 @@ def load_plain_weights_(
         True
     """
     source = _source_of(weights)
+    model = uncompiled(model)
     blocks = find_blocks(model)
     if not blocks:
         raise UserError(

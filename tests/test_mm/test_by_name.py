@@ -1,7 +1,11 @@
 """Blocks chosen by the names of layers, in a config of type WithBlocks."""
 
 import copy
+import math
+import pickle
+from pathlib import Path
 
+import mmdet
 import mmpretrain
 import mmpretrain.registry
 import pytest
@@ -9,7 +13,8 @@ import torch
 from helpers import EXACT, deploy, distance, image, randomize, run_tool
 from mmcv.cnn.bricks import Conv2dAdaptivePadding
 from mmengine.config import Config
-from mmengine.registry import MODELS
+from mmengine.model import BaseModel, BaseModule
+from mmengine.registry import MODELS, init_default_scope
 from networks import CONFIGS, write_checkpoint
 from runs import run_config, train
 from torch import nn
@@ -235,6 +240,155 @@ def test_a_network_without_convolutions():
     for model in (nn.Conv2d(3, 4, 3), nn.Sequential(nn.Linear(2, 2))):
         with pytest.raises(UserError, match='has no convolution inside'):
             put_blocks_(model, [dict(type='DBB')])
+
+
+# What the network set on purpose
+
+
+class Starts(BaseModel):
+    """Layers that a host gave a start of their own, as it is built."""
+
+    def __init__(self, data_preprocessor=None, init_cfg=None):
+        super().__init__(data_preprocessor, init_cfg)
+        self.plain = nn.Conv2d(3, 4, 3, padding=1)
+        self.fixed = nn.Conv2d(3, 4, 3, padding=1, bias=False)
+        self.fixed.weight.requires_grad_(False)
+        self.prior = nn.Conv2d(3, 4, 3, padding=1)
+        nn.init.constant_(self.prior.bias, -4.6)
+        self.offsets = nn.Conv2d(3, 4, 3, padding=1)
+        nn.init.zeros_(self.offsets.weight)
+        self.tied = nn.Conv2d(3, 4, 3, padding=1, bias=False)
+        self.same = nn.Conv2d(3, 4, 3, padding=2, dilation=2, bias=False)
+        self.same.weight = self.tied.weight
+
+    def init_weights(self):
+        super().init_weights()
+        self.written = nn.init.normal_(self.plain.weight, std=0.01)
+
+    def forward(self, inputs, data_samples=None, mode='tensor'):
+        layers = (self.plain, self.fixed, self.prior, self.offsets)
+        return sum(layer(inputs) for layer in (*layers, self.tied, self.same))
+
+
+@pytest.mark.parametrize('block', ['DBB', 'OREPA', 'RepVGGConv'])
+def test_what_a_network_set_on_purpose_stays(block):
+    model = Starts().double().eval()
+    expected = {n: m(image(2, 3, 9, 9)) for n, m in model.named_children()}
+    stay = ['offsets', 'tied', 'same']
+    found = put_blocks_(model, [dict(type=block)])
+    assert [*found] == ['plain', 'fixed', 'prior']
+    model.eval()
+    for name in ('fixed', 'prior', *stay):
+        y = model.get_submodule(name)(image(2, 3, 9, 9))
+        assert distance(y, expected[name]) < 1e-5, name
+    y = model.plain(image(2, 3, 9, 9))
+    assert distance(y, expected['plain']) > 0.1
+    assert not any(p.requires_grad for p in model.fixed.parameters())
+    assert all(p.requires_grad for p in model.prior.parameters())
+    for name in stay:
+        with pytest.raises(UserError, match=f"'{name}' fits no convolution"):
+            put_blocks_(Starts(), [dict(type=block, only=name)])
+
+
+def retinanet(kind, **rule):
+    """RetinaNet of the package, with blocks wherever they fit."""
+    cfg = Config.fromfile(
+        str(
+            Path(mmdet.__file__).parent
+            / '.mim/configs/retinanet/retinanet_r18_fpn_1x_coco.py'
+        )
+    )
+    model = dict(cfg.model, type='WithBlocks', network='RetinaNet')
+    model['backbone'] = dict(
+        cfg.model.backbone, init_cfg=None, base_channels=4
+    )
+    model['neck'] = dict(cfg.model.neck, in_channels=[4, 8, 16, 32])
+    return dict(model, blocks=[dict(rule, type=kind)])
+
+
+@pytest.mark.parametrize('block', ['DBB', 'OREPA', 'ACB'])
+def test_a_detectors_prior_stays(block):
+    """Of all anchors few show an object; without it the loss is 100 times."""
+    init_default_scope('mmdet')
+    model = MODELS.build(retinanet(block))
+    assert 'bbox_head.retina_cls' in find_blocks(model)
+    copied = pickle.loads(pickle.dumps(model))  # init_weights goes with it
+    for each in (model, copied):
+        each.init_weights()
+        each.train()
+        last = each.bbox_head.retina_cls
+        shares = last(torch.zeros(2, 256, 5, 5)).sigmoid()
+        assert shares.mean().item() == pytest.approx(0.01, abs=1e-3)
+        if block == 'OREPA':
+            continue  # without norms its other layers may give anything
+        scores, _ = each(image(2, 3, 64, 64).float(), mode='tensor')[-2:]
+        shares = torch.cat([s.sigmoid().flatten() for s in scores])
+        assert 0.005 < shares.mean() < 0.05
+
+
+@pytest.mark.parametrize('block', ['DBB', 'OREPA'])
+def test_a_host_may_write_into_layers_that_are_blocks(block):
+    """YOLOF's head writes each layer; DCN starts its offsets as zero."""
+    init_default_scope('mmdet')
+    head = dict(
+        type='WithBlocks',
+        network='YOLOFHead',
+        blocks=[dict(type=block)],
+        num_classes=3,
+        in_channels=8,
+        num_cls_convs=1,
+        num_reg_convs=1,
+        anchor_generator=dict(
+            type='AnchorGenerator', ratios=[1.0], scales=[2], strides=[32]
+        ),
+    )
+    model = MODELS.build(head)
+    blocks = find_blocks(model)
+    model.init_weights()
+    assert find_blocks(model) == blocks
+    assert {'cls_score', 'bbox_pred', 'object_pred'} <= {*blocks}
+    prior = -math.log(99)
+    y = model.cls_score(torch.zeros(2, 8, 5, 5))
+    assert y.mean().item() == pytest.approx(prior, abs=0.01)
+    with pytest.raises((AttributeError, ValueError)):
+        nn.init.zeros_(model.cls_score.weight).data.zero_()
+        model.cls_score.weight = None  # as before, after it
+
+    dcn = dict(type='DCNv2', deform_groups=1, fallback_on_stride=False)
+    backbone = dict(
+        type='WithBlocks',
+        network='mmdet.ResNet',
+        blocks=[dict(type=block)],
+        depth=50,
+        base_channels=4,
+        stem_channels=4,
+        dcn=dcn,
+        stage_with_dcn=(False, False, True, True),
+    )
+    model = MODELS.build(backbone)
+    model.init_weights()
+    offsets = [m for n, m in model.named_modules() if 'conv_offset' in n]
+    assert offsets and all(type(m) is nn.Conv2d for m in offsets)
+    assert not any(m.weight.any() for m in offsets)
+
+
+class ZeroLast(BaseModule):
+    """Starts a layer as zero when it is initialised, not when it is built."""
+
+    def __init__(self):
+        super().__init__()
+        self.last = nn.Conv2d(3, 4, 3)
+
+    def init_weights(self):
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+
+
+def test_a_start_that_a_block_cannot_have_is_refused():
+    rules = dict(type='WithBlocks', network=ZeroLast)
+    model = MODELS.build(dict(rules, blocks=[dict(type='DBB')]))
+    with pytest.raises(ValueError, match="last: ZeroLast .* skip='last'"):
+        model.init_weights()
 
 
 # In a config

@@ -239,15 +239,19 @@ def test_a_norm_that_is_missing_is_named(name):
     state = {
         n: v for n, v in plain.state_dict().items() if not n.startswith(name)
     }
+    # The plain network would keep its norm, which a block cannot.
+    with pytest.raises(UserError, match=f'BatchNorm2d at {name}, too, but no'):
+        model.load_state_dict(state, strict=False)
+    names = ('running_mean', 'running_var', 'weight', 'bias')
+    # Part of a norm is taken as the plain network takes it.
+    state[f'{name}.running_mean'] = plain.state_dict()[f'{name}.running_mean']
     keys = model.load_state_dict(state, strict=False)
     assert not keys.unexpected_keys
-    assert keys.missing_keys == [
-        f'{name}.{entry}'
-        for entry in ('running_mean', 'running_var', 'weight', 'bias')
-    ]
-    # As in the plain network, which keeps a new norm.
-    eps = getattr(plain, name).eps
-    setattr(plain, name, nn.BatchNorm2d(6, eps=eps).double().eval())
+    assert keys.missing_keys == [f'{name}.{entry}' for entry in names[1:]]
+    norm = getattr(plain, name)
+    new = nn.BatchNorm2d(6, eps=norm.eps).double().eval()
+    new.running_mean.copy_(norm.running_mean)
+    setattr(plain, name, new)
     assert same(model, plain)
 
 

@@ -25,9 +25,15 @@ from torch import nn
 from mmdbb.blocks.base import ReparamConv2d
 from mmdbb.dimensions import CONVS
 from mmdbb.errors import UserError
+from mmdbb.files.sources import some
 from mmdbb.mm.config_types import class_of
+from mmdbb.mm.deploy.load import build_model
 from mmdbb.mm.stock.by_name import build_with_blocks
-from mmdbb.mm.stock.config import UPSAMPLE_KEY, named_block
+from mmdbb.mm.stock.config import UPSAMPLE_KEY, named_block, stock_config
+from mmdbb.mm.stock.partial import whole_config
+from mmdbb.reparam import find_blocks
+
+MERGE = 'mmdbb.reparameterize(model)'
 
 
 class Asked(NamedTuple):
@@ -135,6 +141,41 @@ def refuse_no_block(cfg: Config, model: nn.Module) -> None:
         for each in asked
     ]
     raise UserError(f'the network has no block: {"; ".join(reasons)}')
+
+
+def refuse_built_in(stock: nn.Module) -> None:
+    """Raise if the network of a stock config has blocks after all.
+
+    A class that builds blocks by itself builds them from any config.
+
+    Args:
+        stock: The network that the stock config builds.
+
+    Raises:
+        UserError: If it has blocks.
+    """
+    blocks = list(find_blocks(stock))
+    if blocks:
+        parent = stock.get_submodule(blocks[0].rpartition('.')[0])
+        raise UserError(
+            f'{type(parent).__name__} builds the blocks {some(blocks)} by '
+            'itself, and no key of the config names them, so no config builds '
+            'the network without them. Let the class take a conv_cfg, use a '
+            f'model of type WithBlocks, or merge in Python: {MERGE}'
+        )
+
+
+def why_no_stock(cfg: Config) -> Optional[str]:
+    """Why no config builds the network without blocks; None if one does.
+
+    Args:
+        cfg: The config of the network with blocks; unchanged.
+    """
+    try:
+        refuse_built_in(build_model(stock_config(whole_config(cfg))))
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def _asked(cfg: Config) -> Iterator[Asked]:

@@ -20,7 +20,12 @@ from mmengine.runner import Runner
 from torch import nn
 
 from mmdbb.files.sources import some
-from mmdbb.mm.deploy.parts import Part, parts_of, refuse_no_block
+from mmdbb.mm.deploy.parts import (
+    Part,
+    parts_of,
+    refuse_no_block,
+    why_no_stock,
+)
 from mmdbb.mm.deploy.places import NoPlace, without_place
 from mmdbb.mm.engine.random_numbers import random_numbers_kept
 from mmdbb.modules import unwrapped, why_not_merged
@@ -94,7 +99,12 @@ class BlocksHook(Hook):
                 'weights into the network without it'
             )
         with random_numbers_kept():
+            built_in = why_no_stock(runner.cfg)
             homeless = without_place(model)
+        if built_in:
+            runner.logger.warning(
+                f'tools/reparam.py will refuse the trained network: {built_in}'
+            )
         if homeless.readers:
             runner.logger.warning('\n'.join(_warning(parts, homeless)))
 

@@ -11,19 +11,27 @@ are.
 
 from __future__ import annotations
 
+import inspect
+import math
 from typing import Any, Mapping, Optional, Sequence
 
 from mmengine.config import Config
 from mmengine.registry import MODELS
-from torch import nn
+from torch import Tensor, nn
 
-from mmdbb.by_name import put_blocks_
+from mmdbb.blocks.base import ReparamConv2d
+from mmdbb.blocks.branch_sum import BranchSumConv2d
+from mmdbb.blocks.equivalent import settable
+from mmdbb.by_name import is_prior, put_blocks_
 from mmdbb.drop_branches import drop_branches_
 from mmdbb.errors import UserError
 from mmdbb.mm.config_types import class_of
 from mmdbb.mm.stock.config import imports_of
 from mmdbb.mm.stock.partial import TYPE as PARTLY_MERGED
 from mmdbb.mm.stock.partial import scoped
+from mmdbb.plain.blocks import copy_entries_, plain_start
+from mmdbb.reparam import find_blocks
+from mmdbb.transforms import KernelBias
 
 TYPE = 'WithBlocks'
 #: Keys of its own.
@@ -59,11 +67,62 @@ def build_with_blocks(
     try:
         if blocks is not None:
             put_blocks_(model, list(blocks))
+            if inspect.isfunction(getattr(type(model), 'init_weights', None)):
+                model.init_weights = InitThenStart(model)
         if dropped:
             drop_branches_(model, dropped, fold=False)
     except UserError as error:
         raise ValueError(f'{TYPE}: {error}') from error
     return model
+
+
+class InitThenStart:
+    """A network's own ``init_weights``, which blocks listen to.
+
+    Heads write priors into the biases of convolutions that they name. A block
+    there starts as the convolution with that prior, as far as its norms let
+    it; all other blocks start by their own rules.
+
+    Args:
+        model: The network whose ``init_weights`` this replaces. The two are
+            copied and pickled together.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        blocks = find_blocks(self.model)
+        names = {block: name for name, block in blocks.items()}
+        present = [b for b in names if not b.deploy]
+        with settable(present) as written:
+            result = type(self.model).init_weights(self.model, *args, **kwargs)
+        for block, values in written.items():
+            try:
+                _start_as_written_(block, **values)
+            except ValueError as error:
+                raise ValueError(
+                    f'{names[block]}: {type(self.model).__name__} writes '
+                    f'a start into it, which a {type(block).__name__} cannot '
+                    f'take: {error}. Leave it plain: skip={names[block]!r}'
+                ) from error
+        return result
+
+
+def _start_as_written_(
+    block: ReparamConv2d, weight: Tensor, bias: Optional[Tensor]
+) -> None:
+    is_zero = not weight.any()
+    if is_zero and isinstance(block, BranchSumConv2d):
+        raise ValueError('its norms make it start as more than zero')
+    prior = bias is not None and not bias.isnan().any() and is_prior(bias)
+    if not (is_zero or prior):
+        return
+    if bias is None or bias.isnan().any():
+        bias = weight.new_zeros(block.out_channels)
+    if weight.isnan().any():  # torch's own start
+        nn.init.kaiming_uniform_(weight, math.sqrt(5))
+    copy_entries_(block, plain_start(block, KernelBias(weight, bias)))
 
 
 def _kind_of(network: Any) -> Any:

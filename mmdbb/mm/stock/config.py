@@ -26,7 +26,7 @@ from torch import nn
 
 from mmdbb.blocks.base import ReparamConv2d
 from mmdbb.blocks.build import ADAPTIVE_TYPES, LAYER_KINDS, kind_of_block
-from mmdbb.dimensions import CONV2D
+from mmdbb.dimensions import CONV2D, CONV_TYPES
 from mmdbb.mm.config_types import (
     class_of,
     dicts_of,
@@ -39,6 +39,7 @@ from mmdbb.mm.config_types import (
 )
 from mmdbb.mm.host_internals import default_conv_type
 from mmdbb.mm.hosts import HOSTS
+from mmdbb.registry import BLOCKS
 
 #: Arguments of ``nn.Conv2d`` that the config of a block may have.
 CONV_KEYS = ('padding_mode', 'bias')
@@ -91,10 +92,13 @@ def stock_config(cfg: Config) -> Config:
         block = named_block(node.get(UPSAMPLE_KEY), scope)
         if block:
             node[UPSAMPLE_KEY] = _plain_upsample(node[UPSAMPLE_KEY], block)
-        if not hasattr(kind, 'plain_cfg'):
-            return node
-        merged.add(kind)
-        return kind.plain_cfg(node)
+        if hasattr(kind, 'plain_cfg'):
+            merged.add(kind)
+            return kind.plain_cfg(node)
+        if 'conv_cfg' not in node and isinstance(kind, type):
+            if default_conv_type(kind) in BLOCKS:
+                node['conv_cfg'] = dict(type='Conv2d')
+        return {k: _without_layers(v, scope) for k, v in node.items()}
 
     scope = fields.get('default_scope')
     fields = rewrite(fields, without_blocks, scope)
@@ -192,6 +196,22 @@ def _plain_layer(
         kind = LAYER_KINDS.get(default, kind)
     plain = dict(type=TYPES[kind], **keys)
     return plain if keys or default or plain['type'] != 'Conv2d' else None
+
+
+def _without_layers(value: Any, scope: Optional[str]) -> Any:
+    """A value of a config, in which blocks are plain convolutions.
+
+    Some classes take the config of a layer by another key than ``conv_cfg``.
+    """
+    if isinstance(value, (list, tuple)):
+        return type(value)(_without_layers(item, scope) for item in value)
+    block = named_block(value, scope)
+    if block is None:
+        return value
+    kind = kind_of_block(block)
+    allowed = inspect.signature(CONV_TYPES[kind]).parameters
+    keys = {k: v for k, v in value.items() if k in allowed}
+    return dict(keys, type=TYPES[kind])
 
 
 def _plain_upsample(layer: dict, block: Type[ReparamConv2d]) -> dict:

@@ -108,9 +108,9 @@ def task_config(plan: TaskPlan, training: Training) -> Config:
     cfg.default_hooks.checkpoint.update(interval=-1)
     cfg.randomness = dict(seed=training.seed)
     cfg.log_level = 'WARNING'
-    name = f'{training.network}_{training.block}_{training.seed}'
-    cfg.experiment_name = f'{name}_{training.lr}_{os.getpid()}'
     # By a name of the config's, all runs would share the first one's folder.
+    name = '_'.join(map(str, training))
+    cfg.experiment_name = f'{name}_{os.getpid()}'
     cfg.visualizer.name = cfg.experiment_name
     return cfg
 
