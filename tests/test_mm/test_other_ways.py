@@ -178,3 +178,29 @@ def test_blocks_leave_tied_layers_alone(tmp_path):
     found.load_state_dict(state)
     x = image(2, 3, 13, 11).float()
     assert distance(found(x), network(x)) < 1e-5
+
+
+@MODELS.register_module()
+class TiedIfPlainOfTests(Net):
+    """Its layers have one kernel, but for blocks, which have none to share."""
+
+    def __init__(self, conv_cfg=None, data_preprocessor=None):
+        super().__init__(data_preprocessor)
+        self.net = nn.Sequential(
+            *(
+                build_conv_layer(conv_cfg, 3, 3, 3, bias=False)
+                for _ in range(2)
+            )
+        )
+        if 'weight' in self.net[0]._parameters:
+            self.net[1].weight = self.net[0].weight
+
+
+def test_files_that_would_load_otherwise_are_not_written(tmp_path, capfd):
+    model = dict(type='TiedIfPlainOfTests', conv_cfg=dict(type='OREPA'))
+    trained(model, tmp_path)
+    names = [str(tmp_path / n) for n in ('in.py', 'in.pth', 'out.pth')]
+    assert run_tool('reparam', *names, '--image-size', 32, 32) == 2
+    said = capfd.readouterr().err
+    assert 'net.0.weight and net.1.weight are one tensor' in said
+    assert not (tmp_path / 'out.pth').exists()
