@@ -112,6 +112,8 @@ class InitThenStart:
 def _start_as_written_(
     block: ReparamConv2d, weight: Tensor, bias: Optional[Tensor]
 ) -> None:
+    if block.own_bias is not None:  # a parameter, which is written itself
+        bias = block.own_bias.detach()
     is_zero = not weight.any()
     if is_zero and isinstance(block, BranchSumConv2d):
         raise ValueError('its norms make it start as more than zero')
