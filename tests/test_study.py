@@ -1066,19 +1066,35 @@ def test_the_readme_repeats_the_study():
     assert len(timed) == 7 and all(gain.mean < 0 for gain in timed)
     *_, other, third, second, first = sorted(g.mean for g in gains.values())
     assert other < 0.7 and {round(g) for g in (third, second, first)} == {1}
-    (cell,) = plan.cells_for(['ResNet-18'], [30], training.CPU.name)
-    others = report.summarize(record, cell, variants.PARTS['blocks'])
-    lost = {s.block: s.gain for s in others if s.gain}
-    assert len(lost) == 8 and all(gain.mean < 0 for gain in lost.values())
-    timed = [s.gain_in_same_time for s in others if s.gain_in_same_time]
-    assert len(timed) == 7 and all(gain.mean < 0 for gain in timed)
+    found = {}
+    for network in ('ResNet-18', 'MobileNet-V1'):
+        (cell,) = plan.cells_for([network], [30], training.CPU.name)
+        others = report.summarize(record, cell, variants.PARTS['blocks'])
+        found[network] = {s.block: s.gain for s in others if s.gain}
+        timed = [s.gain_in_same_time for s in others if s.gain_in_same_time]
+        assert len(timed) == 7 and all(gain.mean < 0 for gain in timed)
+    assert all(gain.mean < 0 for gain in found['ResNet-18'].values())
+    assert all(gain.mean < 0.5 for gain in found['MobileNet-V1'].values())
     for path in ('README.md', 'README_zh-CN.md'):
-        text = (HOME / path).read_text(encoding='utf-8')
-        assert f'ResNet-18 (DBB {lost["DBB"].text("+")})' in text.replace(
-            'ResNet-18(', 'ResNet-18 ('
-        )
+        text = (HOME / path).read_text(encoding='utf-8').replace('(', ' (')
+        text = ' '.join(text.split())
+        for network, each in found.items():
+            assert f'{network} (DBB {each["DBB"].text("+")})' in text
         assert f'`QARepVGGConv` {gains["QARepVGGConv"].text("+")}' in text
         assert f'DBB {gains["DBB"].text("+")}' in text
+    found['RepVGG'] = gains
+    averages = {
+        block: sum(each[block].mean for each in found.values()) / 3
+        for block in gains
+    }
+    text = PAGE.read_text()
+    for block in ('OREPA', 'QARepVGGConv', 'RepVGGConv', 'DBB'):
+        words = rf'`{block}` (?:is )?{abs(averages[block]):.1f} '
+        assert re.search(words, text), block
+    assert averages['DBB'] < 0 < averages['RepVGGConv']
+    for block in ('DBB + identity', 'ACB'):
+        assert round(averages[block], 1) == -0.9
+    assert f'`MobileOneConv` {-averages["MobileOneConv"]:.1f}.' in text
 
 
 def test_the_pages_picture_shows_the_trainings(tmp_path):
