@@ -1089,7 +1089,7 @@ def test_the_readme_repeats_the_study():
     }
     text = PAGE.read_text()
     for block in ('OREPA', 'QARepVGGConv', 'RepVGGConv', 'DBB'):
-        words = rf'`{block}` (?:is )?{abs(averages[block]):.1f} '
+        words = rf'`{block}` (?:is )?{abs(averages[block]):.1f}[ ,]'
         assert re.search(words, text), block
     assert averages['DBB'] < 0 < averages['RepVGGConv']
     for block in ('DBB + identity', 'ACB'):
