@@ -98,6 +98,8 @@ def stock_config(cfg: Config) -> Config:
         if 'conv_cfg' not in node and isinstance(kind, type):
             if default_conv_type(kind) in BLOCKS:
                 node['conv_cfg'] = dict(type='Conv2d')
+        if kind is None and 'type' in node:
+            return node  # what nobody knows may mean anything
         return {k: _without_layers(v, scope) for k, v in node.items()}
 
     scope = fields.get('default_scope')
