@@ -10,6 +10,7 @@
 #   make dist                      wheel and source archive, checked
 #   make mutate                    break one line at a time, see if tests fail
 #   make test-yolo                 ultralytics: docs/yolo.md
+#   make test-compiled             every block under torch.compile
 #   make notebooks                 run docs/notebooks, keep their outputs
 #   make sweep                     blocks in every config of the stack
 #   make sweep-hosts               and of mmpose, mmaction2, mmdet3d, mmyolo,
@@ -50,8 +51,8 @@ ifeq ($(TASK),torch)
 DEMO = tools/demo_torch.py
 endif
 
-.PHONY: install demo test test-yolo test-boxes lint types docs dist bench \
-  fuzz mutate sweep sweep-hosts notebooks
+.PHONY: install demo test test-yolo test-boxes test-compiled lint types docs \
+  dist bench fuzz mutate sweep sweep-hosts notebooks
 
 install:
 	@$(IN_ENV) --version
@@ -70,6 +71,11 @@ test-yolo:
 # Write every kind of detector into a file with boxes: half a minute.
 test-boxes:
 	@MMDBB_ALL_DETECTORS=1 $(IN_ENV) -m pytest -q tests/test_mm/test_boxes.py
+
+# Compile every block with inductor: minutes.
+test-compiled:
+	@MMDBB_ALL_COMPILED=1 $(IN_ENV) -m pytest -q \
+	  tests/test_blocks/test_compiled.py
 
 lint:
 	@$(IN_ENV) -m ruff check .

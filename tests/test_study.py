@@ -858,6 +858,11 @@ def test_tasks_differ_in_blocks_only(network, tmp_path):
         assert block in found['visualizer'].pop('name')
         configs.append(found)
     assert configs[0] == configs[1] == configs[2]
+    # A second run of one name would write into the first one's folder.
+    again = tasks.task_config(whole, one._replace(role='same time'))
+    first = tasks.task_config(whole, one)
+    assert again.experiment_name != first.experiment_name
+    assert again.visualizer.name != first.visualizer.name
     search = tasks.task_config(whole, one._replace(role='search')).to_dict()
     folders = [
         Path(c['val_dataloader']['dataset']['data_root'])

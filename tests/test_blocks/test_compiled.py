@@ -5,6 +5,7 @@ running statistics after their update.
 """
 
 import copy
+import os
 
 import pytest
 import torch
@@ -62,11 +63,16 @@ class Alone(Shared):
         return (self.block(x),)
 
 
+#: Alone, one block of each way to compute stands for the others, which are
+#: compiled with `make test-compiled`: a C++ compiler takes its time.
+ALONE = ['OREPA', 'QARepVGGConv']
+if 'MMDBB_ALL_COMPILED' in os.environ:
+    ALONE = [name for name in BLOCKS if name != 'DBB']
 CASES = [
     ('DBB', 1, Shared),
     ('DBB', 1, Segment),
     ('DBB', 8, Alone),
-    *((name, 1, Alone) for name in BLOCKS if name != 'DBB'),
+    *((name, 1, Alone) for name in ALONE),
 ]
 
 
