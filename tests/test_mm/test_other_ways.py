@@ -125,9 +125,28 @@ def test_what_no_config_can_leave_out_is_said(name, form, tmp_path, capfd):
     assert not (tmp_path / 'out.pth').exists()
 
 
-@pytest.mark.parametrize('name', ['BuiltInOfTests', 'OwnKeyOfTests'])
+@MODELS.register_module()
+class NeedsBlocksOfTests(Net):
+    """It cannot be built without blocks."""
+
+    def __init__(self, conv_cfg=None, data_preprocessor=None):
+        super().__init__(data_preprocessor)
+        self.net = build_conv_layer(conv_cfg, 3, 4, 3)
+        assert isinstance(self.net, DBB), 'I want blocks'
+
+
+SAID = {
+    'BuiltInOfTests': 'builds the blocks net.0 by itself',
+    'OwnKeyOfTests': None,
+    'NeedsBlocksOfTests': 'cannot be built: AssertionError: I want blocks',
+}
+
+
+@pytest.mark.parametrize('name', SAID)
 def test_it_is_said_before_the_training(name):
     model = OWN_KEY if name == 'OwnKeyOfTests' else dict(type=name)
+    if name == 'NeedsBlocksOfTests':
+        model['conv_cfg'] = dict(type='DBB')
     cfg, lines = Config(dict(model=model)), []
 
     class Runner:
@@ -135,8 +154,9 @@ def test_it_is_said_before_the_training(name):
 
     Runner.cfg, Runner.model = cfg, build_model(cfg).train()
     BlocksHook().before_train(Runner)
-    said = [line for line in lines if 'builds the blocks' in line]
-    assert len(said) == (name == 'BuiltInOfTests')
+    said = [line for line in lines if 'tools/reparam.py will' in line]
+    assert len(said) == (SAID[name] is not None)
+    assert all(SAID[name] in line for line in said)
 
 
 def test_layers_of_one_tensor_are_not_merged_into_two():

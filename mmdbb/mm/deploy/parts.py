@@ -175,6 +175,9 @@ def why_no_stock(cfg: Config) -> Optional[str]:
         refuse_built_in(build_model(stock_config(whole_config(cfg))))
     except UserError as error:
         return str(error)
+    except Exception as error:  # a host's own, which must stop no training
+        kind = type(error).__name__
+        return f'the stock network cannot be built: {kind}: {error}'
     return None
 
 
