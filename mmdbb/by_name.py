@@ -4,13 +4,11 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from fnmatch import fnmatchcase
 from typing import (
     Any,
     Dict,
     List,
-    Mapping,
     NamedTuple,
     Optional,
     Sequence,
@@ -36,6 +34,7 @@ from mmdbb.modules import has_hooks, memory_format_of, names_of, to_layout_
 from mmdbb.plain.blocks import copy_entries_, plain_start
 from mmdbb.plain_conv import plain_conv
 from mmdbb.ports import PORTS
+from mmdbb.tracing import sharing_layers
 from mmdbb.transforms import KernelBias
 
 Patterns = Union[str, Sequence[str], None]
@@ -208,11 +207,7 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 def _layers(model: nn.Module) -> List[Any]:
     """The convolutions and blocks that another block can take the place of."""
     held = held_layers(model)
-    owners = Counter(
-        tensor
-        for module in model.modules()
-        for tensor in module._parameters.values()
-    )
+    tied = sharing_layers(model)
     inside = {
         part
         for module in model.modules()
@@ -228,7 +223,7 @@ def _layers(model: nn.Module) -> List[Any]:
         # The place of a norm that a block absorbed remembers the block.
         and (module not in held or bool(getattr(module, '_absorbed', ())))
         and not has_hooks(module)
-        and not _is_tied(module, owners)
+        and module not in tied
         and not _is_zero(module)
         and (
             is_replaceable(module)
@@ -236,11 +231,6 @@ def _layers(model: nn.Module) -> List[Any]:
             or (isinstance(module, ReparamConv2d) and not module.deploy)
         )
     ]
-
-
-def _is_tied(layer: nn.Module, owners: Mapping[Any, int]) -> bool:
-    """Whether another layer has the same parameter."""
-    return any(owners[tensor] > 1 for tensor in layer.parameters(False))
 
 
 def _is_zero(layer: nn.Module) -> bool:

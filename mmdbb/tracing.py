@@ -103,9 +103,7 @@ def own_readers(
         example: As there.
     """
     seen = _seen(model, example)
-    owners = _owners(model)
-    shared = {m for found in owners.values() if len(found) > 1 for m in found}
-    taken = seen.taken | shared
+    taken = seen.taken | sharing_layers(model)
     return {
         conv: None if norm in taken else norm
         for conv, norm in _the_only(seen.norms()).items()
@@ -120,6 +118,16 @@ def _the_only(
         conv: found[0] if len(found) == 1 else None
         for conv, found in norms.items()
     }
+
+
+def sharing_layers(model: nn.Module) -> Set[nn.Module]:
+    """Layers that share a parameter or a buffer with another one.
+
+    Args:
+        model: Any model; the insides of its blocks do not count.
+    """
+    owners = _owners(model).values()
+    return {layer for found in owners if len(found) > 1 for layer in found}
 
 
 def _owners(model: nn.Module) -> Dict[int, Set[nn.Module]]:

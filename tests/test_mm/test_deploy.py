@@ -23,7 +23,7 @@ from mmdbb.files import checkpoints
 from mmdbb.files.torch_files import read_torch
 from mmdbb.mm import outputs
 from mmdbb.mm.deploy import checkpoint as deploying
-from mmdbb.mm.deploy import merge
+from mmdbb.mm.deploy import merge, parts
 from mmdbb.mm.deploy.load import build_model, network_of
 
 pytestmark = pytest.mark.usefixtures('quiet')
@@ -502,7 +502,7 @@ def test_what_no_image_shows_is_found(
     'which', ['all', 'backbone.bn1', 'decode_head.bottleneck.bn']
 )
 def test_a_wrong_eps_is_found(trained, nothing_left, monkeypatch, which):
-    stock_config = merge.stock_config
+    stock_config = parts.stock_config
 
     def wrong(cfg):
         cfg = stock_config(cfg)
@@ -516,7 +516,7 @@ def test_a_wrong_eps_is_found(trained, nothing_left, monkeypatch, which):
 
     task = 'segmentor' if which.startswith('decode_head') else 'classifier'
     if which == 'all':
-        monkeypatch.setattr(merge, 'stock_config', wrong)
+        monkeypatch.setattr(parts, 'stock_config', wrong)
     else:
         monkeypatch.setattr(outputs, 'network_of', wrong_model)
     # The first norm outside of blocks, where all have another eps.

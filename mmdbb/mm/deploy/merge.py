@@ -19,14 +19,13 @@ from mmdbb.found_norms import absorbed_norms
 from mmdbb.mm.data_flow import norms_of
 from mmdbb.mm.deploy.fused import fold_norms_, give_biases_
 from mmdbb.mm.deploy.load import build_model
-from mmdbb.mm.deploy.parts import refuse_built_in, refuse_no_block
+from mmdbb.mm.deploy.parts import refuse_no_block, stock_network
 from mmdbb.mm.outputs import Contents, Source
-from mmdbb.mm.stock.config import deployed_config, stock_config
+from mmdbb.mm.stock.config import deployed_config
 from mmdbb.mm.stock.partial import (
     merge_some_,
     partial_config,
     select_blocks,
-    whole_config,
 )
 from mmdbb.mm.structure import Structure, written_structure
 from mmdbb.modules import is_norm, names_of
@@ -266,18 +265,10 @@ def _refuse_merged(model: nn.Module, state: Dict, path: str) -> None:
         )
 
 
-def _stock_network(cfg: Config) -> Tuple[nn.Module, Config]:
-    """The stock network of a config, and its config."""
-    stock_cfg = stock_config(whole_config(cfg))
-    stock = build_model(stock_cfg)
-    refuse_built_in(stock)
-    return stock, stock_cfg
-
-
 def _stock(
     cfg: Config, trained: nn.Module, merged: List[str], dtype: torch.dtype
 ) -> Tuple[nn.Module, Config, Pairs]:
-    stock, stock_cfg = _stock_network(cfg)
+    stock, stock_cfg = stock_network(cfg)
     norms = norms_of(stock)
     state = trained.state_dict()
     if find_blocks(trained):
@@ -307,7 +298,7 @@ def _in_names_of(trained: nn.Module, stock: nn.Module, pairs: Pairs) -> Pairs:
 def _fused(
     cfg: Config, trained: nn.Module, merged: List[str], dtype: torch.dtype
 ) -> Tuple[nn.Module, Config, Pairs]:
-    network, stock_cfg = _stock_network(cfg)
+    network, stock_cfg = stock_network(cfg)
     norms = norms_of(network)
     give_biases_(network, trained)
     state = stock_state(trained, network, norms=norms, dtype=dtype)

@@ -33,8 +33,6 @@ from mmdbb.mm.stock.config import UPSAMPLE_KEY, named_block, stock_config
 from mmdbb.mm.stock.partial import whole_config
 from mmdbb.reparam import find_blocks
 
-MERGE = 'mmdbb.reparameterize(model)'
-
 
 class Asked(NamedTuple):
     """A dict in a config that asks for blocks.
@@ -143,17 +141,21 @@ def refuse_no_block(cfg: Config, model: nn.Module) -> None:
     raise UserError(f'the network has no block: {"; ".join(reasons)}')
 
 
-def refuse_built_in(stock: nn.Module) -> None:
-    """Raise if the network of a stock config has blocks after all.
-
-    A class that builds blocks by itself builds them from any config.
+def stock_network(cfg: Config) -> Tuple[nn.Module, Config]:
+    """Build the stock network of a config.
 
     Args:
-        stock: The network that the stock config builds.
+        cfg: The config of the network with blocks; unchanged.
+
+    Returns:
+        tuple: The network in eval mode, with random weights, and its config.
 
     Raises:
-        UserError: If it has blocks.
+        UserError: If it cannot be built, or has blocks after all: a class
+            that builds blocks by itself builds them from any config.
     """
+    stock_cfg = stock_config(whole_config(cfg))
+    stock = build_model(stock_cfg)
     blocks = list(find_blocks(stock))
     if blocks:
         parent = stock.get_submodule(blocks[0].rpartition('.')[0])
@@ -161,8 +163,10 @@ def refuse_built_in(stock: nn.Module) -> None:
             f'{type(parent).__name__} builds the blocks {some(blocks)} by '
             'itself, and no key of the config names them, so no config builds '
             'the network without them. Let the class take a conv_cfg, use a '
-            f'model of type WithBlocks, or merge in Python: {MERGE}'
+            'model of type WithBlocks, or merge in Python: '
+            'mmdbb.reparameterize(model)'
         )
+    return stock, stock_cfg
 
 
 def why_no_stock(cfg: Config) -> Optional[str]:
@@ -172,7 +176,7 @@ def why_no_stock(cfg: Config) -> Optional[str]:
         cfg: The config of the network with blocks; unchanged.
     """
     try:
-        refuse_built_in(build_model(stock_config(whole_config(cfg))))
+        stock_network(cfg)
     except UserError as error:
         return str(error)
     except Exception as error:  # a host's own, which must stop no training

@@ -26,7 +26,7 @@ from torch import nn
 
 from mmdbb.blocks.base import ReparamConv2d
 from mmdbb.blocks.build import ADAPTIVE_TYPES, LAYER_KINDS, kind_of_block
-from mmdbb.dimensions import CONV2D, CONV_TYPES
+from mmdbb.dimensions import CONV2D, CONV_TYPES, LayerKind
 from mmdbb.mm.config_types import (
     class_of,
     dicts_of,
@@ -91,7 +91,8 @@ def stock_config(cfg: Config) -> Config:
                 del node['conv_cfg']
         block = named_block(node.get(UPSAMPLE_KEY), scope)
         if block:
-            node[UPSAMPLE_KEY] = _plain_upsample(node[UPSAMPLE_KEY], block)
+            kind_there = kind_of_block(block)._replace(transposed=True)
+            node[UPSAMPLE_KEY] = _torchs_layer(node[UPSAMPLE_KEY], kind_there)
         if hasattr(kind, 'plain_cfg'):
             merged.add(kind)
             return kind.plain_cfg(node)
@@ -210,21 +211,18 @@ def _without_layers(value: Any, scope: Optional[str]) -> Any:
     block = named_block(value, scope)
     if block is None:
         return value
-    kind = kind_of_block(block)
-    allowed = inspect.signature(CONV_TYPES[kind]).parameters
-    keys = {k: v for k, v in value.items() if k in allowed}
-    return dict(keys, type=TYPES[kind])
+    return _torchs_layer(value, kind_of_block(block))
 
 
-def _plain_upsample(layer: dict, block: Type[ReparamConv2d]) -> dict:
-    """The config of the transposed convolution in the place of a block.
+def _torchs_layer(layer: dict, kind: LayerKind) -> dict:
+    """The config of torch's layer in the place of a block.
 
     Args:
         layer: The block's config.
-        block: The block that it names.
+        kind: The layer's.
     """
-    kind = kind_of_block(block)._replace(transposed=True)
-    keys = {k: layer[k] for k in UPSAMPLE_KEYS if k in layer}
+    allowed = inspect.signature(CONV_TYPES[kind]).parameters
+    keys = {k: layer[k] for k in allowed if k in layer}
     return dict(type=TYPES[kind], **keys)
 
 
