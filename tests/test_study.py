@@ -464,6 +464,48 @@ def test_a_new_block_is_timed_against_plain(data_root, tmp_path):
     assert costs[2].milliseconds > 5e5
 
 
+@pytest.mark.parametrize('network', networks.NETWORKS)
+@pytest.mark.parametrize('block', ['plain', 'DBB', 'OREPA'])
+def test_channels_last_trains_the_same_network(network, block):
+    """In float64 to rounding; in float32 all maps have the format."""
+    data = images.Images(few(), torch.arange(12) % 10)
+    recipe = training.Recipe(0.1, 1, 6)
+    trained, maps = {}, []
+    for last in (False, True):
+        machine = training.CPU._replace(channels_last=last)
+        found = networks.start(network, block, 2, 0, few()).double()
+        found = machine.take(found)
+        doubled = data._replace(images=data.images.double())
+        training.train(found, doubled, recipe, 0, machine)
+        trained[last] = found.state_dict()
+    for name, value in trained[False].items():
+        torch.testing.assert_close(
+            trained[True][name], value, rtol=1e-9, atol=1e-12, msg=name
+        )
+    for norm in found.float().modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.register_forward_hook(lambda *args: maps.append(args[-1]))
+    training.train(found, data, recipe, 0, machine)
+    assert maps
+    for each in maps:
+        assert each.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_rows_in_channels_last_have_tables_of_their_own(data_root, tmp_path):
+    machine = training.CPU._replace(channels_last=True)
+    cell = CELL._replace(machine=machine.name)
+    assert cell.title == 'RepVGG, width 2, 2 images a class, channels_last'
+    assert not CELL.title.endswith('last')
+    out = tmp_path / 'out.json'
+    whole = run.Plan(str(data_root), (cell,), PART, 1, machine)
+    found = list(run.run_study(whole, out))
+    assert {r.training.machine for r in found} == {machine.name}
+    record = rows.read_record(out)
+    assert {cost.machine for cost in record.costs} == {machine.name}
+    assert report.compared(record, cell, PART, 'test')
+    assert not report.compared(record, CELL, PART, 'test')
+
+
 def test_a_batch_may_be_larger_than_the_images(data_root):
     cell = CELL._replace(schedule=plan.Schedule(64, 1))
     data = images.read_fashion_mnist(str(data_root))
@@ -1114,11 +1156,10 @@ def averages_over(record, cells):
 
 def test_the_pages_picture_shows_the_trainings(tmp_path):
     record = rows.read_record(RESULTS)
-    machine = record.rows[0].training.machine
-    cells = plan.cells_for(None, [*plan.SCHEDULES], machine)
     pytest.importorskip('matplotlib')
     drawn = tmp_path / 'study.svg'
-    picture.draw_study(record, cells, variants.PARTS['blocks'], str(drawn))
+    part = variants.PARTS['blocks']
+    picture.draw_study(record, page.CELLS, part, str(drawn))
     found, shown = (
         path.read_text() for path in (drawn, RESULTS.with_suffix('.svg'))
     )

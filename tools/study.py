@@ -106,6 +106,11 @@ def parse_args():
         help='replay each step as a CUDA graph: the time of the GPU alone',
     )
     parser.add_argument(
+        '--channels-last',
+        action='store_true',
+        help='keep kernels and maps in this memory format',
+    )
+    parser.add_argument(
         '--force',
         action='store_true',
         help='replace the picture; results are never replaced',

@@ -15,7 +15,7 @@ from mmdbb.mm.engine.measure import check_picture, report_files
 from workshop.study import task_plan
 from workshop.study.drop import print_drops
 from workshop.study.follow import FOLLOW_UPS
-from workshop.study.page import RESULTS, write_page
+from workshop.study.page import CELLS, RESULTS, write_page
 from workshop.study.picture import draw_study
 from workshop.study.plan import Cell, cells_for
 from workshop.study.report import print_follow_ups, print_study
@@ -68,7 +68,8 @@ def run_command(args: argparse.Namespace) -> None:
             print(_line(row), flush=True)
         record = read_record(out)
         if plot:
-            draw_study(record, study.cells, study.part, plot)
+            cells = CELLS if args.docs else study.cells
+            draw_study(record, cells, study.part, plot)
     if args.part == 'tasks':
         print_tasks(record, study.cells, study.part)
     elif args.part == 'drop':
@@ -90,7 +91,12 @@ def _line(row: Row) -> str:
 
 
 def _fashion(args: argparse.Namespace, out: Path) -> _Study:
-    machine = Machine(torch.device(args.device), args.precision, args.graphs)
+    machine = Machine(
+        torch.device(args.device),
+        args.precision,
+        args.graphs,
+        args.channels_last,
+    )
     part = _chosen(args, PARTS[args.part])
     cells = cells_for(
         args.networks,

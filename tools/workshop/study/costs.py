@@ -60,9 +60,9 @@ def _costs(
     steps: Dict[str, Callable[[], float]] = {}
     memory = {}
     for block in blocks:
-        network = start_with(
-            cell.network, BLOCKS[block].config, cell.width, 0
-        ).to(machine.device)
+        network = machine.take(
+            start_with(cell.network, BLOCKS[block].config, cell.width, 0)
+        )
         memory[block] = megabytes(network, images, batch)
         few = images.take(torch.arange(count, device=machine.device))
         steps[block] = functools.partial(

@@ -37,6 +37,14 @@ BEGIN = '<!-- tools/study.py writes what follows: {} -->'
 END = '<!-- tools/study.py wrote what stands above: {} -->'
 _DASH = '-'
 
+#: What the page shows: by size, then by memory format.
+CELLS = tuple(
+    cell
+    for size in SCHEDULES
+    for machine in (CPU, CPU._replace(channels_last=True))
+    for cell in cells_for(None, [size], machine.name)
+)
+
 Lines = List[Tuple[str, ...]]
 #: Rate and epochs -> accuracy on the held-out images, of one block.
 Tops = Dict[Tuple[float, float], float]
@@ -57,13 +65,12 @@ def write_page(root: Path, record: Record) -> Path:
     """
     page = root / PAGE
     text = page.read_text('utf-8')
-    cells = cells_for(None, [*SCHEDULES], CPU.name)
     demos = [
         task_plan.cell_of(name, task_plan.base_config(root, name))
         for name in task_plan.NETWORKS
     ]
     for name, tables in {**_TABLES, **_TASK_TABLES}.items():
-        among = demos if name in _TASK_TABLES else cells
+        among = demos if name in _TASK_TABLES else CELLS
         body = '\n'.join(_in_cells(record, among, tables)).strip('\n')
         begin, end = BEGIN.format(name), END.format(name)
         text = put_between(text, begin, end, body, page)

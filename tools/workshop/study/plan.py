@@ -11,6 +11,7 @@ from typing import List, NamedTuple, Optional, Sequence, Tuple
 
 from workshop.study.networks import NETWORKS, check_names
 from workshop.study.rows import Cost, Record, Training
+from workshop.study.training import CHANNELS_LAST
 from workshop.study.variants import BLOCKS, PLAIN, Part
 
 #: Learning rates, each about three times the one before. A search begins
@@ -71,6 +72,8 @@ class Cell(NamedTuple):
         images = f'{self.size} images a class'
         if not self.size:
             images = "the demo's images"
+        if self.machine.endswith(CHANNELS_LAST):
+            images += CHANNELS_LAST
         return f'{self.network}, width {self.width}, {images}'
 
     def training(

@@ -232,7 +232,8 @@ def _trained(
         training.seed,
         images.images[:: max(1, len(images.labels) // 500)].cpu(),
         plain,
-    ).to(plan.machine.device)
+    )
+    network = plan.machine.take(network)
     recipe = recipe_of(training)
     seconds = train(network, images, recipe, training.seed, plan.machine)
     return network, seconds

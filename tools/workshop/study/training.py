@@ -46,22 +46,35 @@ class Machine(NamedTuple):
         precision: One of :data:`PRECISIONS`, by autocast.
         graphs: Whether forward and backward pass are replayed as a CUDA
             graph, so that times are the GPU's, not those of launching.
+        channels_last: Whether kernels and maps lie in that memory format.
     """
 
     device: torch.device = torch.device('cpu')
     precision: str = 'float32'
     graphs: bool = False
+    channels_last: bool = False
 
     @property
     def name(self) -> str:
         """What a row says of it."""
-        if self.device.type != 'cuda':
-            return f'CPU, one thread, {self.precision}'
-        graphs = ', CUDA graphs' if self.graphs else ''
-        name = torch.cuda.get_device_name(self.device)
-        return f'{name}, {self.precision}{graphs}'
+        name = 'CPU, one thread'
+        if self.device.type == 'cuda':
+            name = torch.cuda.get_device_name(self.device)
+        name += f', {self.precision}'
+        if self.graphs:
+            name += ', CUDA graphs'
+        return name + CHANNELS_LAST if self.channels_last else name
+
+    def take(self, network: nn.Module) -> nn.Module:
+        """Put a network where and as the machine computes."""
+        network = network.to(self.device)
+        if self.channels_last:
+            network = network.to(memory_format=torch.channels_last)
+        return network
 
 
+#: How the names of machines with that memory format end.
+CHANNELS_LAST = ', channels_last'
 #: One thread of a CPU.
 CPU = Machine()
 
@@ -135,6 +148,9 @@ def _step_of(
     machine: Machine,
 ) -> Callable[[Tensor, Tensor], None]:
     def forward_and_backward(inputs: Tensor, labels: Tensor) -> None:
+        if machine.channels_last:
+            # Of grey images torch cannot tell the format by their kernels.
+            inputs = inputs.to(memory_format=torch.channels_last)
         with torch.autocast(
             machine.device.type,
             PRECISIONS[machine.precision],
