@@ -559,6 +559,17 @@ class ReparamConv2d(TakesPlainWeights, metaclass=BlockType):
         self.switch_to_deploy()
         return self.reparam_conv
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Refuse ``torch.jit.script``, which knows only a part of Python.
+
+        Raises:
+            ValueError: Always. It would put another layer into the model.
+        """
+        raise ValueError(
+            f'torch.jit.script compiles no block, got {type(self).__name__}: '
+            'give it mmdbb.reparameterize(model), or use torch.jit.trace'
+        )
+
     def reset_parameters(self) -> None:
         """Give all tensors the start that they had when the block was built.
 

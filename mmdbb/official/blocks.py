@@ -34,6 +34,8 @@ class OfficialBlock(nn.Module):
 
     #: Start of a name in the paper's code -> start of the name here.
     names: Names = ()
+    #: torch.jit.script compiles attributes of types that it knows only.
+    __jit_ignored_attributes__ = ['names']
 
     def __init__(
         self, block: ReparamConv2d, nonlinear: Optional[nn.Module] = None

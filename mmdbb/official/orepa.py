@@ -64,6 +64,9 @@ class OfficialComposed(OfficialBlock):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve, norm, nonlinearity: (N, in, H, W) to (N, out, H', W')."""
+        return self._convolve(x)
+
+    def _convolve(self, x: Tensor) -> Tensor:
         y = self.block(x)
         return self.nonlinear(y if self.bn is None else self.bn(y))
 
@@ -188,11 +191,17 @@ class OREPA(OfficialComposed):
         Returns:
             Tensor: Shape (N, out, H', W'); with ``weight_only``, until the
             block is merged, the kernel (out, in / groups, kH, kW).
+
+        Raises:
+            ValueError: If there are no images where they are needed.
         """
-        if self.weight_only and not self.deploy:
-            return self.weight_gen()
-        images: Any = x
-        return super().forward(images)
+        # What torch.jit.script compiles is merged.
+        if not torch.jit.is_scripting():
+            if self.weight_only and not self.deploy:
+                return self.weight_gen()
+        if x is None:
+            raise ValueError('x must be images, except with weight_only')
+        return self._convolve(x)
 
 
 class OREPA_1x1(OfficialComposed):

@@ -326,6 +326,25 @@ def test_a_block_alone_is_no_trace():
         fx.symbolic_trace(DBB(4, 4, 3))
 
 
+@KINDS
+def test_torchscript_compiles_what_is_merged(kind):
+    net = nn.Sequential(kind(4, 6, 3), nn.ReLU(), kind(6, 6, 3))
+    net = randomize(net.double()).eval()
+    x = image(2, 4, 9, 8)
+    expected = net(x)
+    merged = torch.jit.script(reparameterize(net))
+    assert distance(merged(x), expected) < EXACT
+    for _ in range(2):  # as it is, then merged in place
+        names = list(net.state_dict())
+        with pytest.raises(ValueError, match=f'no block, got {kind.__name__}'):
+            torch.jit.script(net)
+        assert list(net.state_dict()) == names and len(find_blocks(net)) == 2
+        for block in find_blocks(net).values():
+            block.switch_to_deploy()
+    merged = torch.jit.script(reparameterize(net))
+    assert distance(merged(x), expected) < EXACT
+
+
 def test_torchvision_extracts_features_of_blocks():
     net = ResNet(BasicBlock, [1, 1, 1, 1])
     for name in ('conv1', 'conv2'):

@@ -24,6 +24,7 @@ from mmdbb import (
 )
 from mmdbb.blocks import ReparamConv2d
 from mmdbb.official.names import BLOCKS, DILATED, MOBILEONE, large_kernel
+from mmdbb.reparam import reparameterize
 
 #: Those that are built as a DBB is; test_official_newer.py has the others.
 EACH = each_paper(has_usual_arguments)
@@ -144,6 +145,28 @@ def test_the_loop_of_the_papers(block):
         if hasattr(m, 'switch_to_deploy'):
             m.switch_to_deploy()
     assert distance(model(x), expected) < EXACT
+
+
+@EACH
+def test_torchscript_compiles_what_is_merged(block):
+    model = randomize(Net(block).double()).eval()
+    x = image(2, 3, 15, 17)
+    expected = model(x)
+    with pytest.raises(ValueError, match='give it mmdbb.reparameterize'):
+        torch.jit.script(model)
+    scripted = torch.jit.script(reparameterize(model))
+    assert distance(scripted(x), expected) < EXACT
+    built = block(4, 4, size_of(block), deploy=True).double()
+    x = image(2, 4, 9, 9)
+    assert distance(torch.jit.script(built)(x), built(x)) < EXACT
+
+
+def test_a_call_without_images_says_so():
+    block = OREPA(4, 4, 3)
+    with pytest.raises(ValueError, match='x must be images'):
+        block()
+    weight_only = OREPA(4, 4, 3, weight_only=True)
+    assert weight_only().shape == (4, 4, 3, 3)
 
 
 @EACH

@@ -88,6 +88,7 @@ def test_merges_by_the_method_of_the_paper(build, merged, method):
     assert block.deploy
     assert distance(block.block.weight, kernel) < EXACT
     assert distance(block.block.bias, bias) < EXACT
+    assert distance(torch.jit.script(block)(x), expected) < EXACT
     kinds = (ReparamConv2d, nn.BatchNorm2d)
     assert not any(isinstance(m, kinds) for m in block.modules())
 
