@@ -17,6 +17,7 @@ import torch
 from helpers import distance, run_tool
 from torch import nn
 from workshop.study import (
+    averages,
     costs,
     drop,
     follow,
@@ -1128,30 +1129,38 @@ def test_the_readme_repeats_the_study():
             assert f'{network} (DBB {each["DBB"].text("+")})' in text
         assert f'`QARepVGGConv` {gains["QARepVGGConv"].text("+")}' in text
         assert f'DBB {gains["DBB"].text("+")}' in text
-    text = PAGE.read_text()
-    cells = plan.cells_for(None, [30], training.CPU.name)
-    for block, gain in averages_over(record, cells).items():
-        mark = '*' if ' ' in block else '`'
-        assert f'{mark}{block}{mark} {gain.text("+")}' in text
 
 
-def averages_over(record, cells):
-    """Average over networks of what each block gains, seed by seed."""
+def test_averages_over_networks():
+    """Computed otherwise from the rows; what all networks lack is absent."""
+    record = rows.read_record(RESULTS)
     part = variants.PARTS['blocks']
-    found = [report.compared(record, cell, part, 'test') for cell in cells]
-    averages = {}
-    for block in {*part.blocks} - {part.baseline, "plain, DBB's start"}:
-        averages[block] = report.interval(
-            [
-                sum(
-                    each[block][seed].top1 - each[part.baseline][seed].top1
-                    for each in found
-                )
-                / len(found)
+    header, lines = averages.averages(record, page.CELLS, part)
+    shown = [line.split(' images: ') for line in header[1:]]
+    roles = {'gain': 'test', 'in the same time': 'same time'}
+    assert shown[:2] == [['30', name] for name in roles]
+    assert [line[0] for line in lines] == [*part.blocks[1:]]
+    for place, (size, name) in enumerate(shown, 1):
+        tops = {}
+        for row in record.rows:
+            one = row.training
+            if one.size == int(size) and one.network in networks.NETWORKS:
+                key = (one.block, one.role, one.seed)
+                tops.setdefault(key, []).append(row.top1)
+        for line in lines:
+            gains = [
+                sum(tops[line[0], roles[name], seed]) / 3
+                - sum(tops['plain', 'test', seed]) / 3
                 for seed in range(5)
+                if (line[0], roles[name], seed) in tops
             ]
-        )
-    return averages
+            text = report.interval(gains).text('+') if gains else ''
+            assert line[place] == text
+    first = [r for r in record.rows if r.training.network != 'ResNet-18']
+    header, lines = averages.averages(
+        record._replace(rows=first), page.CELLS, part
+    )
+    assert header == ('block',) and not lines
 
 
 def test_the_pages_picture_shows_the_trainings(tmp_path):

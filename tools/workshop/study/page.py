@@ -16,6 +16,7 @@ from typing import (
 
 from workshop.markers import put_between
 from workshop.study import drop, report, task_plan, task_tables
+from workshop.study.averages import averages
 from workshop.study.follow import FOLLOW_UPS
 from workshop.study.plan import (
     LONGER,
@@ -69,9 +70,13 @@ def write_page(root: Path, record: Record) -> Path:
         task_plan.cell_of(name, task_plan.base_config(root, name))
         for name in task_plan.NETWORKS
     ]
-    for name, tables in {**_TABLES, **_TASK_TABLES}.items():
-        among = demos if name in _TASK_TABLES else CELLS
-        body = '\n'.join(_in_cells(record, among, tables)).strip('\n')
+    bodies = {
+        'averages': _table(*averages(record, CELLS, PARTS['blocks'])),
+        **{n: _in_cells(record, CELLS, t) for n, t in _TABLES.items()},
+        **{n: _in_cells(record, demos, t) for n, t in _TASK_TABLES.items()},
+    }
+    for name, lines in bodies.items():
+        body = '\n'.join(lines).strip('\n')
         begin, end = BEGIN.format(name), END.format(name)
         text = put_between(text, begin, end, body, page)
     page.write_text(text, 'utf-8')
@@ -90,9 +95,13 @@ def _in_cells(
             yield ''
             yield f'**{cell.title}**'
             yield ''
-            yield f'| {" | ".join(header)} |'
-            yield '|' + '---|' * len(header)
-            yield from (f'| {" | ".join(line)} |' for line in lines)
+            yield from _table(header, lines)
+
+
+def _table(header: Sequence[str], lines: Lines) -> Iterator[str]:
+    yield f'| {" | ".join(header)} |'
+    yield '|' + '---|' * len(header)
+    yield from (f'| {" | ".join(line)} |' for line in lines)
 
 
 def _compared(part: str) -> Callable[[Record, Cell], tuple]:

@@ -1,0 +1,79 @@
+# Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
+"""What blocks gain on average over all networks."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from typing import Dict, List, Sequence, Tuple
+
+from workshop.study.networks import NETWORKS
+from workshop.study.plan import Cell
+from workshop.study.report import Compared, Interval, compared, interval
+from workshop.study.rows import Record
+from workshop.study.variants import Part
+
+Lines = List[Tuple[str, ...]]
+#: Role of the rows -> what a column is called.
+_ROLES = {'test': 'gain', 'same time': 'in the same time'}
+
+
+def averages(
+    record: Record, cells: Sequence[Cell], part: Part
+) -> Tuple[Sequence[str], Lines]:
+    """Averages for each size that all networks were trained with.
+
+    Args:
+        record: The study.
+        cells: Networks and sizes; those without results are left out.
+        part: What is compared.
+
+    Returns:
+        tuple: The table's header, and a line for each block.
+    """
+    header, columns = ['block'], []
+    for size, found in itertools.groupby(cells, lambda cell: cell.size):
+        trained = [c for c in found if compared(record, c, part, 'test')]
+        if {cell.network for cell in trained} != {*NETWORKS}:
+            continue
+        for role, name in _ROLES.items():
+            columns.append(_average(record, trained, part, role))
+            header.append(f'{size} images: {name}')
+    lines = []
+    for block in part.blocks:
+        gains = [column.get(block) for column in columns]
+        if any(gains):
+            shown = (gain.text('+') if gain else '' for gain in gains)
+            lines.append((block, *shown))
+    return tuple(header), lines
+
+
+def _average(
+    record: Record, cells: Sequence[Cell], part: Part, role: str
+) -> Dict[str, Interval]:
+    """Of each block that all cells have, over the seeds that all have."""
+    found = [
+        (
+            compared(record, cell, part, 'test').get(part.baseline, {}),
+            compared(record, cell, part, role),
+        )
+        for cell in cells
+    ]
+    averages = {}
+    for block in part.blocks:
+        gains = [_gains(plain, rows, block) for plain, rows in found]
+        seeds = set.intersection(*map(set, gains))
+        if block != part.baseline and seeds:
+            averages[block] = interval(
+                [statistics.fmean(g[seed] for g in gains) for seed in seeds]
+            )
+    return averages
+
+
+def _gains(plain: dict, rows: Compared, block: str) -> Dict[int, float]:
+    """Seed -> points over plain."""
+    return {
+        seed: row.top1 - plain[seed].top1
+        for seed, row in rows.get(block, {}).items()
+        if seed in plain
+    }
