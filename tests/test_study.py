@@ -1131,36 +1131,61 @@ def test_the_readme_repeats_the_study():
         assert f'DBB {gains["DBB"].text("+")}' in text
 
 
-def test_averages_over_networks():
-    """Computed otherwise from the rows; what all networks lack is absent."""
+def test_averages_are_those_of_the_rows():
+    """Computed otherwise; what only some networks have is left out."""
     record = rows.read_record(RESULTS)
     part = variants.PARTS['blocks']
-    header, lines = averages.averages(record, page.CELLS, part)
-    shown = [line.split(' images: ') for line in header[1:]]
+    table = averages.over_networks(record, page.CELLS, part)
+    assert f'{table[0]}'.startswith("('block', '30 images: gain', ")
+    check_averages(record, table, lambda one: f'{one.size} images')
+    table = averages.over_sizes(record, page.CELLS, part)
+    names = {name.split(',')[0] for name in table[0][1:]}
+    assert 'RepVGG' in names <= {*networks.NETWORKS}
+    sizes = {
+        name: len({*sizes_of(record, name)}) for name in networks.NETWORKS
+    }
+    check_averages(
+        record,
+        table,
+        lambda one: f'{one.network}, {sizes[one.network]} sizes',
+    )
+    few_networks = record._replace(
+        rows=[r for r in record.rows if r.training.network != 'ResNet-18']
+    )
+    header, lines = averages.over_networks(few_networks, page.CELLS, part)
+    assert header == ('block',) and not lines
+
+
+def sizes_of(record, network):
+    for row in record.rows:
+        if row.training[0] == network and row.training.role == 'test':
+            yield row.training.size
+
+
+def check_averages(record, table, name_of):
     roles = {'gain': 'test', 'in the same time': 'same time'}
-    assert shown[:2] == [['30', name] for name in roles]
-    assert [line[0] for line in lines] == [*part.blocks[1:]]
-    for place, (size, name) in enumerate(shown, 1):
+    header, lines = table
+    assert [line[0] for line in lines] == [
+        *variants.PARTS['blocks'].blocks[1:]
+    ]
+    for place, title in enumerate(header[1:], 1):
+        name, role = title.split(': ')
         tops = {}
         for row in record.rows:
             one = row.training
-            if one.size == int(size) and one.network in networks.NETWORKS:
+            if one.network in networks.NETWORKS and name_of(one) == name:
                 key = (one.block, one.role, one.seed)
                 tops.setdefault(key, []).append(row.top1)
         for line in lines:
-            gains = [
-                sum(tops[line[0], roles[name], seed]) / 3
-                - sum(tops['plain', 'test', seed]) / 3
-                for seed in range(5)
-                if (line[0], roles[name], seed) in tops
-            ]
+            gains = []
+            for seed in range(5):
+                found = tops.get((line[0], roles[role], seed))
+                if found:
+                    plain = tops['plain', 'test', seed]
+                    assert len(found) == len(plain) > 1
+                    gains.append((sum(found) - sum(plain)) / len(found))
             text = report.interval(gains).text('+') if gains else ''
             assert line[place] == text
-    first = [r for r in record.rows if r.training.network != 'ResNet-18']
-    header, lines = averages.averages(
-        record._replace(rows=first), page.CELLS, part
-    )
-    assert header == ('block',) and not lines
 
 
 def test_the_pages_picture_shows_the_trainings(tmp_path):

@@ -1,9 +1,8 @@
 # Copyright (c) mmdbb authors. Licensed under the Apache License 2.0.
-"""What blocks gain on average over all networks."""
+"""What blocks gain on average over networks, and over sizes."""
 
 from __future__ import annotations
 
-import itertools
 import statistics
 from typing import Dict, List, Sequence, Tuple
 
@@ -18,7 +17,7 @@ Lines = List[Tuple[str, ...]]
 _ROLES = {'test': 'gain', 'same time': 'in the same time'}
 
 
-def averages(
+def over_networks(
     record: Record, cells: Sequence[Cell], part: Part
 ) -> Tuple[Sequence[str], Lines]:
     """Averages for each size that all networks were trained with.
@@ -31,14 +30,50 @@ def averages(
     Returns:
         tuple: The table's header, and a line for each block.
     """
+    groups = {}
+    for cell in _trained(record, cells, part):
+        groups.setdefault(f'{cell.size} images', []).append(cell)
+    return _table(
+        record,
+        part,
+        {
+            name: group
+            for name, group in groups.items()
+            if {cell.network for cell in group} == {*NETWORKS}
+        },
+    )
+
+
+def over_sizes(
+    record: Record, cells: Sequence[Cell], part: Part
+) -> Tuple[Sequence[str], Lines]:
+    """As :func:`over_networks`, for each network with several sizes."""
+    groups = {}
+    for cell in _trained(record, cells, part):
+        groups.setdefault(cell.network, []).append(cell)
+    return _table(
+        record,
+        part,
+        {
+            f'{network}, {len(groups[network])} sizes': groups[network]
+            for network in NETWORKS
+            if len(groups.get(network, [])) > 1
+        },
+    )
+
+
+def _trained(record: Record, cells: Sequence[Cell], part: Part) -> List[Cell]:
+    return [c for c in cells if compared(record, c, part, 'test')]
+
+
+def _table(
+    record: Record, part: Part, groups: Dict[str, List[Cell]]
+) -> Tuple[Sequence[str], Lines]:
     header, columns = ['block'], []
-    for size, found in itertools.groupby(cells, lambda cell: cell.size):
-        trained = [c for c in found if compared(record, c, part, 'test')]
-        if {cell.network for cell in trained} != {*NETWORKS}:
-            continue
-        for role, name in _ROLES.items():
-            columns.append(_average(record, trained, part, role))
-            header.append(f'{size} images: {name}')
+    for name, cells in groups.items():
+        for role, title in _ROLES.items():
+            columns.append(_average(record, cells, part, role))
+            header.append(f'{name}: {title}')
     lines = []
     for block in part.blocks:
         gains = [column.get(block) for column in columns]

@@ -16,7 +16,7 @@ from typing import (
 
 from workshop.markers import put_between
 from workshop.study import drop, report, task_plan, task_tables
-from workshop.study.averages import averages
+from workshop.study.averages import over_networks, over_sizes
 from workshop.study.follow import FOLLOW_UPS
 from workshop.study.plan import (
     LONGER,
@@ -71,7 +71,10 @@ def write_page(root: Path, record: Record) -> Path:
         for name in task_plan.NETWORKS
     ]
     bodies = {
-        'averages': _table(*averages(record, CELLS, PARTS['blocks'])),
+        **{
+            name: _table(*averages(record, CELLS, PARTS['blocks']))
+            for name, averages in _AVERAGES.items()
+        },
         **{n: _in_cells(record, CELLS, t) for n, t in _TABLES.items()},
         **{n: _in_cells(record, demos, t) for n, t in _TASK_TABLES.items()},
     }
@@ -200,6 +203,10 @@ _TABLES: Dict[str, Callable[[Record, Cell], tuple]] = {
     'int8': _followed('int8'),
     'pruning': _followed('pruning'),
     'drop': _dropped,
+}
+_AVERAGES = {
+    'averages over networks': over_networks,
+    'averages over sizes': over_sizes,
 }
 _TASK_TABLES: Dict[str, Callable[[Record, Cell], tuple]] = {
     'tasks': task_tables.compared,
