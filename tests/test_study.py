@@ -1136,8 +1136,8 @@ def test_averages_are_those_of_the_rows():
     record = rows.read_record(RESULTS)
     part = variants.PARTS['blocks']
     table = averages.over_networks(record, page.CELLS, part)
-    assert f'{table[0]}'.startswith("('block', '30 images: gain', ")
-    check_averages(record, table, lambda one: f'{one.size} images')
+    assert table[0][:2] == ('block', '30 images: gain')
+    check_averages(record, table, lambda one: f'{one.size} images', True)
     table = averages.over_sizes(record, page.CELLS, part)
     names = {name.split(',')[0] for name in table[0][1:]}
     assert 'RepVGG' in names <= {*networks.NETWORKS}
@@ -1148,6 +1148,7 @@ def test_averages_are_those_of_the_rows():
         record,
         table,
         lambda one: f'{one.network}, {sizes[one.network]} sizes',
+        False,
     )
     few_networks = record._replace(
         rows=[r for r in record.rows if r.training.network != 'ResNet-18']
@@ -1162,7 +1163,7 @@ def sizes_of(record, network):
             yield row.training.size
 
 
-def check_averages(record, table, name_of):
+def check_averages(record, table, name_of, by_seed):
     roles = {'gain': 'test', 'in the same time': 'same time'}
     header, lines = table
     assert [line[0] for line in lines] == [
@@ -1175,16 +1176,20 @@ def check_averages(record, table, name_of):
             one = row.training
             if one.network in networks.NETWORKS and name_of(one) == name:
                 key = (one.block, one.role, one.seed)
-                tops.setdefault(key, []).append(row.top1)
+                cell = (one.network, one.size)
+                tops.setdefault(key, {})[cell] = row.top1
         for line in lines:
             gains = []
             for seed in range(5):
                 found = tops.get((line[0], roles[role], seed))
                 if found:
                     plain = tops['plain', 'test', seed]
-                    assert len(found) == len(plain) > 1
-                    gains.append((sum(found) - sum(plain)) / len(found))
-            text = report.interval(gains).text('+') if gains else ''
+                    assert found.keys() == plain.keys() and len(plain) > 1
+                    gains.append([found[c] - plain[c] for c in plain])
+            values = [sum(each) / len(each) for each in gains]
+            if not by_seed:
+                values = [gain for each in gains for gain in each]
+            text = report.interval(values).text('+') if values else ''
             assert line[place] == text
 
 
