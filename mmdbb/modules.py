@@ -473,6 +473,23 @@ def memory_format_of(module: nn.Module) -> torch.memory_format:
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
+def in_layout(kernel: Tensor, layout: torch.memory_format) -> Tensor:
+    """A computed kernel with the strides that a parameter would have.
+
+    A 1x1 kernel has both layouts at once. Then torch chooses the layout of a
+    convolution's output by the kernel's strides, and these must not depend on
+    how the kernel was computed: ``y.view(...)`` works in one layout only.
+
+    Args:
+        kernel: The kernel.
+        layout: What :func:`memory_format_of` returned.
+    """
+    kernel = kernel.contiguous(memory_format=layout)
+    if layout is torch.contiguous_format:
+        return kernel.flatten().view(kernel.shape)
+    return kernel
+
+
 def to_layout_(module: nn.Module, layout: torch.memory_format) -> None:
     """Give the kernels of a module a layout, in place.
 

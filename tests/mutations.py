@@ -854,6 +854,14 @@ TABLE = (
         (KERNELS,),
     ),
     Mutation(
+        'mmdbb/kernels/base.py',
+        'return in_layout(kernel, memory_format_of(self))',
+        'return kernel',
+        'the output of a 1x1 OREPA lies in another layout than a '
+        "convolution's",
+        ('test_contract.py',),
+    ),
+    Mutation(
         'mmdbb/kernels/pointwise.py',
         'grows = out // self.spec.groups > inside',
         'grows = out // self.spec.groups >= inside',

@@ -10,7 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from mmdbb.geometry import ConvSpec
-from mmdbb.modules import is_watched, reset_children_, tensors_of
+from mmdbb.modules import (
+    in_layout,
+    is_watched,
+    memory_format_of,
+    reset_children_,
+    tensors_of,
+)
 from mmdbb.recompute import again, is_transformed, without_autocast
 
 
@@ -48,8 +54,10 @@ class ComposedKernel(nn.Module):
                 or is_watched(self)
                 or not self._composes_again
             ):
-                return self.compose()
-            return again(lambda kernel: kernel.compose(), module=self)
+                kernel = self.compose()
+            else:
+                kernel = again(lambda kernel: kernel.compose(), module=self)
+            return in_layout(kernel, memory_format_of(self))
 
     def compose(self) -> Tensor:
         """Compose the kernel, (out, in / groups, kH, kW)."""

@@ -283,6 +283,33 @@ def test_merging_keeps_the_memory_format(kind, size):
     assert reparameterize(kind(4, 6, size)).weight.is_contiguous()
 
 
+@pytest.mark.parametrize('layout', [torch.channels_last, None])
+@pytest.mark.parametrize('mode', ['training', 'frozen norms', 'evaluation'])
+@pytest.mark.parametrize(
+    'channels, groups, size',
+    [(8, 1, 1), (8, 1, 3), (8, 8, 3), (1, 1, 3), (8, 2, 5)],
+)
+@KINDS
+def test_the_output_has_the_layout_of_a_convolutions(
+    kind, channels, groups, size, mode, layout
+):
+    """So that y.view() works or fails as it does without blocks."""
+    layout = layout or torch.contiguous_format
+    arguments = (channels, 8, size, 1, size // 2, 1, groups)
+    block = kind(*arguments).train(mode != 'evaluation')
+    if mode == 'frozen norms':
+        for norm in block.modules():
+            if isinstance(norm, nn.BatchNorm2d):
+                norm.eval()
+    block = block.to(memory_format=layout)
+    conv = nn.Conv2d(*arguments).to(memory_format=layout)
+    for side in (6, 40):
+        x = torch.rand(2, channels, side, side).to(memory_format=layout)
+        assert block(x).stride() == conv(x).stride()
+        with torch.no_grad():
+            assert block(x).stride() == conv(x).stride()
+
+
 def test_inserting_keeps_the_memory_format():
     for layout in (torch.channels_last, torch.contiguous_format):
         net = nn.Sequential(nn.Conv2d(4, 4, 3)).to(memory_format=layout)
