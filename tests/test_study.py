@@ -1106,29 +1106,35 @@ def test_the_page_says_what_the_trainings_gave(tmp_path):
 
 def test_the_readme_repeats_the_study():
     record = rows.read_record(RESULTS)
-    (cell,) = plan.cells_for(['RepVGG'], [30], training.CPU.name)
-    summaries = report.summarize(record, cell, variants.PARTS['blocks'])
-    gains = {s.block: s.gain for s in summaries if s.gain}
-    timed = [s.gain_in_same_time for s in summaries if s.gain_in_same_time]
-    assert len(timed) == 7 and all(gain.mean < 0 for gain in timed)
-    *_, other, third, second, first = sorted(g.mean for g in gains.values())
-    assert other < 0.7 and {round(g) for g in (third, second, first)} == {1}
-    found = {}
-    for network in ('ResNet-18', 'MobileNet-V1'):
-        (cell,) = plan.cells_for([network], [30], training.CPU.name)
-        others = report.summarize(record, cell, variants.PARTS['blocks'])
-        found[network] = {s.block: s.gain for s in others if s.gain}
-        timed = [s.gain_in_same_time for s in others if s.gain_in_same_time]
-        assert len(timed) == 7 and all(gain.mean < 0 for gain in timed)
-    assert all(gain.mean < 0 for gain in found['ResNet-18'].values())
-    assert all(gain.mean < 0.5 for gain in found['MobileNet-V1'].values())
+    part = variants.PARTS['blocks']
+    for cell in page.CELLS:
+        found = report.summarize(record, cell, part)
+        timed = [s.gain_in_same_time for s in found if s.gain_in_same_time]
+        assert all(gain.mean < 0 for gain in timed)
+    header, lines = averages.over_sizes(record, page.CELLS, part)
+    gains = {}
+    for place, title in enumerate(header):
+        if title.endswith(': gain'):
+            network = title.split(',')[0]
+            gains[network] = {line[0]: line[place] for line in lines}
+            gains[network].pop(variants.CONTROL)
+    means = {
+        network: {block: float(g.split(' ± ')[0]) for block, g in each.items()}
+        for network, each in gains.items()
+    }
+    assert max(means['RepVGG'], key=means['RepVGG'].get) == 'RepVGGConv'
+    assert all(mean < 0 for mean in means['ResNet-18'].values())
+    for block, gain in gains['MobileNet-V1'].items():
+        half = float(gain.split(' ± ')[1])
+        assert abs(means['MobileNet-V1'][block]) < half
+    best, dbb = (gains['RepVGG'][block] for block in ('RepVGGConv', 'DBB'))
     for path in ('README.md', 'README_zh-CN.md'):
-        text = (HOME / path).read_text(encoding='utf-8').replace('(', ' (')
+        text = (HOME / path).read_text(encoding='utf-8').replace(';', '; ')
         text = ' '.join(text.split())
-        for network, each in found.items():
-            assert f'{network} (DBB {each["DBB"].text("+")})' in text
-        assert f'`QARepVGGConv` {gains["QARepVGGConv"].text("+")}' in text
-        assert f'DBB {gains["DBB"].text("+")}' in text
+        assert f'({best}; DBB {dbb})' in text
+        for network in ('ResNet-18', 'MobileNet-V1'):
+            found = re.findall(rf'{network}[^()]*[(]DBB ([^()]*)[)]', text)
+            assert found == [gains[network]['DBB']]
 
 
 def test_averages_are_those_of_the_rows():
