@@ -507,6 +507,25 @@ def test_rows_in_channels_last_have_tables_of_their_own(data_root, tmp_path):
     assert not report.compared(record, CELL, PART, 'test')
 
 
+def test_what_is_built_again_lies_as_the_machine_wants(data_root):
+    machine = training.CPU._replace(channels_last=True)
+    built = []
+
+    def build(trained):
+        built.append(trained.rebuilt(dict(type='Conv2d')))
+        return 50.0
+
+    parts = (CELL,), PART, 1, machine, {'float': build}
+    one = CELL.training('OREPA', 0, 'float', 0.1, 1)
+    (row,) = run.run_follow_ups(run.Plan(str(data_root), *parts), one)
+    assert row.top1 == 50
+    kernels = [p for p in built[0].parameters() if p.dim() == 4]
+    inside = [kernel for kernel in kernels if min(kernel.shape) > 1]
+    assert inside
+    for kernel in inside:
+        assert kernel.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_a_batch_may_be_larger_than_the_images(data_root):
     cell = CELL._replace(schedule=plan.Schedule(64, 1))
     data = images.read_fashion_mnist(str(data_root))
@@ -1143,7 +1162,7 @@ def test_averages_are_those_of_the_rows():
     part = variants.PARTS['blocks']
     table = averages.over_networks(record, page.CELLS, part)
     assert table[0][:2] == ('block', '30 images: gain')
-    check_averages(record, table, lambda one: f'{one.size} images', True)
+    check_averages(record, table, lambda one: f'{one.size} images')
     table = averages.over_sizes(record, page.CELLS, part)
     names = {name.split(',')[0] for name in table[0][1:]}
     assert 'RepVGG' in names <= {*networks.NETWORKS}
@@ -1154,7 +1173,6 @@ def test_averages_are_those_of_the_rows():
         record,
         table,
         lambda one: f'{one.network}, {sizes[one.network]} sizes',
-        False,
     )
     few_networks = record._replace(
         rows=[r for r in record.rows if r.training.network != 'ResNet-18']
@@ -1169,7 +1187,7 @@ def sizes_of(record, network):
             yield row.training.size
 
 
-def check_averages(record, table, name_of, by_seed):
+def check_averages(record, table, name_of):
     roles = {'gain': 'test', 'in the same time': 'same time'}
     header, lines = table
     assert [line[0] for line in lines] == [
@@ -1191,11 +1209,9 @@ def check_averages(record, table, name_of, by_seed):
                 if found:
                     plain = tops['plain', 'test', seed]
                     assert found.keys() == plain.keys() and len(plain) > 1
-                    gains.append([found[c] - plain[c] for c in plain])
-            values = [sum(each) / len(each) for each in gains]
-            if not by_seed:
-                values = [gain for each in gains for gain in each]
-            text = report.interval(values).text('+') if values else ''
+                    each = [found[c] - plain[c] for c in plain]
+                    gains.append(sum(each) / len(each))
+            text = report.interval(gains).text('+') if gains else ''
             assert line[place] == text
 
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import statistics
-from typing import Callable, Dict, List, Sequence, Tuple
+from typing import Dict, List, Sequence, Tuple
 
 from workshop.study.networks import NETWORKS
 from workshop.study.plan import Cell
@@ -13,8 +13,6 @@ from workshop.study.rows import Record
 from workshop.study.variants import Part
 
 Lines = List[Tuple[str, ...]]
-#: Takes each cell's gains, seed -> points, to the values of an interval.
-Values = Callable[[List[Dict[int, float]]], List[float]]
 #: Role of the rows -> what a column is called.
 _ROLES = {'test': 'gain', 'same time': 'in the same time'}
 
@@ -43,7 +41,6 @@ def over_networks(
             for name, group in groups.items()
             if {cell.network for cell in group} == {*NETWORKS}
         },
-        _seed_by_seed,
     )
 
 
@@ -62,7 +59,6 @@ def over_sizes(
             for network in NETWORKS
             if len(groups.get(network, [])) > 1
         },
-        _each,
     )
 
 
@@ -74,12 +70,11 @@ def _table(
     record: Record,
     part: Part,
     groups: Dict[str, List[Cell]],
-    values: Values,
 ) -> Tuple[Sequence[str], Lines]:
     header, columns = ['block'], []
     for name, cells in groups.items():
         for role, title in _ROLES.items():
-            columns.append(_average(record, cells, part, role, values))
+            columns.append(_average(record, cells, part, role))
             header.append(f'{name}: {title}')
     lines = []
     for block in part.blocks:
@@ -91,12 +86,13 @@ def _table(
 
 
 def _average(
-    record: Record,
-    cells: Sequence[Cell],
-    part: Part,
-    role: str,
-    values: Values,
+    record: Record, cells: Sequence[Cell], part: Part, role: str
 ) -> Dict[str, Interval]:
+    """Of each block that all cells have, over the seeds that all have.
+
+    A seed gives all networks and sizes images and starts that have much in
+    common, so its gains count as one value.
+    """
     found = [
         (
             compared(record, cell, part, 'test').get(part.baseline, {}),
@@ -106,20 +102,13 @@ def _average(
     ]
     averages = {}
     for block in part.blocks:
-        gains = values([_gains(plain, rows, block) for plain, rows in found])
-        if block != part.baseline and gains:
-            averages[block] = interval(gains)
+        gains = [_gains(plain, rows, block) for plain, rows in found]
+        seeds = set.intersection(*map(set, gains))
+        if block != part.baseline and seeds:
+            averages[block] = interval(
+                [statistics.fmean(g[seed] for g in gains) for seed in seeds]
+            )
     return averages
-
-
-def _seed_by_seed(gains: List[Dict[int, float]]) -> List[float]:
-    """An average for each seed: all networks get the same images by it."""
-    seeds = set.intersection(*map(set, gains))
-    return [statistics.fmean(g[seed] for g in gains) for seed in seeds]
-
-
-def _each(gains: List[Dict[int, float]]) -> List[float]:
-    return [gain for by_seed in gains for gain in by_seed.values()]
 
 
 def _gains(plain: dict, rows: Compared, block: str) -> Dict[int, float]:

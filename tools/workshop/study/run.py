@@ -164,12 +164,13 @@ def run_follow_ups(plan: Plan, training: Training) -> List[Row]:
             f'size must leave images to choose rates on, got {training.size}'
         )
     network, _ = _trained(plan, training, data.train)
-    build = functools.partial(
-        start_with,
-        training.network,
-        width=training.width,
-        seed=training.seed,
-    )
+
+    def build(block: dict) -> nn.Module:
+        seed = training.seed
+        return plan.machine.take(
+            start_with(training.network, block, training.width, seed)
+        )
+
     trained = Trained(
         network, build, data, searching.test, training.seed, plan.machine
     )
