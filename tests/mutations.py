@@ -859,7 +859,7 @@ TABLE = (
         'return kernel',
         'the output of a 1x1 OREPA lies in another layout than a '
         "convolution's",
-        ('test_contract.py',),
+        (CONTRACT,),
     ),
     Mutation(
         'mmdbb/kernels/pointwise.py',

@@ -39,6 +39,7 @@ def test_the_table_fits_the_code(row):
     assert ast.dump(after) != ast.dump(before), 'it breaks nothing'
     for name in row.tests:
         path, _, test = name.partition('::')
+        assert (ROOT / path).exists(), name
         assert not test or test.partition('[')[0] in names_in(path), name
 
 

@@ -563,7 +563,8 @@ class ReparamConv2d(TakesPlainWeights, metaclass=BlockType):
         """Refuse ``torch.jit.script``, which knows only a part of Python.
 
         Raises:
-            ValueError: Always. It would put another layer into the model.
+            ValueError: Always, because torch would put what this returns
+                into the caller's model.
         """
         raise ValueError(
             f'torch.jit.script compiles no block, got {type(self).__name__}: '

@@ -34,7 +34,7 @@ class OfficialBlock(nn.Module):
 
     #: Start of a name in the paper's code -> start of the name here.
     names: Names = ()
-    #: torch.jit.script compiles attributes of types that it knows only.
+    #: Attributes whose types torch.jit.script does not know.
     __jit_ignored_attributes__ = ['names']
 
     def __init__(
