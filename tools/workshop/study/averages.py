@@ -8,7 +8,12 @@ from typing import Dict, List, Sequence, Tuple
 
 from workshop.study.networks import NETWORKS
 from workshop.study.plan import Cell
-from workshop.study.report import Compared, Interval, compared, interval
+from workshop.study.report import (
+    Interval,
+    compared,
+    differences,
+    interval,
+)
 from workshop.study.rows import Record
 from workshop.study.variants import Part
 
@@ -102,19 +107,12 @@ def _average(
     ]
     averages = {}
     for block in part.blocks:
-        gains = [_gains(plain, rows, block) for plain, rows in found]
+        gains = [
+            differences(rows.get(block, {}), plain) for plain, rows in found
+        ]
         seeds = set.intersection(*map(set, gains))
         if block != part.baseline and seeds:
             averages[block] = interval(
                 [statistics.fmean(g[seed] for g in gains) for seed in seeds]
             )
     return averages
-
-
-def _gains(plain: dict, rows: Compared, block: str) -> Dict[int, float]:
-    """Seed -> points over plain."""
-    return {
-        seed: row.top1 - plain[seed].top1
-        for seed, row in rows.get(block, {}).items()
-        if seed in plain
-    }

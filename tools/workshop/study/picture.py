@@ -8,7 +8,12 @@ from typing import Dict, Iterator, List, Sequence, Tuple
 
 from mmdbb.mm.engine.measure import check_picture
 from workshop.study.plan import Cell
-from workshop.study.report import Compared, compared, interval
+from workshop.study.report import (
+    Compared,
+    compared,
+    differences,
+    interval,
+)
 from workshop.study.rows import Record, Row
 from workshop.study.variants import Part
 
@@ -75,12 +80,12 @@ def _draw_cell(
     plain = rows.get(part.baseline, {})
     blocks = [b for b in part.blocks if b in rows and b != part.baseline]
     axes.axvline(0, color='0.4', linewidth=1)
-    for place, differences in _differences(
+    for place, found in _differences(
         compared(record, cell, part, role), plain, blocks
     ):
-        mean, half = interval(differences)
-        places = [place] * len(differences)
-        axes.plot(differences, places, 'o', color=color, alpha=0.3, ms=4)
+        mean, half = interval(found)
+        places = [place] * len(found)
+        axes.plot(found, places, 'o', color=color, alpha=0.3, ms=4)
         axes.errorbar(
             mean,
             place,
@@ -99,10 +104,6 @@ def _differences(
     rows: Compared, plain: Dict[int, Row], blocks: List[str]
 ) -> Iterator[Tuple[int, List[float]]]:
     for place, block in enumerate(blocks):
-        found = [
-            row.top1 - plain[seed].top1
-            for seed, row in rows.get(block, {}).items()
-            if seed in plain
-        ]
+        found = differences(rows.get(block, {}), plain)
         if found:
-            yield place, found
+            yield place, [*found.values()]

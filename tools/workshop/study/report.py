@@ -142,12 +142,19 @@ def summarize(record: Record, cell: Cell, part: Part) -> List[Summary]:
 
 def gains(rows: Dict[int, Row], plain: Dict[int, Row]) -> Optional[Interval]:
     """Differences to plain, seed by seed; None if no seed has both."""
-    found = [
-        row.top1 - plain[seed].top1
+    found = differences(rows, plain)
+    return interval([*found.values()]) if found else None
+
+
+def differences(
+    rows: Dict[int, Row], plain: Dict[int, Row]
+) -> Dict[int, float]:
+    """Seed -> points over plain, of the seeds that both have."""
+    return {
+        seed: row.top1 - plain[seed].top1
         for seed, row in rows.items()
         if seed in plain
-    ]
-    return interval(found) if found else None
+    }
 
 
 def _gain_a_minute(
