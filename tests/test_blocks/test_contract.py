@@ -284,7 +284,9 @@ def test_merging_keeps_the_memory_format(kind, size):
 
 
 @pytest.mark.parametrize('layout', [torch.channels_last, None])
-@pytest.mark.parametrize('mode', ['training', 'frozen norms', 'evaluation'])
+@pytest.mark.parametrize(
+    'mode', ['training', 'autocast', 'frozen norms', 'evaluation']
+)
 @pytest.mark.parametrize(
     'channels, groups, size',
     [(8, 1, 1), (8, 1, 3), (8, 8, 3), (1, 1, 3), (8, 2, 5)],
@@ -305,9 +307,10 @@ def test_the_output_has_the_layout_of_a_convolutions(
     conv = nn.Conv2d(*arguments).to(memory_format=layout)
     for side in (6, 40):
         x = torch.rand(2, channels, side, side).to(memory_format=layout)
-        assert block(x).stride() == conv(x).stride()
-        with torch.no_grad():
+        with torch.autocast('cpu', torch.bfloat16, mode == 'autocast'):
             assert block(x).stride() == conv(x).stride()
+            with torch.no_grad():
+                assert block(x).stride() == conv(x).stride()
 
 
 def test_inserting_keeps_the_memory_format():
