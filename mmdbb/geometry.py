@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Iterable, List, Optional, Tuple, Union
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.modules.conv import _ConvNd
 
 from mmdbb.dimensions import (
     CONV,
@@ -570,6 +571,7 @@ def convolve(
         Tensor: Shape (N, out, H', W'), with the images' dtype.
     """
     padding: Union[int, str, IntPair] = spec.padding
+    x = crop_unread(x, spec, kernel)
     spec = spec.at_size(x.shape[-spec.dims :])
     if isinstance(padding, str) or spec.padding_mode != 'zeros':
         x, padding = pad_images(x, spec.pads, spec.padding_mode), 0
@@ -586,6 +588,58 @@ def convolve(
         return run(x, kernel, bias, *geometry)
     y = run(x, kernel, None, *geometry)
     return add_shift(y, per_channel(bias, spec.dims))
+
+
+#: oneDNN's block of channels with AVX-512; with AVX2 it is eight.
+_ONEDNN_BLOCK = 16
+
+
+def crop_unread(
+    x: Tensor, conv: Union[ConvSpec, _ConvNd], kernel: Optional[Tensor] = None
+) -> Tensor:
+    """Crop pixels that a strided 1x1 convolution skips, where oneDNN fails.
+
+    On x86 CPUs oneDNN computes the gradient of such a kernel in a workspace
+    that is too small, if the channels come last, are fewer than its block,
+    and the stride divides the image
+    (https://github.com/uxlfoundation/oneDNN/issues/6035). Then a training
+    crashes, hangs, or is silently wrong. It has another method for images
+    that the stride does not divide, and without the last row, which no tap
+    reads, it must take that.
+
+    Args:
+        x: Images of shape (N, in, H, W), of one to three dimensions.
+        conv: The convolution or its geometry.
+        kernel: Its weight, or None where that is not known yet.
+
+    Returns:
+        Tensor: The images themselves, or a view without their last row.
+    """
+    stride: Any = conv.stride
+    if (
+        max(stride) == 1
+        or x.device.type != 'cpu'
+        or conv.in_channels >= _ONEDNN_BLOCK
+        or max(conv.kernel_size) > 1
+        or any(conv.padding)
+        or conv.groups > 1
+        or conv.transposed
+        or not torch.is_grad_enabled()
+    ):
+        return x
+    if kernel is not None and not any(map(_has_channels_last, (x, kernel))):
+        return x
+    first = next(i for i, step in enumerate(stride) if step > 1)
+    dim = first - len(stride)
+    # A smaller image has another output if the stride does not divide it.
+    if x.shape[dim] % stride[first]:
+        return x
+    return x.narrow(dim, 0, x.shape[dim] - 1)
+
+
+def _has_channels_last(tensor: Tensor) -> bool:
+    # By strides, as torch decides: with one channel both layouts are dense.
+    return tensor.stride(1) * tensor.shape[1] <= tensor.stride(-1)
 
 
 def add_shift(x: Tensor, shift: Tensor) -> Tensor:

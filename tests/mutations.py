@@ -84,6 +84,7 @@ PROPERTIES = 'tests/test_blocks/test_properties.py'
 REFERENCE = 'tests/test_blocks/test_reference.py'
 OREPA = 'tests/test_blocks/test_orepa.py'
 WATCHED = 'tests/test_blocks/test_watched.py'
+ONEDNN = 'tests/test_blocks/test_onednn.py'
 PROCESSES = 'tests/test_blocks/test_environments.py'
 SYNC = f'{PROCESSES}::test_sync_bn_in_two_processes'
 PLAIN = 'tests/test_plain/test_weights.py'
@@ -115,6 +116,20 @@ MARKS = 'tests/test_engine/test_mistakes.py'
 
 TABLE = (
     # -------------------------------------- smaller kernels, large kernels
+    Mutation(
+        'mmdbb/geometry.py',
+        'if x.shape[dim] % stride[first]:',
+        'if False:',
+        'a crop takes an output row away',
+        (f'{ONEDNN}::test_only_what_no_tap_reads_is_cropped',),
+    ),
+    Mutation(
+        'mmdbb/branches/base.py',
+        "return conv(crop_unread(x, conv, conv._parameters.get('weight')))",
+        'return conv(x)',
+        "oneDNN's wrong gradients reach the branches",
+        (f'{ONEDNN}::test_blocks_train_on_pictures_in_channels_last',),
+    ),
     Mutation(
         'mmdbb/geometry.py',
         'span <= k and (k - span) % 2 == 0',
@@ -1790,6 +1805,13 @@ TABLE = (
         'costs[1].milliseconds / costs[0].milliseconds',
         'a slow block gets more time than plain',
         (f'{STUDY}::test_the_same_time_is_plains',),
+    ),
+    Mutation(
+        'tools/workshop/study/report.py',
+        'return search(record, cell, block)[1]',
+        'return None',
+        'trainings of several searches are averaged',
+        (f'{STUDY}::test_rows_of_another_search_are_left_out',),
     ),
     Mutation(
         'tools/workshop/study/follow.py',

@@ -633,6 +633,24 @@ def test_rows_of_other_settings_are_left_out():
     assert plain.top1 == (90.0, math.inf) and plain.seeds == 1
 
 
+def test_rows_of_another_search_are_left_out():
+    """As when a file is gone on with other epochs."""
+    record = record_of(plain=(90.0, 92.0))
+    first = record.rows[0].training
+    for change in (dict(lr=0.3), dict(epochs=4)):
+        record.rows.append(rows.Row(first._replace(**change), 1.0, 1.0))
+    base = CELL.schedule.epochs
+    assert first.epochs == 2 * base
+    for lr, epochs in [(r, base) for r in plan.FIRST_RATES] + [
+        (0.1, 2 * base)
+    ]:
+        assert report.summarize(record, CELL, PART)[0].top1.mean < 90
+        one = CELL.training('plain', plan.SEARCH_SEED, 'search', lr, epochs)
+        record.rows.append(rows.Row(one, lr == 0.1 and epochs, 1.0))
+    (plain,) = report.summarize(record, CELL, PART)
+    assert (plain.top1.mean, plain.setting) == (91.0, '0.1, 2')
+
+
 @pytest.mark.parametrize('name', ['study.png', 'study.svg'])
 def test_the_picture(name, tmp_path):
     path = tmp_path / name

@@ -18,7 +18,13 @@ from mmdbb.branches.norm import (
     run_norm,
 )
 from mmdbb.dimensions import CONV_TYPES, CONVS, LayerKind, kind_of
-from mmdbb.geometry import ConvSpec, IntPair, Pads, pad_images
+from mmdbb.geometry import (
+    ConvSpec,
+    IntPair,
+    Pads,
+    crop_unread,
+    pad_images,
+)
 from mmdbb.modules import tensors_of
 from mmdbb.registry import BRANCHES
 from mmdbb.transforms import (
@@ -249,7 +255,7 @@ class ConvNormBranch(Branch):
         pads, spec = self.explicit_pads, self.spec
         if pads is not None and not spec.transposed:
             x = pad_images(x, pads, spec.padding_mode)
-        y = self.conv(x)
+        y = run_conv(self.conv, x)
         if pads is not None and spec.transposed:
             y = pad_images(y, pads)
         return y if self.norm is None else run_norm(self.norm, y)
@@ -262,6 +268,20 @@ class ConvNormBranch(Branch):
         offset = spec.offset_of(self.size(spec), dilation)
         kernel = dilate_kernel(kernel, dilation)
         return KernelBias(pad_kernel(kernel, spec.kernel_size, offset), bias)
+
+
+def run_conv(conv: _ConvNd, x: Tensor) -> Tensor:
+    """Run a layer of a branch, around what oneDNN computes wrongly.
+
+    Args:
+        conv: The layer.
+        x: Its images, of shape (N, in, H, W).
+
+    Returns:
+        Tensor: Its output, (N, out, H', W').
+    """
+    # Where a parametrization computes the weight, it is not there yet.
+    return conv(crop_unread(x, conv, conv._parameters.get('weight')))
 
 
 def kernel_of(weight: Tensor, spec: ConvSpec) -> Tensor:

@@ -21,6 +21,7 @@ from mmdbb.branches.base import (
     Branch,
     fuse_kernel_norm,
     kernel_of,
+    run_conv,
     take_geometry,
 )
 from mmdbb.branches.norm import build_branch_norm, norm_then_pad, run_norm
@@ -120,7 +121,7 @@ class PointwiseKxK(Branch):
             y = run_norm(self.norm1, y)
         else:
             y = norm_then_pad(self.norm1, y, self.spec)
-        return run_norm(self.norm2, self.conv2(y))
+        return run_norm(self.norm2, run_conv(self.conv2, y))
 
     def equivalent_kernel_bias(self) -> KernelBias:
         first = fuse_kernel_norm(self.kernel1, self.norm1)

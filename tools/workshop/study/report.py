@@ -9,7 +9,13 @@ from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from mmdbb.mm.engine.measure import print_table
 from workshop.study.images import CLASSES
-from workshop.study.plan import Cell, cost_of
+from workshop.study.plan import (
+    Cell,
+    Setting,
+    cost_of,
+    search,
+    search_in_the_same_time,
+)
 from workshop.study.rows import Cost, Record, Row, Training
 from workshop.study.variants import BLOCKS, Part
 
@@ -74,7 +80,12 @@ class Summary(NamedTuple):
 
 
 def compared(record: Record, cell: Cell, part: Part, role: str) -> Compared:
-    """A cell's rows of one role."""
+    """A cell's rows of one role.
+
+    Where a block's search has ended, only those with what it chose: a file
+    that was gone on with other epochs has rows of other searches, too.
+    """
+    chosen = {b: _chosen(record, cell, part, b, role) for b in part.blocks}
     found: Compared = {}
     for row in record.rows:
         training = row.training
@@ -85,9 +96,19 @@ def compared(record: Record, cell: Cell, part: Part, role: str) -> Compared:
             and training.batch == cell.schedule.batch
             and training.role == role
             and training.block in part.blocks
+            and chosen[training.block]
+            in (None, Setting(training.lr, training.epochs))
         ):
             found.setdefault(training.block, {})[training.seed] = row
     return found
+
+
+def _chosen(
+    record: Record, cell: Cell, part: Part, block: str, role: str
+) -> Optional[Setting]:
+    if role == 'same time':
+        return search_in_the_same_time(record, cell, block, part.baseline)[1]
+    return search(record, cell, block)[1]
 
 
 def searched(
