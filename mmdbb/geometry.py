@@ -32,7 +32,7 @@ from mmdbb.dimensions import (
     LayerKind,
     per_channel,
 )
-from mmdbb.recompute import is_compiling, is_transformed
+from mmdbb.recompute import is_compiling, is_exporting, is_transformed
 
 PADDING_MODES = ('zeros', 'reflect', 'replicate', 'circular')
 
@@ -604,8 +604,8 @@ def crop_unread(
     and the stride divides the image
     (https://github.com/uxlfoundation/oneDNN/issues/6035). Then a training
     crashes, hangs, or is silently wrong. It has another method for images
-    that the stride does not divide, and without the last row, which no tap
-    reads, it must take that.
+    that the stride does not divide. Without the last rows, which no tap
+    reads, it takes that one.
 
     Args:
         x: Images of shape (N, in, H, W), of one to three dimensions.
@@ -613,7 +613,7 @@ def crop_unread(
         kernel: Its weight, or None where that is not known yet.
 
     Returns:
-        Tensor: The images themselves, or a view without their last row.
+        Tensor: The images, or a view of all rows but the last ones.
     """
     stride: Any = conv.stride
     if (
@@ -625,16 +625,17 @@ def crop_unread(
         or conv.groups > 1
         or conv.transposed
         or not torch.is_grad_enabled()
+        # An export cannot prove that the output's size is the same.
+        or is_exporting()
+        or torch.jit.is_tracing()
     ):
         return x
     if kernel is not None and not any(map(_has_channels_last, (x, kernel))):
         return x
     first = next(i for i, step in enumerate(stride) if step > 1)
-    dim = first - len(stride)
-    # A smaller image has another output if the stride does not divide it.
-    if x.shape[dim] % stride[first]:
-        return x
-    return x.narrow(dim, 0, x.shape[dim] - 1)
+    dim, step = first - len(stride), stride[first]
+    # No test whether the stride divides it, which would compile anew.
+    return x.narrow(dim, 0, (x.shape[dim] - 1) // step * step + 1)
 
 
 def _has_channels_last(tensor: Tensor) -> bool:

@@ -35,7 +35,7 @@ from mmdbb.modules import shadow
 
 # torch 2.1 has no torch.compiler.is_compiling, 2.6 no is_exporting.
 is_compiling = getattr(torch.compiler, 'is_compiling', lambda: False)
-_is_exporting = getattr(torch.compiler, 'is_exporting', lambda: False)
+is_exporting = getattr(torch.compiler, 'is_exporting', lambda: False)
 
 # Modules of autograd's engine. Frames above one of theirs were called by it.
 _ENGINE = ('torch.autograd', 'torch.autograd.graph')
@@ -406,7 +406,7 @@ def from_forward(
         RuntimeError: If that value is forgotten, because thousands of
             checkpointed forward passes came in between.
     """
-    if is_transformed() or torch.jit.is_tracing() or _is_exporting():
+    if is_transformed() or torch.jit.is_tracing() or is_exporting():
         return value
     if is_compiling():
         return torch.ops.mmdbb.from_forward(key(), value)

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
+from mmdbb.blocks import RepVGGConv
 from mmdbb.geometry import ConvSpec, crop_unread
 
 LAST = torch.channels_last
@@ -125,6 +126,19 @@ def test_nothing_is_cropped_where_onednn_is_right():
     assert crop_unread(grey.to(memory_format=LAST), one, one.weight) is not (
         grey
     )
+
+
+def test_exports_keep_any_image_size():
+    block = RepVGGConv(3, 4, 3, 2, 1).to(memory_format=LAST)
+    sizes = {2: torch.export.Dim('h', min=4), 3: torch.export.Dim('w', min=4)}
+    exported = torch.export.export(
+        block,
+        (torch.rand(2, 3, 8, 10).to(memory_format=LAST),),
+        dynamic_shapes=(sizes,),
+        strict=True,
+    )
+    x = torch.rand(2, 3, 9, 12).to(memory_format=LAST)
+    torch.testing.assert_close(exported.module()(x), block(x))
 
 
 def test_a_parametrized_weight_is_not_computed_twice():
