@@ -483,7 +483,9 @@ def test_channels_last_trains_the_same_network(network, block):
         torch.testing.assert_close(
             trained[True][name], value, rtol=1e-9, atol=1e-12, msg=name
         )
-    for norm in found.float().modules():
+    # So wide that oneDNN's fault does not reach ResNet's own shortcuts.
+    found = machine.take(networks.start(network, block, 16, 0, few()))
+    for norm in found.modules():
         if isinstance(norm, nn.BatchNorm2d):
             norm.register_forward_hook(lambda *args: maps.append(args[-1]))
     training.train(found, data, recipe, 0, machine)
