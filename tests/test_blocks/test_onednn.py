@@ -111,7 +111,8 @@ def test_nothing_is_cropped_where_onednn_is_right():
     conv = nn.Conv2d(3, 4, 1, 2)
     x = torch.rand(1, 3, 8, 8)
     assert crop_unread(x, conv, conv.weight) is x
-    assert crop_unread(x.to(memory_format=LAST), conv, conv.weight) is not x
+    x_last = x.to(memory_format=LAST)
+    assert crop_unread(x_last, conv, conv.weight) is not x_last
     last = copy.deepcopy(conv).to(memory_format=LAST)
     assert crop_unread(x, last, last.weight) is not x
     with torch.no_grad():
@@ -121,11 +122,9 @@ def test_nothing_is_cropped_where_onednn_is_right():
     wide = nn.Conv2d(16, 4, 1, 2)
     images = torch.rand(1, 16, 8, 8).to(memory_format=LAST)
     assert crop_unread(images, wide, wide.weight) is images
-    grey = torch.rand(1, 1, 8, 8)
+    grey = torch.rand(1, 1, 8, 8).to(memory_format=LAST)
     one = nn.Conv2d(1, 4, 1, 2)
-    assert crop_unread(grey.to(memory_format=LAST), one, one.weight) is not (
-        grey
-    )
+    assert crop_unread(grey, one, one.weight) is not grey
 
 
 def test_exports_keep_any_image_size():
